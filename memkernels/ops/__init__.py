@@ -1,0 +1,22 @@
+"""The operations. One module per op: contract, reference, declaration, public function."""
+
+from .address import address
+from .gated_write import gated_write, gated_write_
+from .merge_reads import merge_reads
+from .slot_usage import slot_usage
+from .softmax_read import softmax_read
+from .sparse_read import sparse_read
+from .topk_read import topk_read
+from .topk_search import topk_search
+
+__all__ = [
+    "address",
+    "gated_write",
+    "gated_write_",
+    "merge_reads",
+    "slot_usage",
+    "softmax_read",
+    "sparse_read",
+    "topk_read",
+    "topk_search",
+]

@@ -1,0 +1,79 @@
+"""address: the explicit weights of every token on every slot, for inspection.
+
+    s[t, i] = scale * <query_t, key_i> + slot_mask_i
+    softmax: w[t, i] = exp(s[t, i]) / sum_j exp(s[t, j])        sigmoid: w[t, i] = 1 / (1 + exp(-s[t, i]))
+
+Sources: Vaswani et al. 2017, Attention Is All You Need; Graves et al. 2014, Neural Turing Machines (content addressing).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..registration import call, register
+from ..spec import Arg, Op, Out
+from ._formula import default_scale, scores, softmax, stretch
+
+GATES = ("softmax", "sigmoid")
+
+
+def reference(query: Tensor, keys: Tensor, slot_mask: Tensor | None, scale: float, sigmoid: bool):
+    s = scores(query, keys, slot_mask, scale)
+    weights = torch.sigmoid(s) if sigmoid else softmax(s)[0]
+    return (weights.to(query.dtype),)
+
+
+OP = register(
+    Op(
+        name="address",
+        args=(
+            Arg("query", "T K", "tokens", "lead"),
+            Arg("keys", "N K", "memory"),
+            Arg("slot_mask", "N", "memory", "mask", optional=True, stretch=True),
+        ),
+        params=(("scale", "float"), ("sigmoid", "bool")),
+        outputs=(Out("weights", "T N"),),
+        saved=("weights",),
+        reference=reference,
+        autocast=("query", "keys"),
+        equation="w[t, i] = gate(scale q_t.k_i + mask_i), gate = softmax over i or sigmoid",
+    )
+)
+
+
+def address(
+    query: Tensor,
+    keys: Tensor,
+    *,
+    scale: float | None = None,
+    slot_mask: Tensor | None = None,
+    gate: str = "softmax",
+    backend: str | None = None,
+) -> Tensor:
+    """Weights of every token on every slot.
+
+    ``w[t, i] = gate(scale * <query_t, key_i> + slot_mask_i)`` with ``gate`` a softmax over the slots or an elementwise sigmoid.
+
+    Args:
+        query: ``[..., T, K]``. keys: ``[..., N, K]``, same dtype.
+        scale: default ``K ** -0.5``. slot_mask: ``[..., N]``, bool or float; an empty slot (-inf) has weight 0.
+        gate: ``"softmax"`` or ``"sigmoid"``. backend: as in :func:`softmax_read`.
+
+    Returns:
+        weights ``[..., T, N]`` in the dtype of ``query``. This op is for looking at weights: its result is T x N numbers, which
+        the fused reads and writes never form.
+
+    Raises:
+        ValueError: unknown ``gate``, or shapes that do not fit. TypeError: dtypes that do not fit.
+
+    Source: Vaswani et al. 2017, Attention Is All You Need; Graves et al. 2014, Neural Turing Machines.
+    """
+    if gate not in GATES:
+        raise ValueError(f"address: gate must be one of {', '.join(GATES)}, got {gate!r}")
+    params = (default_scale(query, scale), gate == "sigmoid")
+    return _only(call(OP, [query, keys, stretch(slot_mask, keys)], params, backend))
+
+
+def _only(result):
+    return result[0] if isinstance(result, tuple) else result

@@ -1,0 +1,171 @@
+"""gated_write: every token pulls every slot towards its write vector, as far as its gate on that slot is open.
+
+    a[t, i] = sigmoid(scale * <query_t, key_i> + slot_mask_i)
+    v_i    <- v_i * (1 - a[t, i] * e_t) + a[t, i] * w_t              for t = 1 .. T, one after the other
+
+Sources: Graves et al. 2014, Neural Turing Machines (erase and add); Zhang et al. 2024, Gated Slot Attention; Tan et al. 2024,
+Stick-breaking Attention (the closed form over tokens for e = 1).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..registration import call, register
+from ..spec import Arg, Op, Out, fold_tokens, stats_dtype
+from ._formula import default_scale, scores, stretch
+
+
+def reference(
+    values: Tensor,
+    keys: Tensor,
+    query: Tensor,
+    write: Tensor,
+    erase: Tensor | None,
+    slot_mask: Tensor | None,
+    token_mask: Tensor | None,
+    scale: float,
+    erase_scale: float,
+):
+    exact = stats_dtype(query.dtype)
+    memory = torch.broadcast_shapes(
+        values.shape[:-2], keys.shape[:-2], () if slot_mask is None else slot_mask.shape[:-1]
+    )
+    tokens = [query.shape[:-2], write.shape[:-2]]
+    tokens += [] if erase is None else [erase.shape[:-2]]
+    tokens += [] if token_mask is None else [token_mask.shape[:-1]]
+    lead = torch.broadcast_shapes(memory, *tokens)
+    q = fold_tokens(query.to(exact), memory, lead, tail=1)
+    w = fold_tokens(write.to(exact), memory, lead, tail=1)
+    e = None if erase is None else fold_tokens(erase.to(exact), memory, lead, tail=1)
+    if token_mask is not None:
+        silent = ~fold_tokens(token_mask, memory, lead, tail=0).unsqueeze(-1)
+        q, w = q.masked_fill(silent, 0), w.masked_fill(silent, 0)
+        e = None if e is None else e.masked_fill(silent, 0)
+
+    a = torch.sigmoid(scores(q, keys, slot_mask, scale))
+    if token_mask is not None:
+        a = a.masked_fill(silent, 0)
+    v = values.to(exact).expand(*memory, *values.shape[-2:])
+    for t in range(a.shape[-2]):
+        gate = a[..., t, :].unsqueeze(-1)
+        e_t = erase_scale if e is None else e[..., t, :].unsqueeze(-2)
+        v = v * (1 - gate * e_t) + gate * w[..., t, :].unsqueeze(-2)
+    return v.to(values.dtype), torch.prod(1 - a, dim=-2)
+
+
+OP = register(
+    Op(
+        name="gated_write",
+        args=(
+            Arg("values", "N V", "memory", "content"),
+            Arg("keys", "N K", "memory"),
+            Arg("query", "T K", "tokens", "lead"),
+            Arg("write", "T V", "tokens", "content"),
+            Arg("erase", "T V", "tokens", "content", optional=True),
+            Arg("slot_mask", "N", "memory", "mask", optional=True, stretch=True),
+            Arg("token_mask", "T", "tokens", "bool", optional=True),
+        ),
+        params=(("scale", "float"), ("erase_scale", "float")),
+        outputs=(
+            Out("values", "N V", lead="memory", dtype="values"),
+            Out("retained", "N", lead="memory", dtype="stats"),
+        ),
+        reference=reference,
+        autocast=("keys", "query"),
+        inplace="values",
+        equation="v_i <- v_i (1 - a[t, i] e_t) + a[t, i] w_t, a = sigmoid(scale q_t.k_i + mask_i), t = 1..T in order",
+    )
+)
+
+
+def gated_write(
+    values: Tensor,
+    keys: Tensor,
+    query: Tensor,
+    write: Tensor,
+    *,
+    erase: float | Tensor = 1.0,
+    scale: float | None = None,
+    slot_mask: Tensor | None = None,
+    token_mask: Tensor | None = None,
+    return_retained: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Write T tokens into a memory through sigmoid gates, exactly as if one after the other.
+
+    ``a[t, i] = sigmoid(scale * <query_t, key_i> + slot_mask_i)``;
+    ``v_i <- v_i * (1 - a[t, i] * e_t) + a[t, i] * w_t`` for t = 1 .. T.
+
+    Args:
+        values: ``[..., N, V]``, the memory: dtype of ``query``, or float32 beside a 16-bit query. It is not modified.
+        keys: ``[..., N, K]``. query: ``[..., T, K]``, same dtype.
+        write: ``[..., T, V]``, dtype of ``values``.
+        erase: 1.0 interpolates (``v + a (w - v)``), 0.0 adds (``v + a w``), a tensor ``[..., T, V]`` in the dtype of
+            ``values`` is the erase vector of the Neural Turing Machine.
+        scale: default ``K ** -0.5``. slot_mask: ``[..., N]``, bool or float; an empty slot (-inf) is not written.
+        token_mask: bool ``[..., T]``; a token at False writes nothing.
+        return_retained: also return ``retained`` ``[..., N]``, ``prod_t (1 - a[t, i])`` over the tokens that write,
+            whatever ``erase`` is; float32 (float64 for float64).
+        backend: as in :func:`softmax_read`.
+
+    Returns:
+        the new values ``[..., N, V]`` in the dtype of ``values``, with ``return_retained`` also ``retained``. Leading
+        dimensions are those of the memory (values, keys, slot_mask); tokens of a leading dimension that the memory does
+        not have are written in row-major order. Differentiable in every float argument, twice.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype or device does not fit.
+
+    Source: Graves et al. 2014, Neural Turing Machines; Zhang et al. 2024, Gated Slot Attention.
+    """
+    args = _arguments("gated_write", values, keys, query, write, erase, scale, slot_mask, token_mask)
+    new, retained = call(OP, *args, backend)
+    return (new, retained) if return_retained else new
+
+
+def gated_write_(
+    values: Tensor,
+    keys: Tensor,
+    query: Tensor,
+    write: Tensor,
+    *,
+    erase: float | Tensor = 1.0,
+    scale: float | None = None,
+    slot_mask: Tensor | None = None,
+    token_mask: Tensor | None = None,
+    return_retained: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """:func:`gated_write` into ``values`` itself, for inference.
+
+    Arguments as there; ``values`` must have all leading dimensions of the memory. Returns ``values`` (the same object), with
+    ``return_retained`` also ``retained``.
+
+    Raises:
+        RuntimeError: a gradient is required. ValueError, TypeError: a shape, dtype or device does not fit.
+    """
+    tensors, params = _arguments("gated_write_", values, keys, query, write, erase, scale, slot_mask, token_mask)
+    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors):
+        raise RuntimeError("gated_write_: writes in place and has no gradient; use gated_write, or torch.no_grad()")
+    for name, other, tail in (("keys", keys, 2), ("slot_mask", slot_mask, 1)):
+        if isinstance(other, Tensor) and isinstance(values, Tensor):
+            lead, own = other.shape[: max(other.dim() - tail, 0)], values.shape[: max(values.dim() - 2, 0)]
+            if torch.broadcast_shapes(lead, own) != own:
+                raise ValueError(
+                    f"gated_write_: values must have the leading dimensions of {name}, {list(lead)}, got {list(own)}"
+                )
+    retained = call(OP, tensors, params, backend, inplace=True)
+    return (values, retained) if return_retained else values
+
+
+def _arguments(op, values, keys, query, write, erase, scale, slot_mask, token_mask):
+    vector = erase if isinstance(erase, Tensor) else None
+    if vector is None and not isinstance(erase, (int, float)):
+        raise TypeError(f"{op}: erase must be a number or a tensor [..., T, V], got {type(erase).__name__}")
+    amount = 1.0 if vector is not None else float(erase)
+    if not 0.0 <= amount <= 1.0:
+        raise ValueError(f"{op}: erase must be in [0, 1], got {amount}")
+    tensors = [values, keys, query, write, vector, stretch(slot_mask, keys), token_mask]
+    return tensors, (default_scale(query, scale), amount)

@@ -1,0 +1,74 @@
+"""slot_usage: how much all tokens together read each slot; what eviction needs, without the T x N weights.
+
+    usage_i = sum_t exp(scale * <query_t, key_i> + slot_mask_i - lse_t)
+
+Source: Graves et al. 2016, Hybrid computing using a neural network with dynamic external memory (usage of locations).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..registration import call, register
+from ..spec import Arg, Op, Out, fold_tokens
+from ._formula import default_scale, scores, stretch
+
+
+def reference(query: Tensor, keys: Tensor, lse: Tensor, slot_mask: Tensor | None, scale: float):
+    s = scores(query, keys, slot_mask, scale)
+    nothing = torch.isneginf(lse).unsqueeze(-1)
+    weights = torch.exp(s - lse.unsqueeze(-1).masked_fill(nothing, 0)).masked_fill(nothing, 0)
+    memory = keys.shape[:-2] if slot_mask is None else torch.broadcast_shapes(keys.shape[:-2], slot_mask.shape[:-1])
+    return (fold_tokens(weights, memory, weights.shape[:-2], tail=1).sum(-2),)
+
+
+OP = register(
+    Op(
+        name="slot_usage",
+        args=(
+            Arg("query", "T K", "tokens", "lead"),
+            Arg("keys", "N K", "memory"),
+            Arg("lse", "T", "tokens", "stats"),
+            Arg("slot_mask", "N", "memory", "mask", optional=True, stretch=True),
+        ),
+        params=(("scale", "float"),),
+        outputs=(Out("usage", "N", lead="memory", dtype="stats"),),
+        saved=(),
+        reference=reference,
+        autocast=("query", "keys"),
+        equation="usage_i = sum_t exp(scale q_t.k_i + mask_i - lse_t)",
+    )
+)
+
+
+def slot_usage(
+    query: Tensor,
+    keys: Tensor,
+    lse: Tensor,
+    *,
+    scale: float | None = None,
+    slot_mask: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Sum over the tokens of their softmax weight on each slot.
+
+    ``usage_i = sum_t exp(scale * <query_t, key_i> + slot_mask_i - lse_t)``
+
+    Args:
+        query: ``[..., T, K]``. keys: ``[..., N, K]``, same dtype.
+        lse: ``[..., T]``, from :func:`softmax_read` with ``return_lse=True`` (any disjoint memory merged in counts);
+            float32, float64 for float64. A token with lse -inf reads nothing.
+        scale, slot_mask, backend: as in :func:`softmax_read`.
+
+    Returns:
+        usage ``[..., N]`` with the leading dimensions of the memory (tokens that share a memory are summed), float32
+        (float64 for float64). Differentiable in query, keys, lse and a float mask.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype or device does not fit.
+
+    Source: Graves et al. 2016, Hybrid computing using a neural network with dynamic external memory.
+    """
+    result = call(OP, [query, keys, lse, stretch(slot_mask, keys)], (default_scale(query, scale),), backend)
+    return result[0] if isinstance(result, tuple) else result

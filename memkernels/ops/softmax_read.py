@@ -1,0 +1,82 @@
+"""softmax_read: attention over the slots of a memory.
+
+    s[t, i] = scale * <query_t, key_i> + slot_mask_i
+    r_t     = sum_i softmax_i(s[t, i]) value_i,      lse_t = log sum_i exp(s[t, i])
+
+Sources: Vaswani et al. 2017, Attention Is All You Need (scaled dot-product); Sukhbaatar et al. 2015, End-To-End Memory
+Networks (reading a memory by softmax); Dao 2023, FlashAttention-2 (blocked evaluation with a running maximum).
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..registration import call, register
+from ..spec import Arg, Op, Out
+from ._formula import default_scale, inert, scores, softmax, stretch
+
+
+def reference(query: Tensor, keys: Tensor, values: Tensor, slot_mask: Tensor | None, scale: float):
+    weights, lse = softmax(scores(query, keys, slot_mask, scale))
+    read = weights @ inert(values, slot_mask).to(weights.dtype)
+    return read.to(query.dtype), lse.expand(read.shape[:-1])
+
+
+OP = register(
+    Op(
+        name="softmax_read",
+        args=(
+            Arg("query", "T K", "tokens", "lead"),
+            Arg("keys", "N K", "memory"),
+            Arg("values", "N V", "memory", "content"),
+            Arg("slot_mask", "N", "memory", "mask", optional=True, stretch=True),
+        ),
+        params=(("scale", "float"),),
+        outputs=(Out("read", "T V"), Out("lse", "T", dtype="stats")),
+        saved=("read", "lse"),
+        reference=reference,
+        autocast=("query", "keys", "values"),
+        equation="r_t = sum_i softmax_i(scale q_t.k_i + mask_i) v_i",
+    )
+)
+
+
+def softmax_read(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    scale: float | None = None,
+    slot_mask: Tensor | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Read a memory: a softmax-weighted sum of its values for every query.
+
+    ``r_t = sum_i softmax_i(scale * <query_t, key_i> + slot_mask_i) value_i``
+
+    Args:
+        query: ``[..., T, K]``, float32, bfloat16, float16 or float64.
+        keys: ``[..., N, K]``, dtype of ``query``.
+        values: ``[..., N, V]``, dtype of ``query``, or float32 beside a 16-bit query.
+        scale: multiplies the dot products; default ``K ** -0.5``.
+        slot_mask: ``[..., N]``; bool (True: the slot may be addressed) or float, added to the scores and differentiable.
+            A slot at ``-inf`` is empty: its key and value are not looked at.
+        return_lse: also return ``lse``, the log-sum-exp of the scores (natural logarithm), by which reads of disjoint
+            memories merge exactly (:func:`merge_reads`).
+        backend: ``"auto"``, ``"reference"``, ``"cpu"``, ...; default: what :func:`use_backend` says.
+
+    Returns:
+        ``read`` ``[..., T, V]`` in the dtype of ``query``; with ``return_lse`` also ``lse`` ``[..., T]`` in float32 (float64
+        for float64). With no addressable slot the read is 0 and lse is -inf.
+
+    Leading dimensions broadcast. Differentiable in every float argument, twice.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype or device does not fit. NotImplementedError: the named backend cannot run it.
+
+    Source: Vaswani et al. 2017, Attention Is All You Need; Sukhbaatar et al. 2015, End-To-End Memory Networks.
+    """
+    tensors = [query, keys, values, stretch(slot_mask, keys)]
+    read, lse = call(OP, tensors, (default_scale(query, scale),), backend)
+    return (read, lse) if return_lse else read

@@ -1,0 +1,71 @@
+"""sparse_read: a weighted sum of a few slots per token.
+
+    r_t = sum_j weights[t, j] * values[indices[t, j]]          (index -1 is ignored, duplicates all count)
+
+Sources: Rae et al. 2016, Scaling Memory-Augmented Neural Networks with Sparse Reads and Writes; Lample et al. 2019, Large
+Memory Layers with Product Keys.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..registration import call, register
+from ..spec import Arg, Op, Out, stats_dtype
+
+
+def gather_rows(rows: Tensor, indices: Tensor) -> Tensor:
+    """rows[indices] with leading dimensions that broadcast; index -1 gives zeros. [..., N, D], [..., T, k] -> [..., T, k, D]."""
+    lead = torch.broadcast_shapes(rows.shape[:-2], indices.shape[:-2])
+    rows, indices = rows.expand(*lead, *rows.shape[-2:]), indices.expand(*lead, *indices.shape[-2:])
+    if rows.shape[-2] == 0:
+        return rows.new_zeros(*indices.shape, rows.shape[-1])
+    flat = indices.clamp(min=0).flatten(-2).unsqueeze(-1).expand(*lead, -1, rows.shape[-1])
+    picked = torch.gather(rows, -2, flat).unflatten(-2, indices.shape[-2:])
+    return picked.masked_fill((indices < 0).unsqueeze(-1), 0)
+
+
+def reference(values: Tensor, indices: Tensor, weights: Tensor):
+    exact = stats_dtype(weights.dtype)
+    used = weights.to(exact).masked_fill(indices < 0, 0)
+    read = torch.einsum("...tk,...tkv->...tv", used, gather_rows(values.to(exact), indices))
+    return (read.to(weights.dtype),)
+
+
+OP = register(
+    Op(
+        name="sparse_read",
+        args=(
+            Arg("values", "N V", "memory", "content"),
+            Arg("indices", "T k", "tokens", "index"),
+            Arg("weights", "T k", "tokens", "lead"),
+        ),
+        outputs=(Out("read", "T V"),),
+        reference=reference,
+        equation="r_t = sum_j weights[t, j] values[indices[t, j]]",
+    )
+)
+
+
+def sparse_read(values: Tensor, indices: Tensor, weights: Tensor, *, backend: str | None = None) -> Tensor:
+    """Weighted sum of the slots that each token names.
+
+    ``r_t = sum_j weights[t, j] * values[indices[t, j]]``
+
+    Args:
+        values: ``[..., N, V]``, dtype of ``weights``, or float32 beside 16-bit weights.
+        indices: int64 ``[..., T, k]`` in ``[-1, N)``; -1 is ignored, duplicates all count.
+        weights: ``[..., T, k]``. backend: as in :func:`softmax_read`.
+
+    Returns:
+        read ``[..., T, V]`` in the dtype of ``weights``. Differentiable in values and weights; the gradient of values sums
+        each touched row in token order, so it is the same bits on every run.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype or device does not fit. RuntimeError: an index outside ``[-1, N)``.
+
+    Source: Rae et al. 2016, Scaling Memory-Augmented Neural Networks with Sparse Reads and Writes.
+    """
+    result = call(OP, [values, indices, weights], (), backend)
+    return result[0] if isinstance(result, tuple) else result

@@ -1,0 +1,87 @@
+"""topk_read: read only the k best-scoring slots; search, softmax and gather in one op.
+
+    scores, indices = topk_search(query, keys, k);   p = softmax(scores);   r_t = sum_j p[t, j] values[indices[t, j]]
+
+Sources: Rae et al. 2016, Sparse Access Memory; Wu et al. 2022, Memorizing Transformers; Lample et al. 2019, Large Memory
+Layers with Product Keys.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..registration import call, register
+from ..spec import Arg, Op, Out
+from ._formula import default_scale, inert, scores, softmax, stretch
+from .sparse_read import gather_rows
+from .topk_search import best, neighbours
+
+
+def reference(query: Tensor, keys: Tensor, values: Tensor, slot_mask: Tensor | None, k: int, scale: float):
+    chosen, indices = best(scores(query, keys, slot_mask, scale), k)
+    weights, _ = softmax(chosen)
+    rows = gather_rows(inert(values, slot_mask).to(weights.dtype), indices)
+    read = torch.einsum("...tk,...tkv->...tv", weights, rows)
+    lead = read.shape[:-1]
+    return read.to(query.dtype), indices.expand(*lead, k), weights.expand(*lead, k)
+
+
+OP = register(
+    Op(
+        name="topk_read",
+        args=(
+            Arg("query", "T K", "tokens", "lead"),
+            Arg("keys", "N K", "memory"),
+            Arg("values", "N V", "memory", "content"),
+            Arg("slot_mask", "N", "memory", "mask", optional=True, stretch=True),
+        ),
+        params=(("k", "int"), ("scale", "float")),
+        outputs=(
+            Out("read", "T V"),
+            Out("indices", "T k", dtype="index", grad=False),
+            Out("weights", "T k", dtype="stats"),
+        ),
+        saved=("indices", "weights"),
+        reference=reference,
+        autocast=("query", "keys", "values"),
+        equation="r_t = sum_j softmax_j(scores[t, j]) v[indices[t, j]] over the k best slots",
+    )
+)
+
+
+def topk_read(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    k: int,
+    *,
+    scale: float | None = None,
+    slot_mask: Tensor | None = None,
+    return_slots: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    """Softmax read over the ``k`` best-scoring slots of every token.
+
+    ``r_t = sum_j softmax_j(scores[t, j]) * values[indices[t, j]]`` with scores and indices of :func:`topk_search`.
+
+    Args:
+        query: ``[..., T, K]``. keys: ``[..., N, K]``, same dtype.
+        values: ``[..., N, V]``, dtype of ``query``, or float32 beside a 16-bit query.
+        k, scale, slot_mask, backend: as in :func:`topk_search`.
+        return_slots: also return which slots were read and with what weight.
+
+    Returns:
+        ``read [..., T, V]`` in the dtype of ``query``; with ``return_slots`` ``(read, indices [..., T, k] int64,
+        weights [..., T, k])``, weights in float32 (float64 for float64), 0 where the index is -1. Differentiable in query,
+        keys, values and a float mask; gradients touch only the rows that were read.
+
+    Raises:
+        ValueError: k < 1, or a shape or device does not fit. TypeError: a dtype does not fit.
+
+    Source: Rae et al. 2016, Scaling Memory-Augmented Neural Networks with Sparse Reads and Writes; Wu et al. 2022,
+    Memorizing Transformers.
+    """
+    params = (neighbours("topk_read", k), default_scale(query, scale))
+    result = call(OP, [query, keys, values, stretch(slot_mask, keys)], params, backend)
+    return tuple(result) if return_slots else result[0]

@@ -1,0 +1,91 @@
+"""topk_search: the k best-scoring slots of every token, exactly.
+
+    s[t, i] = scale * <query_t, key_i> + slot_mask_i;   scores, indices = the k largest, best first, ties to the smaller i
+
+Sources: Johnson et al. 2017, Billion-scale similarity search with GPUs (exact search by selection fused into the product);
+Wu et al. 2022, Memorizing Transformers; Khandelwal et al. 2020, kNN-LM.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..registration import call, register
+from ..spec import Arg, Op, Out
+from ._formula import default_scale, scores, stretch
+
+
+def best(s: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of the last axis, best first, ties to the smaller index; -inf is never chosen (index -1)."""
+    order = torch.sort(s, dim=-1, descending=True, stable=True)
+    n = min(k, s.shape[-1])
+    chosen, indices = order.values[..., :n], order.indices[..., :n]
+    chosen = torch.nn.functional.pad(chosen, (0, k - n), value=-torch.inf)
+    indices = torch.nn.functional.pad(indices, (0, k - n), value=-1)
+    return chosen, indices.masked_fill(torch.isneginf(chosen), -1)
+
+
+def reference(query: Tensor, keys: Tensor, slot_mask: Tensor | None, k: int, scale: float):
+    chosen, indices = best(scores(query, keys, slot_mask, scale), k)
+    return chosen.to(query.dtype), indices
+
+
+OP = register(
+    Op(
+        name="topk_search",
+        args=(
+            Arg("query", "T K", "tokens", "lead"),
+            Arg("keys", "N K", "memory"),
+            Arg("slot_mask", "N", "memory", "mask", optional=True, stretch=True),
+        ),
+        params=(("k", "int"), ("scale", "float")),
+        outputs=(Out("scores", "T k"), Out("indices", "T k", dtype="index", grad=False)),
+        saved=("indices",),
+        reference=reference,
+        autocast=("query", "keys"),
+        equation="the k largest of scale q_t.k_i + mask_i, best first, ties to the smaller index",
+    )
+)
+
+
+def topk_search(
+    query: Tensor,
+    keys: Tensor,
+    k: int,
+    *,
+    scale: float | None = None,
+    slot_mask: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The ``k`` slots with the largest scores for every token. Exact.
+
+    ``s[t, i] = scale * <query_t, key_i> + slot_mask_i``
+
+    Args:
+        query: ``[..., T, K]``. keys: ``[..., N, K]``, same dtype.
+        k: how many; may exceed N. scale: default ``K ** -0.5``. slot_mask: ``[..., N]``, bool or float.
+        backend: as in :func:`softmax_read`.
+
+    Returns:
+        ``(scores [..., T, k] in the dtype of query, indices [..., T, k] int64)``, best first, equal scores by smaller index.
+        Index -1 and score -inf where fewer than k slots are addressable. Scores are differentiable in query, keys and a
+        float mask; the gradient touches only the chosen rows. A NaN score ranks above all others, as in ``torch.topk``.
+
+    Raises:
+        ValueError: k < 1, or a shape or device does not fit. TypeError: a dtype does not fit.
+
+    L2 search is ``scale=2, slot_mask=-(keys ** 2).sum(-1)``; cosine search is the same op on unit vectors.
+
+    Source: Johnson et al. 2017, Billion-scale similarity search with GPUs; Wu et al. 2022, Memorizing Transformers.
+    """
+    params = (neighbours("topk_search", k), default_scale(query, scale))
+    return call(OP, [query, keys, stretch(slot_mask, keys)], params, backend)
+
+
+def neighbours(op: str, k: int) -> int:
+    if isinstance(k, bool) or not isinstance(k, int):
+        raise TypeError(f"{op}: k must be an int, got {type(k).__name__}")
+    if k < 1:
+        raise ValueError(f"{op}: k must be at least 1, got {k}")
+    return k

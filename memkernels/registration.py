@@ -1,0 +1,233 @@
+"""Turns the declaration of an op into torch operators, once per backend: schema, fake kernel, autograd, double backward.
+
+For op ``f`` and backend ``b`` there are the operators
+
+- ``memkernels_b::f(args, params) -> results``,
+- ``memkernels_b::f_backward(args, saved results, gradients of results, params, wants) -> gradients of args``,
+- ``memkernels_b::f_(args, params)`` where the op has an in-place twin.
+
+A backend only adds kernels to them. The derivative of ``f_backward`` is that of the reference formula, so every op is
+twice differentiable on every backend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import spec
+from .backends import BACKENDS, requested, select
+from .spec import Op
+
+OPS: dict[str, Op] = {}
+_libraries = {b.name: torch.library.Library(b.namespace, "DEF") for b in BACKENDS}
+_plans: dict[tuple, Callable[..., Any]] = {}
+_PLAN_LIMIT = 4096
+
+
+def _tensor(name: str, optional: bool) -> str:
+    return f"Tensor{'?' if optional else ''} {name}"
+
+
+def _schemas(op: Op) -> tuple[str, str]:
+    args = [_tensor(a.name, a.optional) for a in op.args]
+    params = [f"{kind} {name}" for name, kind in op.params]
+    saved = [_tensor(name, False) for name in op.saved]
+    grads = [_tensor(f"d_{o.name}", True) for o in op.outputs if o.grad]
+    results = ", ".join("Tensor" for _ in op.outputs)
+    d_args = ", ".join("Tensor" for _ in op.differentiable)
+    forward = f"({', '.join(args + params)}) -> ({results})"
+    backward = f"({', '.join(args + saved + grads + params)}, bool[] wants) -> ({d_args})"
+    return forward, backward
+
+
+def register(op: Op) -> Op:
+    """Define ``op`` for every backend. Called once, at the foot of the op's module."""
+    OPS[op.name] = op
+    for backend in BACKENDS:
+        _define(op, backend.namespace, _libraries[backend.name])
+    return op
+
+
+def _define(op: Op, namespace: str, library: torch.library.Library) -> None:
+    forward, backward = _schemas(op)
+    n, n_params = len(op.args), len(op.params)
+    n_saved = len(op.saved)
+    differentiable = [i for i, a in enumerate(op.args) if a.is_float]
+    outputs_with_grad = [i for i, o in enumerate(op.outputs) if o.grad]
+    saved = [next(i for i, o in enumerate(op.outputs) if o.name == name) for name in op.saved]
+
+    library.define(f"{op.name}{forward}")
+    library.define(f"{op.name}_backward{backward}")
+    qualified = f"{namespace}::{op.name}"
+    backward_op = getattr(getattr(torch.ops, namespace), f"{op.name}_backward").default
+
+    def fake(*inputs):
+        tensors = inputs[:n]
+        layout = spec.check(op, tensors, inputs[n:])
+        results = []
+        for out in op.outputs:
+            shape, dtype = layout.shape(op, out, tensors)
+            results.append(tensors[0].new_empty(shape, dtype=dtype))
+        return tuple(results) if len(results) != 1 else results[0]
+
+    def fake_backward(*inputs):
+        wants = inputs[-1]
+        grads = [
+            inputs[i].new_empty(inputs[i].shape if want and inputs[i] is not None else (0,))
+            if inputs[i] is not None
+            else inputs[0].new_empty((0,))
+            for i, want in zip(differentiable, wants)
+        ]
+        return tuple(grads) if len(grads) != 1 else grads[0]
+
+    def setup_context(ctx, inputs, output):
+        output = output if isinstance(output, tuple) else (output,)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*(o for o, out in zip(output, op.outputs) if not out.grad))
+        ctx.params = inputs[n:]
+        ctx.save_for_backward(*inputs[:n], *(output[i] for i in saved))
+
+    def run_backward(ctx, *d_outputs):
+        wants = [bool(ctx.needs_input_grad[i]) for i in differentiable]
+        d_outputs = [d_outputs[i] for i in outputs_with_grad]
+        result: list[Tensor | None] = [None] * (n + n_params)
+        if not any(wants) or all(d is None for d in d_outputs):
+            return tuple(result)
+        grads = backward_op(*ctx.saved_tensors, *d_outputs, *ctx.params, wants)
+        for i, grad, want in zip(differentiable, grads if isinstance(grads, (tuple, list)) else (grads,), wants):
+            result[i] = grad if want else None
+        return tuple(result)
+
+    def setup_context_twice(ctx, inputs, output):
+        ctx.set_materialize_grads(False)
+        n_grads = len(outputs_with_grad)
+        ctx.params, ctx.wants = inputs[n + n_saved + n_grads : -1], inputs[-1]
+        ctx.save_for_backward(*inputs[: n + n_saved + n_grads])
+
+    def run_backward_twice(ctx, *dd):
+        tensors = ctx.saved_tensors
+        args, d_outputs = tensors[:n], tensors[n + n_saved :]
+        d_args, d_d_outputs = _second_derivative(op, args, d_outputs, ctx.params, ctx.wants, dd, differentiable)
+        return (*d_args, *([None] * n_saved), *d_d_outputs, *([None] * n_params), None)
+
+    torch.library.register_fake(qualified, fake, lib=library)
+    torch.library.register_fake(f"{qualified}_backward", fake_backward, lib=library)
+    torch.library.register_autograd(qualified, run_backward, setup_context=setup_context, lib=library)
+    torch.library.register_autograd(
+        f"{qualified}_backward", run_backward_twice, setup_context=setup_context_twice, lib=library
+    )
+    if op.inplace:
+        args = [("Tensor(a!) " + a.name) if a.name == op.inplace else _tensor(a.name, a.optional) for a in op.args]
+        params = [f"{kind} {name}" for name, kind in op.params]
+        others = [o for o in op.outputs if o.name != op.inplace]
+        library.define(f"{op.name}_({', '.join(args + params)}) -> ({', '.join('Tensor' for _ in others)})")
+
+        def fake_inplace(*inputs):
+            results = fake(*inputs)
+            results = [r for r, o in zip(results if isinstance(results, tuple) else (results,), op.outputs) if o in others]
+            return tuple(results) if len(results) != 1 else results[0]
+
+        torch.library.register_fake(f"{qualified}_", fake_inplace, lib=library)
+
+
+def _second_derivative(op, args, d_outputs, params, wants, dd, differentiable):
+    """Differentiate the reference's own first derivative; returns gradients of ``args`` and of ``d_outputs``."""
+    with torch.enable_grad():
+        args = [a if a is None else a.detach() for a in args]
+        for i in differentiable:
+            if args[i] is not None and args[i].is_floating_point():
+                args[i].requires_grad_()
+        d_outputs = [d if d is None else d.detach().requires_grad_() for d in d_outputs]
+        results = op.reference(*args, *params)
+        results = [r for r, o in zip(results, op.outputs) if o.grad]
+        pairs = [(r, d) for r, d in zip(results, d_outputs) if d is not None and r.requires_grad]
+        asked = [(i, g) for i, w, g in zip(differentiable, wants, dd) if w and g is not None]
+        asked = [(i, g) for i, g in asked if args[i] is not None and args[i].requires_grad]
+        firsts = torch.autograd.grad(
+            [r for r, _ in pairs],
+            [args[i] for i, _ in asked],
+            [d for _, d in pairs],
+            create_graph=True,
+            allow_unused=True,
+        )
+        live = [(f, g) for f, (_, g) in zip(firsts, asked) if f is not None and f.requires_grad]
+        leaves = [args[i] for i in differentiable if args[i] is not None and args[i].requires_grad]
+        leaves += [d for d in d_outputs if d is not None]
+        if live:
+            seconds = list(
+                torch.autograd.grad([f for f, _ in live], leaves, [g for _, g in live], allow_unused=True)
+            )
+        else:
+            seconds = [None] * len(leaves)
+    d_args: list[Tensor | None] = [None] * len(args)
+    for i in differentiable:
+        if args[i] is not None and args[i].requires_grad:
+            d_args[i] = seconds.pop(0)
+    return d_args, [seconds.pop(0) if d is not None else None for d in d_outputs]
+
+
+def _autocast(op: Op, tensors: list[Tensor | None]) -> list[Tensor | None]:
+    if not op.autocast or not all(t is None or isinstance(t, Tensor) for t in tensors):
+        return tensors
+    device = next(t.device.type for t in tensors if t is not None)
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    target = torch.get_autocast_dtype(device)
+    content = next((t for a, t in zip(op.args, tensors) if a.dtype == "content" and a.name not in op.autocast), None)
+    result = []
+    for arg, tensor in zip(op.args, tensors):
+        low = tensor is not None and tensor.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        if low and arg.name in op.autocast:
+            tensor = tensor.to(target)
+        elif low and arg.dtype == "content" and content is not None:
+            tensor = tensor.to(content.dtype)  # the memory keeps its own dtype; what is written follows it
+        elif low and arg.dtype == "mask":
+            tensor = tensor.to(torch.float32)
+        result.append(tensor)
+    return result
+
+
+def _plan(op: Op, tensors: list[Tensor | None], name: str, inplace: bool) -> Callable[..., Any]:
+    layout = spec.check(op, tensors)
+    device = next(t.device.type for t in tensors if t is not None)
+    backend = select(op.name, device, layout.dtype, name)
+    if backend is None:
+        return _reference_inplace(op) if inplace else op.reference
+    operators = getattr(torch.ops, backend.namespace)
+    return getattr(operators, op.name + ("_" if inplace else "")).default
+
+
+def _reference_inplace(op: Op) -> Callable[..., Any]:
+    target = op.index(op.inplace)
+
+    def run(*inputs):
+        results = dict(zip((o.name for o in op.outputs), op.reference(*inputs)))
+        inputs[target].copy_(results.pop(op.inplace))
+        rest = tuple(results.values())
+        return rest if len(rest) != 1 else rest[0]
+
+    return run
+
+
+def call(op: Op, tensors: list[Tensor | None], params: tuple, backend: str | None, inplace: bool = False):
+    """Check a call, choose its backend and run it. Checks of shapes seen before are not repeated."""
+    name = requested() if backend is None else backend
+    if torch._C._is_any_autocast_enabled():
+        tensors = _autocast(op, tensors)
+    if torch.compiler.is_compiling():
+        return _plan(op, tensors, name, inplace)(*tensors, *params)
+    try:
+        key = (op.name, name, inplace, *[None if t is None else (t.shape, t.dtype, t.device) for t in tensors])
+        plan = _plans.get(key)
+    except AttributeError:  # not tensors: the check says which
+        key = plan = None
+    if plan is None:
+        plan = _plan(op, tensors, name, inplace)
+        if len(_plans) >= _PLAN_LIMIT:
+            _plans.clear()
+        _plans[key] = plan
+    return plan(*tensors, *params)

@@ -1,0 +1,206 @@
+"""What an operation is: its axes, tensors, options, results, and the one checker of all four.
+
+An op module declares an :class:`Op`. Everything that can be derived from the declaration is derived here or in
+``registration.py``: shape and dtype checks, result shapes, the schema of its torch operators, fake kernels, the
+contract grid of ``testing.py`` and the op table of the documentation.
+
+Axes, the same letters everywhere: ``T`` tokens, ``N`` slots, ``K`` key width, ``V`` value width, ``k`` neighbours,
+``S`` parts to merge. Leading dimensions come before them and broadcast. A tensor belongs to the *tokens* or to the
+*memory*; a leading dimension that every memory tensor lacks (or has at size 1) is *shared*: its tokens are folded into
+``T`` in row-major order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_NAMES = {d: str(d).removeprefix("torch.") for d in (*FLOATS, torch.bool, torch.int64)}
+
+
+def stats_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype sums are kept in: float64 for float64, float32 for everything else."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@dataclass(frozen=True)
+class Arg:
+    """One tensor argument.
+
+    axes: its trailing axes, for instance ``"N K"``.
+    side: ``"tokens"`` or ``"memory"``.
+    dtype: ``"lead"`` (any of FLOATS; sets the dtype of the call), ``"same"`` (as the lead), ``"content"`` (as the lead, or
+        float32 beside a 16-bit lead; all content arguments agree), ``"stats"`` (float32, or float64 for float64),
+        ``"mask"`` (bool, or float added to the scores), ``"bool"``, ``"index"`` (int64).
+    stretch: a last axis of size 1 is stretched.
+    """
+
+    name: str
+    axes: str
+    side: str
+    dtype: str = "same"
+    optional: bool = False
+    stretch: bool = False
+
+    @property
+    def is_float(self) -> bool:
+        return self.dtype not in ("bool", "index")
+
+
+@dataclass(frozen=True)
+class Out:
+    """One result. ``lead``: the leading dimensions of ``"all"`` arguments or of the ``"memory"``. ``dtype``: ``"lead"``,
+    ``"stats"``, ``"index"``, or the name of the argument whose dtype it has."""
+
+    name: str
+    axes: str
+    lead: str = "all"
+    dtype: str = "lead"
+    grad: bool = True
+
+
+@dataclass(frozen=True)
+class Op:
+    """The declaration of an operation.
+
+    reference: plain PyTorch, called as ``reference(*tensors, *params)``, returns one tensor per result.
+    params: (name, schema type) of the options that are not tensors, e.g. ``("scale", "float")``.
+    saved: results that the backward kernel wants to see again.
+    autocast: arguments cast to the autocast dtype while autocast is on.
+    inplace: name of the argument that a twin operator ``<name>_`` overwrites with the result of the same name.
+    """
+
+    name: str
+    args: tuple[Arg, ...]
+    outputs: tuple[Out, ...]
+    reference: Callable[..., tuple[Tensor, ...]]
+    params: tuple[tuple[str, str], ...] = ()
+    saved: tuple[str, ...] = ()
+    autocast: tuple[str, ...] = ()
+    inplace: str | None = None
+    equation: str = ""
+
+    @property
+    def differentiable(self) -> tuple[Arg, ...]:
+        return tuple(a for a in self.args if a.is_float)
+
+    def index(self, name: str) -> int:
+        return next(i for i, a in enumerate(self.args) if a.name == name)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the shapes of one call bind: axis sizes, leading dimensions of everything and of the memory alone."""
+
+    axes: dict[str, int]
+    lead: tuple[int, ...]
+    memory: tuple[int, ...]
+    dtype: torch.dtype
+
+    def shape(self, op: Op, out: Out, tensors: Sequence[Tensor | None]) -> tuple[tuple[int, ...], torch.dtype]:
+        lead = self.lead if out.lead == "all" else self.memory
+        if out.dtype in ("lead", "stats", "index"):
+            dtype = {"lead": self.dtype, "stats": stats_dtype(self.dtype), "index": torch.int64}[out.dtype]
+        else:
+            dtype = tensors[op.index(out.dtype)].dtype
+        return (*lead, *(self.axes[a] for a in out.axes.split())), dtype
+
+
+def _broadcast(op: Op, shapes: list[tuple[str, tuple[int, ...]]]) -> tuple[int, ...]:
+    result: list[int] = []
+    for name, shape in shapes:
+        result = [1] * (len(shape) - len(result)) + result
+        offset = len(result) - len(shape)
+        for i, size in enumerate(shape):
+            if result[offset + i] == 1:
+                result[offset + i] = size
+            elif size != 1 and size != result[offset + i]:
+                raise ValueError(
+                    f"{op.name}: leading dimensions of {name} must broadcast to {result}, got {list(shape)}"
+                )
+    return tuple(result)
+
+
+def _axes_text(arg: Arg, axes: dict[str, int]) -> str:
+    return "[..., " + ", ".join(f"{a}={axes[a]}" if a in axes else a for a in arg.axes.split()) + "]"
+
+
+def _check_dtype(op: Op, arg: Arg, tensor: Tensor, lead: Tensor, content: Tensor | None) -> None:
+    if arg.dtype == "bool":
+        wanted = (torch.bool,)
+    elif arg.dtype == "index":
+        wanted = (torch.int64,)
+    elif arg.dtype == "lead":
+        wanted = FLOATS
+    elif arg.dtype == "same":
+        wanted = (lead.dtype,)
+    elif arg.dtype == "stats":
+        wanted = (stats_dtype(lead.dtype),)
+    elif arg.dtype == "mask":
+        wanted = (torch.bool, lead.dtype, stats_dtype(lead.dtype))
+    elif content is not None and content is not tensor:
+        wanted = (content.dtype,)
+    else:
+        wanted = (lead.dtype, stats_dtype(lead.dtype))
+    if tensor.dtype not in wanted:
+        names = " or ".join(dict.fromkeys(_NAMES[d] for d in wanted))
+        raise TypeError(f"{op.name}: {arg.name} must be {names}, got {_NAMES.get(tensor.dtype, tensor.dtype)}")
+
+
+def check(op: Op, tensors: Sequence[Tensor | None], params: Sequence[object] = ()) -> Layout:
+    """Bind the axes of ``op`` to ``tensors`` or raise the one sentence that says what is wrong."""
+    axes: dict[str, int] = {name: value for (name, kind), value in zip(op.params, params) if kind == "int"}
+    leads: list[tuple[str, tuple[int, ...]]] = []
+    memory: list[tuple[str, tuple[int, ...]]] = []
+    lead = next((t for a, t in zip(op.args, tensors) if a.dtype == "lead" and isinstance(t, Tensor)), None)
+    content = next((t for a, t in zip(op.args, tensors) if a.dtype == "content" and isinstance(t, Tensor)), None)
+    for arg, tensor in zip(op.args, tensors):
+        if tensor is None and arg.optional:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{op.name}: {arg.name} must be a tensor, got {type(tensor).__name__}")
+        _check_dtype(op, arg, tensor, tensor if lead is None else lead, content)
+        if lead is not None and tensor.device != lead.device:
+            raise ValueError(f"{op.name}: {arg.name} must be on {lead.device}, got {tensor.device}")
+        letters = arg.axes.split()
+        shape = tuple(tensor.shape)
+        split = len(shape) - len(letters)
+        fits = split >= 0
+        for i, letter in enumerate(letters if fits else ()):
+            size = shape[split + i]
+            stretched = arg.stretch and i == len(letters) - 1 and size == 1
+            if letter in axes and size != axes[letter] and not stretched:
+                fits = False
+            elif letter not in axes:
+                axes[letter] = size
+        if not fits:
+            known = {a: n for a, n in axes.items() if any(a in b.axes.split() for b in op.args if b.name != arg.name)}
+            raise ValueError(f"{op.name}: {arg.name} must be {_axes_text(arg, known)}, got {list(shape)}")
+        leads.append((arg.name, shape[:split]))
+        if arg.side == "memory":
+            memory.append((arg.name, shape[:split]))
+    whole = _broadcast(op, leads)
+    own = _broadcast(op, memory) if memory else whole
+    return Layout(axes, whole, own, lead.dtype)
+
+
+def fold_tokens(x: Tensor, memory: Sequence[int], lead: Sequence[int], tail: int) -> Tensor:
+    """Fold the shared leading dimensions of a token tensor into ``T``.
+
+    x: ``[..., T, *tail axes]`` with ``tail`` axes after ``T``. Returns ``[*memory, T', *tail axes]`` where ``T'`` counts the
+    shared dimensions and ``T`` in row-major order, which is the order in which shared tokens are written.
+    """
+    rank = len(lead)
+    own = [1] * (rank - len(memory)) + list(memory)
+    x = x.expand(*lead, *x.shape[x.dim() - tail - 1 :])
+    shared = [d for d in range(rank) if own[d] == 1 and lead[d] != 1]
+    kept = [d for d in range(rank) if d not in shared]
+    x = x.permute(*kept, *shared, *range(rank, x.dim()))
+    tokens = 1
+    for size in x.shape[len(kept) : len(kept) + len(shared) + 1]:
+        tokens *= size
+    return x.reshape(*memory, tokens, *x.shape[x.dim() - tail :] if tail else ())
