@@ -12,6 +12,7 @@ twice differentiable on every backend.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -111,7 +112,11 @@ def _define(op: Op, namespace: str, library: torch.library.Library) -> None:
     def run_backward_twice(ctx, *dd):
         tensors = ctx.saved_tensors
         args, d_outputs = tensors[:n], tensors[n + n_saved :]
-        d_args, d_d_outputs = _second_derivative(op, args, d_outputs, ctx.params, ctx.wants, dd, differentiable)
+        formula = op.reference
+        if op.selected is not None:  # differentiate the choice that was made, not one that ranks equal scores differently
+            chosen = tensors[n + op.saved.index("indices")]
+            formula = functools.partial(_with_choice, op.selected, chosen)
+        d_args, d_d_outputs = _second_derivative(op, formula, args, d_outputs, ctx.params, ctx.wants, dd, differentiable)
         return (*d_args, *([None] * n_saved), *d_d_outputs, *([None] * n_params), None)
 
     torch.library.register_fake(qualified, fake, lib=library)
@@ -134,15 +139,19 @@ def _define(op: Op, namespace: str, library: torch.library.Library) -> None:
         torch.library.register_fake(f"{qualified}_", fake_inplace, lib=library)
 
 
-def _second_derivative(op, args, d_outputs, params, wants, dd, differentiable):
-    """Differentiate the reference's own first derivative; returns gradients of ``args`` and of ``d_outputs``."""
+def _with_choice(selected, indices, *inputs):
+    return selected(*inputs, indices)
+
+
+def _second_derivative(op, formula, args, d_outputs, params, wants, dd, differentiable):
+    """Differentiate the reference's own first derivative (``formula``); returns gradients of ``args`` and of ``d_outputs``."""
     with torch.enable_grad():
         args = [a if a is None else a.detach() for a in args]
         for i in differentiable:
             if args[i] is not None and args[i].is_floating_point():
                 args[i].requires_grad_()
         d_outputs = [d if d is None else d.detach().requires_grad_() for d in d_outputs]
-        results = op.reference(*args, *params)
+        results = formula(*args, *params)
         results = [r for r, o in zip(results, op.outputs) if o.grad]
         pairs = [(r, d) for r, d in zip(results, d_outputs) if d is not None and r.requires_grad]
         asked = [(i, g) for i, w, g in zip(differentiable, wants, dd) if w and g is not None]

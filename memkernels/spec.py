@@ -68,6 +68,8 @@ class Op:
     """The declaration of an operation.
 
     reference: plain PyTorch, called as ``reference(*tensors, *params)``, returns one tensor per result.
+    selected: for an op that chooses slots, the reference with the choice given, called as
+        ``selected(*tensors, *params, indices)``: scores that differ by rounding may rank either way, the rest follows.
     params: (name, schema type) of the options that are not tensors, e.g. ``("scale", "float")``.
     saved: results that the backward kernel wants to see again.
     autocast: arguments cast to the autocast dtype while autocast is on.
@@ -82,6 +84,7 @@ class Op:
     saved: tuple[str, ...] = ()
     autocast: tuple[str, ...] = ()
     inplace: str | None = None
+    selected: Callable[..., tuple[Tensor, ...]] | None = None
     equation: str = ""
 
     @property

@@ -15,11 +15,16 @@ from ..registration import call, register
 from ..spec import Arg, Op, Out
 from ._formula import default_scale, inert, scores, softmax, stretch
 from .sparse_read import gather_rows
-from .topk_search import best, neighbours
+from .topk_search import at, best, neighbours
 
 
 def reference(query: Tensor, keys: Tensor, values: Tensor, slot_mask: Tensor | None, k: int, scale: float):
-    chosen, indices = best(scores(query, keys, slot_mask, scale), k)
+    _, indices = best(scores(query, keys, slot_mask, scale), k)
+    return selected(query, keys, values, slot_mask, k, scale, indices)
+
+
+def selected(query: Tensor, keys: Tensor, values: Tensor, slot_mask: Tensor | None, k: int, scale: float, indices: Tensor):
+    chosen = at(scores(query, keys, slot_mask, scale), indices)
     weights, _ = softmax(chosen)
     rows = gather_rows(inert(values, slot_mask).to(weights.dtype), indices)
     read = torch.einsum("...tk,...tkv->...tv", weights, rows)
@@ -44,6 +49,7 @@ OP = register(
         ),
         saved=("indices", "weights"),
         reference=reference,
+        selected=selected,
         autocast=("query", "keys", "values"),
         equation="r_t = sum_j softmax_j(scores[t, j]) v[indices[t, j]] over the k best slots",
     )

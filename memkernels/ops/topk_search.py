@@ -31,6 +31,19 @@ def reference(query: Tensor, keys: Tensor, slot_mask: Tensor | None, k: int, sca
     return chosen.to(query.dtype), indices
 
 
+def at(s: Tensor, indices: Tensor) -> Tensor:
+    """The scores of slots already chosen; -inf where the index is -1. [..., T, N], [..., T, k] -> [..., T, k]."""
+    lead = torch.broadcast_shapes(s.shape[:-1], indices.shape[:-1])
+    s, indices = s.expand(*lead, -1), indices.expand(*lead, -1)
+    if s.shape[-1] == 0:
+        return s.new_full(indices.shape, -torch.inf)
+    return torch.gather(s, -1, indices.clamp(min=0)).masked_fill(indices < 0, -torch.inf)
+
+
+def selected(query: Tensor, keys: Tensor, slot_mask: Tensor | None, k: int, scale: float, indices: Tensor):
+    return at(scores(query, keys, slot_mask, scale), indices).to(query.dtype), indices
+
+
 OP = register(
     Op(
         name="topk_search",
@@ -43,6 +56,7 @@ OP = register(
         outputs=(Out("scores", "T k"), Out("indices", "T k", dtype="index", grad=False)),
         saved=("indices",),
         reference=reference,
+        selected=selected,
         autocast=("query", "keys"),
         equation="the k largest of scale q_t.k_i + mask_i, best first, ties to the smaller index",
     )

@@ -1,0 +1,94 @@
+"""Proof that every op equals its reference, for this library's tests and for yours.
+
+    from memkernels import testing
+    rows = testing.check("softmax_read")
+    assert all(row.passed for row in rows), testing.report(rows)
+
+``cases.py`` declares the situations, ``inputs.py`` makes their tensors, ``compare.py`` holds the one tolerance table and
+``grid.py`` runs. ``python -m memkernels check`` is the same from a shell.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from .. import backends
+from ..registration import OPS
+from ..spec import FLOATS
+from .cases import CASES, Case, cases
+from .compare import TOLERANCE
+from .grid import DIRECTIONS, Row, Subject, find_backends, find_dtype, find_op, nan_in_new_memory, subjects
+from .report import report, summary
+
+__all__ = [
+    "CASES",
+    "DIRECTIONS",
+    "TOLERANCE",
+    "Case",
+    "Row",
+    "Subject",
+    "cases",
+    "check",
+    "nan_in_new_memory",
+    "report",
+    "summary",
+]
+
+
+def check(
+    op: str | None = None,
+    backend: str | None = None,
+    dtype: torch.dtype | str | None = None,
+    device: str | None = None,
+    *,
+    quick: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Row]:
+    """Run the contract grid: each op on each backend, dtype, case and direction against the float64 reference.
+
+    Args:
+        op, backend, dtype: one of them; default all (backends: the reference and all that serve the device).
+        device: ``"cpu"`` (default) or ``"cuda"``.
+        quick: the subset that finds most mistakes, about a sixth of the time.
+        progress: called as ``progress(done, total)`` while it runs.
+
+    Returns:
+        one :class:`Row` each. A backend that is missing, or has no kernel for what is asked of it, is a failed row that
+        says why.
+
+    Raises:
+        ValueError: an unknown op, backend, dtype.
+    """
+    device = device or "cpu"
+    ops = list(OPS.values()) if op is None else [find_op(op)]
+    dtypes = list(FLOATS) if dtype is None else [find_dtype(dtype)]
+    names = find_backends(backend, device)
+    work = subjects(ops, dtypes, device, quick)
+    rows: list[Row] = []
+    seen: set[tuple] = set()
+    for done, (one, case, kind, where) in enumerate(work):
+        subject = None
+        for name in names:
+            if (key := (one.name, name, kind)) not in seen:
+                seen.add(key)
+                rows += _gaps(one.name, name, kind, where)
+            if _why_not(one.name, name, kind, where, "forward") is None:
+                subject = subject or Subject(one, case, kind, where)
+                rows += subject.rows(name)
+        if progress is not None:
+            progress(done + 1, len(work))
+    return rows
+
+
+def _why_not(op: str, name: str, dtype: torch.dtype, device: str, direction: str) -> str | None:
+    if name == "reference":
+        return None
+    return next(b for b in backends.BACKENDS if b.name == name).gap(op, device, dtype, direction)
+
+
+def _gaps(op: str, name: str, dtype: torch.dtype, device: str) -> list[Row]:
+    kind = str(dtype).removeprefix("torch.")
+    whys = {direction: _why_not(op, name, dtype, device, direction) for direction in backends.DIRECTIONS}
+    return [Row(op, name, kind, device, "-", d, float("nan"), 0.0, False, why) for d, why in whys.items() if why]

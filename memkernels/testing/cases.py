@@ -1,0 +1,236 @@
+"""The cases of the contract grid, declared once for every op: an op takes each case whose ``needs`` it has.
+
+Sizes, leading dimensions, values and memory layouts are all by name of axis or argument, so a new op is covered as soon as
+it is declared. ``inputs.py`` turns a case into tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+from ..spec import Op
+
+SIZES = MappingProxyType({"T": 7, "N": 33, "K": 16, "V": 24, "k": 4, "S": 3})
+
+
+@dataclass(frozen=True)
+class Case:
+    """One situation. An op takes it when it has all of ``needs``: axes, arguments, options, results (as ``"-> read"``).
+
+    sizes: axis -> size. tokens, memory: leading dimensions of the two sides; ``leads`` overrides them by argument.
+    give: argument -> how it is filled where that is not the usual way (a function name of ``inputs.py``); optional
+        arguments that are not named are left out.
+    layout: how tensors lie in memory. params: option -> value.
+    wants: arguments that require a gradient (default: all float ones). cotangents: results that have a gradient.
+    mixed: float32 content beside a 16-bit query (only such dtypes take the case).
+    exact: arithmetic has no rounding here, so chosen slots must be those of the reference, ties included.
+    """
+
+    name: str
+    needs: tuple[str, ...] = ()
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    tokens: tuple[int, ...] = (2,)
+    memory: tuple[int, ...] = (2,)
+    leads: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    give: Mapping[str, str] = field(default_factory=dict)
+    params: Mapping[str, object] = field(default_factory=dict)
+    layout: str = "contiguous"
+    wants: tuple[str, ...] | None = None
+    cotangents: tuple[str, ...] | None = None
+    mixed: bool = False
+    exact: bool = False
+    quick: bool = False
+
+    def fits(self, op: Op) -> bool:
+        return set(self.needs) <= _names(op)
+
+
+def _names(op: Op) -> set[str]:
+    names = {a.name for a in op.args} | {f"-> {o.name}" for o in op.outputs} | {name for name, _ in op.params}
+    names |= {axis for a in op.args for axis in a.axes.split()} | {axis for o in op.outputs for axis in o.axes.split()}
+    return names | ({"mixed"} if any(a.dtype == "content" for a in op.args) else set())
+
+
+def _sizes(**sizes: int) -> Mapping[str, int]:
+    return sizes
+
+
+def _every(n: int) -> Mapping[str, int]:
+    return dict.fromkeys(SIZES, n)
+
+
+SHAPES = (
+    Case("usual", sizes=_sizes(T=16, N=64, K=32, V=32, k=8), tokens=(2, 3), memory=(2, 3), quick=True),
+    Case("no leading dimensions", tokens=(), memory=()),
+    Case("every size 1", sizes=_every(1), tokens=(), memory=()),
+    Case("every size 3", sizes=_every(3), quick=True),
+    Case("every size 63", sizes=_every(63) | {"k": 5, "S": 3}),
+    Case("1000 tokens", ("T",), _sizes(T=1000, N=3, K=3, V=3, k=2), tokens=(), memory=()),
+    Case("1000 slots", ("N",), _sizes(T=3, N=1000, K=8, V=8), tokens=(), memory=()),
+    Case("no tokens", ("T",), _sizes(T=0)),
+    Case("no slots", ("N",), _sizes(N=0)),
+    Case("no streams", tokens=(0,), memory=(0,)),
+    Case("more neighbours than slots", ("k", "N"), _sizes(N=6, k=10)),
+    Case("many neighbours", ("k", "N"), _sizes(T=5, N=1000, k=128), tokens=(), memory=()),
+    Case("one token, many slots", ("T", "N"), _sizes(T=1, N=4100, K=32, V=40, k=32), tokens=(), memory=(), quick=True),
+    Case("8 tokens", ("T", "N"), _sizes(T=8, N=257, K=64, V=64, k=8)),
+    Case(
+        "65 tokens, just above a block", ("T", "N"), _sizes(T=65, N=257, K=24, V=40), tokens=(), memory=(), quick=True
+    ),
+    Case("slots just above many blocks", ("T", "N"), _sizes(T=17, N=4100, K=16, V=16), tokens=(), memory=()),
+    Case("odd widths", sizes=_sizes(K=40, V=72, T=9, N=50)),
+    Case("wide keys", ("K",), _sizes(K=320, V=40)),
+    Case("wide values", ("V",), _sizes(K=40, V=264, T=9)),
+    Case("key width 1", ("K",), _sizes(K=1)),
+    Case("value width 1", ("V",), _sizes(V=1)),
+    Case("many parts", ("S",), _sizes(S=17, T=5, V=8)),
+)
+
+LEADS = (
+    Case("memory shared by all", ("N",), tokens=(3,), memory=(), quick=True),
+    Case("memory shared across the batch", ("N",), tokens=(2, 3), memory=(3,)),
+    Case("memory shared, size 1", ("N",), tokens=(2, 3), memory=(1, 3)),
+    Case("grouped heads", ("N",), tokens=(2, 2, 3), memory=(2, 2, 1)),
+    Case("shared across a middle dimension", ("N",), tokens=(2, 3, 2), memory=(2, 1, 2), sizes=_sizes(T=5)),
+    Case("tokens shared by memories", ("N",), tokens=(), memory=(3,)),
+    Case("both sides broadcast", ("N",), tokens=(2, 1), memory=(1, 3)),
+    Case("keys shared, mask per stream", ("keys", "slot_mask"), leads={"keys": ()}, give={"slot_mask": "mask_bool"}),
+    Case("keys shared, values per stream", ("keys", "values"), leads={"keys": ()}),
+    Case("keys per stream, values shared", ("keys", "values"), leads={"values": ()}),
+    Case("mask broadcasts", ("slot_mask",), leads={"slot_mask": (1,)}, give={"slot_mask": "mask_float"}),
+    Case("write shared", ("write",), leads={"write": ()}),
+    Case("shared memory, token mask", ("token_mask",), tokens=(3,), memory=(), give={"token_mask": "token_mask"}),
+)
+
+LAYOUTS = (
+    Case("transposed", layout="transposed", quick=True),
+    Case("sliced out of NaN", layout="sliced"),
+    Case("last dimension strided", layout="strided"),
+    Case("expanded with stride 0", layout="expanded"),
+    Case("heads inside tokens", tokens=(2, 3), memory=(2, 3), layout="interleaved"),
+)
+
+MASKS = (
+    Case("bool mask", ("slot_mask",), give={"slot_mask": "mask_bool"}, quick=True),
+    Case("float mask", ("slot_mask",), give={"slot_mask": "mask_float"}, quick=True),
+    Case("mask in the dtype of the query", ("slot_mask",), give={"slot_mask": "mask_lead"}),
+    Case("mask stretched over slots", ("slot_mask",), give={"slot_mask": "mask_stretched"}),
+    Case("poisoned empty slots", ("slot_mask",), _sizes(T=9, N=70, K=32), give={"slot_mask": "mask_empty"}, quick=True),
+    Case("poisoned empty slots, bool", ("slot_mask",), _sizes(N=300), give={"slot_mask": "mask_bool_empty"}),
+    Case("all slots empty", ("slot_mask",), give={"slot_mask": "mask_all_empty"}),
+    Case("one stream empty", ("slot_mask",), give={"slot_mask": "mask_first_empty"}, quick=True),
+    Case("fewer open slots than k", ("slot_mask", "k"), give={"slot_mask": "mask_two_open"}),
+    Case(
+        "large score offset",
+        ("slot_mask", "query"),
+        give={"slot_mask": "mask_offset", "query": "grid", "keys": "grid"},
+        params={"scale": 0.25},
+    ),
+    Case("gates at infinity", ("values", "write", "slot_mask"), give={"slot_mask": "mask_infinite"}),
+    Case("token mask", ("token_mask",), give={"token_mask": "token_mask"}, quick=True),
+    Case("no token writes", ("token_mask",), give={"token_mask": "token_mask_none"}),
+    Case("a part is empty", ("lses",), give={"lses": "lse_empty"}),
+    Case("all parts are empty", ("lses",), give={"lses": "lse_all_empty"}),
+)
+
+VALUES = (
+    Case("content in float32", ("mixed",), _sizes(T=9, N=70, K=32, V=32), mixed=True, quick=True),
+    Case("content in float32, float mask", ("mixed", "slot_mask"), give={"slot_mask": "mask_float"}, mixed=True),
+    Case("explicit scale", ("scale",), params={"scale": 0.7}),
+    Case("negative scale", ("scale",), params={"scale": -0.3}),
+    Case("scale 0", ("scale",), params={"scale": 0.0}),
+    Case("sigmoid gate", ("sigmoid",), params={"sigmoid": True}, quick=True),
+    Case("sigmoid gate, empty slots", ("sigmoid",), give={"slot_mask": "mask_empty"}, params={"sigmoid": True}),
+    Case(
+        "sigmoid gate, saturated",
+        ("sigmoid",),
+        _sizes(K=15),
+        give={"query": "signs", "keys": "signs"},
+        params={"sigmoid": True, "scale": 200.0},
+    ),
+    Case(
+        "gates at 0 and 1",
+        ("values", "write", "query"),
+        _sizes(K=15),
+        give={"query": "signs", "keys": "signs"},
+        params={"scale": 200.0},
+    ),
+    Case(
+        "one slot takes all",
+        ("scale", "query"),
+        _sizes(K=15),
+        give={"query": "signs", "keys": "signs"},
+        params={"scale": 8.0},
+    ),
+    Case(
+        "NaN in one token",
+        ("T",),
+        _sizes(T=9, N=70),
+        give={"query": "nan_token", "weights": "nan_token", "reads": "nan_token"},
+    ),
+    Case("erase 0", ("erase_scale",), params={"erase_scale": 0.0}, quick=True),
+    Case("erase 0.5", ("erase_scale",), params={"erase_scale": 0.5}),
+    Case("erase tensor", ("erase",), give={"erase": "uniform"}, quick=True),
+    Case(
+        "erase tensor, both masks",
+        ("erase",),
+        _sizes(T=19, N=70),
+        give={"erase": "uniform", "slot_mask": "mask_empty", "token_mask": "token_mask"},
+    ),
+    Case("erase tensor, shared memory", ("erase",), tokens=(2, 3), memory=(3,), give={"erase": "uniform"}),
+    Case("erase tensor, float32 content", ("erase",), give={"erase": "uniform"}, mixed=True),
+    Case(
+        "ties",
+        ("k", "query"),
+        _sizes(T=20, N=300, K=4, k=16),
+        give={"query": "integers", "keys": "integers"},
+        params={"scale": 1.0},
+        exact=True,
+        quick=True,
+    ),
+    Case("all scores equal", ("k", "query"), _sizes(T=5, N=1030, k=9), give={"keys": "zeros"}, exact=True),
+    Case(
+        "ties and empty slots",
+        ("k", "query"),
+        _sizes(T=9, N=70, K=4, k=16),
+        params={"scale": 1.0},
+        exact=True,
+        give={"query": "integers", "keys": "integers", "slot_mask": "mask_bool"},
+    ),
+    Case(
+        "scores ascend",
+        ("k", "query"),
+        _sizes(T=3, N=2000, K=1, k=12),
+        tokens=(),
+        memory=(),
+        params={"scale": 1.0},
+        give={"query": "ones", "keys": "ascending"},
+        exact=True,
+        wants=("keys",),
+    ),
+    Case("every index -1", ("indices", "weights", "T", "N"), give={"indices": "index_none"}),
+    Case("every index the same", ("indices", "weights", "T", "N"), _sizes(T=40, k=7), give={"indices": "index_same"}),
+)
+
+GRADIENTS = (
+    Case("gradient of the query only", ("query",), wants=("query",)),
+    Case("gradient of the keys only", ("keys",), wants=("keys",)),
+    Case("gradient of the values only", ("values",), wants=("values",)),
+    Case("gradient of the mask only", ("slot_mask",), give={"slot_mask": "mask_float"}, wants=("slot_mask",)),
+    Case("gradient of the write only", ("write",), wants=("write",)),
+    Case("gradient of the erase only", ("erase",), give={"erase": "uniform"}, wants=("erase",)),
+    Case("gradient through the read only", ("-> read",), cotangents=("read",)),
+    Case("gradient through lse only", ("-> read", "-> lse"), cotangents=("lse",)),
+    Case("gradient through the weights only", ("-> read", "-> weights"), cotangents=("weights",)),
+    Case("gradient through the values only", ("-> retained",), cotangents=("values",)),
+    Case("gradient through retained only", ("-> retained",), cotangents=("retained",)),
+)
+
+CASES = (*SHAPES, *LEADS, *LAYOUTS, *MASKS, *VALUES, *GRADIENTS)
+
+
+def cases(op: Op, *, quick: bool = False) -> list[Case]:
+    """The cases that ``op`` takes."""
+    return [case for case in CASES if case.fits(op) and (case.quick or not quick)]
