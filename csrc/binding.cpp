@@ -1,0 +1,133 @@
+#include "binding.h"
+
+#include <cstring>
+
+namespace mk {
+
+DType dtype_of(const char* op, const char* name, const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return DType::f32;
+    case ScalarType::BFloat16: return DType::bf16;
+    case ScalarType::Half: return DType::f16;
+    case ScalarType::Double: return DType::f64;
+    case ScalarType::Bool: return DType::boolean;
+    case ScalarType::Long: return DType::i64;
+    default: STD_TORCH_CHECK(false, op, ": ", name, " has a dtype without a kernel"); return DType::f32;
+  }
+}
+
+Tensor empty(const Sizes& sizes, ScalarType dtype) {
+  return torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(sizes.data(), sizes.size()), dtype);
+}
+
+int64_t size_at(const char* op, const char* name, const Tensor& t, int64_t d) {
+  const int64_t rank = t.dim();
+  STD_TORCH_CHECK(d < 0 ? -d <= rank : d < rank, op, ": ", name, " has too few dimensions, ", rank);
+  return t.size(d < 0 ? rank + d : d);
+}
+
+const Tensor& Arguments::add(const char* name, const Tensor& t, Side side, std::initializer_list<int64_t> tail) {
+  const int64_t rank = t.dim(), n = int64_t(tail.size());
+  STD_TORCH_CHECK(t.is_cpu(), op_, ": ", name, " must be on the CPU");
+  STD_TORCH_CHECK(rank >= n && rank - n <= kMaxLead, op_, ": ", name, " has ", rank, " dimensions");
+  int64_t d = rank - n;
+  for (int64_t wanted : tail) {
+    STD_TORCH_CHECK(t.size(d) == wanted, op_, ": dimension ", d, " of ", name, " must be ", wanted, ", got ", t.size(d));
+    ++d;
+  }
+  const bool rows = n == 0 || t.size(rank - 1) <= 1 || t.stride(rank - 1) == 1;
+  items_.push_back({name, rows ? t : torch::stable::contiguous(t), side, int(n)});
+  return items_.back().tensor;
+}
+
+void Arguments::floats(std::initializer_list<const Tensor*> tensors) const {
+  int singles = 0, doubles = 0;
+  for (const Tensor* t : tensors) {
+    if (t == nullptr) continue;
+    const DType d = dtype_of(op_, "a tensor", *t);
+    STD_TORCH_CHECK(d <= DType::f64, op_, ": an argument that must be a float tensor is not");
+    ++(d == DType::f64 ? doubles : singles);
+  }
+  STD_TORCH_CHECK(singles == 0 || doubles == 0, op_, ": float64 does not mix with other dtypes");
+}
+
+void Arguments::mask(const Tensor* mask, const Tensor& like) const {
+  if (mask != nullptr && mask->scalar_type() != ScalarType::Bool) floats({mask, &like});
+}
+
+const Lead& Arguments::lead() {
+  if (ready_) return lead_;
+  ready_ = true;
+  int64_t whole[kMaxLead];
+  for (int d = 0; d < kMaxLead; ++d) whole[d] = memory_[d] = 1;  // aligned at the end
+  for (const Item& item : items_) {
+    const int rank = int(item.tensor.dim()) - item.tail;
+    lead_.rank = int(most(lead_.rank, rank));
+    if (item.side == Side::memory) memory_rank_ = int(most(memory_rank_, rank));
+    for (int d = 0; d < rank; ++d) {
+      const int64_t size = item.tensor.size(d);
+      const int at = kMaxLead - rank + d;
+      STD_TORCH_CHECK(size == whole[at] || size == 1 || whole[at] == 1, op_, ": leading dimension ", d, " of ", item.name,
+                      " is ", size, " and does not broadcast to ", whole[at]);
+      if (size != 1) whole[at] = size;
+      if (item.side == Side::memory && size != 1) memory_[at] = size;
+    }
+  }
+  for (int d = 0; d < lead_.rank; ++d) {
+    const int at = kMaxLead - lead_.rank + d;
+    lead_.size[d] = whole[at];
+    lead_.shared[d] = memory_[at] == 1 && whole[at] != 1;
+  }
+  return lead_;
+}
+
+Sizes Arguments::sizes(Side side, std::initializer_list<int64_t> tail) {
+  lead();
+  Sizes out;
+  if (side == Side::memory) {
+    out.assign(memory_ + kMaxLead - memory_rank_, memory_ + kMaxLead);
+  } else {
+    out.assign(lead_.size, lead_.size + lead_.rank);
+  }
+  out.insert(out.end(), tail);
+  return out;
+}
+
+View Arguments::view(const Tensor& t, int tail) const {
+  View v;
+  v.dtype = dtype_of(op_, "a tensor", t);
+  const int64_t item = size_of(v.dtype);
+  const int rank = int(t.dim()), lead = rank - tail;
+  v.data = static_cast<char*>(t.data_ptr());
+  static char none[64];
+  if (v.data == nullptr) v.data = none;  // an empty tensor is still an argument that was given
+  const auto strides = t.strides();
+  const auto sizes = t.sizes();
+  v.row = tail == 0 ? 0 : strides[size_t(lead)] * item;
+  for (int d = 0; d < lead; ++d) {
+    v.lead[lead_.rank - lead + d] = sizes[size_t(d)] == 1 ? 0 : strides[size_t(d)] * item;
+  }
+  return v;
+}
+
+Gradient::Gradient(const Arguments& args, const Tensor* argument, bool wanted, int tail) {
+  if (argument == nullptr || !wanted) return;
+  dtype_ = argument->scalar_type();
+  Sizes sizes;
+  for (int64_t s : argument->sizes()) sizes.push_back(s);
+  sum_ = empty(sizes, stats_type(dtype_));
+  view_ = args.view(*sum_, tail);
+}
+
+void Gradient::zero() {
+  if (sum_.has_value()) {
+    std::memset(sum_->data_ptr(), 0, size_t(sum_->numel()) * (sum_->scalar_type() == ScalarType::Double ? 8 : 4));
+  }
+}
+
+Tensor Gradient::result() const {
+  if (!sum_.has_value()) return nothing();
+  return sum_->scalar_type() == dtype_ ? *sum_ : torch::stable::to(*sum_, dtype_);
+}
+
+}  // namespace mk

@@ -1,0 +1,94 @@
+// From torch tensors to kernel parameters: guards, leading dimensions, allocation. The only file that knows both worlds.
+//
+// The guards here protect memory whoever calls the operator; the friendly sentences are Python's (memkernels/spec.py).
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <initializer_list>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "common/isa.h"
+#include "common/view.h"
+
+namespace mk {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Sizes = std::vector<int64_t>;
+
+enum class Side { tokens, memory };
+
+DType dtype_of(const char* op, const char* name, const Tensor& t);
+
+// A fresh, uninitialised CPU tensor.
+Tensor empty(const Sizes& sizes, ScalarType dtype);
+inline Tensor nothing() { return empty({0}, ScalarType::Float); }
+inline ScalarType stats_type(ScalarType t) { return t == ScalarType::Double ? t : ScalarType::Float; }
+
+// The tensor arguments of one call. Add them all, call lead(), then view() them and results.
+class Arguments {
+ public:
+  explicit Arguments(const char* op) : op_(op) {}
+
+  // A tensor whose trailing dimensions must be `tail`. Returns it with a contiguous last dimension.
+  const Tensor& add(const char* name, const Tensor& t, Side side, std::initializer_list<int64_t> tail);
+  const Tensor* add(const char* name, const std::optional<Tensor>& t, Side side, std::initializer_list<int64_t> tail) {
+    return t.has_value() ? &add(name, *t, side, tail) : nullptr;
+  }
+
+  void reserve(size_t n) { items_.reserve(n); }  // pointers that add() returns stay valid up to n arguments
+
+  // All given tensors are float32, bfloat16 or float16, or all are float64.
+  void floats(std::initializer_list<const Tensor*> tensors) const;
+  // A mask is bool, or float as `like` allows.
+  void mask(const Tensor* mask, const Tensor& like) const;
+
+  const Lead& lead();
+  // Sizes of a result: leading dimensions (those of the memory alone for Side::memory), then `tail`.
+  Sizes sizes(Side side, std::initializer_list<int64_t> tail);
+  // `tail` trailing dimensions: 2 for rows, 1 for numbers.
+  View view(const Tensor& t, int tail) const;
+  View view(const Tensor* t, int tail) const { return t == nullptr ? View{} : view(*t, tail); }
+  void require(bool holds, const char* what) const { STD_TORCH_CHECK(holds, op_, ": ", what); }
+  const char* op() const { return op_; }
+
+ private:
+  struct Item {
+    const char* name;
+    Tensor tensor;
+    Side side;
+    int tail;
+  };
+  const char* op_;
+  std::vector<Item> items_;
+  Lead lead_;
+  int64_t memory_[kMaxLead];
+  int memory_rank_ = 0;
+  bool ready_ = false;
+};
+
+// The size of dimension `d` (negative: from the end) of a tensor that may have too few.
+int64_t size_at(const char* op, const char* name, const Tensor& t, int64_t d);
+
+// A gradient kept in float: accumulated by kernels, then handed out in the dtype of its argument.
+class Gradient {
+ public:
+  // wanted: else it stays empty and has no view.
+  Gradient(const Arguments& args, const Tensor* argument, bool wanted, int tail);
+  View view() const { return view_; }
+  // Contents are still undefined and the kernel will not run: make them zero.
+  void zero();
+  Tensor result() const;
+
+ private:
+  std::optional<Tensor> sum_;
+  ScalarType dtype_ = ScalarType::Float;
+  View view_;
+};
+
+}  // namespace mk

@@ -1,0 +1,32 @@
+// The instruction sets a kernel is compiled for, and the choice between them at run time.
+//
+// Every kernel source is compiled once per instruction set into the namespace mk::<isa>. A kernel header declares its entry
+// points with MK_DECLARE; the binding calls them through MK_CALL, which takes the set that isa() names.
+#pragma once
+
+#include <cstdint>
+
+namespace mk {
+
+enum class Isa : int64_t { baseline = 0, avx2 = 1, avx512 = 2 };
+
+// The set in use: the best one this processor has, or the one named by MEMKERNELS_CPU_ISA. Throws std::runtime_error when
+// that name is unknown or the processor lacks it.
+Isa isa();
+
+}  // namespace mk
+
+#ifdef MK_HAVE_avx2
+#define MK_DECLARE(signature)                                     \
+  namespace mk::baseline { signature; }                           \
+  namespace mk::avx2 { signature; }                               \
+  namespace mk::avx512 { signature; }
+#define MK_CALL(function, ...)                                               \
+  (mk::isa() == mk::Isa::avx512  ? mk::avx512::function(__VA_ARGS__)         \
+   : mk::isa() == mk::Isa::avx2  ? mk::avx2::function(__VA_ARGS__)           \
+                                 : mk::baseline::function(__VA_ARGS__))
+#else
+#define MK_DECLARE(signature) \
+  namespace mk::baseline { signature; }
+#define MK_CALL(function, ...) (mk::baseline::function(__VA_ARGS__))
+#endif

@@ -1,0 +1,45 @@
+// Tasks over threads. What a task computes never depends on which thread runs it or on how many there are, so results are the
+// same bits for any number of threads. Tasks are handed out in increasing order, one at a time, whoever is free.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <type_traits>
+#include <utility>
+
+namespace mk {
+
+using TaskFunction = void (*)(void* context, int64_t task, char* scratch);
+
+// Run function(context, task, scratch) for every task in [0, tasks); scratch is 64-byte aligned memory of the running
+// thread. Supplied by the program that links the kernels: the operator library uses torch's threads.
+void run_tasks(int64_t tasks, size_t scratch_bytes, void* context, TaskFunction function);
+
+// The same on the calling thread alone.
+void run_tasks_here(int64_t tasks, size_t scratch_bytes, void* context, TaskFunction function);
+
+template <class Body>
+void parallel(int64_t tasks, size_t scratch_bytes, Body&& body) {
+  using Plain = std::remove_reference_t<Body>;
+  run_tasks(tasks, scratch_bytes, const_cast<std::remove_const_t<Plain>*>(&body),
+            [](void* context, int64_t task, char* scratch) { (*static_cast<Plain*>(context))(task, scratch); });
+}
+
+// Hands out consecutive, 64-byte aligned pieces of a thread's scratch memory. With no memory behind it, it measures.
+class Arena {
+ public:
+  explicit Arena(char* base = nullptr) : base_(base) {}
+  template <class T>
+  T* take(int64_t count) {
+    char* p = base_ + used_;
+    used_ += (size_t(count) * sizeof(T) + 63) / 64 * 64;
+    return base_ == nullptr ? nullptr : reinterpret_cast<T*>(p);
+  }
+  size_t used() const { return used_; }
+
+ private:
+  char* base_;
+  size_t used_ = 0;
+};
+
+}  // namespace mk

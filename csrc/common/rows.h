@@ -1,0 +1,114 @@
+// Rows of any dtype to and from the type a kernel computes in.
+#pragma once
+
+#include "common/simd.h"
+#include "common/view.h"
+
+namespace mk::MK_ISA {
+
+MK_INLINE float from_bits(uint32_t u) {
+  float f;
+  std::memcpy(&f, &u, 4);
+  return f;
+}
+MK_INLINE uint32_t to_bits(float f) {
+  uint32_t u;
+  std::memcpy(&u, &f, 4);
+  return u;
+}
+
+inline float half_to_float(uint16_t h) {
+  const uint32_t sign = uint32_t(h & 0x8000) << 16, rest = h & 0x7fff;
+  if (rest >= 0x7c00) return from_bits(sign | 0x7f800000 | (rest & 0x3ff) << 13);
+  if (rest < 0x0400) {  // zero and denormals: rest * 2^-24
+    float f = float(rest) * 5.9604644775390625e-08f;
+    return from_bits(sign | to_bits(f));
+  }
+  return from_bits(sign | ((rest << 13) + 0x38000000));
+}
+inline uint16_t float_to_half(float f) {
+  const uint32_t u = to_bits(f), sign = u >> 16 & 0x8000, rest = u & 0x7fffffff;
+  if (rest > 0x7f800000) return uint16_t(sign | 0x7e00);
+  if (rest >= 0x47800000) return uint16_t(sign | 0x7c00);
+  if (rest < 0x38800000) {  // below the smallest normal: the addition rounds to a multiple of 2^-24
+    return uint16_t(sign | (to_bits(from_bits(rest) + 0.5f) - 0x3f000000));
+  }
+  return uint16_t(sign | (rest + 0xfff + (rest >> 13 & 1) - 0x38000000) >> 13);
+}
+MK_INLINE uint16_t float_to_bf16(float f) {
+  const uint32_t u = to_bits(f);
+  const uint32_t rounded = (u + 0x7fff + (u >> 16 & 1)) >> 16;
+  return uint16_t((u & 0x7fffffff) > 0x7f800000 ? (u >> 16 | 0x40) : rounded);
+}
+
+// dst[0..n) = src[0..n)
+template <class F>
+inline void read_row(const char* src, DType dtype, int64_t n, F* __restrict dst) {
+  if constexpr (sizeof(F) == 8) {
+    std::memcpy(dst, src, size_t(n) * 8);
+  } else if (dtype == DType::f32) {
+    std::memcpy(dst, src, size_t(n) * 4);
+  } else if (dtype == DType::bf16) {
+    const auto* p = reinterpret_cast<const uint16_t*>(src);
+    for (int64_t i = 0; i < n; ++i) dst[i] = from_bits(uint32_t(p[i]) << 16);
+  } else {
+    const auto* p = reinterpret_cast<const uint16_t*>(src);
+    int64_t i = 0;
+#if defined(__AVX2__)
+    for (; i + 8 <= n; i += 8) {
+      _mm256_storeu_ps(dst + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + i))));
+    }
+#endif
+    for (; i < n; ++i) dst[i] = half_to_float(p[i]);
+  }
+}
+
+template <class F>
+inline void write_row(const F* __restrict src, int64_t n, DType dtype, char* dst) {
+  if constexpr (sizeof(F) == 8) {
+    std::memcpy(dst, src, size_t(n) * 8);
+  } else if (dtype == DType::f32) {
+    std::memcpy(dst, src, size_t(n) * 4);
+  } else if (dtype == DType::bf16) {
+    auto* p = reinterpret_cast<uint16_t*>(dst);
+    for (int64_t i = 0; i < n; ++i) p[i] = float_to_bf16(src[i]);
+  } else {
+    auto* p = reinterpret_cast<uint16_t*>(dst);
+    int64_t i = 0;
+#if defined(__AVX2__)
+    for (; i + 8 <= n; i += 8) {
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(p + i),
+                       _mm256_cvtps_ph(_mm256_loadu_ps(src + i), _MM_FROUND_TO_NEAREST_INT));
+    }
+#endif
+    for (; i < n; ++i) p[i] = float_to_half(src[i]);
+  }
+}
+
+// The same row as F, used where it lies when it already is one.
+template <class F>
+inline const F* row_as(const char* src, DType dtype, int64_t n, F* buffer) {
+  if ((sizeof(F) == 4) == (dtype == DType::f32)) {
+    if (sizeof(F) == 4 || dtype == DType::f64) return reinterpret_cast<const F*>(src);
+  }
+  read_row<F>(src, dtype, n, buffer);
+  return buffer;
+}
+
+template <class F>
+constexpr DType kOwn = sizeof(F) == 4 ? DType::f32 : DType::f64;
+
+// out[c * ld + r] = factor * row_r[c]: rows become lanes. Rows count to next multiple of the register width; the rest is 0.
+template <class F, class Row>
+inline void pack_lanes(int64_t rows, int64_t lanes, int64_t cols, F factor, F* buffer, F* out, Row&& row) {
+  for (int64_t r = 0; r < lanes; ++r) {
+    if (r < rows) {
+      const F* p = row(r, buffer);
+      for (int64_t c = 0; c < cols; ++c) out[c * lanes + r] = factor * p[c];
+    } else {
+      for (int64_t c = 0; c < cols; ++c) out[c * lanes + r] = 0;
+    }
+  }
+}
+
+}  // namespace mk::MK_ISA

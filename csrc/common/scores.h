@@ -1,0 +1,110 @@
+// Score tiles, in units of log2: s2[t, i] = log2(e) * (scale <q_t, k_i> + mask_i). Queries are packed with scale * log2(e) in them.
+#pragma once
+
+#include <new>
+
+#include "common/slots.h"
+#include "cpu/gemm.h"
+
+namespace mk::MK_ISA {
+
+constexpr int64_t kSlotBlock = 96;  // 96 x 64 floats = 24 KiB: a tile of scores stays in L1 beside the packed queries
+template <class F>
+constexpr int64_t kTokenTile = 256 / int64_t(sizeof(F));  // 64 floats: four AVX-512 registers of tokens
+
+// Below this many tokens half the lanes of a token register would idle: lanes run along slots instead.
+template <class F>
+MK_INLINE bool few_tokens(int64_t tokens) {
+  return tokens <= kLanes<F> / 2;
+}
+
+// q[c][lane] = factor * query_{t0 + lane}[c], zero in the lanes past n.
+template <class F>
+inline void pack_query(const TokenRows& query, int64_t t0, int64_t n, int64_t L, int64_t K, F factor, F* row, F* q) {
+  pack_lanes<F>(n, L, K, factor, row, q,
+                [&](int64_t t, F* buffer) { return row_as<F>(query.row(t0 + t), query.dtype, K, buffer); });
+}
+
+// q[t][c] = factor * query_{t0 + t}[c], rows padded with zeros to whole registers.
+template <class F>
+inline void rows_query(const TokenRows& query, int64_t t0, int64_t n, int64_t K, F factor, F* q) {
+  const int64_t KP = Slots<F>::padded(K);
+  for (int64_t t = 0; t < n; ++t, q += KP) {
+    read_row<F>(query.row(t0 + t), query.dtype, K, q);
+    for (int64_t c = 0; c < K; ++c) q[c] *= factor;
+    for (int64_t c = K; c < KP; ++c) q[c] = 0;
+  }
+}
+
+// S[slot][lane], lanes are tokens: S = keys * q + mask.
+template <class F>
+inline void score_columns(const SlotBlock<F>& block, int64_t K, const F* q, int64_t L, F* S) {
+  gemm(Gemm<F>{block.n, L, K, block.keys, block.ks, 1, q, L, S, L, false});
+  if (block.mask == nullptr) return;
+  for (int64_t r = 0; r < block.n; ++r) {
+    const Vec<F> m = fill<F>(block.mask[r]);
+    for (int64_t j = 0; j < L; j += kLanes<F>) store<F>(S + r * L + j, load<F>(S + r * L + j) + m);
+  }
+}
+
+// out[t][slot] = <rows_slot, x_t>, lanes are slots, padded to whole registers with `rest`; x has padded rows.
+template <class F>
+inline void dot_rows(int64_t slots, const F* rows, int64_t stride, int64_t width, const F* x, int64_t n, F rest, F* out,
+                     int64_t ld) {
+  constexpr int W = kLanes<F>;
+  const int64_t padded = Slots<F>::padded(width);
+  for (int64_t r = 0; r < slots; r += W) {
+    const int64_t live = least(W, slots - r);
+    for (int64_t t = 0; t < n; ++t) {
+      Vec<F> acc[W];
+      for (int i = 0; i < W; ++i) acc[i] = fill<F>(0);
+      const F* p = rows + r * stride;
+      const F* y = x + t * padded;
+      if (live == W) {
+        for (int64_t c = 0; c < padded; c += W) {
+          const Vec<F> yv = load<F>(y + c);
+#pragma GCC unroll 16
+          for (int i = 0; i < W; ++i) acc[i] += load<F>(p + i * stride + c) * yv;
+        }
+      } else {
+        for (int64_t i = 0; i < live; ++i) {
+          Vec<F> a = fill<F>(0);
+          for (int64_t c = 0; c < padded; c += W) a += load<F>(p + i * stride + c) * load<F>(y + c);
+          acc[i] = a;
+        }
+      }
+      Vec<F> s = sums<F>(acc);
+      store<F>(out + t * ld + r, s);
+      for (int64_t i = live; i < W; ++i) out[t * ld + r + i] = rest;
+    }
+  }
+}
+
+// S[t][slot], lanes are slots (padded with -inf), rows of kSlotBlock. Needs padded key rows.
+template <class F>
+inline void score_rows(const SlotBlock<F>& block, int64_t K, const F* q, int64_t n, F* S) {
+  dot_rows<F>(block.n, block.keys, block.ks, K, q, n, -kInf<F>, S, kSlotBlock);
+  if (block.mask == nullptr) return;
+  for (int64_t t = 0; t < n; ++t) {
+    for (int64_t r = 0; r < block.n; ++r) S[t * kSlotBlock + r] += block.mask[r];
+  }
+}
+
+// Memory for results that wait between passes of one call.
+template <class F>
+class Buffer {
+ public:
+  explicit Buffer(int64_t count)
+      : data_(count > 0 ? static_cast<F*>(::operator new(size_t(count) * sizeof(F), std::align_val_t(64))) : nullptr) {}
+  ~Buffer() {
+    if (data_ != nullptr) ::operator delete(data_, std::align_val_t(64));
+  }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  F* data() { return data_; }
+
+ private:
+  F* data_;
+};
+
+}  // namespace mk::MK_ISA

@@ -1,0 +1,107 @@
+// Blocks of slots as rows of F. Hides dtype and padding, and leaves out empty slots (mask -inf): what lies in an empty slot is
+// never looked at, and a mostly empty memory costs only what is in it.
+#pragma once
+
+#include "common/rows.h"
+
+namespace mk::MK_ISA {
+
+template <class F>
+struct SlotBlock {
+  int64_t n = 0;        // slots in it that may be addressed
+  const F* keys = nullptr;
+  int64_t ks = 0;       // elements from row to row
+  const F* values = nullptr;
+  int64_t vs = 0;
+  const F* mask = nullptr;        // added to scores, in units of log2; null: none
+  const int32_t* which = nullptr; // which[j]: place of row j in the block; null: place j
+
+  int64_t place(int64_t j) const { return which == nullptr ? j : which[j]; }
+};
+
+// The slots of one batch. `pad`: rows are readable in whole registers (zeros behind the end).
+template <class F>
+class Slots {
+ public:
+  Slots(const View& keys, const View& values, const View& mask, const Lead& lead, int64_t batch, int64_t K, int64_t V,
+        bool pad)
+      : K_(K), V_(V), keys_(rows(keys, lead, batch)), values_(rows(values, lead, batch)), pad_(pad) {
+    if (mask) mask_ = mask.batch(lead, batch), mask_dtype_ = mask.dtype;
+  }
+
+  struct Buffers {
+    F *keys, *values, *mask;
+    int32_t* which;
+  };
+  static Buffers buffers(Arena& arena, int64_t block, int64_t K, int64_t V) {
+    return {arena.take<F>(block * padded(K)), arena.take<F>(block * padded(V)), arena.take<F>(block),
+            arena.take<int32_t>(block)};
+  }
+  static int64_t padded(int64_t width) { return round_up(width, kLanes<F>); }
+
+  // Slots [first, first + count), count at most the block size of the buffers.
+  SlotBlock<F> load(int64_t first, int64_t count, const Buffers& b) const {
+    SlotBlock<F> block;
+    block.n = count;
+    if (mask_ != nullptr) {
+      int64_t n = 0;
+      for (int64_t i = 0; i < count; ++i) {
+        const F m = mask_at(first + i);
+        if (m == -kInf<F>) continue;
+        b.mask[n] = m * F(kLog2e);
+        b.which[n++] = int32_t(i);
+      }
+      block.n = n;
+      block.mask = mask_dtype_ == DType::boolean ? nullptr : b.mask;
+      block.which = n == count ? nullptr : b.which;
+    }
+    fetch(keys_, K_, first, block, b.keys, block.keys, block.ks);
+    if (values_.base != nullptr) fetch(values_, V_, first, block, b.values, block.values, block.vs);
+    return block;
+  }
+
+ private:
+  struct Source {
+    const char* base = nullptr;
+    DType dtype = DType::f32;
+    int64_t stride = 0;
+  };
+  static Source rows(const View& v, const Lead& lead, int64_t batch) {
+    return v ? Source{v.batch(lead, batch), v.dtype, v.row} : Source{};
+  }
+  F mask_at(int64_t i) const {
+    switch (mask_dtype_) {
+      case DType::boolean: return mask_[i] != 0 ? F(0) : -kInf<F>;
+      default: {
+        F m;
+        read_row<F>(mask_ + i * size_of(mask_dtype_), mask_dtype_, 1, &m);
+        return m;
+      }
+    }
+  }
+  void fetch(const Source& s, int64_t width, int64_t first, const SlotBlock<F>& block, F* buffer, const F*& out,
+             int64_t& stride) const {
+    const int64_t item = int64_t(sizeof(F));
+    const bool whole = !pad_ || width % kLanes<F> == 0;
+    if (s.dtype == kOwn<F> && block.which == nullptr && whole && s.stride % item == 0) {
+      out = reinterpret_cast<const F*>(s.base + first * s.stride);
+      stride = s.stride / item;
+      return;
+    }
+    stride = padded(width);
+    for (int64_t j = 0; j < block.n; ++j) {
+      F* row = buffer + j * stride;
+      read_row<F>(s.base + (first + block.place(j)) * s.stride, s.dtype, width, row);
+      for (int64_t c = width; c < stride; ++c) row[c] = 0;
+    }
+    out = buffer;
+  }
+
+  int64_t K_, V_;
+  Source keys_, values_;
+  const char* mask_ = nullptr;
+  DType mask_dtype_ = DType::f32;
+  bool pad_;
+};
+
+}  // namespace mk::MK_ISA

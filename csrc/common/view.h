@@ -1,0 +1,100 @@
+// Tensors as kernels see them: raw pointers, byte strides, and leading dimensions that broadcast.
+//
+// All tensors of one call share a list of leading dimensions (Lead). A tensor has stride 0 where it is broadcast. A dimension
+// that no memory tensor has is `shared`: its tokens are folded into T, row-major. The others count the batches, each a memory
+// of its own.
+#pragma once
+
+#include <cstdint>
+
+namespace mk {
+
+enum class DType : int8_t { f32, bf16, f16, f64, boolean, i64 };
+
+inline int64_t size_of(DType d) {
+  switch (d) {
+    case DType::f32: return 4;
+    case DType::bf16:
+    case DType::f16: return 2;
+    case DType::boolean: return 1;
+    default: return 8;
+  }
+}
+
+constexpr int kMaxLead = 12;
+
+struct Lead {
+  int rank = 0;
+  int64_t size[kMaxLead];
+  bool shared[kMaxLead];
+
+  int64_t batches() const { return product(false); }
+  int64_t folded() const { return product(true); }  // token rows per batch = folded() * T
+
+ private:
+  int64_t product(bool which) const {
+    int64_t n = 1;
+    for (int d = 0; d < rank; ++d) n *= shared[d] == which ? size[d] : 1;
+    return n;
+  }
+};
+
+// A tensor [lead..., rows, cols] (or [lead..., rows]); the last dimension is contiguous.
+struct View {
+  char* data = nullptr;  // null: the argument was not given
+  DType dtype = DType::f32;
+  int64_t row = 0;             // bytes from row to row
+  int64_t lead[kMaxLead] = {}; // bytes per leading dimension, 0 where broadcast
+
+  explicit operator bool() const { return data != nullptr; }
+
+  // Where batch `b` begins.
+  char* batch(const Lead& l, int64_t b) const {
+    char* p = data;
+    for (int d = l.rank - 1; d >= 0; --d) {
+      if (l.shared[d]) continue;
+      p += b % l.size[d] * lead[d];
+      b /= l.size[d];
+    }
+    return p;
+  }
+};
+
+// The token rows of one batch, folded: row(t) for t in [0, folded * T).
+struct TokenRows {
+  char* base = nullptr;
+  DType dtype = DType::f32;
+  int64_t stride = 0, T = 1;
+  int folds = 0;
+  int64_t fold_size[kMaxLead], fold_stride[kMaxLead];
+
+  TokenRows() = default;
+  TokenRows(const View& v, const Lead& l, int64_t b, int64_t tokens) : dtype(v.dtype), stride(v.row), T(tokens) {
+    if (!v) return;
+    base = v.batch(l, b);
+    for (int d = l.rank - 1; d >= 0; --d) {
+      if (!l.shared[d] || l.size[d] == 1) continue;
+      fold_size[folds] = l.size[d];
+      fold_stride[folds++] = v.lead[d];
+    }
+  }
+  explicit operator bool() const { return base != nullptr; }
+
+  char* row(int64_t t) const {
+    if (folds == 0) return base + t * stride;
+    char* p = base + t % T * stride;
+    t /= T;
+    for (int f = 0; f < folds; ++f) {
+      p += t % fold_size[f] * fold_stride[f];
+      t /= fold_size[f];
+    }
+    return p;
+  }
+};
+
+inline int64_t round_up(int64_t n, int64_t m) { return (n + m - 1) / m * m; }
+inline int64_t div_up(int64_t n, int64_t m) { return (n + m - 1) / m; }
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
+}  // namespace mk

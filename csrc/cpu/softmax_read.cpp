@@ -1,0 +1,220 @@
+// softmax_read forward:  r_t = sum_i p[t, i] v_i,  p = softmax(s),  s[t, i] = scale <q_t, k_i> + mask_i
+//
+// Blocks of slots stream past a tile of tokens with a running maximum m, sum l and accumulator (online softmax). Scores are kept
+// in units of log2, so the exponential is exp2 and log2(e) is folded into the packed queries.
+//
+// Many tokens (`columns`): lanes are tokens. One tile of up to 64 tokens is packed once, [K][lanes]; the scores S[slot][lane], the
+// maximum, the sum and the read [V][lane] then need no shuffle at all, and keys and values are broadcast from where they lie:
+// both products are gemm() on unpacked memory. A block of 96 slots keeps S in L1. 4 K V-sized operations per byte of memory
+// read 64-fold: bound by multiply-adds.
+// Few tokens (`rows`): lanes are slots for the scores (dot products, summed 16 rows at a time) and value columns for the read. Every
+// key and value is read once: bound by bandwidth.
+//
+// In both, N is cut into ranges whose number depends on shapes alone; (m, l, acc) of the ranges merge in order, so the bits do
+// not depend on threads.
+#include "cpu/softmax_read.h"
+
+#include "common/parallel.h"
+#include "common/scores.h"
+
+namespace mk::MK_ISA {
+namespace {
+
+constexpr int64_t kTasks = 64;       // ranges of slots are cut until there are this many tasks
+constexpr int64_t kLeastSlots = 1024; // but no range is smaller
+
+// A reference for exponents that is only moved when a score exceeds it by more than 2^8: rescaling is rare, sums stay finite.
+constexpr int kSlack = 8;
+
+struct Plan {
+  int64_t batches, tokens, tile, tiles, ranges, range;
+};
+
+template <class F>
+Plan plan(const SoftmaxRead& p) {
+  Plan s;
+  s.batches = p.lead.batches();
+  s.tokens = p.lead.folded() * p.T;
+  s.tile = few_tokens<F>(s.tokens) ? most(s.tokens, 1) : kTokenTile<F>;
+  s.tiles = div_up(s.tokens, s.tile);
+  const int64_t tasks = most(s.batches * s.tiles, 1);
+  s.ranges = most(1, least(div_up(kTasks, tasks), p.N / kLeastSlots));
+  s.range = round_up(div_up(most(p.N, 1), s.ranges), kSlotBlock);
+  s.ranges = div_up(most(p.N, 1), s.range);
+  return s;
+}
+
+// Result of one tile over one range: m, l [lanes] and acc, either [V][lanes] or [tokens][padded V].
+template <class F>
+struct Partial {
+  F *m, *l, *acc;
+};
+
+template <class F>
+void columns(const SoftmaxRead& p, const Slots<F>& slots, const TokenRows& query, int64_t t0, int64_t n, int64_t lo,
+             int64_t hi, Partial<F> out, Arena arena) {
+  constexpr int W = kLanes<F>;
+  const int64_t L = round_up(n, W);
+  F* q = arena.take<F>(p.K * L);
+  F* S = arena.take<F>(kSlotBlock * L);
+  F* row = arena.take<F>(p.K);
+  const auto buffers = Slots<F>::buffers(arena, kSlotBlock, p.K, p.V);
+  pack_query(query, t0, n, L, p.K, F(p.scale * kLog2e), row, q);
+  for (int64_t j = 0; j < L; ++j) out.m[j] = -kInf<F>, out.l[j] = 0;
+  std::memset(out.acc, 0, size_t(p.V * L) * sizeof(F));
+
+  for (int64_t i = lo; i < hi; i += kSlotBlock) {
+    const SlotBlock<F> block = slots.load(i, least(kSlotBlock, hi - i), buffers);
+    if (block.n == 0) continue;
+    score_columns(block, p.K, q, L, S);
+    for (int64_t j = 0; j < L; j += W) {
+      F* s = S + j;
+      Vec<F> top = load<F>(s);
+      for (int64_t r = 1; r < block.n; ++r) top = max<F>(load<F>(s + r * L), top);
+      Vec<F> m = load<F>(out.m + j), l = load<F>(out.l + j);
+      if (any<F>(top > m + F(kSlack))) {
+        const Vec<F> moved = max<F>(top, m);
+        const Vec<F> zero = fill<F>(0);
+        // Where m is -inf nothing has been summed yet, and -inf - -inf must not become NaN.
+        const Vec<F> factor = m == -kInf<F> ? zero : exp2<F>(m - moved);
+        l *= factor;
+        for (int64_t v = 0; v < p.V; ++v) store<F>(out.acc + v * L + j, load<F>(out.acc + v * L + j) * factor);
+        m = moved;
+        store<F>(out.m + j, m);
+      }
+      const Vec<F> base = m == -kInf<F> ? fill<F>(0) : m;
+      for (int64_t r = 0; r < block.n; ++r) {
+        const Vec<F> e = exp2<F>(load<F>(s + r * L) - base);
+        l += e;
+        store<F>(s + r * L, e);
+      }
+      store<F>(out.l + j, l);
+    }
+    gemm({p.V, L, block.n, block.values, 1, block.vs, S, L, out.acc, L, true});
+  }
+}
+
+template <class F>
+void rows(const SoftmaxRead& p, const Slots<F>& slots, const TokenRows& query, int64_t n, int64_t lo, int64_t hi,
+          Partial<F> out, Arena arena) {
+  constexpr int W = kLanes<F>;
+  const int64_t KP = Slots<F>::padded(p.K), VP = Slots<F>::padded(p.V);
+  F* q = arena.take<F>(n * KP);
+  F* S = arena.take<F>(n * kSlotBlock);
+  const auto buffers = Slots<F>::buffers(arena, kSlotBlock, p.K, p.V);
+  rows_query(query, 0, n, p.K, F(p.scale * kLog2e), q);
+  for (int64_t t = 0; t < n; ++t) out.m[t] = -kInf<F>, out.l[t] = 0;
+  std::memset(out.acc, 0, size_t(n * VP) * sizeof(F));
+
+  for (int64_t i = lo; i < hi; i += kSlotBlock) {
+    const SlotBlock<F> block = slots.load(i, least(kSlotBlock, hi - i), buffers);
+    if (block.n == 0) continue;
+    score_rows(block, p.K, q, n, S);
+    const int64_t padded = round_up(block.n, W);
+    for (int64_t t = 0; t < n; ++t) {
+      F* s = S + t * kSlotBlock;
+      Vec<F> tops = load<F>(s);
+      for (int64_t r = W; r < padded; r += W) tops = max<F>(load<F>(s + r), tops);
+      const F top = largest<F>(tops);
+      if (top > out.m[t] + F(kSlack)) {
+        const F factor = out.m[t] == -kInf<F> ? F(0) : std::exp2(out.m[t] - top);
+        out.l[t] *= factor;
+        for (int64_t v = 0; v < VP; ++v) out.acc[t * VP + v] *= factor;
+        out.m[t] = top;
+      }
+      const Vec<F> base = fill<F>(out.m[t] == -kInf<F> ? F(0) : out.m[t]);
+      Vec<F> l = fill<F>(0);
+      for (int64_t r = 0; r < padded; r += W) {
+        const Vec<F> e = exp2<F>(load<F>(s + r) - base);
+        l += e;
+        store<F>(s + r, e);
+      }
+      out.l[t] += sum<F>(l);
+    }
+    gemm({n, VP, block.n, S, kSlotBlock, 1, block.values, block.vs, out.acc, VP, true});
+  }
+}
+
+// Sums the ranges of one token in order and writes it. acc of range r at parts[r].acc + v * stride.
+template <class F>
+void finish(const SoftmaxRead& p, const Partial<F>* parts, int64_t ranges, int64_t lane, int64_t at, int64_t stride,
+            char* read, char* lse, F* row) {
+  F m = -kInf<F>;
+  for (int64_t r = 0; r < ranges; ++r) m = parts[r].m[lane] > m ? parts[r].m[lane] : m;
+  F l = 0;
+  for (int64_t v = 0; v < p.V; ++v) row[v] = 0;
+  for (int64_t r = 0; r < ranges; ++r) {
+    const F mr = parts[r].m[lane];
+    // A NaN score never enters the maximum: such a part counts whole, so that the NaN arrives.
+    const F w = mr == m ? F(1) : mr == -kInf<F> ? (parts[r].l[lane] == parts[r].l[lane] ? F(0) : F(1)) : std::exp2(mr - m);
+    if (w == 0) continue;
+    l += w * parts[r].l[lane];
+    for (int64_t v = 0; v < p.V; ++v) row[v] += w * parts[r].acc[at + v * stride];
+  }
+  const F inverse = l == 0 ? F(0) : F(1) / l;
+  for (int64_t v = 0; v < p.V; ++v) row[v] *= inverse;
+  if (read != nullptr) write_row<F>(row, p.V, p.read.dtype, read);
+  const F base = m == -kInf<F> ? F(0) : m;
+  *reinterpret_cast<F*>(lse) = l == 0 ? -kInf<F> : (base + std::log2(l)) * F(kLn2);
+}
+
+template <class F>
+void run(const SoftmaxRead& p) {
+  const Plan s = plan<F>(p);
+  if (s.batches * s.tokens == 0) return;
+  const bool few = few_tokens<F>(s.tokens);
+  const int64_t VP = Slots<F>::padded(p.V);
+  const int64_t lanes = few ? s.tile : round_up(s.tile, kLanes<F>);
+  const int64_t size = round_up(2 * lanes + (few ? s.tile * VP : p.V * lanes), 64 / int64_t(sizeof(F)));
+  auto partial = [&](F* at) { return Partial<F>{at, at + lanes, at + 2 * lanes}; };
+
+  // With one range a tile is finished by the task that read it; otherwise partial results wait for the second pass.
+  const bool merge = s.ranges > 1;
+  Buffer<F> waiting(merge ? s.batches * s.tiles * s.ranges * size : 0);
+  Arena measure;
+  Slots<F>::buffers(measure, kSlotBlock, p.K, p.V);
+  measure.take<F>((Slots<F>::padded(p.K) + kSlotBlock) * lanes + Slots<F>::padded(p.K) + size + p.V);
+  const size_t scratch = measure.used() + 8 * 64;
+
+  auto finish_tile = [&](int64_t batch, int64_t tile, const Partial<F>* parts, F* row) {
+    const int64_t t0 = tile * s.tile, n = least(s.tile, s.tokens - t0);
+    const int64_t L = few ? 0 : round_up(n, kLanes<F>);
+    const TokenRows read(p.read, p.lead, batch, p.T), lse(p.lse, p.lead, batch, p.T);
+    for (int64_t t = 0; t < n; ++t) {
+      finish<F>(p, parts, s.ranges, t, few ? t * VP : t, few ? 1 : L, read ? read.row(t0 + t) : nullptr,
+                lse.row(t0 + t), row);
+    }
+  };
+
+  parallel(s.batches * s.tiles * s.ranges, scratch, [&](int64_t task, char* memory) {
+    FlushDenormals flush;
+    Arena arena(memory);
+    const int64_t range = task % s.ranges, tile = task / s.ranges % s.tiles, batch = task / s.ranges / s.tiles;
+    const Slots<F> slots(p.keys, p.values, p.mask, p.lead, batch, p.K, p.V, few);
+    const TokenRows query(p.query, p.lead, batch, p.T);
+    const int64_t lo = range * s.range, hi = least(lo + s.range, p.N);
+    const int64_t t0 = tile * s.tile, n = least(s.tile, s.tokens - t0);
+    F* own = arena.take<F>(size);
+    F* row = arena.take<F>(p.V);
+    const Partial<F> part = partial(merge ? waiting.data() + task * size : own);
+    if (few) rows<F>(p, slots, query, n, lo, hi, part, arena);
+    else columns<F>(p, slots, query, t0, n, lo, hi, part, arena);
+    if (!merge) finish_tile(batch, tile, &part, row);
+  });
+  if (!merge) return;
+  parallel(s.batches * s.tiles, size_t(p.V) * sizeof(F) + 64, [&](int64_t task, char* memory) {
+    FlushDenormals flush;
+    Partial<F> parts[kTasks];
+    for (int64_t r = 0; r < s.ranges; ++r) parts[r] = partial(waiting.data() + (task * s.ranges + r) * size);
+    finish_tile(task / s.tiles, task % s.tiles, parts, reinterpret_cast<F*>(memory));
+  });
+}
+
+}  // namespace
+
+void softmax_read(const SoftmaxRead& p) {
+  if (p.query.dtype == DType::f64) run<double>(p);
+  else run<float>(p);
+}
+
+}  // namespace mk::MK_ISA

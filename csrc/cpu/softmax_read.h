@@ -1,0 +1,28 @@
+#pragma once
+
+#include "common/isa.h"
+#include "common/view.h"
+
+namespace mk {
+
+// read[t] = sum_i softmax_i(s[t, i]) value_i and lse[t]; s[t, i] = scale <query_t, key_i> + mask_i.
+struct SoftmaxRead {
+  Lead lead;
+  int64_t T, N, K, V;
+  View query, keys, values, mask;
+  View read, lse;
+  double scale;
+};
+
+// Its gradients. d_read and d_lse may be missing; a missing d_<argument> is not wanted. d_query has the dtype of query; d_keys,
+// d_values and d_mask are float (double for double) and are summed over leading dimensions in which their stride is 0.
+struct SoftmaxReadBackward {
+  SoftmaxRead forward;
+  View d_read, d_lse;
+  View d_query, d_keys, d_values, d_mask;
+};
+
+}  // namespace mk
+
+MK_DECLARE(void softmax_read(const SoftmaxRead&))
+MK_DECLARE(void softmax_read_backward(const SoftmaxReadBackward&))
