@@ -4,7 +4,7 @@
     rows = testing.check("softmax_read")
     assert all(row.passed for row in rows), testing.report(rows)
 
-``cases.py`` declares the situations, ``inputs.py`` makes their tensors, ``compare.py`` holds the one tolerance table and
+``cases.py`` declares the situations, ``inputs.py`` makes their tensors, ``compare.py`` holds the one tolerance table,
 ``grid.py`` runs. ``python -m memkernels check`` is the same from a shell.
 """
 
@@ -19,7 +19,7 @@ from ..registration import OPS
 from ..spec import FLOATS
 from .cases import CASES, Case, cases
 from .compare import TOLERANCE
-from .grid import DIRECTIONS, Row, Subject, find_backends, find_dtype, find_op, nan_in_new_memory, subjects
+from .grid import DIRECTIONS, Row, Subject, find_backends, find_device, find_dtype, find_op, nan_in_new_memory, subjects
 from .report import report, summary
 
 __all__ = [
@@ -59,9 +59,9 @@ def check(
         says why.
 
     Raises:
-        ValueError: an unknown op, backend, dtype.
+        ValueError: an unknown op, backend or dtype, or a device that is not here.
     """
-    device = device or "cpu"
+    device = find_device(device)
     ops = list(OPS.values()) if op is None else [find_op(op)]
     dtypes = list(FLOATS) if dtype is None else [find_dtype(dtype)]
     names = find_backends(backend, device)
@@ -76,7 +76,8 @@ def check(
                 rows += _gaps(one.name, name, kind, where)
             if _why_not(one.name, name, kind, where, "forward") is None:
                 subject = subject or Subject(one, case, kind, where)
-                rows += subject.rows(name)
+                forward_only = _why_not(one.name, name, kind, where, "backward") is not None
+                rows += subject.rows(name, [d for d in subject.directions() if not (forward_only and d == "backward")])
         if progress is not None:
             progress(done + 1, len(work))
     return rows

@@ -1,7 +1,7 @@
 """The cases of the contract grid, declared once for every op: an op takes each case whose ``needs`` it has.
 
-Sizes, leading dimensions, values and memory layouts are all by name of axis or argument, so a new op is covered as soon as
-it is declared. ``inputs.py`` turns a case into tensors.
+Sizes, leading dimensions, values and memory layouts go by the name of an axis or argument, so a new op is covered as
+soon as it is declared. ``inputs.py`` turns a case into tensors.
 """
 
 from __future__ import annotations

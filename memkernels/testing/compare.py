@@ -11,9 +11,9 @@ from torch import Tensor
 from ..ops._formula import scores
 from ..spec import Op, stats_dtype
 
-# Largest error of a result, by the dtype of the call (of the result where that is a float32 statistic of a 16-bit call).
-# About a hundred roundings for float32 and several hundred for float64, which have long sums; two for the 16-bit types, which
-# accumulate in float32 and are rounded at the end. A result may also be twice as wrong as plain PyTorch at the same dtype.
+# Largest error of a result, by the dtype of the call (of the result, where that is a float32 statistic of a 16-bit
+# call). A few hundred roundings for float32 and float64, which have long sums; two for the 16-bit types, which
+# accumulate in float32 and are rounded at the end. A result may also be twice as wrong as plain PyTorch at that dtype.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float64: 1e-13}
 
 # A result is measured against its own largest number, but never against less than this share of the largest number of

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -136,16 +136,16 @@ class Subject:
                 result.append("in place")
         return result
 
-    def rows(self, backend: str) -> list[Row]:
-        """Every direction of this subject on one backend."""
+    def rows(self, backend: str, directions: Sequence[str] | None = None) -> list[Row]:
+        """This subject on one backend, in every direction unless some are named."""
         shared: dict[str, Run] = {}  # forward and backward look at one run
-        return [self._row(backend, direction, shared) for direction in self.directions()]
+        return [self._row(backend, d, shared) for d in (self.directions() if directions is None else directions)]
 
     def _row(self, backend: str, direction: str, shared: dict[str, Run]) -> Row:
         try:
             verdict = self._judge(backend, direction, shared)
         except Exception as error:  # a kernel that raises is a failed row, not the end of the grid
-            verdict = Verdict(math.nan, 0.0, f"{type(error).__name__}: {(str(error) or '-').splitlines()[0]}")
+            verdict = Verdict(math.nan, 0.0, f"{type(error).__name__}: {(str(error) or '-').splitlines()[0]:.200}")
         name = str(self.dtype).removeprefix("torch.")
         key = (self.op.name, backend, name, self.device, self.case.name, direction)
         return Row(*key, verdict.error, verdict.tolerance, not verdict.problem, verdict.problem)
@@ -248,8 +248,15 @@ def find_dtype(dtype: torch.dtype | str) -> torch.dtype:
     return named[dtype]
 
 
+def find_device(device: str | None) -> str:
+    device = device or "cpu"
+    if device != "cpu" and not (device == "cuda" and torch.cuda.is_available()):
+        raise ValueError(f"device must be cpu{' or cuda' if torch.cuda.is_available() else ''} here, got {device!r}")
+    return device
+
+
 def find_backends(backend: str | None, device: str) -> list[str]:
-    """The named one, or all that serve ``device``; the reference always."""
+    """The named one; by default the reference and all that serve ``device``."""
     if backend is None:
         return ["reference", *(b.name for b in backends.BACKENDS if device in b.devices)]
     names = [n for n in backends.NAMES if n != "auto"]

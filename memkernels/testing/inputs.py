@@ -1,4 +1,4 @@
-"""Tensors for one case of the grid, generated in the dtype under test: the float64 reference sees exactly these numbers."""
+"""Tensors for one case, generated in the dtype under test: the float64 reference sees exactly the same numbers."""
 
 from __future__ import annotations
 
