@@ -1,0 +1,17 @@
+"""What every test file shares: the backends under test and the settings of hypothesis."""
+
+from __future__ import annotations
+
+import hypothesis
+import pytest
+from support import BACKENDS
+
+# derandomize: the same examples on every run, so a red build is red again when it is looked at.
+hypothesis.settings.register_profile("memkernels", deadline=None, max_examples=40, derandomize=True, database=None)
+hypothesis.settings.load_profile("memkernels")
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request) -> str:
+    """Every backend, one after the other. A backend that is missing fails its tests: the call raises."""
+    return request.param
