@@ -55,6 +55,13 @@ void Arguments::mask(const Tensor* mask, const Tensor& like) const {
   if (mask != nullptr && mask->scalar_type() != ScalarType::Bool) floats({mask, &like});
 }
 
+void Arguments::stats(std::initializer_list<const Tensor*> tensors, const Tensor& like) const {
+  for (const Tensor* t : tensors) {
+    STD_TORCH_CHECK(t == nullptr || t->scalar_type() == stats_type(like.scalar_type()), op_,
+                    ": lse, usage and retained must be float32, or float64 beside float64");
+  }
+}
+
 const Lead& Arguments::lead() {
   if (ready_) return lead_;
   ready_ = true;
@@ -110,12 +117,17 @@ View Arguments::view(const Tensor& t, int tail) const {
   return v;
 }
 
-Gradient::Gradient(const Arguments& args, const Tensor* argument, bool wanted, int tail) {
-  if (argument == nullptr || !wanted) return;
+Gradient::Gradient(Arguments& args, const Tensor* argument, bool wanted, Side side, int tail) {
+  if (argument == nullptr || !wanted || argument->scalar_type() == ScalarType::Bool) return;
   dtype_ = argument->scalar_type();
-  Sizes sizes;
-  for (int64_t s : argument->sizes()) sizes.push_back(s);
-  sum_ = empty(sizes, stats_type(dtype_));
+  const auto own = argument->sizes();
+  sizes_.assign(own.begin(), own.end());
+  Sizes full = sizes_;
+  if (side == Side::tokens) {
+    full = args.sizes(Side::tokens, {});
+    full.insert(full.end(), sizes_.end() - tail, sizes_.end());
+  }
+  sum_ = empty(full, stats_type(dtype_));
   view_ = args.view(*sum_, tail);
 }
 
@@ -127,7 +139,18 @@ void Gradient::zero() {
 
 Tensor Gradient::result() const {
   if (!sum_.has_value()) return nothing();
-  return sum_->scalar_type() == dtype_ ? *sum_ : torch::stable::to(*sum_, dtype_);
+  Tensor out = *sum_;
+  const int64_t extra = out.dim() - int64_t(sizes_.size());
+  Sizes over;
+  for (int64_t d = 0; d < out.dim(); ++d) {
+    if (d < extra || (sizes_[size_t(d - extra)] == 1 && out.size(d) != 1)) over.push_back(d);
+  }
+  if (!over.empty()) {
+    const torch::headeronly::IntHeaderOnlyArrayRef dims(over.data(), over.size());
+    out = torch::stable::reshape(torch::stable::sum(out, dims, true),
+                                 torch::headeronly::IntHeaderOnlyArrayRef(sizes_.data(), sizes_.size()));
+  }
+  return out.scalar_type() == dtype_ ? out : torch::stable::to(out, dtype_);
 }
 
 }  // namespace mk

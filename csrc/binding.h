@@ -48,6 +48,9 @@ class Arguments {
   // A mask is bool, or float as `like` allows.
   void mask(const Tensor* mask, const Tensor& like) const;
 
+  // Sums are kept in float32, or float64 beside float64.
+  void stats(std::initializer_list<const Tensor*> tensors, const Tensor& like) const;
+
   const Lead& lead();
   // Sizes of a result: leading dimensions (those of the memory alone for Side::memory), then `tail`.
   Sizes sizes(Side side, std::initializer_list<int64_t> tail);
@@ -75,18 +78,19 @@ class Arguments {
 // The size of dimension `d` (negative: from the end) of a tensor that may have too few.
 int64_t size_at(const char* op, const char* name, const Tensor& t, int64_t d);
 
-// A gradient kept in float: accumulated by kernels, then handed out in the dtype of its argument.
+// A gradient kept in float (double): written by kernels, then handed out in the shape and dtype of its argument.
 class Gradient {
  public:
-  // wanted: else it stays empty and has no view.
-  Gradient(const Arguments& args, const Tensor* argument, bool wanted, int tail);
+  // Of an argument of the memory: kernels add over leading dimensions that it lacks. Of one of the tokens: it has all leading
+  // dimensions while kernels write, and result() sums those that the argument lacks. Not wanted: empty, without a view.
+  Gradient(Arguments& args, const Tensor* argument, bool wanted, Side side, int tail);
   View view() const { return view_; }
-  // Contents are still undefined and the kernel will not run: make them zero.
-  void zero();
+  void zero();  // for calls in which no kernel runs
   Tensor result() const;
 
  private:
   std::optional<Tensor> sum_;
+  Sizes sizes_;
   ScalarType dtype_ = ScalarType::Float;
   View view_;
 };

@@ -19,7 +19,7 @@ struct Inputs {
     p.T = size_at(op, "query", q, -2), p.K = size_at(op, "query", q, -1);
     p.N = size_at(op, "keys", k, -2), p.V = size_at(op, "values", v, -1);
     p.scale = scale;
-    args.reserve(8);
+    args.reserve(12);
     query = &args.add("query", q, Side::tokens, {p.T, p.K});
     keys = &args.add("keys", k, Side::memory, {p.N, p.K});
     values = &args.add("values", v, Side::memory, {p.N, p.V});
@@ -46,9 +46,39 @@ Two forward(const Tensor& query, const Tensor& keys, const Tensor& values, const
   return {read, lse};
 }
 
+Four backward(const Tensor& query, const Tensor& keys, const Tensor& values, const std::optional<Tensor>& slot_mask,
+              const Tensor& read, const Tensor& lse, const std::optional<Tensor>& d_read,
+              const std::optional<Tensor>& d_lse, double scale, const std::vector<bool>& wants) {
+  SoftmaxReadBackward p;
+  SoftmaxRead& f = p.forward;
+  Inputs in("softmax_read_backward", query, keys, values, slot_mask, scale, f);
+  in.args.require(wants.size() == 4, "wants must have 4 entries");
+  // Gradients that nobody has are zero.
+  const Tensor zeros = d_read.has_value() ? *d_read : torch::stable::new_zeros(read, read.sizes());
+  const Tensor* r = &in.args.add("read", read, Side::tokens, {f.T, f.V});
+  const Tensor* dr = &in.args.add("d_read", zeros, Side::tokens, {f.T, f.V});
+  const Tensor* l = &in.args.add("lse", lse, Side::tokens, {f.T});
+  const Tensor* dl = in.args.add("d_lse", d_lse, Side::tokens, {f.T});
+  in.args.floats({in.query, r, dr, l, dl});
+  in.args.stats({l, dl}, query);
+  in.fill(f);
+  f.read = in.args.view(r, 2), f.lse = in.args.view(l, 1);
+  p.d_read = in.args.view(dr, 2), p.d_lse = in.args.view(dl, 1);
+  Gradient d_query(in.args, in.query, wants[0], Side::tokens, 2), d_keys(in.args, in.keys, wants[1], Side::memory, 2);
+  Gradient d_values(in.args, in.values, wants[2], Side::memory, 2), d_mask(in.args, in.mask, wants[3], Side::memory, 1);
+  p.d_query = d_query.view(), p.d_keys = d_keys.view(), p.d_values = d_values.view(), p.d_mask = d_mask.view();
+  if (f.lead.batches() * f.lead.folded() * f.T * f.N == 0) {
+    for (Gradient* g : {&d_query, &d_keys, &d_values, &d_mask}) g->zero();
+  } else {
+    MK_CALL(softmax_read_backward, p);
+  }
+  return {d_query.result(), d_keys.result(), d_values.result(), d_mask.result()};
+}
+
 }  // namespace
 }  // namespace mk
 
 STABLE_TORCH_LIBRARY_IMPL(memkernels_cpu, CPU, m) {
   m.impl("softmax_read", TORCH_BOX(&mk::forward));
+  m.impl("softmax_read_backward", TORCH_BOX(&mk::backward));
 }

@@ -116,24 +116,28 @@ struct Peak {
     double flops_per_step = 0;  // 2 * chains * lanes; 0 = the processor cannot
 };
 
-Peak choose_peak(const std::string& dtype) {
-    auto has = features();
-    if (dtype == "bfloat16") {
-#if defined(MK_HAVE_avx512)
-        if (has["avx512_bf16"]) return {peak_bfloat16_avx512, 2.0 * 24 * 32};
-#endif
-        return {};
+// The best instruction set that the processor has, up to the one named `isa` (empty: no limit).
+Peak choose_peak(const std::string& dtype, const std::string& isa) {
+    if (!isa.empty() && isa != "baseline" && isa != "avx2" && isa != "avx512") {
+        throw std::invalid_argument("multiply_add_peak: isa must be baseline, avx2 or avx512, got " + isa);
     }
-    const bool wide = dtype == "float64";
-    if (!wide && dtype != "float32") {
+    const bool wide = dtype == "float64", dots = dtype == "bfloat16";
+    if (!wide && !dots && dtype != "float32") {
         throw std::invalid_argument("multiply_add_peak: dtype must be float32, float64 or bfloat16, got " + dtype);
     }
-    const double lane = wide ? 8 : 4;
+    [[maybe_unused]] auto has = features();
+    [[maybe_unused]] const double lane = wide ? 8 : 4;
 #if defined(MK_HAVE_avx512)
-    if (has["avx512f"]) return {wide ? peak_double_avx512 : peak_float_avx512, 2 * 24 * 64 / lane};
+    if (has["avx512f"] && isa != "avx2" && isa != "baseline") {
+        if (!dots) return {wide ? peak_double_avx512 : peak_float_avx512, 2 * 24 * 64 / lane};
+        if (has["avx512_bf16"]) return {peak_bfloat16_avx512, 2.0 * 24 * 32};
+    }
 #endif
+    if (dots) return {};
 #if defined(MK_HAVE_avx2)
-    if (has["avx2"] && has["fma"]) return {wide ? peak_double_avx2 : peak_float_avx2, 2 * 12 * 32 / lane};
+    if (has["avx2"] && has["fma"] && isa != "baseline") {
+        return {wide ? peak_double_avx2 : peak_float_avx2, 2 * 12 * 32 / lane};
+    }
 #endif
     return {wide ? peak_double_baseline : peak_float_baseline, 2 * 12 * 16 / lane};
 }
@@ -221,9 +225,9 @@ class Pages {
 
 }  // namespace
 
-double multiply_add_peak(const std::string& dtype, int threads, double seconds) {
+double multiply_add_peak(const std::string& dtype, int threads, double seconds, const std::string& isa) {
     check("multiply_add_peak", threads, seconds);
-    const Peak peak = choose_peak(dtype);
+    const Peak peak = choose_peak(dtype, isa);
     if (peak.flops_per_step == 0) return 0;
     int64_t steps = 1000;
     for (;;) {  // find the number of steps that fills a round

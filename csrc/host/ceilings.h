@@ -10,8 +10,9 @@ namespace memkernels::host {
 // rounds.
 // dtype "float32", "float64" or "bfloat16": the dot products of AVX512-BF16, 0 where the processor has none. On some
 // processors they are no faster than float32 multiply-adds, which bfloat16 may use too after widening.
-// Throws std::invalid_argument for another dtype, threads < 1 or seconds <= 0.
-double multiply_add_peak(const std::string& dtype, int threads, double seconds);
+// `isa` "baseline", "avx2" or "avx512" is the widest instruction set to use; empty: the widest there is.
+// Throws std::invalid_argument for another dtype or isa, threads < 1 or seconds <= 0.
+double multiply_add_peak(const std::string& dtype, int threads, double seconds, const std::string& isa);
 
 // Sum of an array of `bytes` bytes by all threads, in bytes per second. The best of as many passes as fit into
 // `seconds`, at least two. bytes 0 chooses default_bandwidth_bytes(). Throws std::invalid_argument for bytes < 0,

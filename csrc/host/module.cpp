@@ -20,11 +20,12 @@ PYBIND11_MODULE(_host, m) {
     m.def("cores", [] { return usable_cores().size(); }, "Number of processors this process may run on.");
 
     m.def("multiply_add_peak", &multiply_add_peak, py::arg("dtype"), py::arg("threads"), py::arg("seconds") = 0.5,
-          py::call_guard<py::gil_scoped_release>(),
+          py::arg("isa") = "", py::call_guard<py::gil_scoped_release>(),
           "Multiply-add peak in FLOP/s of `threads` threads together, from registers alone, best of many 5 ms\n"
           "rounds.\n\n"
           "dtype: 'float32', 'float64', or 'bfloat16' (AVX512-BF16 dot products; 0.0 where the processor has none).\n"
-          "Raises ValueError for another dtype, threads < 1 or seconds <= 0.");
+          "isa: the widest instruction set to use ('baseline', 'avx2', 'avx512'); by default the widest there is.\n"
+          "Raises ValueError for another dtype or isa, threads < 1 or seconds <= 0.");
     m.def("read_bandwidth", &read_bandwidth, py::arg("bytes") = 0, py::arg("threads") = 1, py::arg("seconds") = 0.5,
           py::call_guard<py::gil_scoped_release>(),
           "Read bandwidth in bytes per second: `threads` threads sum an array of `bytes` bytes, best pass of those\n"

@@ -1,0 +1,195 @@
+// Gradients that come out of score tiles: d_query, d_keys, d_values, d_mask from dS (and P), block by block.
+//
+// Tokens are cut into panels and slots into chunks, both by shapes alone. Within a panel every chunk is a task: it owns its rows
+// of d_keys, d_values and d_mask, sums them over the panel's tokens in cache, and writes a partial d_query; partial d_queries are
+// then added in the order of the chunks. So nothing is computed twice, no order depends on threads, and the memory for partial
+// results is bounded (kPartialBytes) however long the inputs are.
+#pragma once
+
+#include "common/parallel.h"
+#include "common/scores.h"
+
+namespace mk::MK_ISA {
+
+constexpr int64_t kPartialBytes = int64_t(4) << 20;
+constexpr int64_t kChunks = 64;           // at most so many chunks
+constexpr int64_t kChunkSlots = 4 * kSlotBlock;  // of at least so many slots
+constexpr int64_t kManyBatches = 8;       // from so many on, batches run in parallel rather than the chunks of one
+
+// Where the gradients go: float (double) tensors. A missing one is not wanted.
+struct GradientViews {
+  View query, keys, values, mask;
+};
+
+template <class F>
+struct GradientShape {
+  int64_t batches, tokens, N, K, V, KP, VP;
+  int64_t tile, lanes;       // tokens per tile, and register lanes they take
+  int64_t chunk, chunks;     // slots
+  int64_t panel, panels;     // tokens, a multiple of tile
+  bool few;
+
+  GradientShape(const Lead& lead, int64_t T, int64_t n, int64_t k, int64_t v, bool rows_only)
+      : batches(lead.batches()), tokens(lead.folded() * T), N(n), K(k), V(v), KP(Slots<F>::padded(k)),
+        VP(Slots<F>::padded(v)) {
+    few = rows_only || few_tokens<F>(tokens);
+    tile = few_tokens<F>(tokens) ? most(tokens, 1) : kTokenTile<F>;
+    lanes = few ? tile : round_up(tile, kLanes<F>);
+    chunk = round_up(most(kChunkSlots, div_up(N, kChunks)), kSlotBlock);
+    chunks = div_up(N, chunk);
+    const int64_t fits = kPartialBytes / (most(chunks, 1) * most(KP, 1) * int64_t(sizeof(F)));
+    panel = most(1, least(fits, tokens) / tile) * tile;
+    if (tokens <= fits) panel = round_up(most(tokens, 1), tile);
+    panels = div_up(tokens, panel);
+  }
+};
+
+// Tiles of scores: element (t, slot) at data[t * ts + slot * is].
+template <class F>
+struct TileStrides {
+  int64_t ts, is;
+};
+
+// Is this the first time that the rows of `view` belonging to `batch` are written? False when an earlier batch shares them.
+inline bool first_visit(const View& view, const Lead& lead, int64_t batch) {
+  for (int d = lead.rank - 1; d >= 0; --d) {
+    if (lead.shared[d]) continue;
+    if (batch % lead.size[d] != 0 && view.lead[d] == 0) return false;
+    batch /= lead.size[d];
+  }
+  return true;
+}
+inline bool rows_are_shared(const View& view, const Lead& lead) {
+  if (!view) return false;
+  for (int d = 0; d < lead.rank; ++d) {
+    if (!lead.shared[d] && lead.size[d] > 1 && view.lead[d] == 0) return true;
+  }
+  return false;
+}
+
+// Adds (or assigns) factor * rows[j] to the rows of slots first + place(j); assigning clears the rows of empty slots.
+template <class F>
+inline void scatter_rows(const View& view, const Lead& lead, int64_t batch, bool assign, int64_t first, int64_t count,
+                         const SlotBlock<F>& block, const F* rows, int64_t ld, int64_t width, F factor) {
+  char* base = view.batch(lead, batch) + first * view.row;
+  if (assign && block.n < count) {
+    for (int64_t i = 0; i < count; ++i) std::memset(base + i * view.row, 0, size_t(width) * sizeof(F));
+  }
+  for (int64_t j = 0; j < block.n; ++j) {
+    F* out = reinterpret_cast<F*>(base + block.place(j) * view.row);
+    const F* in = rows + j * ld;
+    if (assign) {
+      for (int64_t c = 0; c < width; ++c) out[c] = factor * in[c];
+    } else {
+      for (int64_t c = 0; c < width; ++c) out[c] += factor * in[c];
+    }
+  }
+}
+
+// Runs the scheme above. `Kernel` supplies what differs between ops:
+//   size_t packed(shape)                 elements of F that it packs per tile
+//   void pack(batch, t0, n, F* tile)     packs n tokens
+//   size_t scratch(shape)                bytes of its own per task
+//   void tile(batch, first, count, block, t0, n, const F* packed, F* P, F* D, TileStrides)   fills P (if wanted) and D = dS
+//   const F* queries(packed), const F* reads(packed)   padded rows [n][KP] and [n][VP] in the packed tile
+template <class F, class Kernel>
+void score_gradients(const Lead& lead, const View& keys, const View& values, const View& mask, double scale,
+                     const GradientShape<F>& s, const GradientViews& out, const Kernel& kernel) {
+  const int64_t tile_elements = round_up(int64_t(kernel.packed(s)), 16);
+  const int64_t tiles = s.panel / s.tile;
+  const int64_t partial = s.panel * s.KP;
+  const bool query = bool(out.query);
+
+  auto one_batch = [&](int64_t batch, char* memory) {
+    Arena shared(memory);
+    F* packed = shared.take<F>(tiles * tile_elements);
+    F* partials = shared.take<F>(query ? s.chunks * partial : 0);
+    const Slots<F> slots(keys, values, mask, lead, batch, s.K, s.V, true);
+    const bool first_keys = out.keys && first_visit(out.keys, lead, batch);
+    const bool first_values = out.values && first_visit(out.values, lead, batch);
+    const bool first_mask = out.mask && first_visit(out.mask, lead, batch);
+
+    Arena measure;
+    Slots<F>::buffers(measure, kSlotBlock, s.K, s.V);
+    measure.take<F>(2 * kSlotBlock * most(s.lanes, kLanes<F>) + kSlotBlock * (s.KP + s.VP + 1));
+    const size_t bytes = measure.used() + kernel.scratch(s) + 8 * 64;
+
+    for (int64_t panel = 0; panel < s.panels; ++panel) {
+      const int64_t p0 = panel * s.panel, pn = least(s.panel, s.tokens - p0);
+      const int64_t live = div_up(pn, s.tile);
+      parallel(live, 0, [&](int64_t i, char*) {
+        FlushDenormals flush;
+        kernel.pack(batch, p0 + i * s.tile, least(s.tile, pn - i * s.tile), packed + i * tile_elements);
+      });
+      parallel(s.chunks, bytes, [&](int64_t c, char* own) {
+        FlushDenormals flush;
+        Arena arena(own);
+        const auto buffers = Slots<F>::buffers(arena, kSlotBlock, s.K, s.V);
+        F* P = arena.take<F>(kSlotBlock * most(s.lanes, kLanes<F>));
+        F* D = arena.take<F>(kSlotBlock * most(s.lanes, kLanes<F>));
+        F* dk = arena.take<F>(kSlotBlock * s.KP);
+        F* dv = arena.take<F>(kSlotBlock * s.VP);
+        F* dm = arena.take<F>(kSlotBlock);
+        F* dq = query ? partials + c * partial : nullptr;
+        if (query) std::memset(dq, 0, size_t(partial) * sizeof(F));
+        const int64_t hi = least((c + 1) * s.chunk, s.N);
+        for (int64_t i = c * s.chunk; i < hi; i += kSlotBlock) {
+          const int64_t count = least(kSlotBlock, hi - i);
+          const SlotBlock<F> block = slots.load(i, count, buffers);
+          for (int64_t j = 0; j < block.n; ++j) dm[j] = 0;
+          for (int64_t x = 0; x < live && block.n > 0; ++x) {
+            const int64_t n = least(s.tile, pn - x * s.tile);
+            const int64_t L = s.few ? n : round_up(n, kLanes<F>);
+            const TileStrides<F> at = s.few ? TileStrides<F>{kSlotBlock, 1} : TileStrides<F>{1, L};
+            const F* tile = packed + x * tile_elements;
+            kernel.tile(batch, i, block, p0 + x * s.tile, n, tile, P, D, at, arena);
+            const bool more = x > 0;
+            if (out.values) gemm(Gemm<F>{block.n, s.VP, n, P, at.is, at.ts, kernel.reads(s, tile), s.VP, dv, s.VP, more});
+            if (out.keys) gemm(Gemm<F>{block.n, s.KP, n, D, at.is, at.ts, kernel.queries(s, tile), s.KP, dk, s.KP, more});
+            if (query) {
+              gemm(Gemm<F>{n, s.KP, block.n, D, at.ts, at.is, block.keys, block.ks, dq + x * s.tile * s.KP, s.KP, true});
+            }
+            if (out.mask) {
+              for (int64_t j = 0; j < block.n; ++j) {
+                F sum = 0;
+                for (int64_t t = 0; t < n; ++t) sum += D[t * at.ts + j * at.is];
+                dm[j] += sum;
+              }
+            }
+          }
+          const bool start = panel == 0;
+          if (out.keys) {
+            scatter_rows<F>(out.keys, lead, batch, start && first_keys, i, count, block, dk, s.KP, s.K, F(scale));
+          }
+          if (out.values) scatter_rows<F>(out.values, lead, batch, start && first_values, i, count, block, dv, s.VP, s.V, F(1));
+          if (out.mask) scatter_rows<F>(out.mask, lead, batch, start && first_mask, i, count, block, dm, 1, 1, F(1));
+        }
+      });
+      if (!query) continue;
+      const TokenRows rows(out.query, lead, batch, s.tokens / most(lead.folded(), 1));
+      parallel(live, size_t(s.KP) * sizeof(F), [&](int64_t x, char* own) {
+        F* sum = reinterpret_cast<F*>(own);
+        for (int64_t t = x * s.tile; t < least((x + 1) * s.tile, pn); ++t) {
+          for (int64_t c = 0; c < s.KP; ++c) sum[c] = 0;
+          for (int64_t g = 0; g < s.chunks; ++g) {
+            const F* part = partials + g * partial + t * s.KP;
+            for (int64_t c = 0; c < s.KP; ++c) sum[c] += part[c];
+          }
+          F* row = reinterpret_cast<F*>(rows.row(p0 + t));
+          for (int64_t c = 0; c < s.K; ++c) row[c] = F(scale) * sum[c];
+        }
+      });
+    }
+  };
+
+  const size_t memory = size_t(tiles * tile_elements + s.chunks * partial + 64) * sizeof(F);
+  const bool apart = !rows_are_shared(out.keys, lead) && !rows_are_shared(out.values, lead) && !rows_are_shared(out.mask, lead);
+  if (s.batches >= kManyBatches && apart) {
+    parallel(s.batches, memory, one_batch);
+  } else {
+    Buffer<char> whole{int64_t(memory)};
+    for (int64_t b = 0; b < s.batches; ++b) one_batch(b, whole.data());
+  }
+}
+
+}  // namespace mk::MK_ISA

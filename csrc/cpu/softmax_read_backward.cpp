@@ -1,0 +1,107 @@
+// softmax_read backward. With p = exp(s - lse), dP[t, i] = <dr_t, v_i>, delta_t = <dr_t, r_t> - dlse_t:
+//
+//   dS = p * (dP - delta),  dq = scale dS K,  dK = scale dS^T Q,  dV = P^T dR,  dmask_i = sum_t dS[t, i]
+//
+// Five products per tile, all in cache (score_gradients.h says what runs in parallel and in which order it is summed); scores are
+// computed again from lse rather than stored. Many tokens: lanes are tokens for s and dP; few: lanes are slots.
+#include "common/score_gradients.h"
+#include "cpu/softmax_read.h"
+
+namespace mk::MK_ISA {
+namespace {
+
+template <class F>
+struct Kernel {
+  const SoftmaxReadBackward& p;
+  const GradientShape<F>& s;
+
+  // Packed tile: lse2 and delta [lanes]; queries and d_reads as padded rows; for many tokens also as lanes.
+  size_t packed(const GradientShape<F>& g) const {
+    return size_t(2 * g.lanes + g.tile * 2 * (g.KP + g.VP) + (g.few ? 0 : g.lanes * (g.K + g.V)));
+  }
+  size_t scratch(const GradientShape<F>&) const { return 0; }
+  const F* queries(const GradientShape<F>& g, const F* tile) const { return tile + 2 * g.lanes; }
+  const F* reads(const GradientShape<F>& g, const F* tile) const { return queries(g, tile) + g.tile * g.KP; }
+  // Queries times scale * log2(e): rows for few tokens, lanes for many; then d_reads as lanes.
+  const F* scaled(const GradientShape<F>& g, const F* tile) const { return reads(g, tile) + g.tile * g.VP; }
+
+  void pack(int64_t batch, int64_t t0, int64_t n, F* tile) const {
+    const SoftmaxRead& f = p.forward;
+    const TokenRows query(f.query, f.lead, batch, f.T), read(f.read, f.lead, batch, f.T), lse(f.lse, f.lead, batch, f.T);
+    const TokenRows d_read(p.d_read, f.lead, batch, f.T), d_lse(p.d_lse, f.lead, batch, f.T);
+    F *lse2 = tile, *delta = tile + s.lanes;
+    F* q = const_cast<F*>(queries(s, tile));
+    F* dr = const_cast<F*>(reads(s, tile));
+    F* sq = const_cast<F*>(scaled(s, tile));
+    const F factor = F(f.scale * kLog2e);
+    rows_query<F>(query, t0, n, f.K, F(1), q);
+    rows_query<F>(d_read, t0, n, f.V, F(1), dr);
+    for (int64_t t = 0; t < s.lanes; ++t) {
+      lse2[t] = kInf<F>;  // a token that reads nothing, and a lane without a token, have p = exp2(s - inf) = 0
+      delta[t] = 0;
+      if (t >= n) continue;
+      const F l = *reinterpret_cast<const F*>(lse.row(t0 + t));
+      if (l != -kInf<F>) lse2[t] = l * F(kLog2e);
+      if (read) {
+        F* r = sq;  // not packed yet
+        read_row<F>(read.row(t0 + t), read.dtype, f.V, r);
+        for (int64_t v = 0; v < f.V; ++v) delta[t] += r[v] * dr[t * s.VP + v];
+      }
+      if (d_lse) delta[t] -= *reinterpret_cast<const F*>(d_lse.row(t0 + t));
+    }
+    if (s.few) {
+      for (int64_t x = 0; x < n * s.KP; ++x) sq[x] = factor * q[x];
+      return;
+    }
+    const int64_t L = round_up(n, kLanes<F>);
+    pack_lanes<F>(n, L, f.K, factor, nullptr, sq, [&](int64_t t, F*) { return q + t * s.KP; });
+    pack_lanes<F>(n, L, f.V, F(1), nullptr, sq + s.lanes * f.K, [&](int64_t t, F*) { return dr + t * s.VP; });
+  }
+
+  void tile(int64_t, int64_t, const SlotBlock<F>& block, int64_t, int64_t n, const F* tile, F* P, F* D,
+            TileStrides<F>, Arena&) const {
+    constexpr int W = kLanes<F>;
+    const F *lse2 = tile, *delta = tile + s.lanes;
+    if (s.few) {
+      score_rows<F>(block, s.K, scaled(s, tile), n, P);
+      dot_rows<F>(block.n, block.values, block.vs, s.V, reads(s, tile), n, F(0), D, kSlotBlock);
+      for (int64_t t = 0; t < n; ++t) {
+        const Vec<F> base = fill<F>(lse2[t]), d = fill<F>(delta[t]);
+        for (int64_t j = t * kSlotBlock; j < t * kSlotBlock + round_up(block.n, W); j += W) {
+          const Vec<F> e = exp2<F>(load<F>(P + j) - base);
+          store<F>(P + j, e);
+          store<F>(D + j, e * (load<F>(D + j) - d));
+        }
+      }
+      return;
+    }
+    const int64_t L = round_up(n, W);
+    score_columns<F>(block, s.K, scaled(s, tile), L, P);
+    gemm(Gemm<F>{block.n, L, s.V, block.values, block.vs, 1, scaled(s, tile) + s.lanes * s.K, L, D, L, false});
+    for (int64_t l = 0; l < L; l += W) {
+      const Vec<F> base = load<F>(lse2 + l), d = load<F>(delta + l);
+      for (int64_t j = l; j < block.n * L; j += L) {
+        const Vec<F> e = exp2<F>(load<F>(P + j) - base);
+        store<F>(P + j, e);
+        store<F>(D + j, e * (load<F>(D + j) - d));
+      }
+    }
+  }
+};
+
+template <class F>
+void run(const SoftmaxReadBackward& p) {
+  const SoftmaxRead& f = p.forward;
+  const GradientShape<F> s(f.lead, f.T, f.N, f.K, f.V, false);
+  score_gradients<F>(f.lead, f.keys, f.values, f.mask, f.scale, s, {p.d_query, p.d_keys, p.d_values, p.d_mask},
+                     Kernel<F>{p, s});
+}
+
+}  // namespace
+
+void softmax_read_backward(const SoftmaxReadBackward& p) {
+  if (p.forward.query.dtype == DType::f64) run<double>(p);
+  else run<float>(p);
+}
+
+}  // namespace mk::MK_ISA
