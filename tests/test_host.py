@@ -56,6 +56,14 @@ def test_bfloat16_peak_follows_the_feature():
     assert (peak > 0) == host.features().get("avx512_bf16", False)
 
 
+def test_narrower_instruction_sets_have_a_lower_peak():
+    features = host.features()
+    if not (features.get("avx512f") and features.get("avx2") and features.get("fma")):
+        pytest.skip("one instruction set only")
+    peaks = [host.multiply_add_peak("float32", 1, 0.2, isa) for isa in ("baseline", "avx2", "avx512")]
+    assert peaks[0] < 0.75 * peaks[1] < peaks[1] < 1.1 * peaks[2]  # a single 512-bit port is no faster than two of 256
+
+
 def test_read_bandwidth():
     assert 1e8 < host.read_bandwidth(32 << 20, threads=1, seconds=0.05) < 1e12
     assert host.read_bandwidth(4096, threads=2, seconds=0.01) > 0
@@ -69,6 +77,7 @@ def test_more_threads_than_cores():
     "call, says",
     [
         (lambda: host.multiply_add_peak("int8", 1, 0.1), "dtype must be float32, float64 or bfloat16, got int8"),
+        (lambda: host.multiply_add_peak("float32", 1, 0.1, "sse9"), "isa must be baseline, avx2 or avx512, got sse9"),
         (lambda: host.multiply_add_peak("float32", 0, 0.1), "threads must be at least 1"),
         (lambda: host.multiply_add_peak("float32", 1, 0.0), "seconds must be positive"),
         (lambda: host.read_bandwidth(-1, 1, 0.1), "bytes must not be negative"),
