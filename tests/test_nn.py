@@ -1,4 +1,4 @@
-"""Modules against the equations of SYSTEMS.md, written here as plain loops in float64."""
+"""Modules against their equations, written here as plain loops in float64."""
 
 from __future__ import annotations
 
