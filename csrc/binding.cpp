@@ -153,4 +153,53 @@ Tensor Gradient::result() const {
   return out.scalar_type() == dtype_ ? out : torch::stable::to(out, dtype_);
 }
 
+TokenGradient::TokenGradient(Arguments& args, const Tensor* argument, bool wanted, std::initializer_list<int64_t> tail) {
+  if (argument == nullptr || !wanted) return;
+  argument_ = argument;
+  const Sizes sizes = args.sizes(Side::tokens, tail);
+  int64_t numel = 1;
+  for (int64_t s : sizes) numel *= s;
+  for (int64_t s : tail) inner_ *= s;
+  broadcast_ = numel != argument->numel();
+  rows_ = empty(sizes, broadcast_ ? stats_type(argument->scalar_type()) : argument->scalar_type());
+  tail_ = int(tail.size());
+  view_ = args.view(*rows_, tail_);
+}
+
+namespace {
+
+// to[own place] = sum of from[place] over the places that differ where `to` has size 1; `lead` leading dimensions of `from`.
+template <class F>
+void sum_places(const Tensor& from, int lead, int64_t inner, Tensor& to) {
+  const int missing = int(from.dim() - to.dim());
+  const F* x = static_cast<const F*>(from.data_ptr());
+  F* y = static_cast<F*>(to.data_ptr());
+  for (int64_t i = 0; i < to.numel(); ++i) y[i] = 0;
+  const int64_t places = inner == 0 ? 0 : from.numel() / inner;
+  for (int64_t place = 0; place < places; ++place, x += inner) {
+    int64_t rest = place, at = 0, stride = inner;
+    for (int d = lead - 1; d >= missing; --d) {
+      const int64_t own = to.size(d - missing), i = rest % from.size(d);
+      rest /= from.size(d);
+      at += own == 1 ? 0 : i * stride;
+      stride *= own;
+    }
+    for (int64_t i = 0; i < inner; ++i) y[at + i] += x[i];
+  }
+}
+
+}  // namespace
+
+Tensor TokenGradient::result() const {
+  if (!rows_.has_value()) return nothing();
+  if (!broadcast_) return *rows_;
+  Sizes sizes;
+  for (int64_t s : argument_->sizes()) sizes.push_back(s);
+  Tensor sum = empty(sizes, rows_->scalar_type());
+  const int lead = int(rows_->dim()) - tail_;
+  if (sum.scalar_type() == ScalarType::Double) sum_places<double>(*rows_, lead, inner_, sum);
+  else sum_places<float>(*rows_, lead, inner_, sum);
+  return sum.scalar_type() == argument_->scalar_type() ? sum : torch::stable::to(sum, argument_->scalar_type());
+}
+
 }  // namespace mk

@@ -95,4 +95,22 @@ class Gradient {
   View view_;
 };
 
+// The gradient of a token argument. Kernels write one row for every token; where the argument was broadcast the rows are summed
+// afterwards, in the order of the tokens.
+class TokenGradient {
+ public:
+  // `tail`: the trailing dimensions of the argument. Not wanted: it stays empty and has no view.
+  TokenGradient(Arguments& args, const Tensor* argument, bool wanted, std::initializer_list<int64_t> tail);
+  View view() const { return view_; }
+  Tensor result() const;
+
+ private:
+  const Tensor* argument_ = nullptr;
+  std::optional<Tensor> rows_;
+  bool broadcast_ = false;
+  int64_t inner_ = 1;
+  int tail_ = 0;
+  View view_;
+};
+
 }  // namespace mk
