@@ -1,0 +1,81 @@
+"""Run the cases, print the table, write a result file. Exit status 1 for a wrong result or a regression."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from . import cases, results, text
+from .case import Case
+from .ceilings import Ceilings
+from .harness import Settings, run_case
+
+
+def measure(chosen: list[Case], settings: Settings) -> list[dict]:
+    """Run the cases one after the other, with the ceilings measured before each op and at the end."""
+    torch.set_num_threads(settings.threads)
+    where = results.environment(settings.device, settings.threads)
+    ceilings = Ceilings(settings.device, settings.threads, settings.quick, where["isa"])
+    raw, op = [], ""
+    for case in chosen:
+        if case.op != op and not (settings.quick and raw):
+            ceilings.refresh()
+        op = case.op
+        begin = time.perf_counter()
+        raw.append(run_case(case, settings))
+        row = results.complete(raw[-1], case, ceilings, where)
+        _, title, direction, dtype, median, _, _, ratio, *_ = text.columns(row)
+        words = f"{op} {direction} {dtype} {title}: {median}  {ratio}"
+        print(f"{words}  [{time.perf_counter() - begin:.0f} s]", flush=True)
+    ceilings.refresh()
+    return [results.complete(row, case, ceilings, where) for row, case in zip(raw, chosen)]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("ops", nargs="*", metavar="op", help="only these ops")
+    parser.add_argument("--quick", action="store_true", help="small sizes, under two minutes; goals are not judged")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: those torch would use")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--out", type=Path, help="result file; by default a run of all ops is written to bench/results")
+    parser.add_argument(
+        "--compare", type=Path, metavar="FILE", help="an earlier result file, compared by ratio to a peer"
+    )
+    options = parser.parse_args(arguments)
+    settings = Settings(options.device, options.threads, options.quick)
+    try:
+        chosen = cases.select(options.ops, options.device)
+    except ValueError as error:
+        parser.error(str(error))
+    earlier = [] if options.compare is None else results.load(options.compare)  # before it may be written anew
+    rows = measure(chosen, settings)
+
+    print("\n" + text.plain(rows) + "\n")
+    first = rows[0]
+    peak = "  ".join(f"{r['dtype']} {r['peak'] / 1e9:.0f} GFLOP/s" for r in {r["dtype"]: r for r in rows}.values())
+    print(f"{first['processor']}, {first['threads']} threads, {first['isa']}; multiply-add peak: {peak}; ", end="")
+    print(f"read bandwidth: {first['bandwidth'] / 1e9:.1f} GB/s")
+    path = options.out or (None if options.ops else results.default_path(first, options.quick))
+    if path is not None:
+        results.save(rows, path)
+        print(f"written to {path}")
+
+    failed = False
+    for row in rows:
+        if row["why"] and row["backend"]:
+            print(f"{row['op']} {row['case']} {row['direction']}: {row['why']}")
+            failed = True
+    for row, before, now in results.compare(rows, earlier):
+        slower = now < results.GUARD * before
+        failed |= slower
+        words = f"{row['op']} {row['case']} {row['direction']} {row['dtype']}"
+        print(f"{words}: {before:.2f}x before, {now:.2f}x now{', SLOWER' if slower else ''}")
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,93 @@
+"""softmax_read: many queries (bound by multiply-adds), few queries (bound by memory), backward, call overhead."""
+
+from __future__ import annotations
+
+from ..case import Case, bandwidth, normal, peak, ratio
+
+SDPA = "SDPA"
+
+
+def make(sizes, dtype, device, seed):
+    """query [1, 1, T, K], keys [1, 1, N, K], values [1, 1, N, V]: the order that scaled_dot_product_attention wants."""
+    t, n, k, v = (sizes[axis] for axis in "TNKV")
+    return {
+        "query": normal((1, 1, t, k), dtype, device, 3 * seed),
+        "keys": normal((1, 1, n, k), dtype, device, 3 * seed + 1),
+        "values": normal((1, 1, n, v), dtype, device, 3 * seed + 2),
+    }
+
+
+def forward_flops(s):
+    return 2 * s["T"] * s["N"] * (s["K"] + s["V"])
+
+
+def forward_bytes(s, item):
+    return (s["N"] + s["T"]) * (s["K"] + s["V"]) * item
+
+
+def backward_flops(s):
+    """Five products: scores and d_weights again, then d_query, d_keys, d_values."""
+    return 2 * s["T"] * s["N"] * (3 * s["K"] + 2 * s["V"])
+
+
+def backward_bytes(s, item):
+    """Keys and values are read, their gradients written; the rest is small beside them or not the bound."""
+    return 2 * forward_bytes(s, item)
+
+
+def _sizes(t, n, kv):
+    return {"T": t, "N": n, "K": kv, "V": kv}
+
+
+def _forward(t, n, kv, quick, *goals, dtype="float32", **more):
+    return Case(
+        op="softmax_read",
+        sizes=_sizes(t, n, kv),
+        quick=_sizes(*quick),
+        make=make,
+        flops=forward_flops,
+        bytes=forward_bytes,
+        dtype=dtype,
+        goals=goals,
+        **more,
+    )
+
+
+def _backward(t, n, kv, quick, *goals):
+    return Case(
+        op="softmax_read",
+        sizes=_sizes(t, n, kv),
+        quick=_sizes(*quick),
+        make=make,
+        flops=backward_flops,
+        bytes=backward_bytes,
+        direction="backward",
+        grads=("query", "keys", "values"),
+        goals=goals,
+    )
+
+
+TINY = (1, 16, 16)
+CASES = [
+    _forward(512, 1024, 128, (512, 1024, 128), peak(0.82), ratio(2.2, SDPA)),
+    _forward(2048, 8192, 128, (512, 2048, 128), peak(0.82), ratio(2.2, SDPA), sample=("T", 128)),
+    _forward(512, 1024, 64, (512, 1024, 64), peak(0.75), ratio(2.2, SDPA)),
+    _forward(2048, 8192, 64, (512, 2048, 64), peak(0.75), ratio(2.2, SDPA), sample=("T", 128)),
+    _forward(1, 1 << 20, 128, (1, 1 << 17, 128), bandwidth(0.95), ratio(3.5, SDPA)),
+    _forward(8, 1 << 20, 128, (8, 1 << 17, 128), bandwidth(0.85), ratio(8, SDPA), sample=("T", 2)),
+    _forward(1024, 4096, 128, (512, 1024, 128), ratio(3.5, SDPA, fast_bfloat16=True), dtype="bfloat16"),
+    _forward(1, 1 << 20, 128, (1, 1 << 17, 128), bandwidth(0.85), dtype="bfloat16"),
+    _backward(1024, 4096, 128, (512, 1024, 128), ratio(2.2, SDPA), peak(0.65)),
+    _backward(1024, 4096, 64, (512, 1024, 64), ratio(2.2, SDPA), peak(0.65)),
+    _backward(1, 1 << 19, 128, (1, 1 << 16, 128), ratio(4.5, SDPA)),
+    _backward(8, 1 << 19, 128, (8, 1 << 16, 128), ratio(4.5, SDPA)),
+    _forward(*TINY, TINY, ratio(1 / 3, SDPA), name="call overhead, inference"),
+    _forward(
+        *TINY,
+        TINY,
+        ratio(1 / 4, SDPA),
+        name="call overhead, autograd",
+        autograd=True,
+        grads=("query", "keys", "values"),
+    ),
+]

@@ -1,0 +1,138 @@
+"""Result rows: what every row carries, files of them, and the comparison of two runs by ratio to a peer."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import platform
+import re
+import subprocess
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+
+import memkernels as mk
+from memkernels import _native
+
+from .case import Case, Goal
+from .ceilings import Ceilings
+
+DIRECTORY = Path(__file__).parent / "results"
+
+# A ratio to a peer that falls below this share of the one before is a regression. Medians of two variants of one run
+# move by up to a fifth on a machine that others use too.
+GUARD = 0.7
+
+ENVIRONMENT = ("device", "processor", "threads", "isa", "python", "torch", "memkernels", "commit", "date")
+FIELDS = (
+    *("op", "case", "direction", "dtype", "sizes", "unit", "backend", "median", "low", "high", "samples"),
+    *("error", "tolerance", "why", "peers", "best_peer", "ratio", "flops", "bytes", "peak", "bandwidth"),
+    *("peak_share", "bandwidth_share", "goals", "reached", *ENVIRONMENT),
+)
+
+
+def environment(device: str, threads: int) -> dict:
+    """Where and with what a run was made; part of every row."""
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else device,
+        "processor": _native.host().processor(),
+        "threads": threads,
+        "isa": torch.ops.memkernels_cpu.isa() if device == "cpu" and _native.missing() is None else "",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "memkernels": mk.__version__,
+        "commit": _commit(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _commit() -> str:
+    """The checked-out commit, with a plus where tracked files differ from it; "unknown" outside a checkout."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=DIRECTORY.parent, capture_output=True, text=True, check=True).stdout
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no").strip()
+        return git("rev-parse", "--short", "HEAD").strip() + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def complete(row: dict, case: Case, ceilings: Ceilings, where: dict) -> dict:
+    """Add what follows from the measurements: the ratio to the best peer, shares of the ceilings, goals reached."""
+    row = {**row, **where}
+    own, timed = row["median"], row["median"] is not None and row["unit"] == "s"
+    medians = {name: p["median"] for name, p in row["peers"].items() if p["median"] is not None}
+    row["best_peer"] = best = min(medians, key=medians.get, default=None) if own is not None else None
+    row["ratio"] = medians[best] / max(own, 1e-12) if best is not None else None
+    row["peak"], row["bandwidth"] = ceilings.peaks.get(case.dtype), ceilings.bandwidth
+    row["peak_share"] = row["flops"] / own / row["peak"] if timed and row["peak"] else None
+    row["bandwidth_share"] = row["bytes"] / own / row["bandwidth"] if timed else None
+    row["goals"] = []
+    for goal in case.goals:
+        value = _reached_value(goal, row, medians)
+        # Goals are stated for the full sizes.
+        judged = row["sizes"] == dict(case.sizes) and (ceilings.fast_bfloat16 or not goal.fast_bfloat16)
+        good = value is not None and (value <= goal.value if goal.kind == "memory" else value >= goal.value)
+        row["goals"].append({"goal": goal.text(), "value": value, "reached": good if judged else None})
+    reached = [goal["reached"] for goal in row["goals"]]
+    row["reached"] = False if False in reached else (None if None in reached or not reached else True)
+    return row
+
+
+def _reached_value(goal: Goal, row: dict, medians: dict[str, float]) -> float | None:
+    if row["median"] is None:
+        return None
+    if goal.kind == "peak":
+        return row["peak_share"]
+    if goal.kind == "bandwidth":
+        return row["bandwidth_share"]
+    if goal.kind == "memory":
+        return row["median"] / (row["sizes"]["T"] * row["sizes"]["N"] * getattr(torch, row["dtype"]).itemsize)
+    named = [medians[name] for name in goal.peers if name in medians]
+    return min(named) / row["median"] if len(named) == len(goal.peers) else None
+
+
+def key(row: dict) -> tuple:
+    """Rows of two files with the same key measured the same work on the same kind of machine."""
+    sizes = tuple(sorted(row["sizes"].items()))
+    what = (row["op"], row["case"], row["direction"], row["dtype"], sizes)
+    return (*what, row["device"], row["processor"], row["threads"], row["isa"])
+
+
+def compare(rows: Iterable[dict], before: Iterable[dict]) -> list[tuple[dict, float, float]]:
+    """(row, ratio before, ratio now) for each row that both have, each against the peer that was best before."""
+    known = {key(row): row for row in before}
+    found = []
+    for row in rows:
+        old = known.get(key(row))
+        if old is None or old["ratio"] is None or row["median"] is None:
+            continue
+        peer = row["peers"].get(old["best_peer"], {}).get("median")
+        if peer is not None:
+            found.append((row, old["ratio"], peer / max(row["median"], 1e-12)))
+    return found
+
+
+def save(rows: Sequence[dict], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"rows": list(rows)}, indent=1) + "\n")
+
+
+def load(path: Path) -> list[dict]:
+    return json.loads(path.read_text())["rows"]
+
+
+def committed() -> list[dict]:
+    """The rows of all result files, older before newer."""
+    files = [load(path) for path in DIRECTORY.glob("*.json")]
+    return sorted((row for rows in files for row in rows), key=lambda row: row["date"])
+
+
+def default_path(where: dict, quick: bool) -> Path:
+    """One file per machine, thread count and instruction set; the version history keeps the older ones."""
+    words = [where["device"], where["processor"] if where["device"] == "cpu" else "", where["isa"]]
+    slug = re.sub(r"[^a-z0-9]+", "-", " ".join(filter(None, words)).lower().replace("(r)", "")).strip("-")
+    return DIRECTORY / f"{slug}-{where['threads']}t{'-quick' if quick else ''}.json"

@@ -1,0 +1,84 @@
+"""Numbers and rows as text: one set of words for the terminal and for the report."""
+
+from __future__ import annotations
+
+HEADER = (
+    "op",
+    "case",
+    "direction",
+    "dtype",
+    "median",
+    "quartiles",
+    "peers",
+    "ratio",
+    "peak",
+    "read bw",
+    "goal",
+    "reached",
+)
+
+
+def seconds(value: float) -> str:
+    for unit, factor in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
+        if value >= factor:
+            return f"{value / factor:.3g} {unit}"
+    return f"{value / 1e-9:.3g} ns"
+
+
+def size(value: float) -> str:
+    for unit, shift in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
+        if value >= 1 << shift:
+            return f"{value / (1 << shift):.3g} {unit}"
+    return f"{value:.0f} B"
+
+
+def share(value: float | None) -> str:
+    return "" if value is None else f"{value:.0%}"
+
+
+def columns(row: dict) -> tuple[str, ...]:
+    """One row of the table, in the order of ``HEADER``."""
+    number = seconds if row["unit"] == "s" else size
+    words = []
+    for name, peer in row["peers"].items():
+        words.append(f"{name} {number(peer['median']) if peer['median'] is not None else '-'}")
+    goals = [f"{g['goal']}{'' if g['value'] is None else f' ({goal_value(g)})'}" for g in row["goals"]]
+    measured = row["median"] is not None
+    return (
+        row["op"],
+        row["case"],
+        row["direction"],
+        row["dtype"],
+        number(row["median"]) if measured else row["why"] or "-",
+        f"{number(row['low'])} .. {number(row['high'])}" if measured and row["unit"] == "s" else "",
+        ", ".join(words),
+        f"{row['ratio']:.2f}x {row['best_peer']}" if row["ratio"] is not None else "",
+        share(row["peak_share"]),
+        share(row["bandwidth_share"]),
+        "; ".join(goals),
+        {True: "yes", False: "no", None: ""}[row["reached"]],
+    )
+
+
+def goal_value(goal: dict) -> str:
+    value = goal["value"]
+    if "[T, N]" in goal["goal"]:
+        return f"1/{1 / value:.0f}" if value else "0"
+    if "time of" in goal["goal"]:
+        return f"{1 / value:.2f}x"
+    return f"{value:.2f}x" if "x " in goal["goal"] else f"{value:.0%}"
+
+
+def markdown(rows: list[dict]) -> str:
+    """A table. Rows that lose stand beside those that win."""
+    lines = ["| " + " | ".join(HEADER) + " |", "|" + " --- |" * len(HEADER)]
+    lines += ["| " + " | ".join(c.replace("|", "\\|") for c in columns(row)) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def plain(rows: list[dict]) -> str:
+    """The same table, aligned for a terminal, without the peers' own times."""
+    skip = HEADER.index("peers")
+    table = [tuple(c for i, c in enumerate(line) if i != skip) for line in (HEADER, *map(columns, rows))]
+    widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths)).rstrip() for line in table)
