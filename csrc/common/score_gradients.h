@@ -16,9 +16,10 @@ constexpr int64_t kChunks = 64;           // at most so many chunks
 constexpr int64_t kChunkSlots = 4 * kSlotBlock;  // of at least so many slots
 constexpr int64_t kManyBatches = 8;       // from so many on, batches run in parallel rather than the chunks of one
 
-// Where the gradients go: float (double) tensors. A missing one is not wanted.
+// Where the gradients go: float (double) tensors. A missing one is not wanted. tokens[t] receives -sum_i dS[t, i],
+// the gradient of a number that was subtracted from all scores of the token.
 struct GradientViews {
-  View query, keys, values, mask;
+  View query, keys, values, mask, tokens;
 };
 
 template <class F>
@@ -67,6 +68,29 @@ inline bool rows_are_shared(const View& view, const Lead& lead) {
   return false;
 }
 
+// sums[j] += sum_t D(t, j), and tokens[t] += sum_j D(t, j) where wanted.
+template <class F>
+inline void add_sums(const F* D, TileStrides<F> at, int64_t n, int64_t slots, F* sums, F* tokens) {
+  constexpr int W = kLanes<F>;
+  if (at.is == 1) {
+    for (int64_t t = 0; t < n; ++t) {
+      const F* d = D + t * at.ts;
+      F total = 0;
+      for (int64_t j = 0; j < slots; ++j) sums[j] += d[j], total += d[j];
+      if (tokens != nullptr) tokens[t] += total;
+    }
+    return;
+  }
+  for (int64_t j = 0; j < slots; ++j) {  // lanes past n hold zeros
+    Vec<F> total = load<F>(D + j * at.is);
+    for (int64_t l = W; l < at.is; l += W) total += load<F>(D + j * at.is + l);
+    sums[j] += sum<F>(total);
+  }
+  for (int64_t j = 0; j < slots && tokens != nullptr; ++j) {
+    for (int64_t t = 0; t < n; ++t) tokens[t] += D[j * at.is + t];
+  }
+}
+
 // Adds (or assigns) factor * rows[j] to the rows of slots first + place(j); assigning clears the rows of empty slots.
 template <class F>
 inline void scatter_rows(const View& view, const Lead& lead, int64_t batch, bool assign, int64_t first, int64_t count,
@@ -104,6 +128,7 @@ void score_gradients(const Lead& lead, const View& keys, const View& values, con
     Arena shared(memory);
     F* packed = shared.take<F>(tiles * tile_elements);
     F* partials = shared.take<F>(query ? s.chunks * partial : 0);
+    F* token_sums = shared.take<F>(out.tokens ? s.chunks * s.panel : 0);
     const Slots<F> slots(keys, values, mask, lead, batch, s.K, s.V, true);
     const bool first_keys = out.keys && first_visit(out.keys, lead, batch);
     const bool first_values = out.values && first_visit(out.values, lead, batch);
@@ -131,7 +156,9 @@ void score_gradients(const Lead& lead, const View& keys, const View& values, con
         F* dv = arena.take<F>(kSlotBlock * s.VP);
         F* dm = arena.take<F>(kSlotBlock);
         F* dq = query ? partials + c * partial : nullptr;
+        F* sums = token_sums + c * s.panel;
         if (query) std::memset(dq, 0, size_t(partial) * sizeof(F));
+        if (out.tokens) std::memset(sums, 0, size_t(s.panel) * sizeof(F));
         const int64_t hi = least((c + 1) * s.chunk, s.N);
         for (int64_t i = c * s.chunk; i < hi; i += kSlotBlock) {
           const int64_t count = least(kSlotBlock, hi - i);
@@ -149,13 +176,7 @@ void score_gradients(const Lead& lead, const View& keys, const View& values, con
             if (query) {
               gemm(Gemm<F>{n, s.KP, block.n, D, at.ts, at.is, block.keys, block.ks, dq + x * s.tile * s.KP, s.KP, true});
             }
-            if (out.mask) {
-              for (int64_t j = 0; j < block.n; ++j) {
-                F sum = 0;
-                for (int64_t t = 0; t < n; ++t) sum += D[t * at.ts + j * at.is];
-                dm[j] += sum;
-              }
-            }
+            if (out.mask || out.tokens) add_sums<F>(D, at, n, block.n, dm, out.tokens ? sums + x * s.tile : nullptr);
           }
           const bool start = panel == 0;
           if (out.keys) {
@@ -165,8 +186,17 @@ void score_gradients(const Lead& lead, const View& keys, const View& values, con
           if (out.mask) scatter_rows<F>(out.mask, lead, batch, start && first_mask, i, count, block, dm, 1, 1, F(1));
         }
       });
+      const int64_t T = s.tokens / most(lead.folded(), 1);
+      if (out.tokens) {
+        const TokenRows totals(out.tokens, lead, batch, T);
+        for (int64_t t = 0; t < pn; ++t) {
+          F total = 0;
+          for (int64_t g = 0; g < s.chunks; ++g) total -= token_sums[g * s.panel + t];
+          *reinterpret_cast<F*>(totals.row(p0 + t)) = total;
+        }
+      }
       if (!query) continue;
-      const TokenRows rows(out.query, lead, batch, s.tokens / most(lead.folded(), 1));
+      const TokenRows rows(out.query, lead, batch, T);
       parallel(live, size_t(s.KP) * sizeof(F), [&](int64_t x, char* own) {
         F* sum = reinterpret_cast<F*>(own);
         for (int64_t t = x * s.tile; t < least((x + 1) * s.tile, pn); ++t) {
@@ -182,7 +212,7 @@ void score_gradients(const Lead& lead, const View& keys, const View& values, con
     }
   };
 
-  const size_t memory = size_t(tiles * tile_elements + s.chunks * partial + 64) * sizeof(F);
+  const size_t memory = size_t(tiles * tile_elements + s.chunks * (partial + s.panel) + 64) * sizeof(F);
   const bool apart = !rows_are_shared(out.keys, lead) && !rows_are_shared(out.values, lead) && !rows_are_shared(out.mask, lead);
   if (s.batches >= kManyBatches && apart) {
     parallel(s.batches, memory, one_batch);

@@ -93,7 +93,7 @@ template <class F>
 void run(const SoftmaxReadBackward& p) {
   const SoftmaxRead& f = p.forward;
   const GradientShape<F> s(f.lead, f.T, f.N, f.K, f.V, false);
-  score_gradients<F>(f.lead, f.keys, f.values, f.mask, f.scale, s, {p.d_query, p.d_keys, p.d_values, p.d_mask},
+  score_gradients<F>(f.lead, f.keys, f.values, f.mask, f.scale, s, {p.d_query, p.d_keys, p.d_values, p.d_mask, {}},
                      Kernel<F>{p, s});
 }
 
