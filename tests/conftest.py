@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hypothesis
 import pytest
-from support import BACKENDS
+from support import BACKENDS, NATIVE
 
 # derandomize: the same examples on every run, so a red build is red again when it is looked at.
 hypothesis.settings.register_profile("memkernels", deadline=None, max_examples=40, derandomize=True, database=None)
@@ -14,4 +14,10 @@ hypothesis.settings.load_profile("memkernels")
 @pytest.fixture(params=BACKENDS)
 def backend(request) -> str:
     """Every backend, one after the other. A backend that is missing fails its tests: the call raises."""
+    return request.param
+
+
+@pytest.fixture(params=NATIVE)
+def native(request) -> str:
+    """Every backend that is compared with the reference."""
     return request.param

@@ -47,7 +47,7 @@ def reference(
     a = torch.sigmoid(scores(q, keys, slot_mask, scale))
     if token_mask is not None:
         a = a.masked_fill(silent, 0)
-    v = values.to(exact).expand(*memory, *values.shape[-2:])
+    v = values.to(exact).expand(*memory, *values.shape[-2:]).clone()  # with no tokens too, a result of its own
     for t in range(a.shape[-2]):
         gate = a[..., t, :].unsqueeze(-1)
         e_t = erase_scale if e is None else e[..., t, :].unsqueeze(-2)

@@ -162,7 +162,7 @@ VALUES = (
         ("scale", "query"),
         _sizes(K=15),
         give={"query": "signs", "keys": "signs"},
-        params={"scale": 8.0},
+        params={"scale": 4.0},
     ),
     Case(
         "NaN in one token",
