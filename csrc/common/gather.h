@@ -4,6 +4,7 @@
 // prefetched. That is why rows come as a flat list of pointers that goes on past the row in hand.
 #pragma once
 
+#include "common/parallel.h"
 #include "common/rows.h"
 
 namespace mk::MK_ISA {
@@ -125,7 +126,6 @@ inline void weighted_sum(const char* const* rows, const F* weights, int64_t n, i
 template <class F, DType D>
 inline void row_products(const char* const* rows, int64_t n, int64_t width, const F* x, F* out) {
   constexpr int W = kLanes<F>;
-  constexpr int bytes = W * kSize<D>;
   const int64_t whole = width / W * W;
   for (int64_t j = 0; j < n; j += W) {
     Vec<F> acc[W];
@@ -152,7 +152,6 @@ inline void row_products(const char* const* rows, int64_t n, int64_t width, cons
       for (int64_t i = 0; j + i < n; ++i) out[j + i] = lanes[i];
     }
   }
-  (void)bytes;
 }
 
 }  // namespace mk::MK_ISA

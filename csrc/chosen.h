@@ -1,0 +1,35 @@
+// What the bindings of the ops that work on chosen slots share: the check of indices, gradients that are mostly zero.
+#pragma once
+
+#include "binding.h"
+#include "cpu/choice.h"
+
+namespace mk {
+
+inline void check_indices(const char* op, const Choice& c) {
+  const int64_t wrong = MK_CALL(wrong_index, c);
+  STD_TORCH_CHECK(wrong == -1, op, ": indices must be in [-1, ", c.N, "), got ", wrong);
+}
+
+// The gradient of a memory argument that a kernel writes whole, in the dtype of the argument.
+class ChosenGradient {
+ public:
+  // `tail`: 2 for rows, 1 for one number per slot. Not wanted: it stays empty.
+  ChosenGradient(const Arguments& args, const Tensor* argument, bool wanted, int tail) {
+    if (argument == nullptr || !wanted) return;
+    Sizes sizes;
+    for (int64_t s : argument->sizes()) sizes.push_back(s);
+    tensor_ = mk::empty(sizes, argument->scalar_type());
+    out_.view = args.view(*tensor_, tail);
+    out_.rows = 1;
+    for (size_t d = 0; d + size_t(tail) - 1 < sizes.size(); ++d) out_.rows *= sizes[d];
+  }
+  const MemoryGradient& out() const { return out_; }
+  Tensor result() const { return tensor_.has_value() ? *tensor_ : nothing(); }
+
+ private:
+  std::optional<Tensor> tensor_;
+  MemoryGradient out_;
+};
+
+}  // namespace mk

@@ -1,0 +1,26 @@
+#pragma once
+
+#include "cpu/choice.h"
+
+namespace mk {
+
+// read[t] = sum_j weights[t, j] values[indices[t, j]]; indices have been checked.
+struct SparseRead {
+  Choice choice;
+  int64_t V;
+  View values, weights;
+  View read;
+};
+
+// Its gradients. A missing d_<argument> is not wanted.
+struct SparseReadBackward {
+  SparseRead forward;  // without its result
+  View d_read;
+  MemoryGradient d_values;
+  View d_weights;
+};
+
+}  // namespace mk
+
+MK_DECLARE(void sparse_read(const SparseRead&))
+MK_DECLARE(void sparse_read_backward(const SparseReadBackward&))
