@@ -227,6 +227,13 @@ def call(op: Op, tensors: list[Tensor | None], params: tuple, backend: str | Non
     name = requested() if backend is None else backend
     if torch._C._is_any_autocast_enabled():
         tensors = _autocast(op, tensors)
+        device = next((t.device.type for t in tensors if isinstance(t, Tensor)), "cpu")
+        with torch.autocast(device, enabled=False):  # a reference chooses its own dtypes
+            return _run(op, tensors, params, name, inplace)
+    return _run(op, tensors, params, name, inplace)
+
+
+def _run(op: Op, tensors: list[Tensor | None], params: tuple, name: str, inplace: bool):
     if torch.compiler.is_compiling():
         return _plan(op, tensors, name, inplace)(*tensors, *params)
     try:
