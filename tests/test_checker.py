@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support import NATIVE, subject
+from support import NATIVE, operator, subject
 
 from memkernels import testing
 from memkernels.registration import OPS
@@ -143,7 +143,7 @@ def test_a_missing_backend_is_a_failed_row(monkeypatch):
 def test_poisoned_memory_reaches_the_native_allocator(op, backend):
     """What the native library allocates through torch is filled too, else unwritten outputs would go unseen."""
     s = subject(op, "usual", torch.float32)
-    run = getattr(getattr(torch.ops, f"memkernels_{backend}"), op)
+    run = operator(backend, op)
     with testing.nan_in_new_memory(), torch.profiler.profile() as profile:
         run(*s.inputs.tensors, *s.inputs.params)
     names = [e.name for e in profile.events()]

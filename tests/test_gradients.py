@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support import randn
+from support import bits, operator, randn, subject
 from torch.autograd import gradcheck, gradgradcheck
 
 import memkernels as mk
@@ -149,10 +149,8 @@ def test_every_op_is_here():
 @pytest.mark.parametrize("op", mk.registration.OPS)
 def test_gradients_are_not_computed_where_none_is_wanted(native, op):
     """A frozen argument gets no gradient, and freezing it changes no other gradient."""
-    from support import bits, subject
-
     s = subject(op, "usual", torch.float32)
-    run = getattr(getattr(torch.ops, f"memkernels_{native}"), op)
+    run = operator(native, op)
 
     def gradients(wanting):
         tensors = [t if t is None else t.clone() for t in s.inputs.tensors]

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support import close, randn, subject
+from support import close, operator, randn, subject
 
 import memkernels as mk
 from memkernels.registration import OPS
 
 B, T, N, K, V, k = 2, 9, 33, 16, 24, 4
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-
-
-def operator(backend: str, name: str):
-    return getattr(getattr(torch.ops, f"memkernels_{backend}"), name).default
 
 
 def samples(op: str):

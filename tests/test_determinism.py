@@ -1,0 +1,111 @@
+"""The same inputs give the same bits: run after run, for any number of threads, from several Python threads at once."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from support import CASE, bits, operator
+
+from memkernels.registration import OPS
+from memkernels.spec import FLOATS
+from memkernels.testing import Case, Subject
+
+# Large enough that kernels split tokens, slots and widths over threads, in one direction or the other.
+LARGE = (
+    Case("many tokens", sizes={"T": 700, "N": 600, "K": 40, "V": 72, "k": 9, "S": 5}, tokens=(), memory=()),
+    Case("few tokens", sizes={"T": 3, "N": 9001, "K": 40, "V": 72, "k": 9, "S": 5}, tokens=(), memory=()),
+    Case("shared memory", sizes={"T": 65, "N": 900, "K": 24, "V": 24, "k": 9}, tokens=(2, 3), memory=(3,)),
+    CASE["usual"],
+    CASE["float mask"],
+)
+ERASE = Case(
+    "erase tensor", ("erase",), {"T": 129, "N": 515, "K": 40, "V": 72}, tokens=(), memory=(), give={"erase": "uniform"}
+)
+
+
+def runs() -> list:
+    found = []
+    for op in OPS.values():
+        for case in (*LARGE, ERASE):
+            if case.fits(op):
+                for dtype in FLOATS if case.name == "many tokens" else FLOATS[:2]:
+                    found.append(pytest.param(op.name, case, dtype, id=f"{op.name}-{case.name}-{str(dtype)[6:]}"))
+    return found
+
+
+def evaluate(op: str, case: Case, dtype: torch.dtype, backend: str):
+    """A function that runs forward and backward once and returns all results as bytes."""
+    s = Subject(OPS[op], case, dtype, "cpu")
+    run = operator(backend, op)
+
+    def once() -> list[bytes]:
+        tensors = [t if t is None else t.detach() for t in s.inputs.tensors]
+        leaves = [tensors[i].requires_grad_() for i in s.wanting]
+        results = run(*tensors, *s.inputs.params)
+        results = list(results) if isinstance(results, (tuple, list)) else [results]
+        pairs = [(results[i], d) for i, d in s.cotangents(results).items()]
+        gradients = torch.autograd.grad([r for r, _ in pairs], leaves, [d for _, d in pairs])
+        return [bits(x) for x in (*results, *gradients)]
+
+    return once
+
+
+@pytest.fixture
+def threads():
+    """Sets the number of threads and restores it."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("op", "case", "dtype"), runs())
+def test_same_bits_for_every_run_and_number_of_threads(native, threads, op, case, dtype):
+    once = evaluate(op, case, dtype, native)
+    threads(1)
+    wanted = once()
+    assert once() == wanted, "run to run"
+    for n in (2, 3, 8):
+        threads(n)
+        assert once() == wanted, f"{n} threads"
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_same_bits_from_several_python_threads_at_once(native, op):
+    once = evaluate(op, CASE["usual"], torch.float32, native)
+    wanted, failures = once(), []
+
+    def work():
+        for _ in range(15):
+            try:
+                if once() != wanted:
+                    failures.append("other bits")
+            except Exception as error:  # a thread that dies must fail the test
+                failures.append(repr(error))
+
+    workers = [threading.Thread(target=work) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not failures
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_same_bits_wherever_the_memory_lies(native, op):
+    """Kernels may not depend on the alignment of a pointer."""
+    s = Subject(OPS[op], CASE["usual"], torch.float32, "cpu")
+    run = operator(native, op)
+
+    def results(offset: int):
+        moved = []
+        for t in s.inputs.tensors:
+            if t is not None:
+                room = torch.empty(t.numel() + offset, dtype=t.dtype)
+                t = room[offset:].view(t.shape).copy_(t)
+            moved.append(t)
+        out = run(*moved, *s.inputs.params)
+        return [bits(x) for x in (out if isinstance(out, (tuple, list)) else [out])]
+
+    assert results(0) == results(1) == results(3)
