@@ -36,6 +36,7 @@ const Tensor& Arguments::add(const char* name, const Tensor& t, Side side, std::
     ++d;
   }
   const bool rows = n == 0 || t.size(rank - 1) <= 1 || t.stride(rank - 1) == 1;
+  STD_TORCH_CHECK(!ready_, op_, ": ", name, " came after the leading dimensions were settled");
   items_.push_back({name, rows ? t : torch::stable::contiguous(t), side, int(n)});
   return items_.back().tensor;
 }

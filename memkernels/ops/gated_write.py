@@ -72,6 +72,7 @@ OP = register(
             Out("values", "N V", lead="memory", dtype="values"),
             Out("retained", "N", lead="memory", dtype="stats"),
         ),
+        saved=("retained",),
         reference=reference,
         autocast=("keys", "query"),
         inplace="values",

@@ -1,0 +1,95 @@
+// What the writes share: chunks of tokens that write, and blocks of slots whose gates have slots for lanes.
+#pragma once
+
+#include "common/parallel.h"
+#include "common/score_gradients.h"
+#include "cpu/gated_write.h"
+
+namespace mk::MK_ISA {
+
+constexpr int64_t kChunkTokens = 96;
+template <class F>
+constexpr int64_t kSlotTile = 256 / int64_t(sizeof(F));  // 64 float slots: four AVX-512 registers
+
+// The tokens of [t0, t0 + count) that write, as rows of F; silent ones (token_mask) are left out.
+template <class F>
+struct TokenChunk {
+  int64_t n = 0;
+  const F *query = nullptr, *write = nullptr, *erase = nullptr;
+  int64_t qs = 0, ws = 0, es = 0;
+  int32_t token[kChunkTokens];  // row j is token t0 + token[j]
+};
+
+template <class F>
+class Tokens {
+ public:
+  struct Buffers {
+    F *query, *write, *erase;
+  };
+  Tokens(const GatedWrite& p, int64_t batch)
+      : K_(p.K), V_(p.V), query_(p.query, p.lead, batch, p.T), write_(p.write, p.lead, batch, p.T),
+        erase_(p.erase, p.lead, batch, p.T), mask_(p.token_mask, p.lead, batch, p.T) {}
+
+  static Buffers buffers(Arena& arena, const GatedWrite& p) {
+    return {arena.take<F>(kChunkTokens * Slots<F>::padded(p.K)), arena.take<F>(kChunkTokens * Slots<F>::padded(p.V)),
+            arena.take<F>(p.erase ? kChunkTokens * Slots<F>::padded(p.V) : 0)};
+  }
+
+  void load(int64_t t0, int64_t count, const Buffers& b, TokenChunk<F>& c) const {
+    c.n = 0;
+    for (int64_t t = 0; t < count; ++t) {
+      if (!mask_ || *mask_.row(t0 + t) != 0) c.token[c.n++] = int32_t(t);
+    }
+    const bool all = c.n == count;
+    fetch(query_, K_, t0, c, all, b.query, c.query, c.qs);
+    fetch(write_, V_, t0, c, all, b.write, c.write, c.ws);
+    if (erase_) fetch(erase_, V_, t0, c, all, b.erase, c.erase, c.es);
+  }
+
+ private:
+  static void fetch(const TokenRows& rows, int64_t width, int64_t t0, const TokenChunk<F>& c, bool all, F* buffer,
+                    const F*& out, int64_t& stride) {
+    if (all && rows.dtype == kOwn<F> && rows.folds == 0 && rows.stride % int64_t(sizeof(F)) == 0 &&
+        width % kLanes<F> == 0) {
+      out = reinterpret_cast<const F*>(rows.row(t0));
+      stride = rows.stride / int64_t(sizeof(F));
+      return;
+    }
+    stride = Slots<F>::padded(width);
+    for (int64_t j = 0; j < c.n; ++j) {
+      F* row = buffer + j * stride;
+      read_row<F>(rows.row(t0 + c.token[j]), rows.dtype, width, row);
+      for (int64_t x = width; x < stride; ++x) row[x] = 0;
+    }
+    out = buffer;
+  }
+
+  int64_t K_, V_;
+  TokenRows query_, write_, erase_, mask_;
+};
+
+// Keys of a block as lanes, times scale * log2(e), and its mask as lanes.
+template <class F>
+struct KeyLanes {
+  int64_t L = 0;
+  F *keys = nullptr, *mask = nullptr;
+
+  KeyLanes(Arena& arena, int64_t K) : keys(arena.take<F>(K * kSlotTile<F>)), mask(arena.take<F>(kSlotTile<F>)) {}
+  void pack(const SlotBlock<F>& block, int64_t K, F factor) {
+    L = round_up(block.n, kLanes<F>);
+    pack_lanes<F>(block.n, L, K, factor, nullptr, keys, [&](int64_t j, F*) { return block.keys + j * block.ks; });
+    for (int64_t j = 0; j < L; ++j) mask[j] = block.mask != nullptr && j < block.n ? block.mask[j] : F(0);
+  }
+  // S[t][lane], in units of log2.
+  void scores(const TokenChunk<F>& c, int64_t K, F* S) const {
+    gemm(Gemm<F>{c.n, L, K, c.query, c.qs, 1, keys, L, S, L, false});
+  }
+};
+
+// 1 - e a, the share of a slot that one token leaves; `keep` is 1 - a without cancellation.
+template <class F>
+MK_INLINE Vec<F> left(Vec<F> a, Vec<F> keep, F e) {
+  return e == F(1) ? keep : F(1) - e * a;
+}
+
+}  // namespace mk::MK_ISA

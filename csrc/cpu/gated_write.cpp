@@ -1,0 +1,173 @@
+// gated_write with a number e as erase. With fixed keys every slot evolves alone, so with R[t, i] = prod_{u > t} (1 - e a[u, i])
+//
+//   V' = R[0] V + sum_t (a[t] R[t]) w_t
+//
+// one matrix product whose weights are made on the fly. Tokens are walked from the last to the first with R in registers: every
+// factor is at most 1, there is no logarithm and no division, and once R of a whole block is exactly 0 no earlier token can
+// matter. Lanes are slots, so a row of weights [t][slot] is made by vertical arithmetic and is the packed operand of the product;
+// keys are packed once per block for all tokens. Parallel over batches and blocks of slots; [T, N] is never formed.
+// With few tokens, lanes are value columns instead and keys are not packed: then every slot is read and written once.
+#include "cpu/gated_write.h"
+
+#include "common/write_tiles.h"
+
+namespace mk::MK_ISA {
+namespace {
+
+// Slots that are not in the block (empty ones) keep what they hold.
+template <class F>
+void keep_empty(const GatedWrite& p, int64_t batch, int64_t first, int64_t count, const SlotBlock<F>& block, F* row) {
+  if (block.n == count) return;
+  const char* in = p.values.batch(p.lead, batch);
+  char* out = p.out.batch(p.lead, batch);
+  char* kept = p.retained.batch(p.lead, batch);
+  for (int64_t i = 0, j = 0; i < count; ++i) {
+    if (j < block.n && block.place(j) == i) {
+      ++j;
+      continue;
+    }
+    if (p.out.data != p.values.data) {
+      read_row<F>(in + (first + i) * p.values.row, p.values.dtype, p.V, row);
+      write_row<F>(row, p.V, p.out.dtype, out + (first + i) * p.out.row);
+    }
+    *reinterpret_cast<F*>(kept + (first + i) * p.retained.row) = 1;
+  }
+}
+
+template <class F>
+void many(const GatedWrite& p, int64_t batch, int64_t first, int64_t count, int64_t tokens, Arena arena) {
+  constexpr int W = kLanes<F>;
+  const Slots<F> slots(p.keys, p.values, p.mask, p.lead, batch, p.K, p.V, false);
+  const auto buffers = Slots<F>::buffers(arena, kSlotTile<F>, p.K, p.V);
+  const auto token_buffers = Tokens<F>::buffers(arena, p);
+  KeyLanes<F> lanes(arena, p.K);
+  F* S = arena.take<F>(kChunkTokens * kSlotTile<F>);
+  F* acc = arena.take<F>(p.V * kSlotTile<F>);
+  F* R = arena.take<F>(kSlotTile<F>);
+  F* kept = arena.take<F>(kSlotTile<F>);
+  F* row = arena.take<F>(p.V);
+  TokenChunk<F> chunk;
+  const Tokens<F> source(p, batch);
+
+  const SlotBlock<F> block = slots.load(first, count, buffers);
+  keep_empty<F>(p, batch, first, count, block, row);
+  if (block.n == 0) return;
+  lanes.pack(block, p.K, F(p.scale * kLog2e));
+  const int64_t L = lanes.L;
+  for (int64_t j = 0; j < L; ++j) R[j] = kept[j] = 1;
+  std::memset(acc, 0, size_t(p.V * L) * sizeof(F));
+  const F e = F(p.erase_scale);
+
+  bool alive = true;
+  for (int64_t c = div_up(tokens, kChunkTokens); c-- > 0 && alive;) {
+    const int64_t t0 = c * kChunkTokens;
+    source.load(t0, least(kChunkTokens, tokens - t0), token_buffers, chunk);
+    if (chunk.n == 0) continue;
+    lanes.scores(chunk, p.K, S);
+    alive = false;
+    for (int64_t l = 0; l < L; l += W) {
+      Vec<F> r = load<F>(R + l), k = load<F>(kept + l), a, keep;
+      const Vec<F> m = load<F>(lanes.mask + l);
+      for (int64_t t = chunk.n; t-- > 0;) {
+        F* s = S + t * L + l;
+        sigmoid2<F>(load<F>(s) + m, a, keep);
+        store<F>(s, a * r);
+        r *= left<F>(a, keep, e);
+        k *= keep;
+      }
+      store<F>(R + l, r);
+      store<F>(kept + l, k);
+      alive |= any<F>(r != F(0));
+    }
+    gemm(Gemm<F>{p.V, L, chunk.n, chunk.write, 1, chunk.ws, S, L, acc, L, true});
+  }
+
+  char* out = p.out.batch(p.lead, batch);
+  char* retained = p.retained.batch(p.lead, batch);
+  for (int64_t j = 0; j < block.n; ++j) {
+    const int64_t i = first + block.place(j);
+    for (int64_t v = 0; v < p.V; ++v) row[v] = R[j] * block.values[j * block.vs + v] + acc[v * L + j];
+    write_row<F>(row, p.V, p.out.dtype, out + i * p.out.row);
+    *reinterpret_cast<F*>(retained + i * p.retained.row) = kept[j];
+  }
+}
+
+template <class F>
+void few(const GatedWrite& p, int64_t batch, int64_t first, int64_t count, int64_t tokens, Arena arena) {
+  constexpr int W = kLanes<F>;
+  const int64_t KP = Slots<F>::padded(p.K), VP = Slots<F>::padded(p.V);
+  const Slots<F> slots(p.keys, p.values, p.mask, p.lead, batch, p.K, p.V, true);
+  const auto buffers = Slots<F>::buffers(arena, kSlotBlock, p.K, p.V);
+  const auto token_buffers = Tokens<F>::buffers(arena, p);
+  F* q = arena.take<F>(kLanes<F> * KP);
+  F* S = arena.take<F>(kLanes<F> * kSlotBlock);
+  F* acc = arena.take<F>(kSlotBlock * VP);
+  F* R = arena.take<F>(kSlotBlock);
+  F* kept = arena.take<F>(kSlotBlock);
+  F* row = arena.take<F>(p.V);
+  TokenChunk<F> chunk;
+  Tokens<F>(p, batch).load(0, tokens, token_buffers, chunk);
+  for (int64_t t = 0; t < chunk.n; ++t) {
+    for (int64_t c = 0; c < KP; ++c) q[t * KP + c] = c < p.K ? F(p.scale * kLog2e) * chunk.query[t * chunk.qs + c] : F(0);
+  }
+  char* out = p.out.batch(p.lead, batch);
+  char* retained = p.retained.batch(p.lead, batch);
+  const F e = F(p.erase_scale);
+
+  for (int64_t i = first; i < first + count; i += kSlotBlock) {
+    const int64_t width = least(kSlotBlock, first + count - i);
+    const SlotBlock<F> block = slots.load(i, width, buffers);
+    keep_empty<F>(p, batch, i, width, block, row);
+    if (block.n == 0) continue;
+    score_rows<F>(block, p.K, q, chunk.n, S);
+    for (int64_t l = 0; l < round_up(block.n, W); l += W) {
+      Vec<F> r = fill<F>(1), k = r, a, keep;
+      for (int64_t t = chunk.n; t-- > 0;) {
+        F* s = S + t * kSlotBlock + l;
+        sigmoid2<F>(load<F>(s), a, keep);
+        store<F>(s, a * r);
+        r *= left<F>(a, keep, e);
+        k *= keep;
+      }
+      store<F>(R + l, r);
+      store<F>(kept + l, k);
+    }
+    gemm(Gemm<F>{block.n, VP, chunk.n, S, 1, kSlotBlock, chunk.write, chunk.ws, acc, VP, false});
+    for (int64_t j = 0; j < block.n; ++j) {
+      const F* v = block.values + j * block.vs;
+      F* a = acc + j * VP;
+      for (int64_t x = 0; x < VP; x += W) store<F>(a + x, R[j] * load<F>(v + x) + load<F>(a + x));
+      const int64_t at = i + block.place(j);
+      write_row<F>(a, p.V, p.out.dtype, out + at * p.out.row);
+      *reinterpret_cast<F*>(retained + at * p.retained.row) = kept[j];
+    }
+  }
+}
+
+template <class F>
+void run(const GatedWrite& p) {
+  const int64_t batches = p.lead.batches(), tokens = p.lead.folded() * p.T;
+  const bool is_few = few_tokens<F>(tokens);
+  const int64_t size = is_few ? 8 * kSlotBlock : kSlotTile<F>, blocks = div_up(p.N, size);
+  const int64_t block = is_few ? kSlotBlock : kSlotTile<F>;
+  Arena measure;
+  Slots<F>::buffers(measure, block, p.K, p.V);
+  Tokens<F>::buffers(measure, p);
+  measure.take<F>((Slots<F>::padded(p.K) + Slots<F>::padded(p.V) + kChunkTokens + 3) * block + p.V);
+  measure.take<F>(is_few ? kLanes<F> * (Slots<F>::padded(p.K) + kSlotBlock) : 0);
+  parallel(batches * blocks, measure.used() + 12 * 64, [&](int64_t task, char* memory) {
+    FlushDenormals flush;
+    const int64_t batch = task / blocks, first = task % blocks * size, count = least(size, p.N - first);
+    if (is_few) few<F>(p, batch, first, count, tokens, Arena(memory));
+    else many<F>(p, batch, first, count, tokens, Arena(memory));
+  });
+}
+
+}  // namespace
+
+void gated_write(const GatedWrite& p) {
+  if (p.query.dtype == DType::f64) run<double>(p);
+  else run<float>(p);
+}
+
+}  // namespace mk::MK_ISA
