@@ -15,7 +15,7 @@ from bench.cases import all_cases, select
 from bench.cases.sparse_read import check_gradient
 from bench.check import Exact
 from bench.harness import Settings, run_case
-from bench.timers import Spread, interleave
+from bench.timers import LEAST_SAMPLES, Spread, interleave
 from bench.variants import d_output, prepare
 from bench.variants import results as results_of
 
@@ -225,7 +225,7 @@ def test_interleaving_rotates_inputs_and_takes_every_variant():
     spreads = interleave(calls, "cpu", seconds=0.01)
     assert set(spreads) == {"a", "b"}
     for name in seen:
-        assert spreads[name].samples >= 5
+        assert spreads[name].samples >= LEAST_SAMPLES
         assert seen[name][:6] == [0, 1, 2, 0, 1, 2]  # consecutive calls never take the same set
 
 

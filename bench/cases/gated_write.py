@@ -45,6 +45,8 @@ def _case(t, n, quick, direction, *goals):
         bytes=forward_bytes if forward else backward_bytes,
         direction=direction,
         grads=() if forward else ("values", "keys", "query", "write"),
+        # Slots do not depend on one another, but the gradient of a token depends on all of them.
+        sample=("N", 512) if forward else None,
         goals=goals,
     )
 
