@@ -113,10 +113,12 @@ def _define(op: Op, namespace: str, library: torch.library.Library) -> None:
         tensors = ctx.saved_tensors
         args, d_outputs = tensors[:n], tensors[n + n_saved :]
         formula = op.reference
-        if op.selected is not None:  # differentiate the choice that was made, not one that ranks equal scores differently
+        if op.selected is not None:  # differentiate the choice that was made: scores that are equal may rank either way
             chosen = tensors[n + op.saved.index("indices")]
             formula = functools.partial(_with_choice, op.selected, chosen)
-        d_args, d_d_outputs = _second_derivative(op, formula, args, d_outputs, ctx.params, ctx.wants, dd, differentiable)
+        d_args, d_d_outputs = _second_derivative(
+            op, formula, args, d_outputs, ctx.params, ctx.wants, dd, differentiable
+        )
         return (*d_args, *([None] * n_saved), *d_d_outputs, *([None] * n_params), None)
 
     torch.library.register_fake(qualified, fake, lib=library)
@@ -133,7 +135,9 @@ def _define(op: Op, namespace: str, library: torch.library.Library) -> None:
 
         def fake_inplace(*inputs):
             results = fake(*inputs)
-            results = [r for r, o in zip(results if isinstance(results, tuple) else (results,), op.outputs) if o in others]
+            results = [
+                r for r, o in zip(results if isinstance(results, tuple) else (results,), op.outputs) if o in others
+            ]
             return tuple(results) if len(results) != 1 else results[0]
 
         torch.library.register_fake(f"{qualified}_", fake_inplace, lib=library)
@@ -156,6 +160,8 @@ def _second_derivative(op, formula, args, d_outputs, params, wants, dd, differen
         pairs = [(r, d) for r, d in zip(results, d_outputs) if d is not None and r.requires_grad]
         asked = [(i, g) for i, w, g in zip(differentiable, wants, dd) if w and g is not None]
         asked = [(i, g) for i, g in asked if args[i] is not None and args[i].requires_grad]
+        if not asked or not pairs:
+            return [None] * len(args), [None] * len(d_outputs)
         firsts = torch.autograd.grad(
             [r for r, _ in pairs],
             [args[i] for i, _ in asked],
@@ -167,9 +173,7 @@ def _second_derivative(op, formula, args, d_outputs, params, wants, dd, differen
         leaves = [args[i] for i in differentiable if args[i] is not None and args[i].requires_grad]
         leaves += [d for d in d_outputs if d is not None]
         if live:
-            seconds = list(
-                torch.autograd.grad([f for f, _ in live], leaves, [g for _, g in live], allow_unused=True)
-            )
+            seconds = list(torch.autograd.grad([f for f, _ in live], leaves, [g for _, g in live], allow_unused=True))
         else:
             seconds = [None] * len(leaves)
     d_args: list[Tensor | None] = [None] * len(args)
@@ -246,4 +250,6 @@ def _run(op: Op, tensors: list[Tensor | None], params: tuple, name: str, inplace
         if len(_plans) >= _PLAN_LIMIT:
             _plans.clear()
         _plans[key] = plan
+    if inplace:  # so that autograd notices when a tensor it saved was overwritten
+        torch.autograd.graph.increment_version(tensors[op.index(op.inplace)])
     return plan(*tensors, *params)
