@@ -37,7 +37,7 @@ class Settings:
     streams: int = 32
     window: int = 32
     steps: int = 400
-    compared_steps: int = 60  # of them also taken on the reference backend, which loops over tokens in Python
+    compared_steps: int = 50  # of them also taken on the reference backend, which loops over tokens in Python
     learning_rate: float = 4e-3
     warm_up: int = 50
     held_out: float = 0.1
@@ -185,14 +185,16 @@ held-out bits per byte after {len(fused.losses)} steps, lower is better
 """
 
 
-def run(out_dir: str | Path = "memkernels-demo", seconds: float = 120.0, settings: Settings | None = None) -> int:
+def run(out_dir: str | Path = "memkernels-demo", seconds: float = 150.0, settings: Settings | None = None) -> int:
     """The demonstration in about ``seconds``; the exit status, 0 when fused equals reference everywhere.
 
     Writes ``demo.png`` into ``out_dir``. Training stops when three quarters of the time are gone, however far it is.
     """
     start = time.perf_counter()
     print(f"1/3  every op against the float64 reference (torch {torch.__version__}, {torch.get_num_threads()} threads)")
-    equal = check_ops()
+    if not check_ops():
+        print("FAILED: an op differs from its reference, so training and times would mean nothing")
+        return 1
 
     print("\n2/3  a Transformer with memory on CPython's documentation, reference and fused from one seed")
     training = train(settings or Settings(), 0.75 * seconds - (time.perf_counter() - start))
@@ -205,17 +207,15 @@ def run(out_dir: str | Path = "memkernels-demo", seconds: float = 120.0, setting
 
     path = _figure.draw(Path(out_dir), training, timings)
     print(f"\npicture: {path}\ntotal: {time.perf_counter() - start:.0f} s")
-    if not equal:
-        print("FAILED: an op differs from its reference")
     if not agrees:
         print("FAILED: the loss curves differ")
-    return 0 if equal and agrees else 1
+    return 0 if agrees else 1
 
 
 def main(argv: list[str] | None = None) -> int:
     """Command line of ``python -m memkernels demo``."""
     parser = argparse.ArgumentParser(prog="python -m memkernels demo", description=__doc__.splitlines()[0])
     parser.add_argument("--out-dir", default="memkernels-demo", help="where the picture goes (default: %(default)s)")
-    parser.add_argument("--seconds", type=float, default=120.0, help="time to aim at (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=150.0, help="time to aim at (default: %(default)s)")
     arguments = parser.parse_args(argv)
     return run(arguments.out_dir, arguments.seconds)
