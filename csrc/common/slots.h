@@ -13,19 +13,20 @@ struct SlotBlock {
   int64_t ks = 0;       // elements from row to row
   const F* values = nullptr;
   int64_t vs = 0;
-  const F* mask = nullptr;        // added to scores, in units of log2; null: none
+  const F* mask = nullptr;        // added to scores, in the unit of the Slots; null: none
   const int32_t* which = nullptr; // which[j]: place of row j in the block; null: place j
 
   int64_t place(int64_t j) const { return which == nullptr ? j : which[j]; }
 };
 
-// The slots of one batch. `pad`: rows are readable in whole registers (zeros behind the end).
+// The slots of one batch. `pad`: rows are readable in whole registers (zeros behind the end). `unit`: of masks, by default that of
+// scores in log2; 1 leaves them as they are.
 template <class F>
 class Slots {
  public:
   Slots(const View& keys, const View& values, const View& mask, const Lead& lead, int64_t batch, int64_t K, int64_t V,
-        bool pad)
-      : K_(K), V_(V), keys_(rows(keys, lead, batch)), values_(rows(values, lead, batch)), pad_(pad) {
+        bool pad, double unit = kLog2e)
+      : K_(K), V_(V), keys_(rows(keys, lead, batch)), values_(rows(values, lead, batch)), unit_(F(unit)), pad_(pad) {
     if (mask) mask_ = mask.batch(lead, batch), mask_dtype_ = mask.dtype;
   }
 
@@ -48,7 +49,7 @@ class Slots {
       for (int64_t i = 0; i < count; ++i) {
         const F m = mask_at(first + i);
         if (m == -kInf<F>) continue;
-        b.mask[n] = m * F(kLog2e);
+        b.mask[n] = m * unit_;
         b.which[n++] = int32_t(i);
       }
       block.n = n;
@@ -101,6 +102,7 @@ class Slots {
   Source keys_, values_;
   const char* mask_ = nullptr;
   DType mask_dtype_ = DType::f32;
+  F unit_;
   bool pad_;
 };
 

@@ -1,0 +1,27 @@
+#pragma once
+
+#include "cpu/topk_search.h"
+
+namespace mk {
+
+// read[t] = sum_j weights[t, j] values[indices[t, j]], weights = softmax over the k scores of a search.
+struct TopkRead {
+  TopkSearch search;  // without scores
+  int64_t V;
+  View values;
+  View read, weights;
+};
+
+// Its gradients. A missing d_read or d_weights is zero.
+struct TopkReadBackward {
+  TopkSearchBackward search;  // without d_scores
+  int64_t V;
+  View values, weights;
+  View d_read, d_weights;
+  MemoryGradient d_values;
+};
+
+}  // namespace mk
+
+MK_DECLARE(void topk_read(const TopkRead&))
+MK_DECLARE(void topk_read_backward(const TopkReadBackward&))

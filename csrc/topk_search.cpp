@@ -1,0 +1,72 @@
+#include "cpu/topk_search.h"
+
+#include "chosen.h"
+
+namespace mk {
+namespace {
+
+// Guards the inputs and fills everything of `p` but the results.
+struct Inputs {
+  Arguments args;
+  const Tensor *query, *keys, *mask;
+
+  Inputs(const char* op, const Tensor& q, const Tensor& k, const std::optional<Tensor>& m) : args(op) {
+    const int64_t K = size_at(op, "query", q, -1), N = size_at(op, "keys", k, -2);
+    args.reserve(5);
+    query = &args.add("query", q, Side::tokens, {size_at(op, "query", q, -2), K});
+    keys = &args.add("keys", k, Side::memory, {N, K});
+    mask = args.add("slot_mask", m, Side::memory, {N});
+    args.floats({query, keys});
+    args.mask(mask, *query);
+  }
+};
+
+std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& keys, const std::optional<Tensor>& slot_mask, int64_t k,
+                                   double scale) {
+  Inputs in("topk_search", query, keys, slot_mask);
+  in.args.require(k >= 1, "k must be at least 1");
+  TopkSearch p;
+  p.lead = in.args.lead();
+  p.T = query.size(query.dim() - 2), p.K = query.size(query.dim() - 1), p.N = keys.size(keys.dim() - 2);
+  p.k = k, p.scale = scale;
+  p.query = in.args.view(in.query, 2), p.keys = in.args.view(in.keys, 2), p.mask = in.args.view(in.mask, 1);
+  Tensor scores = empty(in.args.sizes(Side::tokens, {p.T, k}), query.scalar_type());
+  Tensor indices = empty(in.args.sizes(Side::tokens, {p.T, k}), ScalarType::Long);
+  p.scores = in.args.view(scores, 2), p.indices = in.args.view(indices, 2);
+  MK_CALL(topk_search, p);
+  return {scores, indices};
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& query, const Tensor& keys, const std::optional<Tensor>& slot_mask,
+                                            const Tensor& indices, const std::optional<Tensor>& d_scores, int64_t k,
+                                            double scale, const std::vector<bool>& wants) {
+  Inputs in("topk_search_backward", query, keys, slot_mask);
+  in.args.require(wants.size() == 3, "wants must have 3 entries");
+  in.args.require(d_scores.has_value(), "d_scores must be given");
+  TopkSearchBackward p;
+  Choice& c = p.choice;
+  c.T = query.size(query.dim() - 2), c.k = k, c.N = keys.size(keys.dim() - 2);
+  p.K = query.size(query.dim() - 1), p.scale = scale;
+  const Tensor* chosen = &in.args.add("indices", indices, Side::tokens, {c.T, k});
+  const Tensor* ds = in.args.add("d_scores", d_scores, Side::tokens, {c.T, k});
+  in.args.require(chosen->scalar_type() == ScalarType::Long, "indices must be int64");
+  in.args.floats({in.query, ds});
+  c.lead = in.args.lead();
+  c.indices = in.args.view(chosen, 2);
+  check_indices(in.args.op(), c);
+  p.query = in.args.view(in.query, 2), p.keys = in.args.view(in.keys, 2), p.d_scores = in.args.view(ds, 2);
+  const bool masked = in.mask != nullptr && in.mask->scalar_type() != ScalarType::Bool;
+  const TokenGradient d_query(in.args, in.query, wants[0], {c.T, p.K});
+  const ChosenGradient d_keys(in.args, in.keys, wants[1], 2), d_mask(in.args, in.mask, wants[2] && masked, 1);
+  p.d_query = d_query.view(), p.d_keys = d_keys.out(), p.d_mask = d_mask.out();
+  MK_CALL(topk_search_backward, p);
+  return {d_query.result(), d_keys.result(), d_mask.result()};
+}
+
+}  // namespace
+}  // namespace mk
+
+STABLE_TORCH_LIBRARY_IMPL(memkernels_cpu, CPU, m) {
+  m.impl("topk_search", TORCH_BOX(&mk::forward));
+  m.impl("topk_search_backward", TORCH_BOX(&mk::backward));
+}
