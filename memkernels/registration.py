@@ -25,6 +25,7 @@ from .spec import Op
 
 OPS: dict[str, Op] = {}
 _libraries = {b.name: torch.library.Library(b.namespace, "DEF") for b in BACKENDS}
+_recorded: dict[str, Callable[..., Any]] = {}  # qualified name -> the op as one node of the autograd graph
 _plans: dict[tuple, Callable[..., Any]] = {}
 _PLAN_LIMIT = 4096
 
@@ -58,6 +59,7 @@ def _define(op: Op, namespace: str, library: torch.library.Library) -> None:
     n, n_params = len(op.args), len(op.params)
     n_saved = len(op.saved)
     differentiable = [i for i, a in enumerate(op.args) if a.is_float]
+    without_grad = [i for i, o in enumerate(op.outputs) if not o.grad]
     outputs_with_grad = [i for i, o in enumerate(op.outputs) if o.grad]
     saved = [next(i for i, o in enumerate(op.outputs) if o.name == name) for name in op.saved]
 
@@ -88,17 +90,20 @@ def _define(op: Op, namespace: str, library: torch.library.Library) -> None:
     def setup_context(ctx, inputs, output):
         output = output if isinstance(output, tuple) else (output,)
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*(o for o, out in zip(output, op.outputs) if not out.grad))
+        if without_grad:
+            ctx.mark_non_differentiable(*(output[i] for i in without_grad))
         ctx.params = inputs[n:]
         ctx.save_for_backward(*inputs[:n], *(output[i] for i in saved))
 
     def run_backward(ctx, *d_outputs):
-        wants = [bool(ctx.needs_input_grad[i]) for i in differentiable]
+        needs = ctx.needs_input_grad[len(ctx.needs_input_grad) - n - n_params :]  # Recorded has one input more
+        wants = [bool(needs[i]) for i in differentiable]
         d_outputs = [d_outputs[i] for i in outputs_with_grad]
         result: list[Tensor | None] = [None] * (n + n_params)
         if not any(wants) or all(d is None for d in d_outputs):
             return tuple(result)
-        grads = backward_op(*ctx.saved_tensors, *d_outputs, *ctx.params, wants)
+        inputs = (*ctx.saved_tensors, *d_outputs, *ctx.params, wants)
+        grads = backward_op(*inputs) if torch.is_grad_enabled() else _below_autograd(backward_op, inputs)
         for i, grad, want in zip(differentiable, grads if isinstance(grads, (tuple, list)) else (grads,), wants):
             result[i] = grad if want else None
         return tuple(result)
@@ -120,6 +125,19 @@ def _define(op: Op, namespace: str, library: torch.library.Library) -> None:
             op, formula, args, d_outputs, ctx.params, ctx.wants, dd, differentiable
         )
         return (*d_args, *([None] * n_saved), *d_d_outputs, *([None] * n_params), None)
+
+    class Recorded(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, operator, *inputs):
+            output = _below_autograd(operator, inputs)
+            setup_context(ctx, inputs, output)
+            return output
+
+        @staticmethod
+        def backward(ctx, *d_outputs):
+            return (None, *run_backward(ctx, *d_outputs))
+
+    _recorded[qualified] = Recorded.apply
 
     torch.library.register_fake(qualified, fake, lib=library)
     torch.library.register_fake(f"{qualified}_backward", fake_backward, lib=library)
@@ -204,14 +222,37 @@ def _autocast(op: Op, tensors: list[Tensor | None]) -> list[Tensor | None]:
     return result
 
 
+def _below_autograd(operator, inputs):
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(*inputs)
+
+
+def _eager(op: Op, operator: Callable[..., Any], recorded: Callable[..., Any]) -> Callable[..., Any]:
+    """``operator`` without the autograd layer of torch.library, which in eager mode costs more than a small call itself."""
+    n = len(op.args)
+
+    def run(*inputs):
+        if torch._C._are_functorch_transforms_active():
+            return operator(*inputs)
+        if torch.is_grad_enabled():
+            for tensor in inputs[:n]:
+                if tensor is not None and tensor.requires_grad:
+                    return recorded(operator, *inputs)
+        return _below_autograd(operator, inputs)
+
+    return run
+
+
 def _plan(op: Op, tensors: list[Tensor | None], name: str, inplace: bool) -> Callable[..., Any]:
     layout = spec.check(op, tensors)
     device = next(t.device.type for t in tensors if t is not None)
     backend = select(op.name, device, layout.dtype, name)
     if backend is None:
         return _reference_inplace(op) if inplace else op.reference
-    operators = getattr(torch.ops, backend.namespace)
-    return getattr(operators, op.name + ("_" if inplace else "")).default
+    operator = getattr(getattr(torch.ops, backend.namespace), op.name + ("_" if inplace else "")).default
+    if torch.compiler.is_compiling():
+        return operator
+    return _eager(op, operator, _recorded[f"{backend.namespace}::{op.name}"])
 
 
 def _reference_inplace(op: Op) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""Peak extra memory of a fused op, forward and backward: it never forms [T, N]. Read off the resident set of a process."""
+"""Peak extra memory of a fused op, forward and backward: it never forms [T, N]. Read off a fresh process."""
 
 from __future__ import annotations
 

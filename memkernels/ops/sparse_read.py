@@ -21,9 +21,9 @@ def gather_rows(rows: Tensor, indices: Tensor) -> Tensor:
     rows, indices = rows.expand(*lead, *rows.shape[-2:]), indices.expand(*lead, *indices.shape[-2:])
     if rows.shape[-2] == 0:
         return rows.new_zeros(*indices.shape, rows.shape[-1])
-    flat = indices.clamp(min=0).flatten(-2).unsqueeze(-1).expand(*lead, -1, rows.shape[-1])
+    flat = indices.masked_fill(indices == -1, 0).flatten(-2).unsqueeze(-1).expand(*lead, -1, rows.shape[-1])
     picked = torch.gather(rows, -2, flat).unflatten(-2, indices.shape[-2:])
-    return picked.masked_fill((indices < 0).unsqueeze(-1), 0)
+    return picked.masked_fill((indices == -1).unsqueeze(-1), 0)
 
 
 def reference(values: Tensor, indices: Tensor, weights: Tensor):

@@ -1,0 +1,134 @@
+"""Calls one native operator with arguments that no checked caller would pass. test_hostile.py runs it as a process.
+
+Prints a line before each call, so the last one names the call that killed the process, and at the end DONE. A call that
+must be refused and is not is printed as ACCEPTED.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from support import operator, subject
+
+from memkernels.registration import OPS
+
+name, backend, direction = sys.argv[1:4]
+op = OPS[name]
+INT_MIN, HUGE = -(2**63), 2**62
+
+
+def attempt(what: str, arguments: list, must_raise: bool = True) -> None:
+    print(what, flush=True)
+    try:
+        run(*arguments)
+    except Exception:
+        return
+    if must_raise:
+        print(f"ACCEPTED {what}", flush=True)
+
+
+case = "erase tensor, both masks" if name == "gated_write" else "float mask" if name != "merge_reads" else "usual"
+case = "usual" if name == "sparse_read" else case
+inputs = subject(name, case, torch.float32).inputs
+tensors = [t if t is None or not t.is_floating_point() else torch.nan_to_num(t) for t in inputs.tensors]
+names = [a.name for a in op.args]
+axes = [a.axes.split() for a in op.args]
+params = list(inputs.params)
+run = operator(backend, name)
+
+if direction == "backward":
+    results = run(*tensors, *params)
+    results = list(results) if isinstance(results, (tuple, list)) else [results]
+    by_name = {o.name: (o, r) for o, r in zip(op.outputs, results)}
+    for saved in op.saved:
+        names.append(f"saved {saved}")
+        axes.append(by_name[saved][0].axes.split())
+        tensors.append(by_name[saved][1])
+    for o, r in zip(op.outputs, results):
+        if o.grad:
+            names.append(f"gradient of {o.name}")
+            axes.append(o.axes.split())
+            tensors.append(torch.randn_like(r))
+    params.append([True] * len(op.differentiable))
+    run = operator(backend, f"{name}_backward")
+if direction == "in place":
+    run = operator(backend, f"{name}_")
+
+
+def put(i: int, tensor) -> list:
+    return [*tensors[:i], tensor, *tensors[i + 1 :], *params]
+
+
+run(*[t if t is None else t.clone() for t in tensors], *params)  # the arguments as they are must be fine
+
+for i, (label, letters, t) in enumerate(zip(names, axes, tensors)):
+    if t is None:
+        continue
+    shared = [
+        d for d, a in enumerate(letters) if any(a in b for j, b in enumerate(axes) if j != i and tensors[j] is not None)
+    ]
+    for d in shared:
+        dim = t.dim() - len(letters) + d
+        attempt(f"{label}: axis {letters[d]} shorter", put(i, t.narrow(dim, 0, t.shape[dim] - 1)))
+        attempt(f"{label}: axis {letters[d]} longer", put(i, torch.cat([t, t.narrow(dim, 0, 1)], dim)))
+        attempt(f"{label}: axis {letters[d]} empty", put(i, t.narrow(dim, 0, 0)))
+    attempt(f"{label}: no dimensions", put(i, torch.zeros((), dtype=t.dtype)))
+    attempt(
+        f"{label}: one dimension too few", put(i, t.flatten()[: t.shape[-1]] if len(letters) > 1 else t.flatten()[0])
+    )
+    attempt(
+        f"{label}: 70 dimensions",
+        put(
+            i,
+            t.reshape([1] * 70 + list(t.shape)[-len(letters) :])
+            if t.dim() == len(letters)
+            else t[(0,) * (t.dim() - len(letters))].reshape([1] * 62 + list(t.shape)[-len(letters) :]),
+        ),
+        must_raise=False,
+    )
+    attempt(f"{label}: other streams", put(i, torch.cat([t, t, t[:1]])))
+    for dtype in (torch.int32, torch.complex64, torch.uint8, torch.float8_e4m3fn):
+        attempt(f"{label}: {dtype}", put(i, torch.zeros(t.shape, dtype=dtype)))
+    if t.is_floating_point():
+        attempt(f"{label}: int64", put(i, torch.zeros(t.shape, dtype=torch.int64)))
+        attempt(f"{label}: float64 among float32", put(i, t.double()))
+    else:
+        attempt(
+            f"{label}: float32", put(i, torch.zeros(t.shape)), must_raise=t.dtype != torch.bool or label == "token_mask"
+        )
+    attempt(f"{label}: on the meta device", put(i, t.to("meta")), must_raise=False)
+    attempt(f"{label}: sparse", put(i, t.to_sparse()))
+    attempt(f"{label}: not a tensor", put(i, "text"))
+    if i < len(op.args) and not op.args[i].optional:
+        attempt(f"{label}: missing", put(i, None))
+    attempt(
+        f"{label}: overlapping",
+        put(i, t[:1].expand(t.shape)),
+        must_raise=direction == "in place" and label == op.inplace,
+    )
+    attempt(
+        f"{label}: a negative view",
+        put(i, torch._neg_view(t)) if t.is_floating_point() else put(i, t),
+        must_raise=False,
+    )
+    if t.dtype == torch.int64:
+        slots = next(tensors[j].shape[-2] for j, a in enumerate(axes) if a[0] == "N" and len(a) == 2)
+        for wild in (slots, -2, 2**31, 2**40, 2**63 - 1, INT_MIN):
+            for at in (0, t.numel() - 1):
+                changed = t.clone()
+                changed.view(-1)[at] = wild
+                attempt(f"{label}: {wild} at {at}", put(i, changed))
+
+for p, (label, kind) in enumerate(op.params):
+    wild = {"int": [0, -1, INT_MIN, 2**40, HUGE], "float": [float("nan"), float("inf"), -0.0, 1e308], "bool": []}[kind]
+    for value in wild:
+        changed = [*params[:p], value, *params[p + 1 :]]
+        attempt(f"{label} = {value}", [*tensors, *changed], must_raise=kind == "int" and direction == "forward")
+if direction == "backward":
+    for wants in ([], params[-1][:-1], [*params[-1], True], [True] * 100):
+        attempt(f"wants of length {len(wants)}", [*tensors, *params[:-1], wants])
+if direction == "in place":
+    i = names.index(op.inplace)
+    attempt("memory that lacks leading dimensions", put(i, tensors[i][:1]))
+print("DONE")

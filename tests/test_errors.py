@@ -1,0 +1,112 @@
+"""Errors are sentences that name op, argument, wanted and got; a refused call changes nothing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support import randn
+
+import memkernels as mk
+
+Q, KEYS, VALUES = randn(2, 5, 8).float(), randn(2, 9, 8).float(), randn(2, 9, 6).float()
+WRITE, LSE = randn(2, 5, 6).float(), randn(2, 5).float()
+INDICES, WEIGHTS = torch.zeros(2, 5, 3, dtype=torch.int64), randn(2, 5, 3).float()
+
+WRONG = [
+    (lambda b: mk.softmax_read(Q, KEYS[..., :4], VALUES, backend=b), ValueError,
+     "softmax_read: keys must be [..., N=9, K=8], got [2, 9, 4]"),
+    (lambda b: mk.softmax_read(Q, KEYS, VALUES[:, :5], backend=b), ValueError,
+     "softmax_read: values must be [..., N=9, V], got [2, 5, 6]"),
+    (lambda b: mk.softmax_read(Q[0, 0], KEYS, VALUES, backend=b), ValueError,
+     "softmax_read: query must be [..., T, K], got [8]"),
+    (lambda b: mk.softmax_read(Q, KEYS.double(), VALUES, backend=b), TypeError,
+     "softmax_read: keys must be float32, got float64"),
+    (lambda b: mk.softmax_read(Q.int(), KEYS, VALUES, backend=b), TypeError,
+     "softmax_read: query must be float32 or bfloat16 or float16 or float64, got torch.int32"),
+    (lambda b: mk.softmax_read(Q, KEYS, VALUES.bfloat16(), backend=b), TypeError,
+     "softmax_read: values must be float32, got bfloat16"),
+    (lambda b: mk.softmax_read(Q, KEYS[:1].expand(3, 9, 8), VALUES, backend=b), ValueError,
+     "softmax_read: leading dimensions of keys must broadcast to [2], got [3]"),
+    (lambda b: mk.softmax_read(Q, KEYS, "values", backend=b), TypeError,
+     "softmax_read: values must be a tensor, got str"),
+    (lambda b: mk.softmax_read(Q, KEYS, VALUES, slot_mask=torch.ones(8, dtype=torch.bool), backend=b), ValueError,
+     "softmax_read: slot_mask must be [..., N=9], got [8]"),
+    (lambda b: mk.softmax_read(Q, KEYS, VALUES, slot_mask=torch.ones(9, dtype=torch.int64), backend=b), TypeError,
+     "softmax_read: slot_mask must be bool or float32, got int64"),
+    (lambda b: mk.softmax_read(Q, KEYS.to("meta"), VALUES, backend=b), ValueError,
+     "softmax_read: keys must be on cpu, got meta"),
+    (lambda b: mk.address(Q, KEYS, gate="hard", backend=b), ValueError,
+     "address: gate must be one of softmax, sigmoid, got 'hard'"),
+    (lambda b: mk.topk_search(Q, KEYS, 0, backend=b), ValueError, "topk_search: k must be at least 1, got 0"),
+    (lambda b: mk.topk_search(Q, KEYS, 2.0, backend=b), TypeError, "topk_search: k must be an int, got float"),
+    (lambda b: mk.topk_read(Q, KEYS, VALUES, True, backend=b), TypeError, "topk_read: k must be an int, got bool"),
+    (lambda b: mk.topk_read(Q, KEYS, VALUES[..., :5, :], 2, backend=b), ValueError,
+     "topk_read: values must be [..., N=9, V], got [2, 5, 6]"),
+    (lambda b: mk.slot_usage(Q, KEYS, LSE[:, :4], backend=b), ValueError,
+     "slot_usage: lse must be [..., T=5], got [2, 4]"),
+    (lambda b: mk.slot_usage(Q, KEYS, LSE.double(), backend=b), TypeError,
+     "slot_usage: lse must be float32, got float64"),
+    (lambda b: mk.sparse_read(VALUES, INDICES.int(), WEIGHTS, backend=b), TypeError,
+     "sparse_read: indices must be int64, got torch.int32"),
+    (lambda b: mk.sparse_read(VALUES, INDICES[..., :2], WEIGHTS, backend=b), ValueError,
+     "sparse_read: weights must be [..., T=5, k=2], got [2, 5, 3]"),
+    (lambda b: mk.merge_reads([], [], backend=b), ValueError,
+     "merge_reads: reads must hold at least one tensor, got none"),
+    (lambda b: mk.merge_reads([WRITE, WRITE[:1]], [LSE, LSE], backend=b), ValueError,
+     "merge_reads: reads must all be like the first, [2, 5, 6] torch.float32, got [1, 5, 6] torch.float32"),
+    (lambda b: mk.merge_reads([WRITE, WRITE], [LSE], backend=b), ValueError,
+     "merge_reads: lses must be [..., S=2, T=5], got [2, 1, 5]"),
+    (lambda b: mk.gated_write(VALUES, KEYS, Q, WRITE[..., :5], backend=b), ValueError,
+     "gated_write: write must be [..., T=5, V=6], got [2, 5, 5]"),
+    (lambda b: mk.gated_write(VALUES, KEYS, Q, WRITE, erase=1.5, backend=b), ValueError,
+     "gated_write: erase must be in [0, 1], got 1.5"),
+    (lambda b: mk.gated_write(VALUES, KEYS, Q, WRITE, erase="all", backend=b), TypeError,
+     "gated_write: erase must be a number or a tensor [..., T, V], got str"),
+    (lambda b: mk.gated_write(VALUES, KEYS, Q, WRITE, erase=WRITE[..., :1], backend=b), ValueError,
+     "gated_write: erase must be [..., T=5, V=6], got [2, 5, 1]"),
+    (lambda b: mk.gated_write(VALUES, KEYS, Q, WRITE, token_mask=torch.ones(2, 5), backend=b), TypeError,
+     "gated_write: token_mask must be bool, got float32"),
+    (lambda b: mk.gated_write_(VALUES[0], KEYS, Q, WRITE, backend=b), ValueError,
+     "gated_write_: values must have the leading dimensions of keys, [2], got []"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("call", "kind", "sentence"), WRONG, ids=[w[2][:60] for w in WRONG])
+def test_a_call_that_does_not_fit_says_so(backend, call, kind, sentence):
+    inputs = (Q, KEYS, VALUES, WRITE, LSE, INDICES, WEIGHTS)
+    before = [x.clone() for x in inputs]
+    with pytest.raises(kind) as caught:
+        call(backend)
+    assert str(caught.value) == sentence
+    assert all(torch.equal(a, b) for a, b in zip(inputs, before))
+
+
+@pytest.mark.parametrize("wild", [9, -2, 2**40, -(2**63)])
+def test_an_index_out_of_range_is_refused(backend, wild):
+    indices = INDICES.clone()
+    indices[1, 4, 2] = wild
+    with pytest.raises((RuntimeError, IndexError)):
+        mk.sparse_read(VALUES, indices, WEIGHTS, backend=backend)
+
+
+def test_an_unknown_backend_is_refused():
+    with pytest.raises(ValueError, match="backend must be one of auto, reference, cpu, got 'tpu'"):
+        mk.softmax_read(Q, KEYS, VALUES, backend="tpu")
+
+
+def test_a_backend_that_cannot_run_says_why_in_one_sentence(monkeypatch):
+    from memkernels import backends
+
+    gone = backends.Backend("cpu", ("cpu",), lambda: "its native library is not built")
+    monkeypatch.setattr(backends, "BACKENDS", (gone,))
+    monkeypatch.setattr(backends, "_BY_NAME", {"cpu": gone})
+    with pytest.raises(NotImplementedError) as caught:
+        mk.softmax_read(Q[:, :3], KEYS, VALUES, backend="cpu")
+    assert str(caught.value) == "softmax_read: backend 'cpu' is not available: its native library is not built"
+    mk.softmax_read(Q[:, :3], KEYS, VALUES, backend="auto")
+
+
+def test_the_same_wrong_call_is_refused_every_time(backend):
+    for _ in range(3):
+        with pytest.raises(ValueError, match="keys must be"):
+            mk.softmax_read(Q, KEYS[..., :4], VALUES, backend=backend)
