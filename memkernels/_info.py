@@ -43,7 +43,7 @@ def gaps(info: dict[str, Any]) -> list[str]:
 def _processor() -> dict[str, Any]:
     threads = {"threads": torch.get_num_threads()}
     try:
-        host = _native.host()
+        from . import _host as host
     except ImportError as error:
         return {"name": platform.processor() or platform.machine(), **threads, "why_no_details": str(error)}
     features = [name for name, usable in host.features().items() if usable]

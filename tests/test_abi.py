@@ -17,11 +17,10 @@ LINKER = re.compile(r"^(_ITM_\w+|__gmon_start__|__cxa_finalize)$")
 
 def tool(name: str, *options: str) -> list[str]:
     """The lines that a tool of binutils prints about the library."""
-    path = _native.library_path()
-    assert path.exists(), _native.missing()
+    assert _native.LIBRARY.exists(), _native.missing()
     program = shutil.which(name)
     assert program, f"{name} (binutils) is needed to read the library"
-    text = subprocess.run([program, *options, path], capture_output=True, text=True, check=True).stdout
+    text = subprocess.run([program, *options, _native.LIBRARY], capture_output=True, text=True, check=True).stdout
     return [line for line in text.splitlines() if line.strip()]
 
 
