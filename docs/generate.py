@@ -1,0 +1,130 @@
+"""python -m docs.generate: fill the generated blocks of README.md and docs/ in place. Run from the repository root.
+
+A block stands between ``<!-- generated: NAME -->`` and ``<!-- end: NAME -->``:
+
+- ``ops``: the table of operations, from their declarations and the kernels that the dispatcher knows;
+- ``speed``: the pictures of the committed result files, drawn by ``bench.report``;
+- ``performance``: pictures and tables of the same files, printed by ``bench.report``.
+
+``tests/test_docs.py`` fails when a block differs from what would be written here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from memkernels import backends
+from memkernels.registration import OPS
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
+BLOCK = re.compile(r"<!-- generated: (\w+) -->\n(.*?)<!-- end: \1 -->", re.DOTALL)
+EMPTY = "No result file is committed yet. `python -m bench` writes one to `bench/results/`.\n"
+
+
+def pages() -> list[Path]:
+    """README and every page of docs/."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(text: str) -> dict[str, str]:
+    """name -> content of the generated blocks of a page."""
+    return dict(BLOCK.findall(text))
+
+
+def page_of(op: str) -> Path:
+    """The page that has a section named ``op``. LookupError when there is none."""
+    for page in pages()[1:]:
+        if re.search(rf"^## {op}$", page.read_text(), re.MULTILINE):
+            return page
+    raise LookupError(f"no page of docs/ has the section '## {op}'")
+
+
+def _kernels(backend: backends.Backend, op: str, before: str) -> str:
+    """Which directions ``backend`` has. One that is not installed here keeps what the table said ``before``."""
+    if backend.missing() is not None:
+        return before
+    gaps = {d: backend.gap(op, backend.devices[0], direction=d) for d in backends.DIRECTIONS}
+    found = [d for d, gap in gaps.items() if gap is None]
+    return "" if not found else backend.name + ("" if len(found) == len(gaps) else f" ({' and '.join(found)})")
+
+
+def op_table(before: str) -> str:
+    """One row per declared op: name, equation, backends. ``before``: the table as it is."""
+    rows = ["| operation | equation | backends |", "| --- | --- | --- |"]
+    for name, op in sorted(OPS.items()):
+        old = next((line for line in before.splitlines() if line.startswith(f"| [`{name}`]")), "")
+        known = [cell.strip() for cell in old.split("|")[3].split(",")] if old else []
+        cells = ["reference"]
+        for backend in backends.BACKENDS:
+            own = next((cell for cell in known if cell.split(" ")[0] == backend.name), "")
+            cells.append(_kernels(backend, name, own))
+        twin = f", `{name}_`" if op.inplace else ""
+        link = f"[`{name}`](docs/{page_of(name).name}#{name}){twin}"
+        rows.append(f"| {link} | `{op.equation}` | {', '.join(filter(None, cells))} |")
+    return "\n".join(rows) + "\n"
+
+
+def result_files() -> list[Path]:
+    """The committed results of full sizes."""
+    return sorted(file for file in RESULTS.glob("*.json") if not file.stem.endswith("-quick"))
+
+
+def pictures(files: list[Path], folder: str) -> str:
+    return "".join(
+        f"![Speed against the best peer, and share of the ceiling]({folder}performance-{file.stem}.png)\n"
+        for file in files
+    )
+
+
+def report(pictures_to: Path) -> str:
+    """What ``python -m bench.report`` prints for the committed files; its pictures go to ``pictures_to``."""
+    if not result_files():
+        return EMPTY
+    from bench import report as bench_report
+
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text):
+        bench_report.main([*map(str, result_files()), "--docs", str(pictures_to)])
+    return text.getvalue()
+
+
+def generated(pictures_to: Path) -> dict[str, Callable[[str], str]]:
+    """name -> the content of a block, given what it holds now."""
+    return {
+        "ops": op_table,
+        "speed": lambda before: pictures(result_files(), "docs/") or EMPTY,
+        "performance": lambda before: report(pictures_to),
+    }
+
+
+def filled(text: str, pictures_to: Path) -> str:
+    """A page with its generated blocks as they should be."""
+    make = generated(pictures_to)
+    return BLOCK.sub(lambda m: f"<!-- generated: {m[1]} -->\n{make[m[1]](m[2])}<!-- end: {m[1]} -->", text)
+
+
+def stale() -> list[str]:
+    """Names of the pages that ``python -m docs.generate`` would change."""
+    with tempfile.TemporaryDirectory() as folder:
+        return [page.name for page in pages() if page.read_text() != filled(page.read_text(), Path(folder))]
+
+
+def main() -> int:
+    for page in pages():
+        before = page.read_text()
+        after = filled(before, ROOT / "docs")
+        if after != before:
+            page.write_text(after)
+            print(f"{page.relative_to(ROOT)} written")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,101 @@
+"""The documentation: examples run as written, tables are those of the code, links lead somewhere, no typed figures."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from support import ROOT
+
+import memkernels as mk
+from docs import generate
+from memkernels.testing import TOLERANCE
+
+PAGES = [*generate.pages(), ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+CODE = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
+# A ratio, a time, a rate: what a measurement yields. Sizes of tiles and caches are none of these.
+FIGURE = re.compile(
+    r"\b\d+(\.\d+)?\s?(x|times)\s+(as\s+)?(fast|slow|speed|the speed)"
+    r"|\b\d+(\.\d+)?x\b"
+    r"|\b\d+(\.\d+)?\s?(GB/s|GiB/s|[GT]FLOPS?|[GT]FLOP/s|tokens/s|ms|us|µs|ns|seconds?)\b"
+    r"|\b\d+(\.\d+)?\s?%"
+)
+
+
+def _text_tokens():
+    """What the page on models leaves to its reader: windows of 8 texts, and prompts."""
+    return {"batches": [torch.randint(256, (8, 32)) for _ in range(2)], "prompt": torch.randint(256, (8, 8))}
+
+
+GIVEN = {"models.md": _text_tokens}
+
+
+def sections(text: str) -> set[str]:
+    """The anchors of a page, as GitHub makes them."""
+    titles = re.findall(r"^#+ (.+)$", FENCE.sub("", text), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if CODE.search(p.read_text())], ids=lambda p: p.name)
+def test_examples_run_as_written(page, capsys):
+    torch.manual_seed(0)
+    names = GIVEN.get(page.name, dict)()
+    for match in CODE.finditer(page.read_text()):
+        line = page.read_text()[: match.start()].count("\n") + 1
+        exec(compile("\n" * line + match[1], str(page), "exec"), names)
+
+
+def test_generated_blocks_are_up_to_date():
+    if generate.result_files():
+        pytest.importorskip("matplotlib")
+    assert not generate.stale(), "run: python -m docs.generate"
+
+
+def test_readme_has_the_table_and_the_picture():
+    assert set(generate.blocks((ROOT / "README.md").read_text())) == {"ops", "speed"}
+    assert set(generate.blocks((ROOT / "docs" / "performance.md").read_text())) == {"performance"}
+
+
+def test_the_tolerance_table_is_that_of_the_checker():
+    text = (ROOT / "docs" / "testing.md").read_text()
+    assert not [d for d, tolerance in TOLERANCE.items() if f"| {str(d)[6:]} | {tolerance} |" not in text]
+
+
+@pytest.mark.parametrize("name", [n for n in mk.ops.__all__ if not n.endswith("_")])
+def test_every_op_has_a_section(name):
+    assert generate.page_of(name).exists()
+
+
+@pytest.mark.parametrize("name", mk.__all__)
+def test_every_public_name_is_documented(name):
+    assert any(f"`{name}" in page.read_text() or f"{name}(" in page.read_text() for page in generate.pages())
+
+
+def test_every_page_is_in_the_index():
+    index = (ROOT / "docs" / "index.md").read_text()
+    assert not [page.name for page in generate.pages()[1:] if page.name != "index.md" and f"({page.name}" not in index]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_relative_links_lead_somewhere(page):
+    for target in LINK.findall(FENCE.sub("", page.read_text())):
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        there: Path = (page.parent / path) if path else page
+        assert there.exists(), f"{page.name}: {target}"
+        if anchor:
+            assert anchor in sections(there.read_text()), f"{page.name}: {target}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_no_performance_figure_is_typed(page):
+    if page.name == "models.md":
+        pytest.skip("its figures are settings of the model")
+    text = generate.BLOCK.sub("", page.read_text())
+    found = [match[0] for match in FIGURE.finditer(FENCE.sub("", text))]
+    assert not found, f"{page.name}: {found}; figures come from python -m docs.generate"
