@@ -94,8 +94,6 @@ def test_relative_links_lead_somewhere(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_no_performance_figure_is_typed(page):
-    if page.name == "models.md":
-        pytest.skip("its figures are settings of the model")
     text = generate.BLOCK.sub("", page.read_text())
     found = [match[0] for match in FIGURE.finditer(FENCE.sub("", text))]
     assert not found, f"{page.name}: {found}; figures come from python -m docs.generate"
