@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
@@ -52,12 +52,7 @@ def version() -> str:
 
 setup(
     version=version(),
-    packages=[
-        "memkernels",
-        "memkernels.ops",
-        "memkernels.nn",
-        "memkernels.models",
-    ],
+    packages=find_packages(include=["memkernels", "memkernels.*"]),
     ext_modules=[Extension(NAME, sources=[])],
     cmdclass={"build_ext": CMakeBuild},
 )

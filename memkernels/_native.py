@@ -1,41 +1,36 @@
-"""Finds and loads the native operator library and the processor module; says in one sentence when it cannot."""
+"""Finds and loads the native operator library and the host module; says in one sentence when it cannot."""
 
 from __future__ import annotations
 
-import functools
-import os
 from pathlib import Path
 
 import torch
 
 ISAS = ("baseline", "avx2", "avx512")
+LIBRARY = Path(__file__).parent / "_lib" / "libmemkernels_cpu.so"
 
 
-@functools.cache
-def missing() -> str | None:
-    """Load the operators of the ``cpu`` backend once; the reason when that failed, else None."""
-    path = Path(__file__).parent / "_lib" / "libmemkernels_cpu.so"
-    if not path.exists():
+def _load() -> str | None:
+    if not LIBRARY.exists():
         return "its native library is not built (pip install . builds it)"
     try:
-        torch.ops.load_library(str(path))
+        torch.ops.load_library(str(LIBRARY))
     except OSError as error:
         return f"its native library does not load with torch {torch.__version__}: {error}"
     return None
 
 
-@functools.cache
+# Settled at import: a constant to torch.compile, which cannot trace a look at the file system.
+_reason = _load()
+
+
+def missing() -> str | None:
+    """Why the operators of the ``cpu`` backend are not there, or None when they are."""
+    return _reason
+
+
 def host():
     """The torch-free module ``memkernels._host``: processor features, cache sizes and measured ceilings."""
     from . import _host
 
     return _host
-
-
-def library_path() -> Path:
-    return Path(__file__).parent / "_lib" / "libmemkernels_cpu.so"
-
-
-def forced_isa() -> str | None:
-    """The instruction set asked for through ``MEMKERNELS_CPU_ISA``, if any."""
-    return os.environ.get("MEMKERNELS_CPU_ISA") or None

@@ -8,7 +8,6 @@ row that can run the call.
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -43,15 +42,21 @@ class Backend:
         if dtype is not None and dtype not in self.dtypes:
             return f"{op}: backend {self.name!r} has no kernel for {str(dtype).removeprefix('torch.')}"
         suffix = "" if direction == "forward" else "_backward"
-        if not _has_kernel(f"{self.namespace}::{op}{suffix}", device):
+        if (f"{self.namespace}::{op}{suffix}", device) not in _kernels:
             return f"{op}: backend {self.name!r} has no {direction} kernel on {device}"
         return None
 
 
-@functools.cache
-def _has_kernel(qualified: str, device: str) -> bool:
-    key = {"cpu": "CPU", "cuda": "CUDA"}[device]
-    return torch._C._dispatch_has_kernel_for_dispatch_key(qualified, key)
+# Operators with a kernel, by (qualified name, device): read off the dispatcher once, when an op registers, so that choosing a
+# backend is a look-up that torch.compile can trace.
+_kernels: set[tuple[str, str]] = set()
+
+
+def note_kernels(qualified: str) -> None:
+    """Remember on which devices the operator ``qualified`` has a kernel."""
+    for device, key in (("cpu", "CPU"), ("cuda", "CUDA")):
+        if torch._C._dispatch_has_kernel_for_dispatch_key(qualified, key):
+            _kernels.add((qualified, device))
 
 
 # In order of preference. "reference" is not a row: it is the formula itself and runs anywhere.

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from . import spec
-from .backends import BACKENDS, requested, select
+from .backends import BACKENDS, note_kernels, requested, select
 from .spec import Op
 
 OPS: dict[str, Op] = {}
@@ -51,6 +51,8 @@ def register(op: Op) -> Op:
     OPS[op.name] = op
     for backend in BACKENDS:
         _define(op, backend.namespace, _libraries[backend.name])
+        for suffix in ("", "_backward", "_") if op.inplace else ("", "_backward"):
+            note_kernels(f"{backend.namespace}::{op.name}{suffix}")
     return op
 
 

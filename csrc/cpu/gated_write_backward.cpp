@@ -21,7 +21,7 @@ struct Shape {
         chunks(div_up(tokens, kChunkTokens)) {
     group = round_up(most(4 * kSlotTile<F>, div_up(p.N, kChunks)), kSlotTile<F>);
     groups = div_up(p.N, group);
-    const int64_t fits = kPartialBytes / (groups * (KP + VP) * int64_t(sizeof(F)));
+    const int64_t fits = kPartialBytes / (groups * most(KP + VP, 1) * int64_t(sizeof(F)));
     panel = least(most(1, fits / kChunkTokens), most(chunks, 1)) * kChunkTokens;
     panels = div_up(tokens, panel);
   }

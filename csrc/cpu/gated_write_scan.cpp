@@ -273,15 +273,13 @@ class Group {
   Slots<F> keys_, content_;
 };
 
-// Partial token gradients are T rows per group: few groups, so that their memory stays small beside a [T, N] matrix.
-constexpr int64_t kScanPartialBytes = int64_t(16) << 20;
-
 template <class F>
 void run_backward(const GatedWriteBackward& b) {
   const GatedWrite& p = b.forward;
   const int64_t tokens = p.lead.folded() * p.T, KP = Slots<F>::padded(p.K), VP = Slots<F>::padded(p.V);
-  const int64_t part = tokens * (KP + 2 * VP), blocks = div_up(p.N, kSlotTile<F>);
-  const int64_t groups = least(blocks, most(2, least(kChunks, kScanPartialBytes / (part * int64_t(sizeof(F))))));
+  const int64_t part = most(tokens * (KP + 2 * VP), 1), blocks = div_up(p.N, kSlotTile<F>);
+  // A part holds a row per token: few groups, so that their memory stays small beside a [T, N] matrix.
+  const int64_t groups = least(blocks, most(2, least(kChunks, kPartialBytes / (part * int64_t(sizeof(F))))));
   const int64_t group = div_up(blocks, groups);
   Buffer<F> parts(groups * part);
   for (int64_t batch = 0; batch < p.lead.batches(); ++batch) {

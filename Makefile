@@ -1,0 +1,59 @@
+# Each target sets up .venv when it is missing, or uses the interpreter given as PYTHON= without touching the network.
+#   make demo | test | lint | bench | sanitize | gpu-check | dev | clean
+
+ifdef PYTHON
+  PY := $(PYTHON)
+  READY := .build/given
+  PIP_FLAGS := --no-index
+else
+  PY := .venv/bin/python
+  READY := .build/venv
+  PIP_FLAGS :=
+endif
+NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h) CMakeLists.txt setup.py pyproject.toml
+
+.PHONY: dev demo test lint format bench sanitize gpu-check clean
+
+dev: .build/native
+
+demo: .build/native
+	$(PY) -m memkernels demo
+
+test: .build/native
+	$(PY) -m pytest tests
+
+lint: $(READY)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m clang_format --dry-run --Werror $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h tests/native/*.cpp tests/native/*.h)
+
+format: $(READY)
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	$(PY) -m clang_format -i $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h tests/native/*.cpp tests/native/*.h)
+
+bench: .build/native
+	$(PY) -m pytest bench --benchmark-enable --benchmark-only
+
+# C++ kernels without torch or Python, under AddressSanitizer + UBSan and under ThreadSanitizer.
+sanitize: $(READY)
+	PYTHON=$(PY) tests/native/run
+
+# On a machine with a GPU: no network, the interpreter's own torch, build, contract grid on the GPU.
+gpu-check:
+	$(or $(PYTHON),python3) -m tests.gpu_check
+
+clean:
+	rm -rf build .build dist *.egg-info memkernels/_lib memkernels/_host*.so
+
+.build/venv: requirements.txt
+	python3 -m venv .venv
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@mkdir -p .build && touch $@
+
+.build/given:
+	@mkdir -p .build && touch $@
+
+.build/native: $(READY) $(NATIVE)
+	$(PY) -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) --no-build-isolation --no-deps -e .
+	@touch $@
