@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch._dynamo.testing
 from support import close, operator, randn, subject
 
 import memkernels as mk
@@ -117,15 +118,16 @@ def test_compile_with_inductor(native, fresh_compiler):
         agree(torch.compile(everything, fullgraph=True), arguments())
 
 
-def test_compile_with_dynamic_shapes_compiles_once(
-    native, fresh_compiler
-):  # the reference unrolls its loop over tokens
+def test_compile_with_dynamic_shapes_compiles_once(native, fresh_compiler):
+    """Not for the reference, which unrolls its loop over tokens."""
     frames = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     with mk.use_backend(native):
         compiled = torch.compile(everything, fullgraph=True, backend=frames, dynamic=True)
-        for t, n in ((T, N), (5, 40), (17, 64)):
+        agree(compiled, arguments(T, N))
+        first = frames.frame_count  # may count a restart within the one compilation
+        for t, n in ((5, 40), (17, 64)):
             agree(compiled, arguments(t, n))
-    assert frames.frame_count == 1
+    assert frames.frame_count == first
 
 
 def test_compile_of_a_write_in_place(backend, fresh_compiler):
