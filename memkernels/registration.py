@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import spec
 from .backends import BACKENDS, note_kernels, requested, select
@@ -120,7 +121,7 @@ def _define(op: Op, namespace: str, library: torch.library.Library) -> None:
         tensors = ctx.saved_tensors
         args, d_outputs = tensors[:n], tensors[n + n_saved :]
         formula = op.reference
-        if op.selected is not None:  # differentiate the choice that was made: scores that are equal may rank either way
+        if op.selected is not None:  # the choice that was made: equal scores may rank either way
             chosen = tensors[n + op.saved.index("indices")]
             formula = functools.partial(_with_choice, op.selected, chosen)
         d_args, d_d_outputs = _second_derivative(
@@ -229,13 +230,16 @@ def _below_autograd(operator, inputs):
         return operator(*inputs)
 
 
-def _eager(op: Op, operator: Callable[..., Any], recorded: Callable[..., Any]) -> Callable[..., Any]:
-    """``operator`` without the autograd layer of torch.library, which in eager mode costs more than a small call itself."""
+def _eager(op: Op, operator: Callable[..., Any], recorded: Callable[..., Any], formula: Callable[..., Any]):
+    """``operator`` without the autograd layer of torch.library, which in eager mode costs more than a small call.
+
+    Transforms of torch.func and forward-mode derivatives, which that layer refuses or drops, are those of ``formula``.
+    """
     n = len(op.args)
 
     def run(*inputs):
-        if torch._C._are_functorch_transforms_active():
-            return operator(*inputs)
+        if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+            return formula(*inputs)
         if torch.is_grad_enabled():
             for tensor in inputs[:n]:
                 if tensor is not None and tensor.requires_grad:
@@ -249,12 +253,13 @@ def _plan(op: Op, tensors: list[Tensor | None], name: str, inplace: bool) -> Cal
     layout = spec.check(op, tensors)
     device = next(t.device.type for t in tensors if t is not None)
     backend = select(op.name, device, layout.dtype, name)
+    formula = _reference_inplace(op) if inplace else op.reference
     if backend is None:
-        return _reference_inplace(op) if inplace else op.reference
+        return formula
     operator = getattr(getattr(torch.ops, backend.namespace), op.name + ("_" if inplace else "")).default
     if torch.compiler.is_compiling():
         return operator
-    return _eager(op, operator, _recorded[f"{backend.namespace}::{op.name}"])
+    return _eager(op, operator, _recorded[f"{backend.namespace}::{op.name}"], formula)
 
 
 def _reference_inplace(op: Op) -> Callable[..., Any]:

@@ -23,7 +23,9 @@ def reference(query: Tensor, keys: Tensor, values: Tensor, slot_mask: Tensor | N
     return selected(query, keys, values, slot_mask, k, scale, indices)
 
 
-def selected(query: Tensor, keys: Tensor, values: Tensor, slot_mask: Tensor | None, k: int, scale: float, indices: Tensor):
+def selected(
+    query: Tensor, keys: Tensor, values: Tensor, slot_mask: Tensor | None, k: int, scale: float, indices: Tensor
+):
     chosen = at(scores(query, keys, slot_mask, scale), indices)
     weights, _ = softmax(chosen)
     rows = gather_rows(inert(values, slot_mask).to(weights.dtype), indices)
