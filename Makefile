@@ -41,7 +41,7 @@ sanitize: $(READY)
 
 # On a machine with a GPU: no network, the interpreter's own torch, build, contract grid on the GPU.
 gpu-check:
-	$(or $(PYTHON),python3) -m tests.gpu_check
+	$(or $(PYTHON),python3) -m bench.gpu_check
 
 clean:
 	rm -rf build .build dist *.egg-info memkernels/_lib memkernels/_host*.so

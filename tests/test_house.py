@@ -17,7 +17,7 @@ from memkernels.registration import OPS
 PACKAGE = ROOT / "memkernels"
 # What a layer may import of memkernels: the layers below it, and itself.
 LAYERS = {
-    "_native": set(),
+    "_native": {"_host"},
     "spec": set(),
     "backends": {"_native", "spec"},
     "registration": {"spec", "backends"},

@@ -1,0 +1,45 @@
+"""``make gpu-check``: on a machine with a GPU, build, prove every backend there is, and write one dated file for the device.
+
+No network: the interpreter's own torch, setuptools, CMake, Ninja and pybind11. Exit status 1 when there is no GPU, when the
+build fails or when any row of the contract grid does. Run as ``python -m bench.gpu_check`` from the checkout.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parent.parent
+
+
+def main() -> int:
+    if not torch.cuda.is_available():
+        print(f"gpu-check: no GPU that torch {torch.__version__} can use is here", file=sys.stderr)
+        return 1
+    subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=ROOT, check=True)
+    subprocess.run([sys.executable, "-m", "memkernels", "info"], cwd=ROOT, check=True)
+
+    from memkernels import testing
+
+    from .results import DIRECTORY, environment
+
+    # The native library was built for this interpreter's torch: the CPU grid proves that too.
+    rows = testing.check(device="cuda") + testing.check(device="cpu", quick=True)
+    print(testing.report(rows))
+    name = re.sub(r"[^A-Za-z0-9]+", "-", torch.cuda.get_device_name()).strip("-").lower()
+    path = DIRECTORY / f"gpu-check-{name}-{datetime.date.today()}.json"
+    result = {"environment": environment("cuda", torch.get_num_threads()), "grid": [dataclasses.asdict(r) for r in rows]}
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"wrote {path.relative_to(ROOT)}")
+    return 0 if rows and all(row.passed for row in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
