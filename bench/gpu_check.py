@@ -1,7 +1,8 @@
-"""``make gpu-check``: on a machine with a GPU, build, prove every backend there is, and write one dated file for the device.
+"""``make gpu-check``: on a machine with a GPU, build, prove every backend there is, and write one dated file for the
+device.
 
-No network: the interpreter's own torch, setuptools, CMake, Ninja and pybind11. Exit status 1 when there is no GPU, when the
-build fails or when any row of the contract grid does. Run as ``python -m bench.gpu_check`` from the checkout.
+No network: the interpreter's own torch, setuptools, CMake, Ninja and pybind11. Exit status 1 when there is no GPU,
+when the build fails or when any row of the contract grid does. Run as ``python -m bench.gpu_check`` from the checkout.
 """
 
 from __future__ import annotations
@@ -35,7 +36,10 @@ def main() -> int:
     print(testing.report(rows))
     name = re.sub(r"[^A-Za-z0-9]+", "-", torch.cuda.get_device_name()).strip("-").lower()
     path = DIRECTORY / f"gpu-check-{name}-{datetime.date.today()}.json"
-    result = {"environment": environment("cuda", torch.get_num_threads()), "grid": [dataclasses.asdict(r) for r in rows]}
+    result = {
+        "environment": environment("cuda", torch.get_num_threads()),
+        "grid": [dataclasses.asdict(r) for r in rows],
+    }
     path.write_text(json.dumps(result, indent=1) + "\n")
     print(f"wrote {path.relative_to(ROOT)}")
     return 0 if rows and all(row.passed for row in rows) else 1

@@ -73,7 +73,8 @@ def op_table(before: str) -> str:
 
 def result_files() -> list[Path]:
     """The committed results of full sizes."""
-    return sorted(file for file in RESULTS.glob("*.json") if not file.stem.endswith("-quick"))
+    other = re.compile(r"^gpu-check|-quick$")
+    return sorted(file for file in RESULTS.glob("*.json") if not other.search(file.stem))
 
 
 def pictures(files: list[Path], folder: str) -> str:

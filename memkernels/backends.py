@@ -1,8 +1,8 @@
 """Which implementation runs a call. The only selection code of the library.
 
 A backend is one row of ``BACKENDS``: the namespace of its torch operators, the devices it serves, and a reason why it
-cannot run at all, if there is one. What it has is read off the dispatcher, never listed by hand. ``auto`` takes the first
-row that can run the call.
+cannot run at all, if there is one. What it has is read off the dispatcher, never listed by hand. ``auto`` takes the
+first row that can run the call.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class Backend:
         return None
 
 
-# Operators with a kernel, by (qualified name, device): read off the dispatcher once, when an op registers, so that choosing a
-# backend is a look-up that torch.compile can trace.
+# Operators with a kernel, by (qualified name, device): read off the dispatcher once, when an op registers, so that
+# choosing a backend is a look-up that torch.compile can trace.
 _kernels: set[tuple[str, str]] = set()
 
 
@@ -79,7 +79,8 @@ _requested = [_named(os.environ.get("MEMKERNELS_BACKEND") or "auto")]
 def use_backend(name: str) -> Iterator[None]:
     """Run every op inside the ``with`` block on backend ``name`` (process-wide, nests; ``backend=`` on a call wins).
 
-    ``name``: ``"auto"``, ``"reference"``, or a row of ``python -m memkernels info``. Raises ValueError for another name.
+    ``name``: ``"auto"``, ``"reference"``, or a row of ``python -m memkernels info``. Raises ValueError for another
+    name.
     """
     _requested.append(_named(name))
     try:

@@ -1,4 +1,5 @@
-"""Turns the declaration of an op into torch operators, once per backend: schema, fake kernel, autograd, double backward.
+"""Turns the declaration of an op into torch operators, once per backend: schema, fake kernel, autograd, double
+backward.
 
 For op ``f`` and backend ``b`` there are the operators
 
@@ -169,7 +170,8 @@ def _with_choice(selected, indices, *inputs):
 
 
 def _second_derivative(op, formula, args, d_outputs, params, wants, dd, differentiable):
-    """Differentiate the reference's own first derivative (``formula``); returns gradients of ``args`` and of ``d_outputs``."""
+    """Differentiate the reference's own first derivative (``formula``); returns gradients of ``args`` and of
+    ``d_outputs``."""
     with torch.enable_grad():
         args = [a if a is None else a.detach() for a in args]
         for i in differentiable:

@@ -33,7 +33,8 @@ class Arg:
 
     axes: its trailing axes, for instance ``"N K"``.
     side: ``"tokens"`` or ``"memory"``.
-    dtype: ``"lead"`` (any of FLOATS; sets the dtype of the call), ``"same"`` (as the lead), ``"content"`` (as the lead, or
+    dtype: ``"lead"`` (any of FLOATS; sets the dtype of the call), ``"same"`` (as the lead), ``"content"`` (as the
+        lead, or
         float32 beside a 16-bit lead; all content arguments agree), ``"stats"`` (float32, or float64 for float64),
         ``"mask"`` (bool, or float added to the scores), ``"bool"``, ``"index"`` (int64).
     stretch: a last axis of size 1 is stretched.
@@ -53,8 +54,8 @@ class Arg:
 
 @dataclass(frozen=True)
 class Out:
-    """One result. ``lead``: the leading dimensions of ``"all"`` arguments or of the ``"memory"``. ``dtype``: ``"lead"``,
-    ``"stats"``, ``"index"``, or the name of the argument whose dtype it has."""
+    """One result. ``lead``: the leading dimensions of ``"all"`` arguments or of the ``"memory"``. ``dtype``:
+    ``"lead"``, ``"stats"``, ``"index"``, or the name of the argument whose dtype it has."""
 
     name: str
     axes: str
@@ -194,8 +195,8 @@ def check(op: Op, tensors: Sequence[Tensor | None], params: Sequence[object] = (
 def fold_tokens(x: Tensor, memory: Sequence[int], lead: Sequence[int], tail: int) -> Tensor:
     """Fold the shared leading dimensions of a token tensor into ``T``.
 
-    x: ``[..., T, *tail axes]`` with ``tail`` axes after ``T``. Returns ``[*memory, T', *tail axes]`` where ``T'`` counts the
-    shared dimensions and ``T`` in row-major order, which is the order in which shared tokens are written.
+    x: ``[..., T, *tail axes]`` with ``tail`` axes after ``T``. Returns ``[*memory, T', *tail axes]`` where ``T'``
+    counts the shared dimensions and ``T`` in row-major order, which is the order in which shared tokens are written.
     """
     rank = len(lead)
     own = [1] * (rank - len(memory)) + list(memory)

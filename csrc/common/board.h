@@ -104,12 +104,16 @@ class Board {
     if (n_[t] == capacity_) keep(t);
   }
 
-  // The best of token t, at most k, best first.
-  const Key* best(int64_t t, int64_t& count) {
-    Key* keys = keys_ + t * capacity_;
+  // The best of token t, at most k, in no order.
+  Key* kept(int64_t t, int64_t& count) {
     if (n_[t] > k_) keep(t);
-    std::sort(keys, keys + n_[t], std::greater<Key>());
     count = n_[t];
+    return keys_ + t * capacity_;
+  }
+  // The same, best first.
+  const Key* best(int64_t t, int64_t& count) {
+    Key* keys = kept(t, count);
+    std::sort(keys, keys + count, std::greater<Key>());
     return keys;
   }
 

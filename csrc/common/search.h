@@ -23,7 +23,9 @@ struct SearchPlan {
   static constexpr int64_t kLeastSlots = 4096;  // but no range is smaller
   static constexpr int64_t kChunk = 4 * kSlotBlock;  // slots visited in order
 
-  int64_t batches, tokens, tile, tiles, ranges, range, k;
+  static constexpr int64_t kGroup = 4;               // tiles that share slots while these lie in the cache
+
+  int64_t batches, tokens, tile, group, groups, ranges, range, k;
   bool few;
 
   explicit SearchPlan(const TopkSearch& p) {
@@ -32,66 +34,97 @@ struct SearchPlan {
     k = least(p.k, p.N);
     few = few_tokens<F>(tokens);
     tile = few ? most(tokens, 1) : k > 1024 ? kLanes<F> : kTokenTile<F>;  // buffers of candidates stay within the cache
-    tiles = div_up(tokens, tile);
-    const int64_t tasks = most(batches * tiles, 1);
+    group = few ? tile : least(kGroup * tile, round_up(most(tokens, 1), tile));
+    groups = div_up(tokens, group);
+    const int64_t tasks = most(batches * groups, 1);
     ranges = most(1, least(div_up(kTasks, tasks), p.N / most(kLeastSlots, 16 * k)));
     range = round_up(div_up(most(p.N, 1), ranges), kChunk);
     ranges = div_up(most(p.N, 1), range);
   }
 };
 
-// Visits the slots of [lo, hi) for tokens [t0, t0 + n) of one batch.
+// The queries of one tile of tokens, packed, and its best scores so far.
 template <class F, bool wide>
-void search_range(const TopkSearch& p, const SearchPlan<F>& s, int64_t batch, int64_t t0, int64_t n, int64_t lo, int64_t hi,
-                  std::atomic<Rank<F>>* shared, Board<F, wide>& board, Arena arena) {
+struct SearchTile {
+  Board<F, wide> board;
+  F* q;
+  std::atomic<Rank<F>>* shared = nullptr;
+  int64_t first = 0, n = 0;
+
+  SearchTile(Arena& arena, const SearchPlan<F>& s, int64_t K)
+      : board(arena, round_up(s.tile, kLanes<F>), s.k),
+        q(arena.take<F>(round_up(s.tile, kLanes<F>) * Slots<F>::padded(K))) {}
+};
+
+template <class F>
+struct SearchMemory {
+  F *S, *row;
+  typename Slots<F>::Buffers buffers;
+  SearchMemory(Arena& arena, const SearchPlan<F>& s, int64_t K)
+      : S(arena.take<F>(kSlotBlock * round_up(s.tile, kLanes<F>))), row(arena.take<F>(Slots<F>::padded(K))),
+        buffers(Slots<F>::buffers(arena, kSlotBlock, K, 0)) {}
+};
+
+template <class F, bool wide>
+void offer_columns(SearchTile<F, wide>& tile, const SlotBlock<F>& block, int64_t i, const F* S) {
   constexpr int W = kLanes<F>;
-  const int64_t L = round_up(n, W), KP = Slots<F>::padded(p.K);
+  const int64_t L = round_up(tile.n, W);
+  const F* threshold = tile.board.thresholds();
+  for (int64_t j = 0; j < L; j += W) {
+    const uint32_t lanes = tile.n - j >= W ? ~uint32_t(0) : (uint32_t(1) << (tile.n - j)) - 1;
+    Vec<F> limit = load<F>(threshold + j);
+    for (int64_t r = 0; r < block.n; ++r) {
+      const F* scores = S + r * L + j;
+      uint32_t m = above<F>(load<F>(scores), limit) & lanes;
+      if (__builtin_expect(m == 0, 1)) continue;
+      for (; m != 0; m &= m - 1) {
+        const int lane = std::countr_zero(m);
+        tile.board.offer(j + lane, scores[lane], i + block.place(r));
+      }
+      limit = load<F>(threshold + j);
+    }
+  }
+}
+
+template <class F, bool wide>
+void offer_rows(SearchTile<F, wide>& tile, const SlotBlock<F>& block, int64_t i, const F* S) {
+  for (int64_t t = 0; t < tile.n; ++t, S += kSlotBlock) {
+    for (int64_t r = 0; r < block.n; r += kLanes<F>) {
+      for (uint32_t m = above<F>(load<F>(S + r), fill<F>(tile.board.thresholds()[t])); m != 0; m &= m - 1) {
+        const int64_t at = r + std::countr_zero(m);
+        tile.board.offer(t, S[at], i + block.place(at));
+      }
+    }
+  }
+}
+
+// Visits the slots of [lo, hi) for the tiles of one batch.
+template <class F, bool wide>
+void search_range(const TopkSearch& p, const SearchPlan<F>& s, int64_t batch, int64_t lo, int64_t hi,
+                  SearchTile<F, wide>* tiles, int64_t count, const SearchMemory<F>& m) {
   const Slots<F> slots(p.keys, View{}, p.mask, p.lead, batch, p.K, 0, s.few, 1.0);
   const TokenRows query(p.query, p.lead, batch, p.T);
-  F* q = arena.take<F>(s.few ? n * KP : p.K * L);
-  F* S = arena.take<F>(s.few ? n * kSlotBlock : kSlotBlock * L);
-  F* row = arena.take<F>(KP);
-  const auto buffers = Slots<F>::buffers(arena, kSlotBlock, p.K, 0);
-  if (s.few) rows_query(query, t0, n, p.K, F(p.scale), q);
-  else pack_query(query, t0, n, L, p.K, F(p.scale), row, q);
-
+  for (SearchTile<F, wide>* tile = tiles; tile < tiles + count; ++tile) {
+    if (s.few) rows_query(query, tile->first, tile->n, p.K, F(p.scale), tile->q);
+    else pack_query(query, tile->first, tile->n, round_up(tile->n, kLanes<F>), p.K, F(p.scale), m.row, tile->q);
+  }
   const int64_t chunks = div_up(hi - lo, s.kChunk);
   int64_t step = most(1, int64_t(double(chunks) * 0.6180339887498949));
   while (std::gcd(step, chunks) > 1) ++step;
   for (int64_t c = 0, chunk = 0; c < chunks; ++c, chunk = (chunk + step) % chunks) {
-    if (shared != nullptr) board.share(shared, n);
     const int64_t begin = lo + chunk * s.kChunk, end = least(hi, begin + s.kChunk);
-    for (int64_t i = begin; i < end; i += kSlotBlock) {
-      const SlotBlock<F> block = slots.load(i, least(kSlotBlock, end - i), buffers);
-      if (block.n == 0) continue;
-      board.begin(i);
-      const F* threshold = board.thresholds();
-      if (s.few) {
-        score_rows(block, p.K, q, n, S);
-        for (int64_t t = 0; t < n; ++t) {
-          const F* scores = S + t * kSlotBlock;
-          for (int64_t r = 0; r < block.n; r += W) {
-            for (uint32_t m = above<F>(load<F>(scores + r), fill<F>(threshold[t])); m != 0; m &= m - 1) {
-              const int64_t at = r + std::countr_zero(m);
-              board.offer(t, scores[at], i + block.place(at));
-            }
-          }
-        }
-        continue;
-      }
-      score_columns(block, p.K, q, L, S);
-      for (int64_t j = 0; j < L; j += W) {
-        const uint32_t lanes = n - j >= W ? ~uint32_t(0) : (uint32_t(1) << (n - j)) - 1;
-        Vec<F> limit = load<F>(threshold + j);
-        for (int64_t r = 0; r < block.n; ++r) {
-          const F* scores = S + r * L + j;
-          uint32_t m = above<F>(load<F>(scores), limit) & lanes;
-          if (__builtin_expect(m == 0, 1)) continue;
-          for (; m != 0; m &= m - 1) {
-            const int lane = std::countr_zero(m);
-            board.offer(j + lane, scores[lane], i + block.place(r));
-          }
-          limit = load<F>(threshold + j);
+    for (SearchTile<F, wide>* tile = tiles; tile < tiles + count; ++tile) {
+      if (tile->shared != nullptr) tile->board.share(tile->shared, tile->n);
+      for (int64_t i = begin; i < end; i += kSlotBlock) {
+        const SlotBlock<F> block = slots.load(i, least(kSlotBlock, end - i), m.buffers);
+        if (block.n == 0) continue;
+        tile->board.begin(i);
+        if (s.few) {
+          score_rows(block, p.K, tile->q, tile->n, m.S);
+          offer_rows<F, wide>(*tile, block, i, m.S);
+        } else {
+          score_columns(block, p.K, tile->q, round_up(tile->n, kLanes<F>), m.S);
+          offer_columns<F, wide>(*tile, block, i, m.S);
         }
       }
     }
@@ -107,7 +140,6 @@ void search(const TopkSearch& p, size_t finish_bytes, Finish&& finish) {
   const int64_t all = s.batches * s.tokens;
   if (all == 0) return;
   const bool merge = s.ranges > 1;
-  const int64_t lanes = round_up(s.tile, kLanes<F>);
 
   // With one range a tile is finished by the task that read it; otherwise the candidates of all ranges wait for the second pass.
   Buffer<Key> waiting(merge ? s.ranges * all * s.k : 0);
@@ -118,29 +150,36 @@ void search(const TopkSearch& p, size_t finish_bytes, Finish&& finish) {
   for (int64_t t = 0; merge && t < all; ++t) new (shared + t) Shared(rank_of<F>(-kInf<F>));
 
   Arena measure;
-  Board<F, wide>(measure, lanes, s.k);
-  measure.take<F>(most(p.K * lanes, s.few ? s.tile * Slots<F>::padded(p.K) : 0));
-  measure.take<F>(kSlotBlock * lanes), measure.take<F>(Slots<F>::padded(p.K));
-  Slots<F>::buffers(measure, kSlotBlock, p.K, 0);
-  const int64_t tiles = s.batches * s.tiles;
-  parallel(s.ranges * tiles, measure.used() + finish_bytes, [&](int64_t task, char* memory) {
+  for (int64_t i = 0; i < s.group; i += s.tile) SearchTile<F, wide>(measure, s, p.K);
+  SearchMemory<F>(measure, s, p.K);
+  const int64_t groups = s.batches * s.groups;
+  parallel(s.ranges * groups, measure.used() + finish_bytes, [&](int64_t task, char* memory) {
     Arena arena(memory);
-    Board<F, wide> board(arena, lanes, s.k);
-    const int64_t range = task / tiles, batch = task % tiles / s.tiles, t0 = task % s.tiles * s.tile;
-    const int64_t n = least(s.tile, s.tokens - t0), lo = range * s.range;
-    const int64_t first = batch * s.tokens + t0;
-    board.clear();
-    if (s.k > 0) {
-      search_range<F, wide>(p, s, batch, t0, n, lo, least(p.N, lo + s.range), merge ? shared + first : nullptr, board, arena);
+    const int64_t range = task / groups, batch = task % groups / s.groups, t0 = task % s.groups * s.group;
+    const int64_t end = least(s.tokens, t0 + s.group), lo = range * s.range;
+    int64_t count = 0;
+    alignas(SearchTile<F, wide>) char place[s.kGroup * sizeof(SearchTile<F, wide>)];
+    auto* tiles = reinterpret_cast<SearchTile<F, wide>*>(place);
+    for (int64_t t = t0; t < end; t += s.tile) {
+      auto* tile = new (tiles + count++) SearchTile<F, wide>(arena, s, p.K);
+      tile->first = t, tile->n = least(s.tile, s.tokens - t);
+      tile->shared = merge ? shared + batch * s.tokens + t : nullptr;
+      tile->board.clear();
     }
-    for (int64_t t = 0; t < n; ++t) {
-      int64_t count;
-      const Key* best = board.best(t, count);
-      if (merge) {
-        counts.data()[range * all + first + t] = count;
-        std::copy(best, best + count, waiting.data() + (range * all + first + t) * s.k);
-      } else {
-        finish(batch, t0 + t, best, count, arena);
+    const SearchMemory<F> own(arena, s, p.K);
+    if (s.k > 0) search_range<F, wide>(p, s, batch, lo, least(p.N, lo + s.range), tiles, count, own);
+    for (int64_t i = 0; i < count; ++i) {
+      for (int64_t t = 0; t < tiles[i].n; ++t) {
+        const int64_t token = tiles[i].first + t, at = range * all + batch * s.tokens + token;
+        int64_t n;
+        if (merge) {
+          const Key* kept = tiles[i].board.kept(t, n);
+          counts.data()[at] = n;
+          std::copy(kept, kept + n, waiting.data() + at * s.k);
+        } else {
+          const Key* best = tiles[i].board.best(t, n);
+          finish(batch, token, best, n, arena);
+        }
       }
     }
   });
@@ -159,7 +198,8 @@ void search(const TopkSearch& p, size_t finish_bytes, Finish&& finish) {
         count += n;
       }
       const int64_t kept = least(count, s.k);
-      std::partial_sort(keys, keys + kept, keys + count, std::greater<Key>());
+      if (kept < count) std::nth_element(keys, keys + kept - 1, keys + count, std::greater<Key>());
+      std::sort(keys, keys + kept, std::greater<Key>());
       finish(t / s.tokens, t % s.tokens, keys, kept, arena);
     }
   });

@@ -3,7 +3,8 @@
     s[t, i] = scale * <query_t, key_i> + slot_mask_i
     softmax: w[t, i] = exp(s[t, i]) / sum_j exp(s[t, j])        sigmoid: w[t, i] = 1 / (1 + exp(-s[t, i]))
 
-Sources: Vaswani et al. 2017, Attention Is All You Need; Graves et al. 2014, Neural Turing Machines (content addressing).
+Sources: Vaswani et al. 2017, Attention Is All You Need; Graves et al. 2014, Neural Turing Machines (content
+    addressing).
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ def address(
 ) -> Tensor:
     """Weights of every token on every slot.
 
-    ``w[t, i] = gate(scale * <query_t, key_i> + slot_mask_i)`` with ``gate`` a softmax over the slots or an elementwise sigmoid.
+    ``w[t, i] = gate(scale * <query_t, key_i> + slot_mask_i)`` with ``gate`` a softmax over the slots or an
+    elementwise sigmoid.
 
     Args:
         query: ``[..., T, K]``. keys: ``[..., N, K]``, same dtype.
@@ -61,8 +63,8 @@ def address(
         gate: ``"softmax"`` or ``"sigmoid"``. backend: as in :func:`softmax_read`.
 
     Returns:
-        weights ``[..., T, N]`` in the dtype of ``query``. This op is for looking at weights: its result is T x N numbers, which
-        the fused reads and writes never form.
+        weights ``[..., T, N]`` in the dtype of ``query``. This op is for looking at weights: its result is T x N
+        numbers, which the fused reads and writes never form.
 
     Raises:
         ValueError: unknown ``gate``, or shapes that do not fit. TypeError: dtypes that do not fit.

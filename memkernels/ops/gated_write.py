@@ -3,8 +3,8 @@
     a[t, i] = sigmoid(scale * <query_t, key_i> + slot_mask_i)
     v_i    <- v_i * (1 - a[t, i] * e_t) + a[t, i] * w_t              for t = 1 .. T, one after the other
 
-Sources: Graves et al. 2014, Neural Turing Machines (erase and add); Zhang et al. 2024, Gated Slot Attention; Tan et al. 2024,
-Stick-breaking Attention (the closed form over tokens for e = 1).
+Sources: Graves et al. 2014, Neural Turing Machines (erase and add); Zhang et al. 2024, Gated Slot Attention; Tan et
+al. 2024, Stick-breaking Attention (the closed form over tokens for e = 1).
 """
 
 from __future__ import annotations
@@ -141,8 +141,8 @@ def gated_write_(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """:func:`gated_write` into ``values`` itself, for inference.
 
-    Arguments as there; ``values`` must have all leading dimensions of the memory. Returns ``values`` (the same object), with
-    ``return_retained`` also ``retained``.
+    Arguments as there; ``values`` must have all leading dimensions of the memory. Returns ``values`` (the same
+    object), with ``return_retained`` also ``retained``.
 
     Raises:
         RuntimeError: a gradient is required. ValueError, TypeError: a shape, dtype or device does not fit.

@@ -60,20 +60,21 @@ def softmax_read(
         keys: ``[..., N, K]``, dtype of ``query``.
         values: ``[..., N, V]``, dtype of ``query``, or float32 beside a 16-bit query.
         scale: multiplies the dot products; default ``K ** -0.5``.
-        slot_mask: ``[..., N]``; bool (True: the slot may be addressed) or float, added to the scores and differentiable.
-            A slot at ``-inf`` is empty: its key and value are not looked at.
+        slot_mask: ``[..., N]``; bool (True: the slot may be addressed) or float, added to the scores and
+            differentiable. A slot at ``-inf`` is empty: its key and value are not looked at.
         return_lse: also return ``lse``, the log-sum-exp of the scores (natural logarithm), by which reads of disjoint
             memories merge exactly (:func:`merge_reads`).
         backend: ``"auto"``, ``"reference"``, ``"cpu"``, ...; default: what :func:`use_backend` says.
 
     Returns:
-        ``read`` ``[..., T, V]`` in the dtype of ``query``; with ``return_lse`` also ``lse`` ``[..., T]`` in float32 (float64
-        for float64). With no addressable slot the read is 0 and lse is -inf.
+        ``read`` ``[..., T, V]`` in the dtype of ``query``; with ``return_lse`` also ``lse`` ``[..., T]`` in float32
+        (float64 for float64). With no addressable slot the read is 0 and lse is -inf.
 
     Leading dimensions broadcast. Differentiable in every float argument, twice.
 
     Raises:
-        ValueError, TypeError: a shape, dtype or device does not fit. NotImplementedError: the named backend cannot run it.
+        ValueError, TypeError: a shape, dtype or device does not fit. NotImplementedError: the named backend cannot
+            run it.
 
     Source: Vaswani et al. 2017, Attention Is All You Need; Sukhbaatar et al. 2015, End-To-End Memory Networks.
     """

@@ -2,8 +2,8 @@
 
     r_t = sum_j weights[t, j] * values[indices[t, j]]          (index -1 is ignored, duplicates all count)
 
-Sources: Rae et al. 2016, Scaling Memory-Augmented Neural Networks with Sparse Reads and Writes; Lample et al. 2019, Large
-Memory Layers with Product Keys.
+Sources: Rae et al. 2016, Scaling Memory-Augmented Neural Networks with Sparse Reads and Writes; Lample et al. 2019,
+Large Memory Layers with Product Keys.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ..spec import Arg, Op, Out, stats_dtype
 
 
 def gather_rows(rows: Tensor, indices: Tensor) -> Tensor:
-    """rows[indices] with leading dimensions that broadcast; index -1 gives zeros. [..., N, D], [..., T, k] -> [..., T, k, D]."""
+    """rows[indices] with leading dimensions that broadcast: [..., N, D], [..., T, k] -> [..., T, k, D]; -1 gives zeros."""
     lead = torch.broadcast_shapes(rows.shape[:-2], indices.shape[:-2])
     rows, indices = rows.expand(*lead, *rows.shape[-2:]), indices.expand(*lead, *indices.shape[-2:])
     if rows.shape[-2] == 0:
@@ -59,8 +59,8 @@ def sparse_read(values: Tensor, indices: Tensor, weights: Tensor, *, backend: st
         weights: ``[..., T, k]``. backend: as in :func:`softmax_read`.
 
     Returns:
-        read ``[..., T, V]`` in the dtype of ``weights``. Differentiable in values and weights; the gradient of values sums
-        each touched row in token order, so it is the same bits on every run.
+        read ``[..., T, V]`` in the dtype of ``weights``. Differentiable in values and weights; the gradient of values
+        sums each touched row in token order, so it is the same bits on every run.
 
     Raises:
         ValueError, TypeError: a shape, dtype or device does not fit. RuntimeError: an index outside ``[-1, N)``.

@@ -2,8 +2,8 @@
 
     scores, indices = topk_search(query, keys, k);   p = softmax(scores);   r_t = sum_j p[t, j] values[indices[t, j]]
 
-Sources: Rae et al. 2016, Sparse Access Memory; Wu et al. 2022, Memorizing Transformers; Lample et al. 2019, Large Memory
-Layers with Product Keys.
+Sources: Rae et al. 2016, Sparse Access Memory; Wu et al. 2022, Memorizing Transformers; Lample et al. 2019, Large
+Memory Layers with Product Keys.
 """
 
 from __future__ import annotations
@@ -81,8 +81,8 @@ def topk_read(
 
     Returns:
         ``read [..., T, V]`` in the dtype of ``query``; with ``return_slots`` ``(read, indices [..., T, k] int64,
-        weights [..., T, k])``, weights in float32 (float64 for float64), 0 where the index is -1. Differentiable in query,
-        keys, values and a float mask; gradients touch only the rows that were read.
+        weights [..., T, k])``, weights in float32 (float64 for float64), 0 where the index is -1. Differentiable in
+        query, keys, values and a float mask; gradients touch only the rows that were read.
 
     Raises:
         ValueError: k < 1, or a shape or device does not fit. TypeError: a dtype does not fit.

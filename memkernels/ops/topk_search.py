@@ -1,9 +1,10 @@
 """topk_search: the k best-scoring slots of every token, exactly.
 
-    s[t, i] = scale * <query_t, key_i> + slot_mask_i;   scores, indices = the k largest, best first, ties to the smaller i
+    s[t, i] = scale * <query_t, key_i> + slot_mask_i;   scores, indices = the k largest, best first, ties to the
+    smaller i
 
-Sources: Johnson et al. 2017, Billion-scale similarity search with GPUs (exact search by selection fused into the product);
-Wu et al. 2022, Memorizing Transformers; Khandelwal et al. 2020, kNN-LM.
+Sources: Johnson et al. 2017, Billion-scale similarity search with GPUs (exact search by selection fused into the
+product); Wu et al. 2022, Memorizing Transformers; Khandelwal et al. 2020, kNN-LM.
 """
 
 from __future__ import annotations
@@ -82,7 +83,8 @@ def topk_search(
         backend: as in :func:`softmax_read`.
 
     Returns:
-        ``(scores [..., T, k] in the dtype of query, indices [..., T, k] int64)``, best first, equal scores by smaller index.
+        ``(scores [..., T, k] in the dtype of query, indices [..., T, k] int64)``, best first, equal scores by smaller
+        index.
         Index -1 and score -inf where fewer than k slots are addressable. Scores are differentiable in query, keys and a
         float mask; the gradient touches only the chosen rows. A NaN score ranks above all others, as in ``torch.topk``.
 
