@@ -16,7 +16,7 @@ from ..spec import Arg, Op, Out, stats_dtype
 
 
 def gather_rows(rows: Tensor, indices: Tensor) -> Tensor:
-    """rows[indices] with leading dimensions that broadcast: [..., N, D], [..., T, k] -> [..., T, k, D]; -1 gives zeros."""
+    """rows[indices] with leading dimensions that broadcast: [..., N, D], [..., T, k] -> [..., T, k, D]; -1: 0."""
     lead = torch.broadcast_shapes(rows.shape[:-2], indices.shape[:-2])
     rows, indices = rows.expand(*lead, *rows.shape[-2:]), indices.expand(*lead, *indices.shape[-2:])
     if rows.shape[-2] == 0:
