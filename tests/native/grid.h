@@ -1,0 +1,88 @@
+// The cases every kernel runs through, and what their tests share.
+#pragma once
+
+#include <functional>
+#include <initializer_list>
+#include <limits>
+
+#include "pool.h"
+#include "tensor.h"
+
+namespace native {
+
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+
+enum class Mask { none, boolean, number, small };  // small: in the dtype of the query
+
+struct Case {
+  int64_t T, N, K, V, k;
+  DType dtype, content;  // of query and keys; of values and writes
+  Mask mask;
+  int leads;    // which of the combinations of leading dimensions
+  int64_t gap;  // elements between the rows of inputs
+  uint64_t seed;
+
+  // Leading dimensions, and which of them each argument has.
+  mk::Lead lead;
+  uint32_t all, memory, query, keys, values;
+
+  Layout tokens(int64_t cols) const { return {lead, all, T, cols}; }
+  Layout slots(int64_t cols) const { return {lead, memory, N, cols}; }
+  Layout of(uint32_t has, int64_t rows, int64_t cols) const { return {lead, has, rows, cols}; }
+  int64_t places() const { return lead.batches() * lead.folded(); }
+  DType stats() const { return dtype == DType::f64 ? DType::f64 : DType::f32; }
+  double tolerance(DType of) const;
+  std::string text() const;
+};
+
+// Every density-th case of the grid, the large ones more rarely.
+void each_case(int density, const std::function<void(const Case&)>& body);
+
+// What a kernel is to leave in an output.
+struct Result {
+  const char* name;
+  Tensor* got;
+  const Wide* want;
+};
+
+// Runs `call` for every instruction set and for one and four threads into poisoned outputs, and compares. An output
+// that is not given counts as not wanted.
+void verify(const Case& c, const char* entry, std::initializer_list<Result> results, const std::function<void()>& call);
+
+// How many runs have been compared, and how many were wrong.
+struct Tally {
+  int64_t runs = 0, failures = 0;
+};
+extern Tally tally;
+
+// A slot mask of the case, empty slots among its numbers, multiples of 1/4 around `shift`; not given for Mask::none.
+Tensor slot_mask(const Case& c, Random& random, double shift = 0);
+// A gradient that one call in four does not want.
+Wide gradient(Random& random, const Layout& layout);
+Wide gradient(Random& random, const Tensor& mask);  // nor does a mask that is bool or missing have one
+// Rows of memory that no place of the call may address become NaN: nobody may look at them.
+void poison_empty(const Wide& mask, Tensor& rows);
+
+// scale <query_t, key_i> + mask_i of one place, [T][N]; -inf in empty slots whatever their keys hold.
+std::vector<double> scores(const Case& c, const Wide& query, const Wide& keys, const Wide& mask, double scale,
+                           int64_t place);
+inline double dot(const double* x, const double* y, int64_t n) {
+  double sum = 0;
+  for (int64_t i = 0; i < n; ++i) sum += x[i] * y[i];
+  return sum;
+}
+// y += a x
+inline void add(double a, const double* x, int64_t n, double* y) {
+  for (int64_t i = 0; i < n; ++i) y[i] += a * x[i];
+}
+
+// From the gradient of one score to those of its query, key and mask. Gradients that are not given are not wanted.
+struct ScoreGradients {
+  const Wide *query, *keys;
+  Wide *d_query, *d_keys, *d_mask;
+  double scale;
+
+  void add_score(int64_t place, int64_t t, int64_t i, double ds) const;
+};
+
+}  // namespace native

@@ -1,0 +1,195 @@
+// softmax_read, address, slot_usage: what weighs every slot.
+#include <algorithm>
+#include <cmath>
+
+#include "cpu/address.h"
+#include "cpu/slot_usage.h"
+#include "cpu/softmax_read.h"
+#include "kernels.h"
+
+namespace native {
+namespace {
+
+// Query, keys and mask of a case, as tensors and as double.
+struct Scored {
+  Random random;
+  double scale;
+  Tensor query, keys, mask;
+  Wide q, k, m;
+
+  explicit Scored(const Case& c)
+      : random(c.seed),
+        scale(3 / std::sqrt(double(c.K))),
+        query(uniform(c.dtype, c.of(c.query, c.T, c.K), random, -1, 1, c.gap)),
+        keys(uniform(c.dtype, c.of(c.keys, c.N, c.K), random, -1, 1, c.gap)),
+        mask(slot_mask(c, random)) {
+    m = mask.wide();
+    poison_empty(m, keys);
+    q = query.wide(), k = keys.wide();
+  }
+  template <class Params>
+  void fill(const Case& c, Params& p) const {
+    p.lead = c.lead, p.T = c.T, p.N = c.N, p.K = c.K;
+    p.query = query.view(), p.keys = keys.view(), p.mask = mask.view();
+    p.scale = scale;
+  }
+  std::vector<double> at(const Case& c, int64_t place) const { return scores(c, q, k, m, scale, place); }
+};
+
+double log_sum(const double* s, int64_t n) {
+  const double top = n > 0 ? *std::max_element(s, s + n) : -kInfinity;
+  if (top == -kInfinity) return top;
+  double sum = 0;
+  for (int64_t i = 0; i < n; ++i) sum += std::exp(s[i] - top);
+  return top + std::log(sum);
+}
+
+double share(double score, double lse) { return score == -kInfinity || lse == -kInfinity ? 0 : std::exp(score - lse); }
+
+Wide lse_of(const Case& c, const Scored& in) {
+  Wide lse(c.tokens(1));
+  for (int64_t place = 0; place < c.places(); ++place) {
+    const std::vector<double> s = in.at(c, place);
+    for (int64_t t = 0; t < c.T; ++t) *lse.row(place, t) = log_sum(s.data() + t * c.N, c.N);
+  }
+  return lse;
+}
+
+}  // namespace
+
+void softmax_read(const Case& c) {
+  Scored in(c);
+  Tensor values = uniform(c.content, c.of(c.values, c.N, c.V), in.random, -1, 1, c.gap);
+  poison_empty(in.m, values);
+  const Wide v = values.wide(), want_lse = lse_of(c, in);
+  Wide want_read(c.tokens(c.V));
+  for (int64_t place = 0; place < c.places(); ++place) {
+    const std::vector<double> s = in.at(c, place);
+    for (int64_t t = 0; t < c.T; ++t) {
+      for (int64_t i = 0; i < c.N; ++i) {
+        const double p = share(s[size_t(t * c.N + i)], *want_lse.row(place, t));
+        if (p != 0) add(p, v.row(place, i), c.V, want_read.row(place, t));
+      }
+    }
+  }
+  Tensor read(c.dtype, c.tokens(c.V)), lse(c.stats(), c.tokens(1));
+  mk::SoftmaxRead p;
+  in.fill(c, p);
+  p.V = c.V, p.values = values.view(), p.read = read.view(), p.lse = lse.view();
+  if (fault == "row") p.K += 1;
+  if (fault == "overflow") p.T = std::numeric_limits<int64_t>::max();
+  verify(c, "softmax_read", {{"read", &read, &want_read}, {"lse", &lse, &want_lse}}, [&] { MK_CALL(softmax_read, p); });
+  if (in.random.one_in(4)) {
+    mk::SoftmaxRead bare = p;
+    bare.V = 0, bare.values = bare.read = mk::View{};
+    verify(c, "softmax_read without values", {{"lse", &lse, &want_lse}}, [&] { MK_CALL(softmax_read, bare); });
+  }
+  if (c.T * c.N == 0) return;
+
+  const Tensor saved_read(c.dtype, want_read), saved_lse(c.stats(), want_lse);
+  const Tensor d_read = uniform(c.dtype, c.tokens(c.V), in.random, -1, 1);
+  const Tensor d_lse = in.random.one_in(2) ? uniform(c.stats(), c.tokens(1), in.random, -1, 1) : Tensor();
+  const Wide r = saved_read.wide(), l = saved_lse.wide(), dr = d_read.wide(), dl = d_lse.wide();
+  Wide want_dq = gradient(in.random, c.tokens(c.K)), want_dk = gradient(in.random, in.keys.layout());
+  Wide want_dv = gradient(in.random, values.layout()), want_dm = gradient(in.random, in.mask);
+  const ScoreGradients sum{&in.q, &in.k, &want_dq, &want_dk, &want_dm, in.scale};
+  for (int64_t place = 0; place < c.places(); ++place) {
+    const std::vector<double> s = in.at(c, place);
+    for (int64_t t = 0; t < c.T; ++t) {
+      const double* g = dr.row(place, t);
+      const double delta = dot(g, r.row(place, t), c.V) - (dl ? *dl.row(place, t) : 0);
+      for (int64_t i = 0; i < c.N; ++i) {
+        const double w = share(s[size_t(t * c.N + i)], *l.row(place, t));
+        if (w == 0) continue;
+        sum.add_score(place, t, i, w * (dot(g, v.row(place, i), c.V) - delta));
+        if (want_dv) add(w, g, c.V, want_dv.row(place, i));
+      }
+    }
+  }
+  Tensor dq(c.stats(), want_dq), dk(c.stats(), want_dk), dv(c.stats(), want_dv), dm(c.stats(), want_dm);
+  mk::SoftmaxReadBackward b{p, d_read.view(), d_lse.view(), dq.view(), dk.view(), dv.view(), dm.view()};
+  b.forward.read = saved_read.view(), b.forward.lse = saved_lse.view();
+  verify(
+      c, "softmax_read_backward",
+      {{"d_query", &dq, &want_dq}, {"d_keys", &dk, &want_dk}, {"d_values", &dv, &want_dv}, {"d_mask", &dm, &want_dm}},
+      [&] { MK_CALL(softmax_read_backward, b); });
+}
+
+void address(const Case& c) {
+  if (c.T * c.N == 0) return;
+  Scored in(c);
+  const bool sigmoid = in.random.one_in(2);
+  const Tensor lse(c.stats(), sigmoid ? Wide() : lse_of(c, in));
+  const Wide l = lse.wide();
+  Wide want(c.tokens(c.N));
+  for (int64_t place = 0; place < c.places(); ++place) {
+    const std::vector<double> s = in.at(c, place);
+    for (int64_t t = 0; t < c.T; ++t) {
+      for (int64_t i = 0; i < c.N; ++i) {
+        const double x = s[size_t(t * c.N + i)];
+        want.row(place, t)[i] = sigmoid ? 1 / (1 + std::exp(-x)) : share(x, *l.row(place, t));
+      }
+    }
+  }
+  Tensor weights(c.dtype, c.tokens(c.N));
+  mk::Address p;
+  in.fill(c, p);
+  p.lse = lse.view(), p.weights = weights.view(), p.sigmoid = sigmoid;
+  verify(c, "address", {{"weights", &weights, &want}}, [&] { MK_CALL(address, p); });
+
+  const Tensor saved(c.dtype, want), d_weights = uniform(c.dtype, c.tokens(c.N), in.random, -1, 1);
+  const Wide w = saved.wide(), dw = d_weights.wide();
+  Wide want_dq = gradient(in.random, c.tokens(c.K)), want_dk = gradient(in.random, in.keys.layout());
+  Wide want_dm = gradient(in.random, in.mask);
+  const ScoreGradients sum{&in.q, &in.k, &want_dq, &want_dk, &want_dm, in.scale};
+  for (int64_t place = 0; place < c.places(); ++place) {
+    for (int64_t t = 0; t < c.T; ++t) {
+      const double *x = w.row(place, t), *g = dw.row(place, t);
+      const double mean = dot(x, g, c.N);
+      for (int64_t i = 0; i < c.N; ++i) {
+        if (x[i] != 0) sum.add_score(place, t, i, sigmoid ? g[i] * x[i] * (1 - x[i]) : x[i] * (g[i] - mean));
+      }
+    }
+  }
+  Tensor dq(c.stats(), want_dq), dk(c.stats(), want_dk), dm(c.stats(), want_dm);
+  mk::AddressBackward b{p, d_weights.view(), dq.view(), dk.view(), dm.view()};
+  b.forward.weights = saved.view();
+  verify(c, "address_backward", {{"d_query", &dq, &want_dq}, {"d_keys", &dk, &want_dk}, {"d_mask", &dm, &want_dm}},
+         [&] { MK_CALL(address_backward, b); });
+}
+
+void slot_usage(const Case& c) {
+  if (c.T * c.N == 0) return;
+  Scored in(c);
+  const Tensor lse(c.stats(), lse_of(c, in)), d_usage = uniform(c.stats(), c.slots(1), in.random, -1, 1);
+  const Wide l = lse.wide(), g = d_usage.wide();
+  Wide want(c.slots(1));
+  Wide want_dq = gradient(in.random, c.tokens(c.K)), want_dk = gradient(in.random, in.keys.layout());
+  Wide want_dl = gradient(in.random, c.tokens(1)), want_dm = gradient(in.random, in.mask);
+  const ScoreGradients sum{&in.q, &in.k, &want_dq, &want_dk, &want_dm, in.scale};
+  for (int64_t place = 0; place < c.places(); ++place) {
+    const std::vector<double> s = in.at(c, place);
+    for (int64_t t = 0; t < c.T; ++t) {
+      for (int64_t i = 0; i < c.N; ++i) {
+        const double w = share(s[size_t(t * c.N + i)], *l.row(place, t)), ds = w * *g.row(place, i);
+        if (w == 0) continue;
+        *want.row(place, i) += w;
+        sum.add_score(place, t, i, ds);
+        if (want_dl) *want_dl.row(place, t) -= ds;
+      }
+    }
+  }
+  Tensor usage(c.stats(), c.slots(1));
+  mk::SlotUsage p;
+  in.fill(c, p);
+  p.lse = lse.view(), p.usage = usage.view();
+  verify(c, "slot_usage", {{"usage", &usage, &want}}, [&] { MK_CALL(slot_usage, p); });
+
+  Tensor dq(c.stats(), want_dq), dk(c.stats(), want_dk), dl(c.stats(), want_dl), dm(c.stats(), want_dm);
+  const mk::SlotUsageBackward b{p, d_usage.view(), dq.view(), dk.view(), dl.view(), dm.view()};
+  verify(c, "slot_usage_backward",
+         {{"d_query", &dq, &want_dq}, {"d_keys", &dk, &want_dk}, {"d_lse", &dl, &want_dl}, {"d_mask", &dm, &want_dm}},
+         [&] { MK_CALL(slot_usage_backward, b); });
+}
+
+}  // namespace native
