@@ -23,14 +23,14 @@ DIRECTIONS = (*backends.DIRECTIONS, "in place")
 
 
 @contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """Many small formulas in a row are faster so, several times on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def _threads(n: int) -> Iterator[None]:
+    """Run on ``n`` threads. All but the kernel under test runs on one: that is faster for small formulas in a row."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
     try:
         yield
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
 
 
 @dataclass(frozen=True)
@@ -123,26 +123,20 @@ class Subject:
     def _run(self, formula: Callable, tensors, wanting: list[int] | None = None) -> Run:
         return Run(formula, tensors, self.inputs.params, self.wanting if wanting is None else wanting, self.cotangents)
 
-    def _reference(self, formula: Callable, tensors) -> Run:
-        with _one_thread():
-            run = self._run(formula, tensors)
-            run.gradients  # noqa: B018 (computed here, in one thread)
-        return run
-
     @functools.cached_property
     def _doubled(self) -> Run:
-        return self._reference(self.op.reference, self.inputs.doubled())
+        return self._run(self.op.reference, self.inputs.doubled())
 
     @functools.cached_property
     def plain(self) -> Run:
         """The reference formula at the dtype of the call."""
-        return self._reference(self.op.reference, self.inputs.tensors)
+        return self._run(self.op.reference, self.inputs.tensors)
 
     def wanted(self, indices: Tensor | None) -> Run:
         """The reference in float64, where the op chooses slots for the choice ``indices``."""
         if self.op.selected is None:
             return self._doubled
-        return self._reference(lambda *inputs: self.op.selected(*inputs, indices), self.inputs.doubled())
+        return self._run(lambda *inputs: self.op.selected(*inputs, indices), self.inputs.doubled())
 
     def directions(self) -> list[str]:
         result = ["forward"] + (["backward"] if self.wanting else [])
@@ -156,24 +150,29 @@ class Subject:
     def rows(self, backend: str, directions: Sequence[str] | None = None) -> list[Row]:
         """This subject on one backend, in every direction unless some are named."""
         shared: dict[str, Run] = {}  # forward and backward look at one run
-        return [self._row(backend, d, shared) for d in (self.directions() if directions is None else directions)]
+        threads = torch.get_num_threads()
+        with _threads(1):
+            return [self._row(backend, d, shared, threads) for d in directions or self.directions()]
 
-    def _row(self, backend: str, direction: str, shared: dict[str, Run]) -> Row:
+    def _row(self, backend: str, direction: str, shared: dict[str, Run], threads: int) -> Row:
         try:
-            verdict = self._judge(backend, direction, shared)
+            verdict = self._judge(backend, direction, shared, threads)
         except Exception as error:  # a kernel that raises is a failed row, not the end of the grid
             verdict = Verdict(math.nan, 0.0, f"{type(error).__name__}: {(str(error) or '-').splitlines()[0]:.200}")
         name = str(self.dtype).removeprefix("torch.")
         key = (self.op.name, backend, name, self.device, self.case.name, direction)
         return Row(*key, verdict.error, verdict.tolerance, not verdict.problem, verdict.problem)
 
-    def _judge(self, backend: str, direction: str, shared: dict[str, Run]) -> Verdict:
+    def _judge(self, backend: str, direction: str, shared: dict[str, Run], threads: int) -> Verdict:
         op = self.op
         inputs, target = self.inputs, None
         if direction == "in place":
             inputs, target = make(op, self.case, self.dtype, self.device), op.index(op.inplace)
         before = [None if t is None else _bits(t).clone() for t in inputs.tensors]
-        with nan_in_new_memory() if backend != "reference" else _one_thread():
+        with contextlib.ExitStack() as around:
+            if backend != "reference":
+                around.enter_context(nan_in_new_memory())
+                around.enter_context(_threads(threads))
             if target is not None:
                 got = self._run(functools.partial(_call, op, backend, target), inputs.tensors, [])
             else:
