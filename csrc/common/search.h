@@ -5,8 +5,8 @@
 // multiply-adds for many tokens, by reading the keys once for few.
 //
 // N is cut into ranges by shapes alone, and the ranges of a token tell each other their thresholds; which of them are seen depends
-// on timing, the result does not (common/board.h). Blocks are visited in steps of the golden section: scores that ascend with the
-// index would otherwise pass every threshold.
+// on timing, the result does not (common/board.h). Ranges and blocks are visited in steps of the golden section: scores that
+// ascend with the index would otherwise pass every threshold.
 #pragma once
 
 #include <numeric>
@@ -21,11 +21,8 @@ template <class F>
 struct SearchPlan {
   static constexpr int64_t kTasks = 64;        // ranges of slots are cut until there are this many tasks
   static constexpr int64_t kLeastSlots = 4096;  // but no range is smaller
-  static constexpr int64_t kChunk = 4 * kSlotBlock;  // slots visited in order
 
-  static constexpr int64_t kGroup = 4;               // tiles that share slots while these lie in the cache
-
-  int64_t batches, tokens, tile, group, groups, ranges, range, k;
+  int64_t batches, tokens, tile, tiles, chunk, ranges, range, k;
   bool few;
 
   explicit SearchPlan(const TopkSearch& p) {
@@ -34,39 +31,33 @@ struct SearchPlan {
     k = least(p.k, p.N);
     few = few_tokens<F>(tokens);
     tile = few ? most(tokens, 1) : k > 1024 ? kLanes<F> : kTokenTile<F>;  // buffers of candidates stay within the cache
-    group = few ? tile : least(kGroup * tile, round_up(most(tokens, 1), tile));
-    groups = div_up(tokens, group);
-    const int64_t tasks = most(batches * groups, 1);
+    tiles = div_up(tokens, tile);
+    chunk = few ? 4 * kSlotBlock : kSlotBlock;  // slots visited in order: more where the stream from memory is the limit
+    const int64_t tasks = most(batches * tiles, 1);
     ranges = most(1, least(div_up(kTasks, tasks), p.N / most(kLeastSlots, 16 * k)));
-    range = round_up(div_up(most(p.N, 1), ranges), kChunk);
+    range = round_up(div_up(most(p.N, 1), ranges), chunk);
     ranges = div_up(most(p.N, 1), range);
   }
 };
 
-// The queries of one tile of tokens, packed, and its best scores so far.
+// One tile of tokens: its packed queries, a block of scores, and the best so far.
 template <class F, bool wide>
 struct SearchTile {
   Board<F, wide> board;
-  F* q;
+  F *q, *S, *row;
+  typename Slots<F>::Buffers buffers;
   std::atomic<Rank<F>>* shared = nullptr;
   int64_t first = 0, n = 0;
 
   SearchTile(Arena& arena, const SearchPlan<F>& s, int64_t K)
       : board(arena, round_up(s.tile, kLanes<F>), s.k),
-        q(arena.take<F>(round_up(s.tile, kLanes<F>) * Slots<F>::padded(K))) {}
-};
-
-template <class F>
-struct SearchMemory {
-  F *S, *row;
-  typename Slots<F>::Buffers buffers;
-  SearchMemory(Arena& arena, const SearchPlan<F>& s, int64_t K)
-      : S(arena.take<F>(kSlotBlock * round_up(s.tile, kLanes<F>))), row(arena.take<F>(Slots<F>::padded(K))),
+        q(arena.take<F>(round_up(s.tile, kLanes<F>) * Slots<F>::padded(K))),
+        S(arena.take<F>(kSlotBlock * round_up(s.tile, kLanes<F>))), row(arena.take<F>(Slots<F>::padded(K))),
         buffers(Slots<F>::buffers(arena, kSlotBlock, K, 0)) {}
 };
 
 template <class F, bool wide>
-void offer_columns(SearchTile<F, wide>& tile, const SlotBlock<F>& block, int64_t i, const F* S) {
+void offer_columns(SearchTile<F, wide>& tile, const SlotBlock<F>& block, int64_t i) {
   constexpr int W = kLanes<F>;
   const int64_t L = round_up(tile.n, W);
   const F* threshold = tile.board.thresholds();
@@ -74,7 +65,7 @@ void offer_columns(SearchTile<F, wide>& tile, const SlotBlock<F>& block, int64_t
     const uint32_t lanes = tile.n - j >= W ? ~uint32_t(0) : (uint32_t(1) << (tile.n - j)) - 1;
     Vec<F> limit = load<F>(threshold + j);
     for (int64_t r = 0; r < block.n; ++r) {
-      const F* scores = S + r * L + j;
+      const F* scores = tile.S + r * L + j;
       uint32_t m = above<F>(load<F>(scores), limit) & lanes;
       if (__builtin_expect(m == 0, 1)) continue;
       for (; m != 0; m &= m - 1) {
@@ -87,7 +78,8 @@ void offer_columns(SearchTile<F, wide>& tile, const SlotBlock<F>& block, int64_t
 }
 
 template <class F, bool wide>
-void offer_rows(SearchTile<F, wide>& tile, const SlotBlock<F>& block, int64_t i, const F* S) {
+void offer_rows(SearchTile<F, wide>& tile, const SlotBlock<F>& block, int64_t i) {
+  const F* S = tile.S;
   for (int64_t t = 0; t < tile.n; ++t, S += kSlotBlock) {
     for (int64_t r = 0; r < block.n; r += kLanes<F>) {
       for (uint32_t m = above<F>(load<F>(S + r), fill<F>(tile.board.thresholds()[t])); m != 0; m &= m - 1) {
@@ -98,34 +90,36 @@ void offer_rows(SearchTile<F, wide>& tile, const SlotBlock<F>& block, int64_t i,
   }
 }
 
-// Visits the slots of [lo, hi) for the tiles of one batch.
+// i -> i * step % n visits every number below n, in steps of the golden section.
+inline int64_t golden_step(int64_t n) {
+  int64_t step = most(1, int64_t(double(n) * 0.6180339887498949));
+  while (std::gcd(step, n) > 1) ++step;
+  return step;
+}
+
+// Visits the slots of [lo, hi) for one tile of one batch.
 template <class F, bool wide>
 void search_range(const TopkSearch& p, const SearchPlan<F>& s, int64_t batch, int64_t lo, int64_t hi,
-                  SearchTile<F, wide>* tiles, int64_t count, const SearchMemory<F>& m) {
+                  SearchTile<F, wide>& tile) {
   const Slots<F> slots(p.keys, View{}, p.mask, p.lead, batch, p.K, 0, s.few, 1.0);
   const TokenRows query(p.query, p.lead, batch, p.T);
-  for (SearchTile<F, wide>* tile = tiles; tile < tiles + count; ++tile) {
-    if (s.few) rows_query(query, tile->first, tile->n, p.K, F(p.scale), tile->q);
-    else pack_query(query, tile->first, tile->n, round_up(tile->n, kLanes<F>), p.K, F(p.scale), m.row, tile->q);
-  }
-  const int64_t chunks = div_up(hi - lo, s.kChunk);
-  int64_t step = most(1, int64_t(double(chunks) * 0.6180339887498949));
-  while (std::gcd(step, chunks) > 1) ++step;
+  const int64_t L = round_up(tile.n, kLanes<F>);
+  if (s.few) rows_query(query, tile.first, tile.n, p.K, F(p.scale), tile.q);
+  else pack_query(query, tile.first, tile.n, L, p.K, F(p.scale), tile.row, tile.q);
+  const int64_t chunks = div_up(hi - lo, s.chunk), step = golden_step(chunks);
   for (int64_t c = 0, chunk = 0; c < chunks; ++c, chunk = (chunk + step) % chunks) {
-    const int64_t begin = lo + chunk * s.kChunk, end = least(hi, begin + s.kChunk);
-    for (SearchTile<F, wide>* tile = tiles; tile < tiles + count; ++tile) {
-      if (tile->shared != nullptr) tile->board.share(tile->shared, tile->n);
-      for (int64_t i = begin; i < end; i += kSlotBlock) {
-        const SlotBlock<F> block = slots.load(i, least(kSlotBlock, end - i), m.buffers);
-        if (block.n == 0) continue;
-        tile->board.begin(i);
-        if (s.few) {
-          score_rows(block, p.K, tile->q, tile->n, m.S);
-          offer_rows<F, wide>(*tile, block, i, m.S);
-        } else {
-          score_columns(block, p.K, tile->q, round_up(tile->n, kLanes<F>), m.S);
-          offer_columns<F, wide>(*tile, block, i, m.S);
-        }
+    if (tile.shared != nullptr) tile.board.share(tile.shared, tile.n);
+    const int64_t begin = lo + chunk * s.chunk, end = least(hi, begin + s.chunk);
+    for (int64_t i = begin; i < end; i += kSlotBlock) {
+      const SlotBlock<F> block = slots.load(i, least(kSlotBlock, end - i), tile.buffers);
+      if (block.n == 0) continue;
+      tile.board.begin(i);
+      if (s.few) {
+        score_rows(block, p.K, tile.q, tile.n, tile.S);
+        offer_rows<F, wide>(tile, block, i);
+      } else {
+        score_columns(block, p.K, tile.q, L, tile.S);
+        offer_columns<F, wide>(tile, block, i);
       }
     }
   }
@@ -150,44 +144,34 @@ void search(const TopkSearch& p, size_t finish_bytes, Finish&& finish) {
   for (int64_t t = 0; merge && t < all; ++t) new (shared + t) Shared(rank_of<F>(-kInf<F>));
 
   Arena measure;
-  for (int64_t i = 0; i < s.group; i += s.tile) SearchTile<F, wide>(measure, s, p.K);
-  SearchMemory<F>(measure, s, p.K);
-  const int64_t groups = s.batches * s.groups;
-  parallel(s.ranges * groups, measure.used() + finish_bytes, [&](int64_t task, char* memory) {
+  SearchTile<F, wide>(measure, s, p.K);
+  const int64_t tiles = s.batches * s.tiles, step = golden_step(s.ranges);
+  parallel(s.ranges * tiles, measure.used() + finish_bytes, [&](int64_t task, char* memory) {
     Arena arena(memory);
-    const int64_t range = task / groups, batch = task % groups / s.groups, t0 = task % s.groups * s.group;
-    const int64_t end = least(s.tokens, t0 + s.group), lo = range * s.range;
-    int64_t count = 0;
-    alignas(SearchTile<F, wide>) char place[s.kGroup * sizeof(SearchTile<F, wide>)];
-    auto* tiles = reinterpret_cast<SearchTile<F, wide>*>(place);
-    for (int64_t t = t0; t < end; t += s.tile) {
-      auto* tile = new (tiles + count++) SearchTile<F, wide>(arena, s, p.K);
-      tile->first = t, tile->n = least(s.tile, s.tokens - t);
-      tile->shared = merge ? shared + batch * s.tokens + t : nullptr;
-      tile->board.clear();
-    }
-    const SearchMemory<F> own(arena, s, p.K);
-    if (s.k > 0) search_range<F, wide>(p, s, batch, lo, least(p.N, lo + s.range), tiles, count, own);
-    for (int64_t i = 0; i < count; ++i) {
-      for (int64_t t = 0; t < tiles[i].n; ++t) {
-        const int64_t token = tiles[i].first + t, at = range * all + batch * s.tokens + token;
-        int64_t n;
-        if (merge) {
-          const Key* kept = tiles[i].board.kept(t, n);
-          counts.data()[at] = n;
-          std::copy(kept, kept + n, waiting.data() + at * s.k);
-        } else {
-          const Key* best = tiles[i].board.best(t, n);
-          finish(batch, token, best, n, arena);
-        }
+    const int64_t range = task / tiles * step % s.ranges, batch = task % tiles / s.tiles, lo = range * s.range;
+    SearchTile<F, wide> tile(arena, s, p.K);
+    tile.first = task % s.tiles * s.tile, tile.n = least(s.tile, s.tokens - tile.first);
+    tile.shared = merge ? shared + batch * s.tokens + tile.first : nullptr;
+    tile.board.clear();
+    if (s.k > 0) search_range<F, wide>(p, s, batch, lo, least(p.N, lo + s.range), tile);
+    for (int64_t t = 0; t < tile.n; ++t) {
+      int64_t n;
+      if (merge) {
+        const int64_t at = range * all + batch * s.tokens + tile.first + t;
+        const Key* kept = tile.board.kept(t, n);
+        counts.data()[at] = n;
+        std::copy(kept, kept + n, waiting.data() + at * s.k);
+      } else {
+        const Key* best = tile.board.best(t, n);
+        finish(batch, tile.first + t, best, n, arena);
       }
     }
   });
   if (!merge) return;
-  const int64_t step = 16;
-  parallel(div_up(all, step), size_t(s.ranges * s.k) * sizeof(Key) + 64 + finish_bytes, [&](int64_t task, char* memory) {
-    const int64_t end = least(all, (task + 1) * step);
-    for (int64_t t = task * step; t < end; ++t) {
+  constexpr int64_t kTokens = 16;
+  parallel(div_up(all, kTokens), size_t(s.ranges * s.k) * sizeof(Key) + 64 + finish_bytes, [&](int64_t task, char* memory) {
+    const int64_t end = least(all, (task + 1) * kTokens);
+    for (int64_t t = task * kTokens; t < end; ++t) {
       Arena arena(memory);
       Key* keys = arena.take<Key>(s.ranges * s.k);
       int64_t count = 0;
