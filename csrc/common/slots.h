@@ -40,6 +40,12 @@ class Slots {
   }
   static int64_t padded(int64_t width) { return round_up(width, kLanes<F>); }
 
+  // Asks for the rows of slot i early. Hardware follows a few streams; a block is a hundred rows, read a dozen at a time.
+  MK_INLINE void prefetch(int64_t i) const {
+    prefetch(keys_, K_, i);
+    if (values_.base != nullptr) prefetch(values_, V_, i);
+  }
+
   // Slots [first, first + count), count at most the block size of the buffers.
   SlotBlock<F> load(int64_t first, int64_t count, const Buffers& b) const {
     SlotBlock<F> block;
@@ -67,6 +73,10 @@ class Slots {
     DType dtype = DType::f32;
     int64_t stride = 0;
   };
+  static MK_INLINE void prefetch(const Source& s, int64_t width, int64_t i) {
+    const char* row = s.base + i * s.stride;
+    for (int64_t b = 0; b < width * size_of(s.dtype); b += 64) __builtin_prefetch(row + b, 0, 2);
+  }
   static Source rows(const View& v, const Lead& lead, int64_t batch) {
     return v ? Source{v.batch(lead, batch), v.dtype, v.row} : Source{};
   }

@@ -54,7 +54,7 @@ template <class F>
 void columns(const SoftmaxRead& p, const Slots<F>& slots, const TokenRows& query, int64_t t0, int64_t n, int64_t lo,
              int64_t hi, Partial<F> out, Arena arena) {
   constexpr int W = kLanes<F>;
-  const int64_t L = round_up(n, W);
+  const int64_t L = round_up(n, W), registers = L / W;
   F* q = arena.take<F>(p.K * L);
   F* S = arena.take<F>(kSlotBlock * L);
   F* row = arena.take<F>(p.K);
@@ -87,6 +87,7 @@ void columns(const SoftmaxRead& p, const Slots<F>& slots, const TokenRows& query
         const Vec<F> e = exp2<F>(load<F>(s + r * L) - base);
         l += e;
         store<F>(s + r * L, e);
+        if (r % registers == j / W) slots.prefetch(i + kSlotBlock + r);  // the next block, a few rows per register of tokens
       }
       store<F>(out.l + j, l);
     }

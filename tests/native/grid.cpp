@@ -76,7 +76,7 @@ void each_case(int density, const std::function<void(const Case&)>& body) {
         for (size_t w = 0; w < std::size(kWidths); ++w) {
           Random random(++seed);
           const bool large = T * N > kLarge;
-          if (!random.one_in(density * (large ? 7 : 1))) continue;
+          if (!random.one_in(density * (large ? 9 : 1))) continue;
           Case c;
           c.T = T, c.N = N, c.seed = seed;
           c.K = kWidths[w], c.V = kWidths[size_t(random.below(std::size(kWidths)))];
