@@ -48,9 +48,10 @@ Tensor forward(const Tensor& query, const Tensor& keys, const std::optional<Tens
   return weights;
 }
 
-std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& query, const Tensor& keys, const std::optional<Tensor>& slot_mask,
-                                            const Tensor& weights, const std::optional<Tensor>& d_weights, double scale,
-                                            bool sigmoid, const std::vector<bool>& wants) {
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& query, const Tensor& keys,
+                                            const std::optional<Tensor>& slot_mask, const Tensor& weights,
+                                            const std::optional<Tensor>& d_weights, double scale, bool sigmoid,
+                                            const std::vector<bool>& wants) {
   AddressBackward p;
   Address& f = p.forward;
   Inputs in("address_backward", query, keys, slot_mask, scale, sigmoid, f);

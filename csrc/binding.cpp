@@ -32,7 +32,8 @@ const Tensor& Arguments::add(const char* name, const Tensor& t, Side side, std::
   STD_TORCH_CHECK(rank >= n && rank - n <= kMaxLead, op_, ": ", name, " has ", rank, " dimensions");
   int64_t d = rank - n;
   for (int64_t wanted : tail) {
-    STD_TORCH_CHECK(t.size(d) == wanted, op_, ": dimension ", d, " of ", name, " must be ", wanted, ", got ", t.size(d));
+    STD_TORCH_CHECK(t.size(d) == wanted, op_, ": dimension ", d, " of ", name, " must be ", wanted, ", got ",
+                    t.size(d));
     ++d;
   }
   const bool rows = n == 0 || t.size(rank - 1) <= 1 || t.stride(rank - 1) == 1;
@@ -75,8 +76,8 @@ const Lead& Arguments::lead() {
     for (int d = 0; d < rank; ++d) {
       const int64_t size = item.tensor.size(d);
       const int at = kMaxLead - rank + d;
-      STD_TORCH_CHECK(size == whole[at] || size == 1 || whole[at] == 1, op_, ": leading dimension ", d, " of ", item.name,
-                      " is ", size, " and does not broadcast to ", whole[at]);
+      STD_TORCH_CHECK(size == whole[at] || size == 1 || whole[at] == 1, op_, ": leading dimension ", d, " of ",
+                      item.name, " is ", size, " and does not broadcast to ", whole[at]);
       if (size != 1) whole[at] = size;
       if (item.side == Side::memory && size != 1) memory_[at] = size;
     }
@@ -154,7 +155,8 @@ Tensor Gradient::result() const {
   return out.scalar_type() == dtype_ ? out : torch::stable::to(out, dtype_);
 }
 
-TokenGradient::TokenGradient(Arguments& args, const Tensor* argument, bool wanted, std::initializer_list<int64_t> tail) {
+TokenGradient::TokenGradient(Arguments& args, const Tensor* argument, bool wanted,
+                             std::initializer_list<int64_t> tail) {
   if (argument == nullptr || !wanted) return;
   argument_ = argument;
   const Sizes sizes = args.sizes(Side::tokens, tail);

@@ -6,10 +6,11 @@
 
 namespace mk {
 
-inline void check_indices(const char* op, const Choice& c) {
-  const int64_t wrong = MK_CALL(wrong_index, c);
-  STD_TORCH_CHECK(wrong == -1, op, ": indices must be in [-1, ", c.N, "), got ", wrong);
-}
+void check_indices(const char* op, const Choice& c);
+
+// Makes a fresh, large piece of memory zero without writing it: pages handed back to the system are zero when they are next
+// touched. Filling it would cost most of a backward that touches a few rows. False: it is not known to be zero.
+bool zero_pages(char* data, size_t bytes);
 
 // The gradient of a memory argument that a kernel writes whole, in the dtype of the argument.
 class ChosenGradient {
@@ -23,6 +24,7 @@ class ChosenGradient {
     out_.view = args.view(*tensor_, tail);
     out_.rows = 1;
     for (size_t d = 0; d + size_t(tail) - 1 < sizes.size(); ++d) out_.rows *= sizes[d];
+    out_.zero = zero_pages(out_.view.data, size_t(tensor_->numel() * size_of(out_.view.dtype)));
   }
   const MemoryGradient& out() const { return out_; }
   Tensor result() const { return tensor_.has_value() ? *tensor_ : nothing(); }

@@ -59,8 +59,9 @@ std::tuple<Tensor, Tensor> forward(const Tensor& values, const Tensor& keys, con
   return {out, retained};
 }
 
-Tensor in_place(const Tensor& values, const Tensor& keys, const Tensor& query, const Tensor& write, const Optional& erase,
-                const Optional& slot_mask, const Optional& token_mask, double scale, double erase_scale) {
+Tensor in_place(const Tensor& values, const Tensor& keys, const Tensor& query, const Tensor& write,
+                const Optional& erase, const Optional& slot_mask, const Optional& token_mask, double scale,
+                double erase_scale) {
   GatedWrite p;
   Inputs in("gated_write_", values, keys, query, write, erase, slot_mask, token_mask, scale, erase_scale, p);
   in.fill(p);

@@ -9,8 +9,8 @@ struct Inputs {
   Arguments args;
   const Tensor *query, *keys, *lse, *mask;
 
-  Inputs(const char* op, const Tensor& q, const Tensor& k, const Tensor& l, const std::optional<Tensor>& m, double scale,
-         SlotUsage& p)
+  Inputs(const char* op, const Tensor& q, const Tensor& k, const Tensor& l, const std::optional<Tensor>& m,
+         double scale, SlotUsage& p)
       : args(op) {
     p.T = size_at(op, "query", q, -2), p.K = size_at(op, "query", q, -1), p.N = size_at(op, "keys", k, -2);
     p.scale = scale;

@@ -13,8 +13,8 @@ struct Inputs {
   Arguments args;
   const Tensor *query, *keys, *values, *mask;
 
-  Inputs(const char* op, const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& m, double scale,
-         SoftmaxRead& p)
+  Inputs(const char* op, const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& m,
+         double scale, SoftmaxRead& p)
       : args(op) {
     p.T = size_at(op, "query", q, -2), p.K = size_at(op, "query", q, -1);
     p.N = size_at(op, "keys", k, -2), p.V = size_at(op, "values", v, -1);

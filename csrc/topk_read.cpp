@@ -27,8 +27,8 @@ struct Inputs {
   }
 };
 
-Three forward(const Tensor& query, const Tensor& keys, const Tensor& values, const std::optional<Tensor>& slot_mask, int64_t k,
-              double scale) {
+Three forward(const Tensor& query, const Tensor& keys, const Tensor& values, const std::optional<Tensor>& slot_mask,
+              int64_t k, double scale) {
   Inputs in("topk_read", query, keys, values, slot_mask);
   in.args.require(k >= 1, "k must be at least 1");
   TopkRead p;

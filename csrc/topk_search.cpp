@@ -21,8 +21,8 @@ struct Inputs {
   }
 };
 
-std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& keys, const std::optional<Tensor>& slot_mask, int64_t k,
-                                   double scale) {
+std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& keys, const std::optional<Tensor>& slot_mask,
+                                   int64_t k, double scale) {
   Inputs in("topk_search", query, keys, slot_mask);
   in.args.require(k >= 1, "k must be at least 1");
   TopkSearch p;
@@ -37,9 +37,10 @@ std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& keys, cons
   return {scores, indices};
 }
 
-std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& query, const Tensor& keys, const std::optional<Tensor>& slot_mask,
-                                            const Tensor& indices, const std::optional<Tensor>& d_scores, int64_t k,
-                                            double scale, const std::vector<bool>& wants) {
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& query, const Tensor& keys,
+                                            const std::optional<Tensor>& slot_mask, const Tensor& indices,
+                                            const std::optional<Tensor>& d_scores, int64_t k, double scale,
+                                            const std::vector<bool>& wants) {
   Inputs in("topk_search_backward", query, keys, slot_mask);
   in.args.require(wants.size() == 3, "wants must have 3 entries");
   in.args.require(d_scores.has_value(), "d_scores must be given");

@@ -65,9 +65,16 @@ class Board {
   // Room for `tokens` tokens. `k`: how many to keep, at most the number of slots.
   static int64_t capacity(int64_t k) { return k + most(k, 64); }
   Board(Arena& arena, int64_t tokens, int64_t k)
-      : k_(k), capacity_(capacity(k)), tokens_(tokens), keys_(arena.take<Key>(tokens * capacity_)),
-        limit_(arena.take<Key>(tokens)), n_(arena.take<int64_t>(tokens)), strict_(arena.take<F>(tokens)),
-        loose_(arena.take<F>(tokens)), floor_(arena.take<F>(tokens)), now_(arena.take<F>(tokens)),
+      : k_(k),
+        capacity_(capacity(k)),
+        tokens_(tokens),
+        keys_(arena.take<Key>(tokens * capacity_)),
+        limit_(arena.take<Key>(tokens)),
+        n_(arena.take<int64_t>(tokens)),
+        strict_(arena.take<F>(tokens)),
+        loose_(arena.take<F>(tokens)),
+        floor_(arena.take<F>(tokens)),
+        now_(arena.take<F>(tokens)),
         at_(arena.take<typename C::Index>(tokens)) {}
 
   void clear() {

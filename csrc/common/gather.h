@@ -9,10 +9,12 @@
 
 namespace mk::MK_ISA {
 
-constexpr int64_t kAhead = 6;
+constexpr int64_t kAhead = 3;
 
 template <DType D>
-constexpr int kSize = D == DType::f32 ? 4 : D == DType::f64 ? 8 : 2;
+constexpr int kSize = D == DType::f32   ? 4
+                      : D == DType::f64 ? 8
+                                        : 2;
 
 // One register of numbers of dtype D.
 template <class F, DType D>

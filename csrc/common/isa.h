@@ -17,16 +17,24 @@ Isa isa();
 }  // namespace mk
 
 #ifdef MK_HAVE_avx2
-#define MK_DECLARE(signature)                                     \
-  namespace mk::baseline { signature; }                           \
-  namespace mk::avx2 { signature; }                               \
-  namespace mk::avx512 { signature; }
-#define MK_CALL(function, ...)                                               \
-  (mk::isa() == mk::Isa::avx512  ? mk::avx512::function(__VA_ARGS__)         \
-   : mk::isa() == mk::Isa::avx2  ? mk::avx2::function(__VA_ARGS__)           \
-                                 : mk::baseline::function(__VA_ARGS__))
+#define MK_DECLARE(signature) \
+  namespace mk::baseline {    \
+  signature;                  \
+  }                           \
+  namespace mk::avx2 {        \
+  signature;                  \
+  }                           \
+  namespace mk::avx512 {      \
+  signature;                  \
+  }
+#define MK_CALL(function, ...)                                      \
+  (mk::isa() == mk::Isa::avx512 ? mk::avx512::function(__VA_ARGS__) \
+   : mk::isa() == mk::Isa::avx2 ? mk::avx2::function(__VA_ARGS__)   \
+                                : mk::baseline::function(__VA_ARGS__))
 #else
 #define MK_DECLARE(signature) \
-  namespace mk::baseline { signature; }
+  namespace mk::baseline {    \
+  signature;                  \
+  }
 #define MK_CALL(function, ...) (mk::baseline::function(__VA_ARGS__))
 #endif

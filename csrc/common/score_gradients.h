@@ -12,9 +12,9 @@
 namespace mk::MK_ISA {
 
 constexpr int64_t kPartialBytes = int64_t(4) << 20;
-constexpr int64_t kChunks = 64;           // at most so many chunks
+constexpr int64_t kChunks = 64;                  // at most so many chunks
 constexpr int64_t kChunkSlots = 4 * kSlotBlock;  // of at least so many slots
-constexpr int64_t kManyBatches = 8;       // from so many on, batches run in parallel rather than the chunks of one
+constexpr int64_t kManyBatches = 8;  // from so many on, batches run in parallel rather than the chunks of one
 
 // Where the gradients go: float (double) tensors. A missing one is not wanted. tokens[t] receives -sum_i dS[t, i],
 // the gradient of a number that was subtracted from all scores of the token.
@@ -25,13 +25,18 @@ struct GradientViews {
 template <class F>
 struct GradientShape {
   int64_t batches, tokens, N, K, V, KP, VP;
-  int64_t tile, lanes;       // tokens per tile, and register lanes they take
-  int64_t chunk, chunks;     // slots
-  int64_t panel, panels;     // tokens, a multiple of tile
+  int64_t tile, lanes;    // tokens per tile, and register lanes they take
+  int64_t chunk, chunks;  // slots
+  int64_t panel, panels;  // tokens, a multiple of tile
   bool few;
 
   GradientShape(const Lead& lead, int64_t T, int64_t n, int64_t k, int64_t v, bool rows_only)
-      : batches(lead.batches()), tokens(lead.folded() * T), N(n), K(k), V(v), KP(Slots<F>::padded(k)),
+      : batches(lead.batches()),
+        tokens(lead.folded() * T),
+        N(n),
+        K(k),
+        V(v),
+        KP(Slots<F>::padded(k)),
         VP(Slots<F>::padded(v)) {
     few = rows_only || few_tokens<F>(tokens);
     tile = few_tokens<F>(tokens) ? most(tokens, 1) : kTokenTile<F>;
@@ -171,10 +176,13 @@ void score_gradients(const Lead& lead, const View& keys, const View& values, con
             const F* tile = packed + x * tile_elements;
             kernel.tile(batch, i, block, p0 + x * s.tile, n, tile, P, D, at, arena);
             const bool more = x > 0;
-            if (out.values) gemm(Gemm<F>{block.n, s.VP, n, P, at.is, at.ts, kernel.reads(s, tile), s.VP, dv, s.VP, more});
-            if (out.keys) gemm(Gemm<F>{block.n, s.KP, n, D, at.is, at.ts, kernel.queries(s, tile), s.KP, dk, s.KP, more});
+            if (out.values)
+              gemm(Gemm<F>{block.n, s.VP, n, P, at.is, at.ts, kernel.reads(s, tile), s.VP, dv, s.VP, more});
+            if (out.keys)
+              gemm(Gemm<F>{block.n, s.KP, n, D, at.is, at.ts, kernel.queries(s, tile), s.KP, dk, s.KP, more});
             if (query) {
-              gemm(Gemm<F>{n, s.KP, block.n, D, at.ts, at.is, block.keys, block.ks, dq + x * s.tile * s.KP, s.KP, true});
+              gemm(
+                  Gemm<F>{n, s.KP, block.n, D, at.ts, at.is, block.keys, block.ks, dq + x * s.tile * s.KP, s.KP, true});
             }
             if (out.mask || out.tokens) add_sums<F>(D, at, n, block.n, dm, out.tokens ? sums + x * s.tile : nullptr);
           }
@@ -182,7 +190,8 @@ void score_gradients(const Lead& lead, const View& keys, const View& values, con
           if (out.keys) {
             scatter_rows<F>(out.keys, lead, batch, start && first_keys, i, count, block, dk, s.KP, s.K, F(scale));
           }
-          if (out.values) scatter_rows<F>(out.values, lead, batch, start && first_values, i, count, block, dv, s.VP, s.V, F(1));
+          if (out.values)
+            scatter_rows<F>(out.values, lead, batch, start && first_values, i, count, block, dv, s.VP, s.V, F(1));
           if (out.mask) scatter_rows<F>(out.mask, lead, batch, start && first_mask, i, count, block, dm, 1, 1, F(1));
         }
       });
@@ -213,7 +222,8 @@ void score_gradients(const Lead& lead, const View& keys, const View& values, con
   };
 
   const size_t memory = size_t(tiles * tile_elements + s.chunks * (partial + s.panel) + 64) * sizeof(F);
-  const bool apart = !rows_are_shared(out.keys, lead) && !rows_are_shared(out.values, lead) && !rows_are_shared(out.mask, lead);
+  const bool apart =
+      !rows_are_shared(out.keys, lead) && !rows_are_shared(out.values, lead) && !rows_are_shared(out.mask, lead);
   if (s.batches >= kManyBatches && apart) {
     parallel(s.batches, memory, one_batch);
   } else {

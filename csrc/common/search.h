@@ -19,7 +19,7 @@ namespace mk::MK_ISA {
 
 template <class F>
 struct SearchPlan {
-  static constexpr int64_t kTasks = 64;        // ranges of slots are cut until there are this many tasks
+  static constexpr int64_t kTasks = 64;         // ranges of slots are cut until there are this many tasks
   static constexpr int64_t kLeastSlots = 4096;  // but no range is smaller
 
   int64_t batches, tokens, tile, tiles, chunk, ranges, range, k;
@@ -32,7 +32,8 @@ struct SearchPlan {
     few = few_tokens<F>(tokens);
     tile = few ? most(tokens, 1) : k > 1024 ? kLanes<F> : kTokenTile<F>;  // buffers of candidates stay within the cache
     tiles = div_up(tokens, tile);
-    chunk = few ? 4 * kSlotBlock : kSlotBlock;  // slots visited in order: more where the stream from memory is the limit
+    chunk =
+        few ? 4 * kSlotBlock : kSlotBlock;  // slots visited in order: more where the stream from memory is the limit
     const int64_t tasks = most(batches * tiles, 1);
     ranges = most(1, least(div_up(kTasks, tasks), p.N / most(kLeastSlots, 16 * k)));
     range = round_up(div_up(most(p.N, 1), ranges), chunk);
@@ -52,7 +53,8 @@ struct SearchTile {
   SearchTile(Arena& arena, const SearchPlan<F>& s, int64_t K)
       : board(arena, round_up(s.tile, kLanes<F>), s.k),
         q(arena.take<F>(round_up(s.tile, kLanes<F>) * Slots<F>::padded(K))),
-        S(arena.take<F>(kSlotBlock * round_up(s.tile, kLanes<F>))), row(arena.take<F>(Slots<F>::padded(K))),
+        S(arena.take<F>(kSlotBlock * round_up(s.tile, kLanes<F>))),
+        row(arena.take<F>(Slots<F>::padded(K))),
         buffers(Slots<F>::buffers(arena, kSlotBlock, K, 0)) {}
 };
 
@@ -169,24 +171,25 @@ void search(const TopkSearch& p, size_t finish_bytes, Finish&& finish) {
   });
   if (!merge) return;
   constexpr int64_t kTokens = 16;
-  parallel(div_up(all, kTokens), size_t(s.ranges * s.k) * sizeof(Key) + 64 + finish_bytes, [&](int64_t task, char* memory) {
-    const int64_t end = least(all, (task + 1) * kTokens);
-    for (int64_t t = task * kTokens; t < end; ++t) {
-      Arena arena(memory);
-      Key* keys = arena.take<Key>(s.ranges * s.k);
-      int64_t count = 0;
-      for (int64_t r = 0; r < s.ranges; ++r) {
-        const Key* from = waiting.data() + (r * all + t) * s.k;
-        const int64_t n = counts.data()[r * all + t];
-        std::copy(from, from + n, keys + count);
-        count += n;
-      }
-      const int64_t kept = least(count, s.k);
-      if (kept < count) std::nth_element(keys, keys + kept - 1, keys + count, std::greater<Key>());
-      std::sort(keys, keys + kept, std::greater<Key>());
-      finish(t / s.tokens, t % s.tokens, keys, kept, arena);
-    }
-  });
+  parallel(div_up(all, kTokens), size_t(s.ranges * s.k) * sizeof(Key) + 64 + finish_bytes,
+           [&](int64_t task, char* memory) {
+             const int64_t end = least(all, (task + 1) * kTokens);
+             for (int64_t t = task * kTokens; t < end; ++t) {
+               Arena arena(memory);
+               Key* keys = arena.take<Key>(s.ranges * s.k);
+               int64_t count = 0;
+               for (int64_t r = 0; r < s.ranges; ++r) {
+                 const Key* from = waiting.data() + (r * all + t) * s.k;
+                 const int64_t n = counts.data()[r * all + t];
+                 std::copy(from, from + n, keys + count);
+                 count += n;
+               }
+               const int64_t kept = least(count, s.k);
+               if (kept < count) std::nth_element(keys, keys + kept - 1, keys + count, std::greater<Key>());
+               std::sort(keys, keys + kept, std::greater<Key>());
+               finish(t / s.tokens, t % s.tokens, keys, kept, arena);
+             }
+           });
 }
 
 // Calls body.template operator()<wide>(): is an index too large for 32 bits?

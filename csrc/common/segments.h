@@ -4,7 +4,7 @@
 // run, for any number of threads, without atomics. The sort has two steps of counting: by the high bits of the slot into buckets
 // (two passes over the indices, in chunks of tokens), then every bucket by the low bits in the cache of the thread that sums it.
 // Each bucket is a range of rows of the result, which its thread writes from first to last, zeros between the chosen rows
-// included: nothing is written twice. Bound by bandwidth of the result.
+// included where they are not there yet: nothing is written twice. Bound by bandwidth of the result.
 #pragma once
 
 #include "common/gather.h"
@@ -19,7 +19,7 @@ template <class F>
 struct Sum {
   MemoryGradient out;
   int64_t width;
-  const F* weights;         // one per entry, [all tokens][k]
+  const F* weights;  // one per entry, [all tokens][k]
   F factor;
   const char* const* rows;  // one per token, of `dtype`; null: the weights alone are summed (width 1)
   DType dtype;
@@ -130,15 +130,17 @@ inline void sum_bucket(const Bucket& bucket, int64_t k, const Sum<F>& s, RowList
   }
   list.close();
   int64_t clear = 0;  // rows before it are written
+  auto clear_until = [&](int64_t r) {
+    if (!s.out.zero) std::memset(out + clear * bytes, 0, size_t((r - clear) * bytes));
+    clear = r + 1;
+  };
   for (int64_t r = 0; r < bucket.n; ++r) {
     const int64_t begin = bucket.starts[r], n = bucket.starts[r + 1] - begin;
     if (n == 0) continue;
-    std::memset(out + clear * bytes, 0, size_t((r - clear) * bytes));
-    clear = r + 1;
+    clear_until(r);
     if (s.rows != nullptr) {
-      with_dtype<F>(s.dtype, [&]<DType D>() {
-        weighted_sum<F, D>(list.rows + begin, list.weights + begin, n, s.width, sum);
-      });
+      with_dtype<F>(s.dtype,
+                    [&]<DType D>() { weighted_sum<F, D>(list.rows + begin, list.weights + begin, n, s.width, sum); });
     } else {
       *sum = 0;
       for (int64_t e = begin; e < begin + n; ++e) *sum += s.weights[bucket.positions[e]];
@@ -148,7 +150,7 @@ inline void sum_bucket(const Bucket& bucket, int64_t k, const Sum<F>& s, RowList
     }
     write_row<F>(sum, s.width, s.out.view.dtype, out + r * bytes);
   }
-  std::memset(out + clear * bytes, 0, size_t((bucket.n - clear) * bytes));
+  clear_until(bucket.n);
 }
 
 // Gradients that are broadcast over the same leading dimensions have the same order of entries.

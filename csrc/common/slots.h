@@ -8,13 +8,13 @@ namespace mk::MK_ISA {
 
 template <class F>
 struct SlotBlock {
-  int64_t n = 0;        // slots in it that may be addressed
+  int64_t n = 0;  // slots in it that may be addressed
   const F* keys = nullptr;
-  int64_t ks = 0;       // elements from row to row
+  int64_t ks = 0;  // elements from row to row
   const F* values = nullptr;
   int64_t vs = 0;
-  const F* mask = nullptr;        // added to scores, in the unit of the Slots; null: none
-  const int32_t* which = nullptr; // which[j]: place of row j in the block; null: place j
+  const F* mask = nullptr;         // added to scores, in the unit of the Slots; null: none
+  const int32_t* which = nullptr;  // which[j]: place of row j in the block; null: place j
 
   int64_t place(int64_t j) const { return which == nullptr ? j : which[j]; }
 };

@@ -43,8 +43,8 @@ struct Lead {
 struct View {
   char* data = nullptr;  // null: the argument was not given
   DType dtype = DType::f32;
-  int64_t row = 0;             // bytes from row to row
-  int64_t lead[kMaxLead] = {}; // bytes per leading dimension, 0 where broadcast
+  int64_t row = 0;              // bytes from row to row
+  int64_t lead[kMaxLead] = {};  // bytes per leading dimension, 0 where broadcast
 
   explicit operator bool() const { return data != nullptr; }
 

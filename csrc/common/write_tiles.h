@@ -27,8 +27,12 @@ class Tokens {
     F *query, *write, *erase;
   };
   Tokens(const GatedWrite& p, int64_t batch)
-      : K_(p.K), V_(p.V), query_(p.query, p.lead, batch, p.T), write_(p.write, p.lead, batch, p.T),
-        erase_(p.erase, p.lead, batch, p.T), mask_(p.token_mask, p.lead, batch, p.T) {}
+      : K_(p.K),
+        V_(p.V),
+        query_(p.query, p.lead, batch, p.T),
+        write_(p.write, p.lead, batch, p.T),
+        erase_(p.erase, p.lead, batch, p.T),
+        mask_(p.token_mask, p.lead, batch, p.T) {}
 
   static Buffers buffers(Arena& arena, const GatedWrite& p) {
     return {arena.take<F>(kChunkTokens * Slots<F>::padded(p.K)), arena.take<F>(kChunkTokens * Slots<F>::padded(p.V)),

@@ -42,7 +42,8 @@ void run(const Address& p) {
       if (s.few) score_rows<F>(block, p.K, q, n, S);
       else score_columns<F>(block, p.K, q, L, S);
       for (int64_t t = 0; t < n; ++t) {
-        for (int64_t j = 0; j < kSlotBlock; ++j) row[j] = j < block.n ? (s.few ? S[t * kSlotBlock + j] : S[j * L + t]) : -kInf<F>;
+        for (int64_t j = 0; j < kSlotBlock; ++j)
+          row[j] = j < block.n ? (s.few ? S[t * kSlotBlock + j] : S[j * L + t]) : -kInf<F>;
         F base = 0;
         if (p.lse) {
           const F l = *reinterpret_cast<const F*>(lse.row(t0 + t));
@@ -117,7 +118,8 @@ template <class F>
 void run_backward(const AddressBackward& p) {
   const Address& f = p.forward;
   const GradientShape<F> s(f.lead, f.T, f.N, f.K, 0, true);
-  score_gradients<F>(f.lead, f.keys, View{}, f.mask, f.scale, s, {p.d_query, p.d_keys, {}, p.d_mask, {}}, Kernel<F>{p, s});
+  score_gradients<F>(f.lead, f.keys, View{}, f.mask, f.scale, s, {p.d_query, p.d_keys, {}, p.d_mask, {}},
+                     Kernel<F>{p, s});
 }
 
 }  // namespace

@@ -15,10 +15,12 @@ struct Choice {
   int64_t all_tokens() const { return lead.batches() * tokens(); }
 };
 
-// A gradient of memory, written whole: contiguous [own leading dimensions, N, width], in all `rows` rows.
+// A gradient of memory, written whole: contiguous [own leading dimensions, N, width], in all `rows` rows. `zero`: it is zero
+// already.
 struct MemoryGradient {
   View view;
   int64_t rows = 0;
+  bool zero = false;
 
   explicit operator bool() const { return bool(view); }
 };

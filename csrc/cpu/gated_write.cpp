@@ -108,7 +108,8 @@ void few(const GatedWrite& p, int64_t batch, int64_t first, int64_t count, int64
   TokenChunk<F> chunk;
   Tokens<F>(p, batch).load(0, tokens, token_buffers, chunk);
   for (int64_t t = 0; t < chunk.n; ++t) {
-    for (int64_t c = 0; c < KP; ++c) q[t * KP + c] = c < p.K ? F(p.scale * kLog2e) * chunk.query[t * chunk.qs + c] : F(0);
+    for (int64_t c = 0; c < KP; ++c)
+      q[t * KP + c] = c < p.K ? F(p.scale * kLog2e) * chunk.query[t * chunk.qs + c] : F(0);
   }
   char* out = p.out.batch(p.lead, batch);
   char* retained = p.retained.batch(p.lead, batch);

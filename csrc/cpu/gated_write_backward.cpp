@@ -14,10 +14,14 @@ namespace {
 
 template <class F>
 struct Shape {
-  int64_t batches, tokens, KP, VP, chunks, group, groups, panel, panels;  // chunks and panels in tokens; groups of slots
+  int64_t batches, tokens, KP, VP, chunks, group, groups, panel,
+      panels;  // chunks and panels in tokens; groups of slots
 
   explicit Shape(const GatedWrite& p)
-      : batches(p.lead.batches()), tokens(p.lead.folded() * p.T), KP(Slots<F>::padded(p.K)), VP(Slots<F>::padded(p.V)),
+      : batches(p.lead.batches()),
+        tokens(p.lead.folded() * p.T),
+        KP(Slots<F>::padded(p.K)),
+        VP(Slots<F>::padded(p.V)),
         chunks(div_up(tokens, kChunkTokens)) {
     group = round_up(most(4 * kSlotTile<F>, div_up(p.N, kChunks)), kSlotTile<F>);
     groups = div_up(p.N, group);
@@ -31,7 +35,11 @@ template <class F>
 class Batch {
  public:
   Batch(const GatedWriteBackward& b, const Shape<F>& s, int64_t batch, char* memory)
-      : b_(b), p_(b.forward), s_(s), batch_(batch), source_(p_, batch),
+      : b_(b),
+        p_(b.forward),
+        s_(s),
+        batch_(batch),
+        source_(p_, batch),
         keys_(p_.keys, View{}, p_.mask, p_.lead, batch, p_.K, 0, true),
         content_(b.d_out, p_.values, p_.mask, p_.lead, batch, p_.V, p_.V, true) {
     Arena arena(memory);
@@ -178,7 +186,8 @@ class Batch {
       source_.load(t0, least(kChunkTokens, p0 + pn - t0), token_buffers, chunk);
       if (chunk.n == 0) continue;
       const int64_t n = chunk.n;
-      for (int64_t j = 0; j < L; ++j) suffix[j] = j < block.n ? suffix_[(t0 / kChunkTokens + 1) * p_.N + first + j] : F(0);
+      for (int64_t j = 0; j < L; ++j)
+        suffix[j] = j < block.n ? suffix_[(t0 / kChunkTokens + 1) * p_.N + first + j] : F(0);
       lanes.scores(chunk, p_.K, A);
       gemm(Gemm<F>{n, L, p_.V, chunk.write, chunk.ws, 1, U, L, D, L, false});
       for (int64_t l = 0; l < L; l += W) {
@@ -220,8 +229,8 @@ class Batch {
                       rows, s_.KP, p_.K, F(p_.scale));
     }
     if (b_.d_mask) {
-      scatter_rows<F>(b_.d_mask, p_.lead, batch_, start && first_visit(b_.d_mask, p_.lead, batch_), first, count, block, dm,
-                      1, 1, F(1));
+      scatter_rows<F>(b_.d_mask, p_.lead, batch_, start && first_visit(b_.d_mask, p_.lead, batch_), first, count, block,
+                      dm, 1, 1, F(1));
     }
   }
 
@@ -232,7 +241,8 @@ class Batch {
       FlushDenormals flush;
       F* sum = reinterpret_cast<F*>(memory);
       int64_t j = c * kChunkTokens;  // partial rows hold the tokens that write, chunk by chunk
-      auto total = [&](const TokenRows& out, const F* parts, int64_t ld, int64_t width, F factor, int64_t t, bool live) {
+      auto total = [&](const TokenRows& out, const F* parts, int64_t ld, int64_t width, F factor, int64_t t,
+                       bool live) {
         if (!out) return;
         for (int64_t x = 0; x < width; ++x) sum[x] = 0;
         for (int64_t g = 0; g < s_.groups && live; ++g) {
@@ -265,7 +275,8 @@ void run(const GatedWriteBackward& b) {
   const GatedWrite& p = b.forward;
   const Shape<F> s(p);
   const size_t bytes = Batch<F>::bytes(p, s);
-  const bool apart = !rows_are_shared(b.d_keys, p.lead) && !rows_are_shared(b.d_values, p.lead) && !rows_are_shared(b.d_mask, p.lead);
+  const bool apart =
+      !rows_are_shared(b.d_keys, p.lead) && !rows_are_shared(b.d_values, p.lead) && !rows_are_shared(b.d_mask, p.lead);
   if (s.batches >= kManyBatches && apart) {
     parallel(s.batches, bytes, [&](int64_t batch, char* memory) { Batch<F>(b, s, batch, memory).run(); });
     return;

@@ -125,9 +125,17 @@ template <class F>
 class Group {
  public:
   Group(const GatedWriteBackward& b, int64_t batch, int64_t tokens, F* part)
-      : b_(b), p_(b.forward), batch_(batch), tokens_(tokens), chunks_(div_up(tokens, kChunkTokens)),
-        KP_(Slots<F>::padded(p_.K)), VP_(Slots<F>::padded(p_.V)), dq_(part), dw_(part + tokens * KP_),
-        de_(part + tokens * (KP_ + VP_)), source_(p_, batch),
+      : b_(b),
+        p_(b.forward),
+        batch_(batch),
+        tokens_(tokens),
+        chunks_(div_up(tokens, kChunkTokens)),
+        KP_(Slots<F>::padded(p_.K)),
+        VP_(Slots<F>::padded(p_.V)),
+        dq_(part),
+        dw_(part + tokens * KP_),
+        de_(part + tokens * (KP_ + VP_)),
+        source_(p_, batch),
         keys_(p_.keys, View{}, p_.mask, p_.lead, batch, p_.K, 0, true),
         content_(b.d_out, p_.values, p_.mask, p_.lead, batch, p_.V, p_.V, true) {}
 
@@ -152,9 +160,9 @@ class Group {
     F* keep = arena.take<F>(kChunkTokens * kSlotTile<F>);
     F* D = arena.take<F>(kChunkTokens * kSlotTile<F>);
     F* kept = arena.take<F>(kSlotTile<F>);
-    F* grad = arena.take<F>(kSlotTile<F> * VP_);   // g
+    F* grad = arena.take<F>(kSlotTile<F> * VP_);                                  // g
     F* start = arena.take<F>(chunks_ * kSlotTile<F> * VP_ + kSlotTile<F> * VP_);  // rows at chunk boundaries
-    F* past = arena.take<F>(kChunkTokens * VP_);   // v_{t-1} of one slot through one chunk
+    F* past = arena.take<F>(kChunkTokens * VP_);  // v_{t-1} of one slot through one chunk
     F* dk = arena.take<F>(p_.K * kSlotTile<F>);
     F* rows = arena.take<F>(KP_ * kSlotTile<F>);
     F* dm = arena.take<F>(kSlotTile<F>);
@@ -224,15 +232,15 @@ class Group {
   }
 
  private:
-  void gates(int64_t c, const KeyLanes<F>& lanes, const typename Tokens<F>::Buffers& buffers, TokenChunk<F>& chunk, F* A,
-             F* keep, F* kept) const {
+  void gates(int64_t c, const KeyLanes<F>& lanes, const typename Tokens<F>::Buffers& buffers, TokenChunk<F>& chunk,
+             F* A, F* keep, F* kept) const {
     source_.load(c * kChunkTokens, least(kChunkTokens, tokens_ - c * kChunkTokens), buffers, chunk);
     lanes.scores(chunk, p_.K, A);
     to_gates<F>(lanes, chunk.n, A, keep, kept);
   }
 
-  void write_out(int64_t first, int64_t count, const SlotBlock<F>& block, const F* grad, const F* dk, int64_t L, F* rows,
-                 const F* dm) const {
+  void write_out(int64_t first, int64_t count, const SlotBlock<F>& block, const F* grad, const F* dk, int64_t L,
+                 F* rows, const F* dm) const {
     const Lead& lead = p_.lead;
     if (b_.d_values) {
       const bool assign = first_visit(b_.d_values, lead, batch_);
@@ -261,7 +269,8 @@ class Group {
       scatter_rows<F>(b_.d_keys, lead, batch_, assign, first, count, block, rows, KP_, p_.K, F(p_.scale));
     }
     if (b_.d_mask) {
-      scatter_rows<F>(b_.d_mask, lead, batch_, first_visit(b_.d_mask, lead, batch_), first, count, block, dm, 1, 1, F(1));
+      scatter_rows<F>(b_.d_mask, lead, batch_, first_visit(b_.d_mask, lead, batch_), first, count, block, dm, 1, 1,
+                      F(1));
     }
   }
 
@@ -296,7 +305,8 @@ void run_backward(const GatedWriteBackward& b) {
     const TokenRows erase(b.d_erase, p.lead, batch, p.T), mask(p.token_mask, p.lead, batch, p.T);
     parallel(div_up(tokens, kChunkTokens), 0, [&](int64_t c, char*) {
       int64_t j = c * kChunkTokens;
-      auto total = [&](const TokenRows& out, int64_t offset, int64_t ld, int64_t width, F factor, int64_t t, bool live) {
+      auto total = [&](const TokenRows& out, int64_t offset, int64_t ld, int64_t width, F factor, int64_t t,
+                       bool live) {
         if (!out) return;
         F* row = reinterpret_cast<F*>(out.row(t));
         for (int64_t x = 0; x < width; ++x) row[x] = 0;

@@ -17,7 +17,9 @@ struct Kernel {
   const GradientShape<F>& s;
 
   // Packed tile: lse2 [lanes], queries as padded rows, and scaled by log2(e) as rows (few tokens) or lanes.
-  size_t packed(const GradientShape<F>& g) const { return size_t(g.lanes + g.tile * 2 * g.KP + (g.few ? 0 : g.lanes * g.K)); }
+  size_t packed(const GradientShape<F>& g) const {
+    return size_t(g.lanes + g.tile * 2 * g.KP + (g.few ? 0 : g.lanes * g.K));
+  }
   size_t scratch(const GradientShape<F>&) const { return kSlotBlock * sizeof(F); }
   const F* queries(const GradientShape<F>& g, const F* tile) const { return tile + g.lanes; }
   const F* reads(const GradientShape<F>&, const F*) const { return nullptr; }

@@ -20,8 +20,8 @@
 namespace mk::MK_ISA {
 namespace {
 
-constexpr int64_t kTasks = 64;       // ranges of slots are cut until there are this many tasks
-constexpr int64_t kLeastSlots = 1024; // but no range is smaller
+constexpr int64_t kTasks = 64;         // ranges of slots are cut until there are this many tasks
+constexpr int64_t kLeastSlots = 1024;  // but no range is smaller
 
 // A reference for exponents that is only moved when a score exceeds it by more than 2^8: rescaling is rare, sums stay finite.
 constexpr int kSlack = 8;
@@ -87,7 +87,8 @@ void columns(const SoftmaxRead& p, const Slots<F>& slots, const TokenRows& query
         const Vec<F> e = exp2<F>(load<F>(s + r * L) - base);
         l += e;
         store<F>(s + r * L, e);
-        if (r % registers == j / W) slots.prefetch(i + kSlotBlock + r);  // the next block, a few rows per register of tokens
+        if (r % registers == j / W)
+          slots.prefetch(i + kSlotBlock + r);  // the next block, a few rows per register of tokens
       }
       store<F>(out.l + j, l);
     }
@@ -147,7 +148,9 @@ void finish(const SoftmaxRead& p, const Partial<F>* parts, int64_t ranges, int64
   for (int64_t r = 0; r < ranges; ++r) {
     const F mr = parts[r].m[lane];
     // A NaN score never enters the maximum: such a part counts whole, so that the NaN arrives.
-    const F w = mr == m ? F(1) : mr == -kInf<F> ? (parts[r].l[lane] == parts[r].l[lane] ? F(0) : F(1)) : std::exp2(mr - m);
+    const F w = mr == m          ? F(1)
+                : mr == -kInf<F> ? (parts[r].l[lane] == parts[r].l[lane] ? F(0) : F(1))
+                                 : std::exp2(mr - m);
     if (w == 0) continue;
     l += w * parts[r].l[lane];
     for (int64_t v = 0; v < p.V; ++v) row[v] += w * parts[r].acc[at + v * stride];

@@ -27,7 +27,8 @@ struct Kernel {
 
   void pack(int64_t batch, int64_t t0, int64_t n, F* tile) const {
     const SoftmaxRead& f = p.forward;
-    const TokenRows query(f.query, f.lead, batch, f.T), read(f.read, f.lead, batch, f.T), lse(f.lse, f.lead, batch, f.T);
+    const TokenRows query(f.query, f.lead, batch, f.T), read(f.read, f.lead, batch, f.T),
+        lse(f.lse, f.lead, batch, f.T);
     const TokenRows d_read(p.d_read, f.lead, batch, f.T), d_lse(p.d_lse, f.lead, batch, f.T);
     F *lse2 = tile, *delta = tile + s.lanes;
     F* q = const_cast<F*>(queries(s, tile));
@@ -58,8 +59,8 @@ struct Kernel {
     pack_lanes<F>(n, L, f.V, F(1), nullptr, sq + s.lanes * f.K, [&](int64_t t, F*) { return dr + t * s.VP; });
   }
 
-  void tile(int64_t, int64_t, const SlotBlock<F>& block, int64_t, int64_t n, const F* tile, F* P, F* D,
-            TileStrides<F>, Arena&) const {
+  void tile(int64_t, int64_t, const SlotBlock<F>& block, int64_t, int64_t n, const F* tile, F* P, F* D, TileStrides<F>,
+            Arena&) const {
     constexpr int W = kLanes<F>;
     const F *lse2 = tile, *delta = tile + s.lanes;
     if (s.few) {

@@ -24,7 +24,8 @@ struct Tiles {
 
 // The chosen rows of tokens [t0, t1): list; ends[t - t0] is where token t ends in it. Index -1 is left out.
 template <class F>
-void list_rows(const SparseRead& p, int64_t batch, int64_t t0, int64_t t1, RowList<F>& list, int64_t* ends, F* weights) {
+void list_rows(const SparseRead& p, int64_t batch, int64_t t0, int64_t t1, RowList<F>& list, int64_t* ends,
+               F* weights) {
   const TokenRows indices(p.choice.indices, p.choice.lead, batch, p.choice.T);
   const TokenRows w(p.weights, p.choice.lead, batch, p.choice.T);
   const char* values = p.values.batch(p.choice.lead, batch);
@@ -48,7 +49,9 @@ void forward(const SparseRead& p) {
     int64_t* ends;
     F *weights, *row;
     Memory(Arena& arena, const Tiles& s, int64_t k, int64_t V)
-        : list(RowList<F>::take(arena, s.tile * k)), ends(arena.take<int64_t>(s.tile)), weights(arena.take<F>(k)),
+        : list(RowList<F>::take(arena, s.tile * k)),
+          ends(arena.take<int64_t>(s.tile)),
+          weights(arena.take<F>(k)),
           row(arena.take<F>(round_up(V, kLanes<F>))) {}
   };
   Arena measure;
@@ -80,8 +83,11 @@ void gradient_of_weights(const SparseReadBackward& b) {
     int64_t* ends;
     F *weights, *row, *products;
     Memory(Arena& arena, const Tiles& s, int64_t k, int64_t VP)
-        : list(RowList<F>::take(arena, s.tile * k)), ends(arena.take<int64_t>(s.tile)), weights(arena.take<F>(k)),
-          row(arena.take<F>(VP)), products(arena.take<F>(k)) {}
+        : list(RowList<F>::take(arena, s.tile * k)),
+          ends(arena.take<int64_t>(s.tile)),
+          weights(arena.take<F>(k)),
+          row(arena.take<F>(VP)),
+          products(arena.take<F>(k)) {}
   };
   Arena measure;
   Memory(measure, tiles, c.k, VP);

@@ -36,7 +36,8 @@ void forward(const TopkRead& p) {
     RowList<F> list;
     F *weights, *read;
     Memory(Arena& arena, int64_t k, int64_t V)
-        : list(RowList<F>::take(arena, k)), weights(arena.take<F>(round_up(k, kLanes<F>))),
+        : list(RowList<F>::take(arena, k)),
+          weights(arena.take<F>(round_up(k, kLanes<F>))),
           read(arena.take<F>(round_up(V, kLanes<F>))) {}
   };
   Arena measure;
@@ -53,9 +54,8 @@ void forward(const TopkRead& p) {
       for (int64_t j = n; j < s.k; ++j) m.weights[j] = 0, index[j] = -1;
       m.list.close();
       std::memcpy(TokenRows(p.weights, s.lead, batch, s.T).row(t), m.weights, size_t(s.k) * sizeof(F));
-      with_dtype<F>(p.values.dtype, [&]<DType D>() {
-        weighted_sum<F, D>(m.list.rows, m.list.weights, n, p.V, m.read);
-      });
+      with_dtype<F>(p.values.dtype,
+                    [&]<DType D>() { weighted_sum<F, D>(m.list.rows, m.list.weights, n, p.V, m.read); });
       write_row<F>(m.read, p.V, p.read.dtype, TokenRows(p.read, s.lead, batch, s.T).row(t));
     });
   });
@@ -76,7 +76,8 @@ void backward(const TopkReadBackward& p) {
   Arena measure;
   Memory(measure, c.k, VP);
   TokenPointers reads(read ? p.d_read : View{}, c.lead, c.T);
-  if (p.d_values && !read) std::memset(p.d_values.view.data, 0, size_t(p.d_values.rows * p.V * size_of(p.values.dtype)));
+  if (p.d_values && !read)
+    std::memset(p.d_values.view.data, 0, size_t(p.d_values.rows * p.V * size_of(p.values.dtype)));
   const Sum<F> d_values{read ? p.d_values : MemoryGradient{}, p.V, weights.data(), F(1), reads.data(), p.d_read.dtype};
   search_gradient<F>(p.search, ds, d_values, measure.used(), [&](int64_t batch, int64_t t, F* d, Arena arena) {
     Memory m(arena, c.k, VP);
@@ -96,9 +97,8 @@ void backward(const TopkReadBackward& p) {
       for (int64_t v = p.V; v < VP; ++v) m.read[v] = 0;
       const TokenRows d_read(p.d_read, c.lead, batch, c.T);
       read_row<F>(d_read.row(t), d_read.dtype, p.V, m.read);
-      with_dtype<F>(p.values.dtype, [&]<DType D>() {
-        row_products<F, D>(m.list.rows, m.list.n, p.V, m.read, m.products);
-      });
+      with_dtype<F>(p.values.dtype,
+                    [&]<DType D>() { row_products<F, D>(m.list.rows, m.list.n, p.V, m.read, m.products); });
       const F* product = m.products;
       for (int64_t j = 0; j < c.k; ++j) d[j] = index[j] >= 0 ? *product++ : F(0);
     }

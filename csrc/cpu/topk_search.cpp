@@ -13,15 +13,16 @@ template <class F>
 void forward(const TopkSearch& p) {
   with_width<F>(p, [&]<bool wide>() {
     using C = Candidate<F, wide>;
-    search<F, wide>(p, size_t(p.k) * sizeof(F) + 64, [&](int64_t batch, int64_t t, const auto* keys, int64_t n, Arena arena) {
-      F* row = arena.take<F>(p.k);
-      auto* index = reinterpret_cast<int64_t*>(TokenRows(p.indices, p.lead, batch, p.T).row(t));
-      for (int64_t j = 0; j < p.k; ++j) {
-        row[j] = j < n ? C::score(keys[j]) : -kInf<F>;
-        index[j] = j < n ? C::index(keys[j]) : -1;
-      }
-      write_row<F>(row, p.k, p.scores.dtype, TokenRows(p.scores, p.lead, batch, p.T).row(t));
-    });
+    search<F, wide>(p, size_t(p.k) * sizeof(F) + 64,
+                    [&](int64_t batch, int64_t t, const auto* keys, int64_t n, Arena arena) {
+                      F* row = arena.take<F>(p.k);
+                      auto* index = reinterpret_cast<int64_t*>(TokenRows(p.indices, p.lead, batch, p.T).row(t));
+                      for (int64_t j = 0; j < p.k; ++j) {
+                        row[j] = j < n ? C::score(keys[j]) : -kInf<F>;
+                        index[j] = j < n ? C::index(keys[j]) : -1;
+                      }
+                      write_row<F>(row, p.k, p.scores.dtype, TokenRows(p.scores, p.lead, batch, p.T).row(t));
+                    });
   });
 }
 
