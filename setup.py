@@ -31,7 +31,9 @@ class CMakeBuild(build_ext):
         super().copy_extensions_to_source()
         # The operator library is no Python extension, so setuptools does not know of it.
         built = Path(self.build_lib) / "memkernels" / "_lib"
-        shutil.copytree(built, ROOT / "memkernels" / "_lib", dirs_exist_ok=True)
+        target = ROOT / "memkernels" / "_lib"
+        shutil.rmtree(target, ignore_errors=True)  # a library that a process has loaded must not change under it
+        shutil.copytree(built, target)
 
 
 def _tool(name: str) -> str:

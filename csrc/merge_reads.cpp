@@ -45,7 +45,7 @@ Two forward(const Tensor& reads, const Tensor& lses) {
   return {read, lse};
 }
 
-Two backward(const Tensor& reads, const Tensor& lses, const Tensor&, const Tensor&, const std::optional<Tensor>& d_read,
+Two backward(const Tensor& reads, const Tensor& lses, const std::optional<Tensor>& d_read,
              const std::optional<Tensor>& d_lse, std::vector<bool> wants) {
   MergeReadsBackward b;
   MergeReads& p = b.forward;

@@ -29,7 +29,6 @@ OP = register(
         name="merge_reads",
         args=(Arg("reads", "S T V", "tokens", "lead"), Arg("lses", "S T", "tokens", "stats")),
         outputs=(Out("read", "T V"), Out("lse", "T", dtype="stats")),
-        saved=("read", "lse"),
         reference=reference,
         equation="lse = log sum_s exp(lse_s);  r = sum_s exp(lse_s - lse) r_s",
     )
