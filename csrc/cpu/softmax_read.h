@@ -14,8 +14,8 @@ struct SoftmaxRead {
   double scale;
 };
 
-// Its gradients, float (double for double). d_read and d_lse may be missing; a missing d_<argument> is not wanted. d_keys,
-// d_values and d_mask are summed over leading dimensions in which their stride is 0.
+// Its gradients, float (double for double). d_read and d_lse may be missing; a missing d_<argument> is not wanted.
+// d_keys, d_values and d_mask are summed over leading dimensions in which their stride is 0.
 struct SoftmaxReadBackward {
   SoftmaxRead forward;
   View d_read, d_lse;
