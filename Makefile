@@ -10,7 +10,8 @@ else
   READY := .build/venv
   PIP_FLAGS :=
 endif
-NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h) CMakeLists.txt setup.py pyproject.toml
+NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h) csrc/kernels.cmake CMakeLists.txt setup.py \
+	pyproject.toml
 
 .PHONY: dev demo test lint format bench sanitize gpu-check clean
 

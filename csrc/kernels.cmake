@@ -1,7 +1,7 @@
 # The kernels: raw pointers only, one object library per instruction set. Sets KERNEL_OBJECTS and ISA_DEFINITIONS.
 file(GLOB KERNELS CONFIGURE_DEPENDS ${CMAKE_CURRENT_LIST_DIR}/cpu/*.cpp)
 # The baseline is the fall-back: it need not be the last word in speed, and the lighter optimiser halves its compile time.
-set(ISA_baseline -O2 -ftree-vectorize)
+set(ISA_baseline $<$<CONFIG:Release>:-O2> $<$<CONFIG:Release>:-ftree-vectorize>)
 set(ISAS baseline)
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
   list(APPEND ISAS avx2 avx512)
