@@ -1,0 +1,41 @@
+#include "chosen.h"
+
+#include <cstring>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
+
+namespace mk {
+
+void check_indices(const char* op, const Choice& c) {
+  const int64_t wrong = MK_CALL(wrong_index, c);
+  STD_TORCH_CHECK(wrong == -1, op, ": indices must be in [-1, ", c.N, "), got ", wrong);
+}
+
+bool zero_pages(char* data, size_t bytes) {
+#if defined(__linux__)
+  // From this size on the C library maps memory of its own for every allocation, so no page here is warm.
+  constexpr size_t kLarge = size_t(32) << 20;
+  if (bytes < kLarge) return false;
+  const size_t page = size_t(sysconf(_SC_PAGESIZE)), at = reinterpret_cast<size_t>(data);
+  char* begin = data + ((page - at % page) % page);
+  const size_t length = size_t(data + bytes - begin) / page * page;
+  // Marks tell whether the pages have really gone: of memory backed by a file, under a foreign allocator, they would stay.
+  volatile char* marks[] = {begin, begin + length / 2, begin + length - 1};
+  for (volatile char* mark : marks) *mark = 1;
+  if (madvise(begin, length, MADV_DONTNEED) != 0) return false;
+  for (volatile char* mark : marks) {
+    if (*mark != 0) return false;
+  }
+  std::memset(data, 0, size_t(begin - data));
+  std::memset(begin + length, 0, size_t(data + bytes - (begin + length)));
+  return true;
+#else
+  (void)data, (void)bytes;
+  return false;
+#endif
+}
+
+}  // namespace mk
