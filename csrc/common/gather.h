@@ -9,7 +9,7 @@
 
 namespace mk::MK_ISA {
 
-constexpr int64_t kAhead = 24;
+constexpr int64_t kAhead = 6;
 
 template <DType D>
 constexpr int kSize = D == DType::f32   ? 4
