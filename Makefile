@@ -10,6 +10,7 @@ else
   READY := .build/venv
   PIP_FLAGS :=
 endif
+CLANG_FORMAT := $(PY) -c "import clang_format; clang_format.clang_format()"
 NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h) csrc/kernels.cmake CMakeLists.txt setup.py \
 	pyproject.toml
 
@@ -26,12 +27,12 @@ test: .build/native
 lint: $(READY)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(PY) -m clang_format --dry-run --Werror $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h tests/native/*.cpp tests/native/*.h)
+	$(CLANG_FORMAT) --dry-run --Werror $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h tests/native/*.cpp tests/native/*.h)
 
 format: $(READY)
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
-	$(PY) -m clang_format -i $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h tests/native/*.cpp tests/native/*.h)
+	$(CLANG_FORMAT) -i $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h tests/native/*.cpp tests/native/*.h)
 
 bench: .build/native
 	$(PY) -m pytest bench --benchmark-enable --benchmark-only
