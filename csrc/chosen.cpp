@@ -22,7 +22,8 @@ bool zero_pages(char* data, size_t bytes) {
   const size_t page = size_t(sysconf(_SC_PAGESIZE)), at = reinterpret_cast<size_t>(data);
   char* begin = data + ((page - at % page) % page);
   const size_t length = size_t(data + bytes - begin) / page * page;
-  // Marks tell whether the pages have really gone: of memory backed by a file, under a foreign allocator, they would stay.
+  // Marks tell whether the pages have really gone: of memory backed by a file, under a foreign allocator, they would
+  // stay.
   volatile char* marks[] = {begin, begin + length / 2, begin + length - 1};
   for (volatile char* mark : marks) *mark = 1;
   if (madvise(begin, length, MADV_DONTNEED) != 0) return false;

@@ -8,8 +8,8 @@ namespace mk {
 
 void check_indices(const char* op, const Choice& c);
 
-// Makes a fresh, large piece of memory zero without writing it: pages handed back to the system are zero when they are next
-// touched. Filling it would cost most of a backward that touches a few rows. False: it is not known to be zero.
+// Makes a fresh, large piece of memory zero without writing it: pages handed back to the system are zero when they are
+// next touched. Filling it would cost most of a backward that touches a few rows. False: it is not known to be zero.
 bool zero_pages(char* data, size_t bytes);
 
 // The gradient of a memory argument that a kernel writes whole, in the dtype of the argument.

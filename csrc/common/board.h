@@ -1,9 +1,9 @@
 // The best k of a stream of scores, for a tile of tokens.
 //
-// A candidate is one integer, (score, index) in an order that is total: NaN above all, then larger scores, then smaller indices.
-// So the best k are the same whatever the order in which slots are looked at, and whatever threshold kept others out, as long as
-// no threshold is too high. A token's candidates are appended to its buffer; when it is full the best k are kept and the worst of
-// them becomes the threshold.
+// A candidate is one integer, (score, index) in an order that is total: NaN above all, then larger scores, then smaller
+// indices. So the best k are the same whatever the order in which slots are looked at, and whatever threshold kept
+// others out, as long as no threshold is too high. A token's candidates are appended to its buffer; when it is full the
+// best k are kept and the worst of them becomes the threshold.
 #pragma once
 
 #include <algorithm>
@@ -84,7 +84,8 @@ class Board {
     }
   }
 
-  // Thresholds found by others for the same `n` tokens in other slots, one rank per token: a candidate below is not needed.
+  // Thresholds found by others for the same `n` tokens in other slots, one rank per token: a candidate below is not
+  // needed.
   void share(std::atomic<Rank<F>>* ranks, int64_t n) {
     shared_ = ranks;
     for (int64_t t = 0; t < n; ++t) {
@@ -93,7 +94,8 @@ class Board {
     }
   }
 
-  // Before scores of slots from `first` on: a tie with the threshold enters only if it may lie before the threshold's slot.
+  // Before scores of slots from `first` on: a tie with the threshold enters only if it may lie before the threshold's
+  // slot.
   void begin(int64_t first) {
     first_ = typename C::Index(first);
     for (int64_t t = 0; t < tokens_; ++t) {

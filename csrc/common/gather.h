@@ -1,7 +1,8 @@
-// Rows that lie scattered in memory: their weighted sum and their products with a vector, of any dtype, converted on load.
+// Rows that lie scattered in memory: their weighted sum and their products with a vector, of any dtype, converted on
+// load.
 //
-// Several rows must be in flight at once, or every row costs a whole memory latency: while row j is summed, row j + kAhead is
-// prefetched. That is why rows come as a flat list of pointers that goes on past the row in hand.
+// Several rows must be in flight at once, or every row costs a whole memory latency: while row j is summed, row j +
+// kAhead is prefetched. That is why rows come as a flat list of pointers that goes on past the row in hand.
 #pragma once
 
 #include "common/parallel.h"
@@ -66,7 +67,8 @@ MK_INLINE void with_dtype(DType dtype, Body&& body) {
   }
 }
 
-// Rows with weights, in the order in which they will be used. Room for `capacity` and the pointers that prefetching runs into.
+// Rows with weights, in the order in which they will be used. Room for `capacity` and the pointers that prefetching
+// runs into.
 template <class F>
 struct RowList {
   const char** rows;
@@ -116,7 +118,8 @@ inline int64_t sum_blocks(const char* const* rows, const F* weights, int64_t n, 
   return c;
 }
 
-// out[0..width) = sum_{j < n} weights[j] * rows[j]; out has room for whole registers. The list must go on for kAhead rows.
+// out[0..width) = sum_{j < n} weights[j] * rows[j]; out has room for whole registers. The list must go on for kAhead
+// rows.
 template <class F, DType D>
 inline void weighted_sum(const char* const* rows, const F* weights, int64_t n, int64_t width, F* out) {
   constexpr int kWidest = MK_BYTES == 64 ? 16 : 8;

@@ -1,12 +1,13 @@
-// Exact search:  the k largest of s[t, i] = scale <q_t, k_i> + mask_i for every token, handed to `finish` token by token.
+// Exact search:  the k largest of s[t, i] = scale <q_t, k_i> + mask_i for every token, handed to `finish` token by
+// token.
 //
-// Score tiles as in softmax_read: many tokens, lanes are tokens; few, lanes are slots. A tile is compared with the threshold of
-// each token while it lies in L1. About k (1 + ln(N / k)) scores of a token pass at all, so the cost is that of the scores: bound by
-// multiply-adds for many tokens, by reading the keys once for few.
+// Score tiles as in softmax_read: many tokens, lanes are tokens; few, lanes are slots. A tile is compared with the
+// threshold of each token while it lies in L1. About k (1 + ln(N / k)) scores of a token pass at all, so the cost is
+// that of the scores: bound by multiply-adds for many tokens, by reading the keys once for few.
 //
-// N is cut into ranges by shapes alone, and the ranges of a token tell each other their thresholds; which of them are seen depends
-// on timing, the result does not (common/board.h). Ranges and blocks are visited in steps of the golden section: scores that
-// ascend with the index would otherwise pass every threshold.
+// N is cut into ranges by shapes alone, and the ranges of a token tell each other their thresholds; which of them are
+// seen depends on timing, the result does not (common/board.h). Ranges and blocks are visited in steps of the golden
+// section: scores that ascend with the index would otherwise pass every threshold.
 #pragma once
 
 #include <numeric>
@@ -137,7 +138,8 @@ void search(const TopkSearch& p, size_t finish_bytes, Finish&& finish) {
   if (all == 0) return;
   const bool merge = s.ranges > 1;
 
-  // With one range a tile is finished by the task that read it; otherwise the candidates of all ranges wait for the second pass.
+  // With one range a tile is finished by the task that read it; otherwise the candidates of all ranges wait for the
+  // second pass.
   Buffer<Key> waiting(merge ? s.ranges * all * s.k : 0);
   Buffer<int64_t> counts(merge ? s.ranges * all : 0);
   Buffer<Rank<F>> ranks(merge ? all : 0);

@@ -1,5 +1,6 @@
 // Gradients of the scores of chosen slots, ds[t, j] of s = scale <q_t, k_{i[t, j]}> + mask_{i[t, j]}:
-//   dq_t = scale sum_j ds[t, j] k_{i[t, j]},   dk_i = scale sum_{i[t, j] = i} ds[t, j] q_t,   dmask_i = sum_{i[t, j] = i} ds[t, j]
+//   dq_t = scale sum_j ds[t, j] k_{i[t, j]}
+//   dk_i = scale sum_{i[t, j] = i} ds[t, j] q_t,   dmask_i = sum_{i[t, j] = i} ds[t, j]
 // Tokens run in parallel and gather; then the chosen rows are summed slot by slot (common/segments.h).
 #pragma once
 
@@ -8,7 +9,8 @@
 
 namespace mk::MK_ISA {
 
-// score_gradient(batch, token, ds, arena) writes ds[0..k), 0 where the index is -1. `extra` is summed beside the gradients here.
+// score_gradient(batch, token, ds, arena) writes ds[0..k), 0 where the index is -1. `extra` is summed beside the
+// gradients here.
 template <class F, class ScoreGradient>
 void search_gradient(const TopkSearchBackward& p, Buffer<F>& ds, const Sum<F>& extra, size_t bytes,
                      ScoreGradient&& score_gradient) {

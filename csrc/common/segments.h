@@ -1,10 +1,12 @@
-// Gradients of memory from the tokens that chose it:  out[i] = factor * sum over (t, j) with index[t, j] = i of weight[t, j] row_t.
+// Gradients of memory from the tokens that chose it:  out[i] = factor * sum over (t, j) with index[t, j] = i of
+// weight[t, j] row_t.
 //
-// The entries (t, j) are sorted by slot, stably, so that every slot is summed in the order of the tokens: the same bits on every
-// run, for any number of threads, without atomics. The sort has two steps of counting: by the high bits of the slot into buckets
-// (two passes over the indices, in chunks of tokens), then every bucket by the low bits in the cache of the thread that sums it.
-// Each bucket is a range of rows of the result, which its thread writes from first to last, zeros between the chosen rows
-// included where they are not there yet: nothing is written twice. Bound by bandwidth of the result.
+// The entries (t, j) are sorted by slot, stably, so that every slot is summed in the order of the tokens: the same bits
+// on every run, for any number of threads, without atomics. The sort has two steps of counting: by the high bits of the
+// slot into buckets (two passes over the indices, in chunks of tokens), then every bucket by the low bits in the cache
+// of the thread that sums it. Each bucket is a range of rows of the result, which its thread writes from first to last,
+// zeros between the chosen rows included where they are not there yet: nothing is written twice. Bound by bandwidth of
+// the result.
 #pragma once
 
 #include "common/gather.h"

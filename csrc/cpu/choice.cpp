@@ -1,4 +1,5 @@
-// The check of indices that a caller made: one pass, 8 bytes per index, beside the K or V numbers that each index stands for.
+// The check of indices that a caller made: one pass, 8 bytes per index, beside the K or V numbers that each index
+// stands for.
 #include "cpu/choice.h"
 
 #include <atomic>

@@ -15,8 +15,8 @@ struct Choice {
   int64_t all_tokens() const { return lead.batches() * tokens(); }
 };
 
-// A gradient of memory, written whole: contiguous [own leading dimensions, N, width], in all `rows` rows. `zero`: it is zero
-// already.
+// A gradient of memory, written whole: contiguous [own leading dimensions, N, width], in all `rows` rows. `zero`: it is
+// zero already.
 struct MemoryGradient {
   View view;
   int64_t rows = 0;

@@ -1,9 +1,10 @@
 // merge_reads:  lse_t = log sum_s exp(lse[s, t]),  w[s, t] = exp(lse[s, t] - lse_t),  r_t = sum_s w[s, t] r[s, t]
-// backward:     d_r[s, t] = w[s, t] dr_t,  d_lse[s, t] = w[s, t] (<dr_t, r[s, t]> - sum_u w[u, t] <dr_t, r[u, t]> + d_lse_t)
+// backward:     d_r[s, t] = w[s, t] dr_t,  d_lse[s, t] = w[s, t] (<dr_t, r[s, t]> - sum_u w[u, t] <dr_t, r[u, t]> +
+// d_lse_t)
 //
-// Tokens run in parallel, tiles of 64; lanes run along the value width. Every read is loaded once and every result stored once:
-// bound by bandwidth. A part with weight 0 is never looked at, its read may hold anything. The backward sums w <dr, r_s> itself
-// instead of using the merged read, which has been rounded to the dtype of the reads.
+// Tokens run in parallel, tiles of 64; lanes run along the value width. Every read is loaded once and every result
+// stored once: bound by bandwidth. A part with weight 0 is never looked at, its read may hold anything. The backward
+// sums w <dr, r_s> itself instead of using the merged read, which has been rounded to the dtype of the reads.
 #include "cpu/merge_reads.h"
 
 #include "common/parallel.h"

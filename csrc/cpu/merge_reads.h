@@ -5,8 +5,8 @@
 
 namespace mk {
 
-// lse[t] = log sum_s exp(lses[s, t]) and read[t] = sum_s exp(lses[s, t] - lse[t]) reads[s, t]. Every leading dimension is
-// folded into the tokens; part s lies *_part bytes behind part 0.
+// lse[t] = log sum_s exp(lses[s, t]) and read[t] = sum_s exp(lses[s, t] - lse[t]) reads[s, t]. Every leading dimension
+// is folded into the tokens; part s lies *_part bytes behind part 0.
 struct MergeReads {
   Lead lead;
   int64_t S, T, V;

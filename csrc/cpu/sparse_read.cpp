@@ -1,8 +1,9 @@
-// sparse_read:  r_t = sum_j w[t, j] v_{i[t, j]};   backward:  dw[t, j] = <v_{i[t, j]}, dr_t>,  dv_i = sum_{i[t, j] = i} w[t, j] dr_t
+// sparse_read:  r_t = sum_j w[t, j] v_{i[t, j]};   backward:  dw[t, j] = <v_{i[t, j]}, dr_t>,  dv_i = sum_{i[t, j] = i}
+// w[t, j] dr_t
 //
-// Tokens run in parallel, lanes along the value width; the sum of a token stays in registers while its rows come in, several at a
-// time (common/gather.h). Every chosen row is read once: bound by bandwidth of scattered rows. dv is a segmented sum over the
-// entries sorted by slot (common/segments.h).
+// Tokens run in parallel, lanes along the value width; the sum of a token stays in registers while its rows come in,
+// several at a time (common/gather.h). Every chosen row is read once: bound by bandwidth of scattered rows. dv is a
+// segmented sum over the entries sorted by slot (common/segments.h).
 #include "cpu/sparse_read.h"
 
 #include "common/segments.h"

@@ -1,9 +1,10 @@
 // topk_read:  p[t, j] = softmax_j(s[t, i_j]) over the k best slots i_j,   r_t = sum_j p[t, j] v_{i_j}
-// backward:   dp[t, j] = <dr_t, v_{i_j}> + d_weights[t, j],   ds = p (dp - sum_j p dp),   dv_i = sum_{i_j = i} p[t, j] dr_t
+// backward:   dp[t, j] = <dr_t, v_{i_j}> + d_weights[t, j],   ds = p (dp - sum_j p dp),   dv_i = sum_{i_j = i} p[t, j]
+// dr_t
 //
-// A token is finished where its search ends: scores never leave float32, weights and rows are used while they are at hand. The
-// read is k rows against N keys, so the cost is that of the search (common/search.h). The backward works from indices and weights
-// alone and touches only chosen rows (common/search_gradient.h).
+// A token is finished where its search ends: scores never leave float32, weights and rows are used while they are at
+// hand. The read is k rows against N keys, so the cost is that of the search (common/search.h). The backward works from
+// indices and weights alone and touches only chosen rows (common/search_gradient.h).
 #include "cpu/topk_read.h"
 
 #include "common/search.h"

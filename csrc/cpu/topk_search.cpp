@@ -1,6 +1,6 @@
 // topk_search:  the k largest of s[t, i] = scale <q_t, k_i> + mask_i, exactly, in order, ties to the smaller index.
-// The search is that of common/search.h, the gradient that of common/search_gradient.h with ds = d_scores: only chosen rows are
-// read or summed.
+// The search is that of common/search.h, the gradient that of common/search_gradient.h with ds = d_scores: only chosen
+// rows are read or summed.
 #include "cpu/topk_search.h"
 
 #include "common/search.h"

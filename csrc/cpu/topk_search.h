@@ -4,8 +4,8 @@
 
 namespace mk {
 
-// The k largest s[t, i] = scale <query_t, key_i> + mask_i of every token, best first, equal scores by smaller index; index -1 and
-// score -inf behind the last.
+// The k largest s[t, i] = scale <query_t, key_i> + mask_i of every token, best first, equal scores by smaller index;
+// index -1 and score -inf behind the last.
 struct TopkSearch {
   Lead lead;
   int64_t T, N, K, k;
@@ -14,7 +14,8 @@ struct TopkSearch {
   double scale;
 };
 
-// Its gradients. choice.indices are the slots that were found and have been checked. A missing d_<argument> is not wanted.
+// Its gradients. choice.indices are the slots that were found and have been checked. A missing d_<argument> is not
+// wanted.
 struct TopkSearchBackward {
   Choice choice;
   int64_t K;
