@@ -102,7 +102,11 @@ def agree(compiled, leaves, tolerance=2e-5):
 
 
 @pytest.fixture
-def fresh_compiler():
+def fresh_compiler(monkeypatch):
+    # A graph that an older version of the library left in the compiler's cache on disk must not stand in for ours.
+    import torch._inductor.config
+
+    monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
