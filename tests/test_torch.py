@@ -102,13 +102,13 @@ def agree(compiled, leaves, tolerance=2e-5):
 
 
 @pytest.fixture
-def fresh_compiler(monkeypatch):
+def fresh_compiler():
     # A graph that an older version of the library left in the compiler's cache on disk must not stand in for ours.
-    import torch._inductor.config
+    import torch.compiler.config
 
-    monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
     torch._dynamo.reset()
-    yield
+    with torch.compiler.config.patch(force_disable_caches=True):
+        yield
     torch._dynamo.reset()
 
 
