@@ -36,10 +36,9 @@ inline void rows_query(const TokenRows& query, int64_t t0, int64_t n, int64_t K,
   }
 }
 
-// S[slot][lane], lanes are tokens: S = keys * q + mask.
+// S[slot][lane] += mask[slot]
 template <class F>
-inline void score_columns(const SlotBlock<F>& block, int64_t K, const F* q, int64_t L, F* S) {
-  gemm(Gemm<F>{block.n, L, K, block.keys, block.ks, 1, q, L, S, L, false});
+inline void add_mask(const SlotBlock<F>& block, int64_t L, F* S) {
   if (block.mask == nullptr) return;
   for (int64_t r = 0; r < block.n; ++r) {
     const Vec<F> m = fill<F>(block.mask[r]);
@@ -47,10 +46,22 @@ inline void score_columns(const SlotBlock<F>& block, int64_t K, const F* q, int6
   }
 }
 
-// out[t][slot] = <rows_slot, x_t>, lanes are slots, padded to whole registers with `rest`; x has padded rows.
+// S[slot][lane], lanes are tokens: S = keys * q + mask.
 template <class F>
+inline void score_columns(const SlotBlock<F>& block, int64_t K, const F* q, int64_t L, F* S) {
+  gemm(Gemm<F>{block.n, L, K, block.keys, block.ks, 1, q, L, S, L, false});
+  add_mask(block, L, S);
+}
+
+struct Nothing {
+  void operator()() const {}
+};
+
+// out[t][slot] = <rows_slot, x_t>, lanes are slots, padded to whole registers with `rest`; x has padded rows. `between` runs after
+// each register of results: the place to ask for memory that is needed next.
+template <class F, class Between = Nothing>
 inline void dot_rows(int64_t slots, const F* rows, int64_t stride, int64_t width, const F* x, int64_t n, F rest, F* out,
-                     int64_t ld) {
+                     int64_t ld, Between&& between = {}) {
   constexpr int W = kLanes<F>;
   const int64_t padded = Slots<F>::padded(width);
   for (int64_t r = 0; r < slots; r += W) {
@@ -76,14 +87,15 @@ inline void dot_rows(int64_t slots, const F* rows, int64_t stride, int64_t width
       Vec<F> s = sums<F>(acc);
       store<F>(out + t * ld + r, s);
       for (int64_t i = live; i < W; ++i) out[t * ld + r + i] = rest;
+      between();
     }
   }
 }
 
 // S[t][slot], lanes are slots (padded with -inf), rows of kSlotBlock. Needs padded key rows.
-template <class F>
-inline void score_rows(const SlotBlock<F>& block, int64_t K, const F* q, int64_t n, F* S) {
-  dot_rows<F>(block.n, block.keys, block.ks, K, q, n, -kInf<F>, S, kSlotBlock);
+template <class F, class Between = Nothing>
+inline void score_rows(const SlotBlock<F>& block, int64_t K, const F* q, int64_t n, F* S, Between&& between = {}) {
+  dot_rows<F>(block.n, block.keys, block.ks, K, q, n, -kInf<F>, S, kSlotBlock, between);
   if (block.mask == nullptr) return;
   for (int64_t t = 0; t < n; ++t) {
     for (int64_t r = 0; r < block.n; ++r) S[t * kSlotBlock + r] += block.mask[r];

@@ -23,6 +23,12 @@ struct SlotBlock {
 // scores in log2; 1 leaves them as they are.
 template <class F>
 class Slots {
+  struct Source {
+    const char* base = nullptr;
+    DType dtype = DType::f32;
+    int64_t stride = 0;
+  };
+
  public:
   Slots(const View& keys, const View& values, const View& mask, const Lead& lead, int64_t batch, int64_t K, int64_t V,
         bool pad, double unit = kLog2e)
@@ -40,10 +46,41 @@ class Slots {
   }
   static int64_t padded(int64_t width) { return round_up(width, kLanes<F>); }
 
-  // Asks for the rows of slot i early. Hardware follows a few streams; a block is a hundred rows, read a dozen at a time.
-  MK_INLINE void prefetch(int64_t i) const {
-    prefetch(keys_, K_, i);
-    if (values_.base != nullptr) prefetch(values_, V_, i);
+  // Asks for the rows of slots [first, end) before they are needed, some cache lines at a time. Hardware follows a few streams; a
+  // block is a hundred rows, read half a dozen at a time.
+  class Ahead {
+   public:
+    Ahead(const Slots& s, int64_t first, int64_t end)
+        : sources_{Walk(s.keys_, s.K_, first), Walk(s.values_, s.V_, first)}, left_(end - first) {}
+    MK_INLINE void ask(int64_t lines) {
+      while (lines > 0 && left_ > 0) {
+        for (Walk& w : sources_) lines -= w.ask(lines);
+        if (sources_[0].at < sources_[0].bytes || sources_[1].at < sources_[1].bytes) return;
+        for (Walk& w : sources_) w.row += w.stride, w.at = 0;
+        --left_;
+      }
+    }
+
+   private:
+    struct Walk {
+      const char* row;
+      int64_t bytes, stride, at = 0;
+      Walk(const Source& s, int64_t width, int64_t first)
+          : row(s.base + first * s.stride), bytes(s.base == nullptr ? 0 : width * size_of(s.dtype)), stride(s.stride) {}
+      MK_INLINE int64_t ask(int64_t lines) {
+        const int64_t from = at, end = least(bytes, at + lines * 64);
+        for (; at < end; at += 64) __builtin_prefetch(row + at, 0, 2);
+        return (at - from) / 64;
+      }
+    };
+    Walk sources_[2];
+    int64_t left_;
+  };
+
+  // Cache lines of one slot.
+  int64_t lines() const {
+    return div_up(K_ * size_of(keys_.dtype), 64) +
+           (values_.base == nullptr ? 0 : div_up(V_ * size_of(values_.dtype), 64));
   }
 
   // Slots [first, first + count), count at most the block size of the buffers.
@@ -68,15 +105,6 @@ class Slots {
   }
 
  private:
-  struct Source {
-    const char* base = nullptr;
-    DType dtype = DType::f32;
-    int64_t stride = 0;
-  };
-  static MK_INLINE void prefetch(const Source& s, int64_t width, int64_t i) {
-    const char* row = s.base + i * s.stride;
-    for (int64_t b = 0; b < width * size_of(s.dtype); b += 64) __builtin_prefetch(row + b, 0, 2);
-  }
   static Source rows(const View& v, const Lead& lead, int64_t batch) {
     return v ? Source{v.batch(lead, batch), v.dtype, v.row} : Source{};
   }

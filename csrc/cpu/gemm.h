@@ -7,7 +7,7 @@
 
 namespace mk {
 
-// A is read as scalars: element (m, k) at a[m * rs + k * cs], so A or its transpose, as it lies in memory.
+// A is read as scalars: element (m, k) at a[m * rs + k * cs], and rs or cs is 1: A or its transpose, as it lies in memory.
 // B and C are rows of L lanes with strides ldb and ldc. L is a multiple of the register width.
 template <class F>
 struct Gemm {
