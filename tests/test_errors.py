@@ -85,8 +85,10 @@ def test_a_call_that_does_not_fit_says_so(backend, call, kind, sentence):
 def test_an_index_out_of_range_is_refused(backend, wild):
     indices = INDICES.clone()
     indices[1, 4, 2] = wild
-    with pytest.raises((RuntimeError, IndexError)):
+    with pytest.raises((RuntimeError, IndexError)) as caught:
         mk.sparse_read(VALUES, indices, WEIGHTS, backend=backend)
+    if backend == "cpu":
+        assert str(caught.value) == f"sparse_read: indices must be in [-1, {VALUES.shape[-2]}), got {wild}"
 
 
 def test_an_unknown_backend_is_refused():

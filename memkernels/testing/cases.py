@@ -79,6 +79,7 @@ SHAPES = (
     Case(
         "65 tokens, just above a block", ("T", "N"), _sizes(T=65, N=257, K=24, V=40), tokens=(), memory=(), quick=True
     ),
+    Case("several panels of tokens", ("T", "N"), _sizes(T=300, N=200), tokens=(4,), memory=(4,)),
     Case("slots just above many blocks", ("T", "N"), _sizes(T=17, N=4100, K=16, V=16), tokens=(), memory=()),
     Case("odd widths", sizes=_sizes(K=40, V=72, T=9, N=50)),
     Case("wide keys", ("K",), _sizes(K=320, V=40)),
