@@ -13,7 +13,6 @@ from memkernels import _host as host
 from memkernels import _native
 
 
-
 def cpu_flags() -> set[str]:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
