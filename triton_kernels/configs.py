@@ -52,4 +52,4 @@ def find(kernel: str, arch: str, bits: int, width) -> Config:
     reach = next((w for w in WIDTHS[:-1] if width.steps == 1 and width.block <= w), WIDTHS[-1])
     if arch == "interpreter":
         return table()[kernel, arch, 32, 64]
-    return table()[kernel, arch, 32 if bits == 32 else 16, reach]
+    return table()[kernel, arch, bits, reach]

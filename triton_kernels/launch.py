@@ -16,8 +16,10 @@ if INTERPRETED:
     from .interpreter import repair
 
     repair()
-WIDEST = 256  # the widest row that one block holds
-STEP = 128  # wider rows go in blocks of this
+# The widest row that one block holds, by bits of an element, and the blocks in which wider rows go. An exact float32
+# product keeps whole rows of both operands in registers, so its rows are shorter.
+WIDEST = {16: 256, 32: 128}
+STEP = {16: 128, 32: 64}
 
 
 @functools.cache
@@ -43,11 +45,20 @@ class Width:
 
 
 @functools.cache
-def width(size: int) -> Width:
-    """Blocks of a power of two, at least 16 as matrix instructions need."""
-    if size <= WIDEST:
+def _width(size: int, bits: int) -> Width:
+    if size <= WIDEST[bits]:
         return Width(size, max(16, triton.next_power_of_2(size)), 1)
-    return Width(size, STEP, triton.cdiv(size, STEP))
+    return Width(size, STEP[bits], triton.cdiv(size, STEP[bits]))
+
+
+def width(size: int, *tensors: Tensor | None) -> Width:
+    """Rows of ``size`` columns in a kernel on ``tensors``: blocks of a power of two, at least 16 as matrix
+    instructions need."""
+    return _width(size, _bits(tensors))
+
+
+def _bits(tensors: tuple) -> int:
+    return 32 if any(t is not None and t.dtype == torch.float32 for t in tensors) else 16
 
 
 @dataclass(frozen=True)
@@ -61,21 +72,23 @@ class Plan:
     def options(self) -> dict[str, int]:
         return {"num_warps": self.config.warps, "num_stages": self.config.stages}
 
-    def splits(self, programs: int, steps: int, least: int = 4) -> int:
-        """Into how many parts a loop of ``steps`` is cut so that ``programs`` fill the processors.
+    def cut(self, programs: int, size: int, block: int, least: int = 4) -> tuple[int, int]:
+        """Parts of a loop over ``size`` in blocks so that ``programs`` fill the processors: their count and length.
 
         From shapes and the table alone, so that the same call adds in the same order on every run.
         """
-        if programs <= 0 or programs >= self.processors:
-            return 1
-        return max(1, min(2 * self.processors // programs, steps // least, 128))
+        steps, parts = triton.cdiv(size, block), 1
+        if 0 < programs < self.processors:
+            parts = max(1, min(2 * self.processors // programs, steps // least, 128))
+        span = max(1, triton.cdiv(steps, parts)) * block
+        return max(1, triton.cdiv(size, span)), span
 
 
 def plan(kernel: str, device: torch.device, widest: int, *tensors: Tensor | None) -> Plan:
     """The configuration of ``kernel`` for rows of ``widest`` columns and the dtypes of ``tensors``."""
-    bits = max(8 * t.element_size() for t in tensors if t is not None)
     arch = architecture(device)
-    return Plan(configs.find(kernel, arch, bits, width(widest)), configs.PROCESSORS[arch])
+    row = configs.find(kernel, arch, _bits(tensors), width(widest, *tensors))
+    return Plan(row, configs.PROCESSORS[arch])
 
 
 def launch(kernel, programs: int, *arguments, plan: Plan, **constants) -> None:

@@ -89,6 +89,10 @@ class Call:
         x = x.reshape(*(lead[d] for d in self.kept), *rest)  # dimensions that the memory lacks have size 1: dropped
         return x.expand(*(self.whole[d] for d in self.kept), *rest).reshape(*self.batches, *rest)
 
+    def in_place(self, x: Tensor) -> bool:
+        """Whether kernels can write memory rows ``[..., N, D]`` where they lie: their view needs no copy."""
+        return x.numel() == 0 or self.slots(x)[0].data_ptr() == x.data_ptr()
+
     def rows(self, x: Tensor | None) -> tuple | None:
         """Token rows ``[..., T, D]`` for a kernel: ``(tensor, stride of B0, of B1, of F, of T)``."""
         if x is None:

@@ -105,7 +105,7 @@ def merge_backward_kernel(
 def _blocks(device: torch.device, V: int, *tensors: Tensor) -> tuple[Plan, int, int]:
     """Plan, and tokens and columns of a block."""
     p = plan("merge_reads", device, V, *tensors)
-    return p, p.config.block_t, width(V).block
+    return p, p.config.block_t, width(V, *tensors).block
 
 
 def merge_parts(call: Call, reads: Tensor, lses: Tensor, read: Tensor, lse: Tensor, T: int, V: int) -> None:

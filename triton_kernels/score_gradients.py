@@ -220,7 +220,7 @@ def row_dots(call: Call, a: Tensor, b: Tensor, minus: Tensor | None = None) -> T
     T, D = a.shape[-2:]
     out = call.scratch(*call.batches, call.F, T)
     p = plan("row_dots", call.device, D, a, b)
-    wide, count = width(D), call.F * T
+    wide, count = width(D, a, b), call.F * T
     launch(
         delta_kernel, call.B * triton.cdiv(count, p.config.block_t),
         call.rows(a), call.rows(b), call.numbers(minus), (out, *out.stride()),
@@ -257,7 +257,7 @@ def score_gradients(
     N = keys.shape[-2]
     V = values.shape[-1] if values is not None else 1
     count, inner = call.F * T, T if call.F > 1 else None
-    wide_k, wide_v = width(K), width(V)
+    wide_k, wide_v = width(K, query, values), width(V, query, values)
     delta = None
     if kind == "read":
         delta = row_dots(call, d_read, read, d_lse)
@@ -279,11 +279,8 @@ def score_gradients(
     if rows[0] is not None or d_lse_rows is not None:
         p = plan("query_gradient", call.device, max(K, V), query, values)
         c = p.config
-        steps = triton.cdiv(N, c.block_n)
         programs = call.B * triton.cdiv(count, c.block_t) * wide_k.steps
-        parts = p.splits(programs, steps)
-        span = max(1, triton.cdiv(steps, parts)) * c.block_n
-        parts = max(1, triton.cdiv(N, span))
+        parts, span = p.cut(programs, N, c.block_n)
         outs = [Parts(call, target, parts) for target in (rows[0], d_lse_rows)]
         launch(
             query_gradient_kernel, programs * parts, *sources, *(o.out for o in outs),
@@ -296,11 +293,8 @@ def score_gradients(
     if any(target is not None for target in targets):
         p = plan("slot_gradient", call.device, max(K, V), query, values)
         c = p.config
-        steps = triton.cdiv(count, c.block_t)
         programs = call.B * triton.cdiv(N, c.block_n) * max(wide_k.steps, wide_v.steps)
-        parts = p.splits(programs, steps)
-        span = max(1, triton.cdiv(steps, parts)) * c.block_t
-        parts = max(1, triton.cdiv(count, span))
+        parts, span = p.cut(programs, count, c.block_t)
         outs = [Parts(call, target, parts) for target in targets]
         launch(
             slot_gradient_kernel, programs * parts, *sources, *(o.out for o in outs),

@@ -63,12 +63,9 @@ def slot_usage(query: Tensor, keys: Tensor, lse: Tensor, slot_mask: Tensor | Non
     (T, K), N = query.shape[-2:], keys.shape[-2]
     usage = call.memory_result(N, dtype=torch.float32)
     p = plan("slot_usage", call.device, K, query)
-    c, wide, count = p.config, width(K), call.F * T
-    steps = triton.cdiv(count, c.block_t)
+    c, wide, count = p.config, width(K, query), call.F * T
     programs = call.B * triton.cdiv(N, c.block_n)
-    parts = p.splits(programs, steps)
-    span = max(1, triton.cdiv(steps, parts)) * c.block_t
-    parts = max(1, triton.cdiv(count, span))
+    parts, span = p.cut(programs, count, c.block_t)
     out = Parts(call, (usage, call.batches[1] * N, N, 1), parts)
     launch(
         slot_usage_kernel, programs * parts,

@@ -99,14 +99,11 @@ def _read(call: Call, query: Tensor, keys: Tensor, values: Tensor, slot_mask: Te
     N, V = values.shape[-2:]
     read, read_view = call.token_result(T, V, dtype=query.dtype)
     lse, lse_view = call.token_result(T, dtype=torch.float32)
-    wide_k, wide_v = width(K), width(V)
+    wide_k, wide_v = width(K, query, values), width(V, query, values)
     p = plan("softmax_read", call.device, max(K, V), query, values)
     c, count, inner = p.config, call.F * T, T if call.F > 1 else None
     programs = call.B * triton.cdiv(count, c.block_t) * max(1, triton.cdiv(V, wide_v.block))
-    steps = triton.cdiv(N, c.block_n)
-    parts = p.splits(programs, steps)
-    span = max(1, triton.cdiv(steps, parts)) * c.block_n
-    parts = max(1, triton.cdiv(N, span))
+    parts, span = p.cut(programs, N, c.block_n)
     if parts == 1:
         outs = (read_view, *read_view.stride()[:4]), (lse_view, *lse_view.stride())
         steps_between = (0, 0)
@@ -133,7 +130,7 @@ def softmax_read_backward(
 ):  # fmt: skip
     """Gradients of query, keys, values and a float mask."""
     (T, K), (N, V) = query.shape[-2:], values.shape[-2:]
-    d_read = read.new_zeros(()).expand(read.shape) if d_read is None else d_read
+    d_read = read.new_zeros(V).expand(read.shape) if d_read is None else d_read
     more = [("read", read, (T, V)), ("d_read", d_read, (T, V)), ("lse", lse, (T,)), ("d_lse", d_lse, (T,))]
     call = _call("softmax_read_backward", query, keys, values, slot_mask, *more)
     call.require(len(wants) == 4, "wants must have 4 entries")

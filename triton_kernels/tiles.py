@@ -24,7 +24,8 @@ def tokens(x, b, B1, t, inner):
     start = batch(x, b, B1)
     if inner is None:
         return start + t.to(tl.int64) * x[4]
-    return start + (t // inner).to(tl.int64) * x[3] + (t % inner).to(tl.int64) * x[4]
+    else:
+        return start + (t // inner).to(tl.int64) * x[3] + (t % inner).to(tl.int64) * x[4]
 
 
 @triton.jit
