@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import write_backward
+from . import write_backward, write_scan
 from .launch import launch, plan, width
 from .layout import precision
 from .tiles import LOG2E, open_slots, product, put, slots, tile, tokens
@@ -145,7 +145,7 @@ def gated_write(
     x = Write("gated_write", values, keys, query, write, erase, slot_mask, token_mask, scale, erase_scale)
     out = x.call.memory_result(x.N, x.V, dtype=values.dtype)
     retained = x.call.memory_result(x.N, dtype=torch.float32)
-    run = _write if erase is None else None
+    run = _write if erase is None else write_scan.forward
     run(x, values, x.memory_rows(out), x.memory_numbers(retained))
     return out, retained
 
@@ -162,7 +162,7 @@ def gated_write_(
     x.call.require(not spread, "values must not be expanded")
     retained = x.call.memory_result(x.N, dtype=torch.float32)
     target = values if x.call.in_place(values) else values.contiguous()
-    run = _write if erase is None else None
+    run = _write if erase is None else write_scan.forward
     run(x, target, x.call.slots(target), x.memory_numbers(retained))
     if target is not values:
         values.copy_(target)
@@ -185,5 +185,5 @@ def gated_write_backward(
     x.call.stats(retained, d_retained)
     if d_values is None:
         d_values = values.new_zeros(x.V).expand(*shape, x.V)
-    run = write_backward.backward if erase is None else None
+    run = write_backward.backward if erase is None else write_scan.backward
     return run(x, values, d_values, d_retained, wants)

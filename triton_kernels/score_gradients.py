@@ -250,9 +250,12 @@ def score_gradients(
     d_query: Gradient | None, d_keys: Gradient | None, d_mask: Gradient | None, *,
     values: Tensor | None = None, d_values: Gradient | None = None, d_read: Tensor | None = None,
     read: Tensor | None = None, lse: Tensor | None = None, d_lse: Tensor | Gradient | None = None,
-    d_usage: Tensor | None = None, weights: Tensor | None = None, d_weights: Tensor | None = None,
+    d_usage: Tensor | None = None, weights: Tensor | None = None, d_weights: Tensor | tuple | None = None,
 ):  # fmt: skip
-    """Run both kernels for one KIND. ``d_lse``: for "read" the gradient of lse, for "usage" where to put it."""
+    """Run both kernels for one KIND. 
+
+    d_lse: for "read" the gradient of lse, for "usage" where to put it. d_weights: for "given" as kernels take it.
+    """
     T, K = query.shape[-2:]
     N = keys.shape[-2]
     V = values.shape[-1] if values is not None else 1
@@ -266,7 +269,7 @@ def score_gradients(
     sources = (
         call.rows(query), call.slots(keys), call.slots(values), call.slot_numbers(slot_mask), call.rows(d_read),
         call.numbers(lse), None if delta is None else (delta, *delta.stride()), call.slot_numbers(d_usage),
-        call.rows(weights), call.rows(d_weights),
+        call.rows(weights), d_weights if isinstance(d_weights, tuple) else call.rows(d_weights),
     )  # fmt: skip
     constants = {
         "KIND": kind, "BLOCK_K": wide_k.block, "K_STEPS": wide_k.steps, "BLOCK_V": wide_v.block,
