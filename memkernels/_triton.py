@@ -15,7 +15,7 @@ DEVICES = ("cuda", "cpu") if INTERPRETED else ("cuda",)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def _kernels():
+def kernels():
     """The package of the kernels; in a checkout that is not installed it lies beside this one."""
     name = f"{__package__}.triton_kernels"
     if importlib.util.find_spec(name) is None:
@@ -32,7 +32,7 @@ def _load() -> str | None:
         return "triton is not installed (pip install triton)"
     if not INTERPRETED and torch.cuda.device_count() == 0:
         return "there is no CUDA device here"
-    _libraries.append(_kernels().register("cpu" if INTERPRETED else "cuda"))
+    _libraries.append(kernels().register("cpu" if INTERPRETED else "cuda"))
     return None
 
 
