@@ -23,11 +23,36 @@ from .launches import launcher, launches
 
 # Architecture -> what ptxas calls it, and the shared memory that one block may have, in bytes.
 TARGETS = {"80": ("sm_80", 163 << 10), "90": ("sm_90a", 227 << 10), "100": ("sm_100a", 227 << 10)}
-# Kernels with a matrix product, which 16-bit operands (and float32 ones as TF32) must do in the matrix unit.
+# Kernel -> its row of the table of configurations.
+ROWS = {
+    "softmax_read_kernel": "softmax_read",
+    "merge_kernel": "merge_reads",
+    "merge_backward_kernel": "merge_reads",
+    "delta_kernel": "row_dots",
+    "query_gradient_kernel": "query_gradient",
+    "slot_gradient_kernel": "slot_gradient",
+    "slot_usage_kernel": "slot_usage",
+    "address_kernel": "address",
+    "gated_write_kernel": "gated_write",
+    "write_merge_kernel": "write_merge",
+    "write_chunk_kernel": "write_gradient",
+    "write_carry_kernel": "write_carry",
+    "write_token_kernel": "write_gradient",
+    "write_slot_kernel": "write_gradient",
+    "write_scan_kernel": "write_scan",
+    "write_scan_backward_kernel": "write_scan",
+    "topk_search_kernel": "topk_search",
+    "rank_kernel": "topk_search",
+    "topk_merge_kernel": "topk_merge",
+    "sparse_read_kernel": "sparse_read",
+    "row_dot_kernel": "row_dot",
+    "segment_kernel": "segments",
+    "border_kernel": "segments",
+}
+# Rows of kernels with a matrix product, which 16-bit operands (and float32 ones as TF32) must do in the matrix unit.
 PRODUCTS = (
-    *("softmax_read_kernel", "query_gradient_kernel", "slot_gradient_kernel", "slot_usage_kernel", "address_kernel"),
-    *("gated_write_kernel", "write_chunk_kernel", "write_token_kernel", "write_slot_kernel", "write_scan_kernel"),
-    *("write_scan_backward_kernel", "topk_search_kernel", "rank_kernel"),
+    *("softmax_read", "query_gradient", "slot_gradient", "slot_usage", "address"),
+    *("gated_write", "write_gradient", "write_scan", "topk_search"),
 )
 INSTRUCTIONS = {"80": ("mma.sync",), "90": ("wgmma.mma_async", "mma.sync"), "100": ("tcgen05.mma", "mma.sync")}
 
@@ -54,7 +79,7 @@ class Compiled:
         limit = TARGETS[self.arch][1]
         if self.shared > limit:
             found.append(f"{self.shared} bytes of shared memory, above {limit}")
-        if self.kernel in PRODUCTS and not self.matrix and not self.dtype == "float32":
+        if ROWS[self.kernel] in PRODUCTS and not self.matrix and self.dtype != "float32":
             found.append("no matrix instruction")
         return found
 
