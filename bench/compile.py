@@ -8,6 +8,7 @@ Triton does not: registers and spills.
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 import subprocess
 import tempfile
@@ -149,8 +150,9 @@ def compiled(arch: str, dtype: str, width: int, only: tuple[str, ...] = ()) -> I
                     yield _read(arch, dtype, width, name, constants, kernel)
 
 
-def _read(arch: str, dtype: str, width: int, name: str, constants: dict, kernel) -> Compiled:
-    ptx = kernel.asm["ptx"]
+@functools.lru_cache(maxsize=4096)
+def _report(arch: str, ptx: str) -> tuple[int, int]:
+    """Registers and bytes spilled."""
     tool = triton.knobs.nvidia.ptxas_blackwell if int(arch) >= 100 else triton.knobs.nvidia.ptxas
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
@@ -158,7 +160,12 @@ def _read(arch: str, dtype: str, width: int, name: str, constants: dict, kernel)
         command = [tool.path, "-v", f"-arch={TARGETS[arch][0]}", file.name, "-o", "/dev/null"]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", text))
-    registers = max(int(n) for n in re.findall(r"Used (\d+) registers", text))
+    return max(int(n) for n in re.findall(r"Used (\d+) registers", text)), spills
+
+
+def _read(arch: str, dtype: str, width: int, name: str, constants: dict, kernel) -> Compiled:
+    ptx = kernel.asm["ptx"]
+    registers, spills = _report(arch, ptx)
     matrix = next((word for word in INSTRUCTIONS[arch] if word in ptx), "")
     kept = {k: v for k, v in constants.items() if k.startswith(("BLOCK", "num_", "KIND", "ERASE", "LIST", "PREC"))}
     words = " ".join(f"{k.lower()}={v}" for k, v in kept.items())

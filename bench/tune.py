@@ -56,8 +56,9 @@ def smaller(config: configs.Config, kernel: str) -> Iterator[configs.Config]:
     for t, n in sorted(itertools.product(tokens, slots), key=lambda block: -block[0] * block[1]):
         if n and n < 16:
             continue
-        for warps, stages in itertools.product((config.warps, 8, 4), range(config.stages, 0, -1)):
-            yield configs.Config(t, n, warps, stages, "arithmetic")
+        for warps in range(config.warps.bit_length() - 1, 5):
+            for stages in range(config.stages, 0, -1):
+                yield configs.Config(t, n, 1 << warps, stages, "arithmetic")
 
 
 def arithmetic(archs: Sequence[str], bits: Sequence[int], widths: Sequence[int]) -> bool:

@@ -11,7 +11,7 @@ import torch
 
 # Triton's interpreter runs the kernels on CPU tensors, for tests; Triton reads the variable when it is imported.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICES = ("cuda", "cpu") if INTERPRETED else ("cuda",)
+DEVICES = ("cpu",) if INTERPRETED else ("cuda",)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
