@@ -85,7 +85,9 @@ class Compiled:
         return found
 
     def __str__(self) -> str:
-        text = f"sm_{self.arch} {self.dtype} {self.width} {self.kernel} ({self.constants}): {self.registers} registers, "
+        text = (
+            f"sm_{self.arch} {self.dtype} {self.width} {self.kernel} ({self.constants}): {self.registers} registers, "
+        )
         return text + f"{self.shared} bytes shared, {self.matrix or 'no matrix instruction'}"
 
 

@@ -28,7 +28,8 @@ from .launches import Launch, launches
 from .timers import interleave
 
 WIDTHS = (64, 128, 256, 512)
-DTYPES = {16: ("bfloat16",), 32: ("float32", "tf32")}
+DTYPES = {16: ("bfloat16", "float16"), 32: ("float32", "tf32")}
+WORST = ("gated_write, erase 0.5, retained", "topk, k = 256")  # beside the main calls, what needs most registers
 GAIN = 0.98  # a candidate replaces the present row when it takes less than this share of its time
 
 configs = importlib.import_module(f"{_triton.kernels().__name__}.configs")
@@ -51,25 +52,26 @@ def put(key: tuple, config: configs.Config) -> None:
 
 def smaller(config: configs.Config, kernel: str) -> Iterator[configs.Config]:
     """What to try where ``config`` does not fit: fewer stages, more warps, smaller blocks."""
-    tokens = [config.block_t] if kernel == "write_gradient" else [config.block_t, max(config.block_t // 2, 16)]
-    slots = [config.block_n, config.block_n // 2, config.block_n // 4]
-    for t, n in sorted(itertools.product(tokens, slots), key=lambda block: -block[0] * block[1]):
-        if n and n < 16:
-            continue
+    tokens = dict.fromkeys(max(16, config.block_t // d) if config.block_t >= 16 else config.block_t for d in (1, 2, 4))
+    slots = dict.fromkeys(max(16, config.block_n // d) if config.block_n >= 16 else config.block_n for d in (1, 2, 4))
+    blocks = sorted(itertools.product(tokens, slots), key=lambda block: -block[0] * block[1])
+    if kernel == "write_gradient":  # its tokens are a chunk, which sets how much memory the backward pass takes
+        blocks = list(itertools.product(tokens, slots))
+    for t, n in blocks:
         for warps in range(config.warps.bit_length() - 1, 5):
             for stages in range(config.stages, 0, -1):
                 yield configs.Config(t, n, 1 << warps, stages, "arithmetic")
 
 
-def arithmetic(archs: Sequence[str], bits: Sequence[int], widths: Sequence[int]) -> bool:
-    """Replace rows that do not compile well. True when none is left."""
+def arithmetic(archs: Sequence[str], bits: Sequence[int], widths: Sequence[int], only: tuple[str, ...]) -> bool:
+    """Replace rows that do not compile well in the calls ``only`` (empty: all). True when none is left."""
     well = True
     for b, w, arch in itertools.product(bits, widths, archs):
         untried: dict[tuple, Iterator] = {}
-        for dtype in DTYPES[b]:
+        for dtype in DTYPES[b][:1] if only else DTYPES[b]:
             while True:
                 faulty: dict[tuple, str] = {}
-                for one in compiled(arch, dtype, w):
+                for one in compiled(arch, dtype, w, only):
                     if one.faults():
                         faulty[ROWS[one.kernel], arch, b, w] = str(one) + ": " + ", ".join(one.faults())
                 changed = False
@@ -135,11 +137,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.tune", description=__doc__)
     parser.add_argument("--arithmetic", action="store_true", help="choose by compilation, without a GPU")
     parser.add_argument("--arch", nargs="+", choices=tuple(TARGETS), default=tuple(TARGETS), help="with --arithmetic")
+    parser.add_argument(
+        "--main", action="store_true", help="with --arithmetic: only the calls that need most registers"
+    )
     parser.add_argument("--bits", nargs="+", type=int, choices=(16, 32), default=(16, 32))
     parser.add_argument("--width", nargs="+", type=int, choices=WIDTHS, default=WIDTHS)
     options = parser.parse_args(arguments)
     if options.arithmetic:
-        return 0 if arithmetic(options.arch, options.bits, options.width) else 1
+        only = ()
+        if options.main:
+            only = (*(one.name for one in launches(torch.float32, 64, "meta") if one.main), *WORST)
+        return 0 if arithmetic(options.arch, options.bits, options.width, only) else 1
     if not torch.cuda.is_available():
         print("tune: no GPU is here; --arithmetic chooses by compilation", file=sys.stderr)
         return 1

@@ -43,9 +43,7 @@ def address_kernel(
         weights = tl.exp2((s - tl.where(lse_t == float("-inf"), 0.0, lse_t)[:, None]) * LOG2E)
     weights = tl.where(ok[None, :], weights, 0.0)
     rows = tokens(w, b, B1, t, inner)
-    tl.store(
-        rows[:, None] + n[None, :], weights.to(w[0].dtype.element_ty), mask=t_ok[:, None] & (n < N)[None, :]
-    )
+    tl.store(rows[:, None] + n[None, :], weights.to(w[0].dtype.element_ty), mask=t_ok[:, None] & (n < N)[None, :])
 
 
 def _call(op: str, query: Tensor, keys: Tensor, slot_mask: Tensor | None, *more: tuple) -> Call:

@@ -22,7 +22,7 @@ from torch import Tensor
 from . import write_backward, write_scan
 from .launch import launch, plan, width
 from .layout import precision
-from .tiles import LOG2E, open_slots, product, put, slots, tile, tokens
+from .tiles import open_slots, product, put, slots, tile, tokens
 from .write_tiles import Write, gates, key_scores, multiply, open_tokens, suffix_products
 
 
@@ -50,7 +50,7 @@ def gated_write_kernel(
     start = part * span
     stop = tl.minimum(T, start + span)
     chunks = tl.cdiv(stop - start, BLOCK_T)
-    for c in range(0, chunks):
+    for c in range(chunks):
         t = start + (chunks - 1 - c) * BLOCK_T + tl.arange(0, BLOCK_T)
         t_ok = open_tokens(token_mask, b, B1, t, inner, stop)
         s = key_scores(k0, k_rows, ok, bias, q, b, B1, t, t_ok, inner, K, scale, BLOCK_K, K_STEPS, PRECISION)
@@ -95,7 +95,7 @@ def write_merge_kernel(
     after = tl.full([BLOCK_N], 1.0, tl.float32)
     kept = tl.full([BLOCK_N], 1.0, tl.float32)
     sum_rows, product_rows = slots(sums, b, B1, n), slots(products, b, B1, n)
-    for c in range(0, parts):
+    for c in range(parts):
         offset = tl.full([], 0, tl.int64) + (parts - 1 - c)
         acc += after[:, None] * tile(sum_rows + offset * sum_part, exists, V, column, BLOCK_V)
         kept = kept * tl.load(product_rows + offset * product_part, mask=exists, other=1.0)

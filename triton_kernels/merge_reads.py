@@ -24,11 +24,11 @@ def merged_lse(lses, parts, part, t_ok):
     """lse of the union in units of log2, and the same with 0 for -inf."""
     m = tl.full(t_ok.shape, float("-inf"), tl.float32)
     zero = tl.full([], 0, tl.int64)  # offsets of parts are 64-bit
-    for s in range(0, parts):
+    for s in range(parts):
         m = tl.maximum(m, tl.load(lses + (zero + s) * part, mask=t_ok, other=0.0) * LOG2E)
     base = tl.where(m == float("-inf"), 0.0, m)
     total = tl.zeros(t_ok.shape, tl.float32)
-    for s in range(0, parts):
+    for s in range(parts):
         total += tl.exp2(tl.load(lses + (zero + s) * part, mask=t_ok, other=0.0) * LOG2E - base)
     lse = tl.where(total == 0, float("-inf"), base + tl.log2(total))
     return lse, tl.where(total == 0, 0.0, lse)
@@ -50,7 +50,7 @@ def merge_kernel(
     read_rows = tokens(reads, b, B1, t, inner)
     merged, base = merged_lse(lse_rows, parts, lse_part, t_ok)
     acc = tl.zeros([BLOCK_T, BLOCK_V], tl.float32)
-    for s in range(0, parts):
+    for s in range(parts):
         offset = tl.full([], 0, tl.int64) + s
         w = tl.exp2(tl.load(lse_rows + offset * lse_part, mask=t_ok, other=float("-inf")) * LOG2E - base)
         acc += w[:, None] * tile(read_rows + offset * read_part, t_ok & (w != 0), V, column, BLOCK_V).to(tl.float32)
@@ -78,12 +78,12 @@ def merge_backward_kernel(
         more += tl.load(tokens(d_lse, b, B1, t, None), mask=t_ok, other=0.0)
     # Twice over the parts where d_lses is wanted: its mean over the parts comes first.
     for sweep in tl.static_range(2):
-        for s in range(0, parts):
+        for s in range(parts):
             offset = tl.full([], 0, tl.int64) + s
             w = tl.exp2(tl.load(lse_rows + offset * lse_part, mask=t_ok, other=float("-inf")) * LOG2E - base)
             live = t_ok & (w != 0)
             x = tl.zeros([BLOCK_T], tl.float32)
-            for step in range(0, V_STEPS):
+            for step in range(V_STEPS):
                 column = step * BLOCK_V
                 if d_read is not None:
                     dr = tile(tokens(d_read, b, B1, t, None), t_ok, V, column, BLOCK_V).to(tl.float32)

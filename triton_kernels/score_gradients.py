@@ -18,7 +18,6 @@ the float32 parts are added in their order. Rows wider than a block go to furthe
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -40,7 +39,7 @@ def delta_kernel(
     ok = t < T
     total = tl.zeros([BLOCK_T], tl.float32)
     a_t, b_t = tokens(a, b, B1, t, inner), tokens(b_rows, b, B1, t, inner)
-    for step in range(0, D_STEPS):
+    for step in range(D_STEPS):
         x = tile(a_t, ok, D, step * BLOCK_D, BLOCK_D).to(tl.float32)
         total += tl.sum(x * tile(b_t, ok, D, step * BLOCK_D, BLOCK_D).to(tl.float32), 1)
     if minus is not None:
@@ -252,7 +251,7 @@ def score_gradients(
     read: Tensor | None = None, lse: Tensor | None = None, d_lse: Tensor | Gradient | None = None,
     d_usage: Tensor | None = None, weights: Tensor | None = None, d_weights: Tensor | tuple | None = None,
 ):  # fmt: skip
-    """Run both kernels for one KIND. 
+    """Run both kernels for one KIND.
 
     d_lse: for "read" the gradient of lse, for "usage" where to put it. d_weights: for "given" as kernels take it.
     """

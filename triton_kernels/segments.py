@@ -21,7 +21,7 @@ from .launch import launch, plan, width
 from .layout import Call, Gradient
 from .tiles import batch, tile, tokens
 
-CHUNK = 64  # sorted entries of one program
+CHUNK = 32  # sorted entries of one program
 COLUMNS = 128  # and at most so many of their columns
 
 
@@ -73,9 +73,7 @@ def segment_kernel(
 
 
 @triton.jit
-def border_kernel(
-    sorted_slots, out, border, N, D, B, B1, entries, scale, CHUNK: tl.constexpr, BLOCK_D: tl.constexpr
-):
+def border_kernel(sorted_slots, out, border, N, D, B, B1, entries, scale, CHUNK: tl.constexpr, BLOCK_D: tl.constexpr):
     """For the chunk in which a stretch begins that crosses its end: add the pieces, in order."""
     pid = tl.program_id(0)
     chunks = tl.cdiv(entries, CHUNK)
@@ -120,7 +118,7 @@ def row_dot_kernel(
     ok = (slot >= 0) & (slot < N)
     total = tl.zeros([BLOCK_T, BLOCK_J], tl.float32)
     row = tl.reshape(batch(rows, b, B1) + tl.where(ok, slot, 0) * rows[3], [BLOCK_T * BLOCK_J])
-    for step in range(0, D_STEPS):
+    for step in range(D_STEPS):
         x_t = tile(tokens(x, b, B1, t, inner), t_ok, D, step * BLOCK_D, BLOCK_D).to(tl.float32)
         picked = tile(row, tl.reshape(ok, [BLOCK_T * BLOCK_J]), D, step * BLOCK_D, BLOCK_D).to(tl.float32)
         total += tl.sum(tl.reshape(picked, [BLOCK_T, BLOCK_J, BLOCK_D]) * x_t[:, None, :], 2)

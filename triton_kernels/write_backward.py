@@ -79,12 +79,12 @@ def write_carry_kernel(
     ok = n < N
     v_rows, u_rows = slots(v, b, B1, n), slots(u, b, B1, n)
     p = tl.zeros([BLOCK_N], tl.float32)
-    for step in range(0, V_STEPS):
+    for step in range(V_STEPS):
         old = tile(v_rows, ok, V, step * BLOCK_V, BLOCK_V).to(tl.float32)
         p += tl.sum(old * tile(u_rows, ok, V, step * BLOCK_V, BLOCK_V).to(tl.float32), 1)
     before = tl.full([BLOCK_N], 1.0, tl.float32)
     at = b.to(tl.int64) * chunks * N + n
-    for c in range(0, chunks):
+    for c in range(chunks):
         f = tl.load(F + at, mask=ok, other=1.0)
         g = tl.load(G + at, mask=ok, other=0.0)
         tl.store(G + at, p, mask=ok)
@@ -98,7 +98,7 @@ def write_carry_kernel(
         at += N
     after = tl.full([BLOCK_N], 1.0, tl.float32)
     behind = tl.full([BLOCK_N], 1.0, tl.float32)
-    for c in range(0, chunks):
+    for c in range(chunks):
         at -= N
         f = tl.load(F + at, mask=ok, other=1.0)
         tl.store(F + at, after, mask=ok)
@@ -108,7 +108,7 @@ def write_carry_kernel(
             tl.store(Q + at, behind, mask=ok)
             behind = behind * f
     if d_v is not None:
-        for step in range(0, V_STEPS):
+        for step in range(V_STEPS):
             x = tile(u_rows, ok, V, step * BLOCK_V, BLOCK_V).to(tl.float32) * after[:, None]
             put(slots(d_v, b, B1, n), ok, V, step * BLOCK_V, x, BLOCK_V)
 

@@ -76,7 +76,7 @@ def write_scan_kernel(
             put(states + at * V, exists, V, column, x, BLOCK_V)
             tl.store(prefix + at, kept, mask=exists)
         kept = kept * tl.reduce(keep, 1, multiply)
-        for i in range(0, tl.minimum(BLOCK_T, T - t0)):
+        for i in range(tl.minimum(BLOCK_T, T - t0)):
             a_i = at_token(a, i, BLOCK_T)[:, None]
             e_i = token_row(e, b, B1, t0, i, t_ok, inner, V, column, BLOCK_T, BLOCK_V)[None, :]
             w_i = token_row(w, b, B1, t0, i, t_ok, inner, V, column, BLOCK_T, BLOCK_V)[None, :]
@@ -113,7 +113,7 @@ def write_scan_backward_kernel(
     after = tl.full([BLOCK_N], 1.0, tl.float32)  # prod (1 - a) behind the chunk
     chunks = tl.cdiv(T, BLOCK_T)
     inside = tl.arange(0, BLOCK_N)[:, None] * BLOCK_V + tl.arange(0, BLOCK_V)[None, :]
-    for c in range(0, chunks):
+    for c in range(chunks):
         t0 = (chunks - 1 - c) * BLOCK_T
         at = (b.to(tl.int64) * chunks + chunks - 1 - c) * N + n
         t = t0 + tl.arange(0, BLOCK_T)
@@ -122,7 +122,7 @@ def write_scan_backward_kernel(
         a, keep, _ = gates(s, ok[:, None] & t_ok[None, :], 1.0, "full")
         x = tile(states + at * V, exists, V, column, BLOCK_V)
         count = tl.minimum(BLOCK_T, T - t0)
-        for i in range(0, count):
+        for i in range(count):
             tl.store(own + i * BLOCK_N * BLOCK_V + inside, x)
             a_i = at_token(a, i, BLOCK_T)[:, None]
             e_i = token_row(e, b, B1, t0, i, t_ok, inner, V, column, BLOCK_T, BLOCK_V)[None, :]
@@ -130,7 +130,7 @@ def write_scan_backward_kernel(
             x = x * (1.0 - a_i * e_i) + a_i * w_i
         tl.debug_barrier()  # what one thread stored, another may read
         da = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
-        for back in range(0, count):
+        for back in range(count):
             i = count - 1 - back
             x = tl.load(own + i * BLOCK_N * BLOCK_V + inside)
             a_i = at_token(a, i, BLOCK_T)[:, None]
