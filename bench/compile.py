@@ -85,10 +85,9 @@ class Compiled:
         return found
 
     def __str__(self) -> str:
-        text = (
-            f"sm_{self.arch} {self.dtype} {self.width} {self.kernel} ({self.constants}): {self.registers} registers, "
-        )
-        return text + f"{self.shared} bytes shared, {self.matrix or 'no matrix instruction'}"
+        what = f"sm_{self.arch} {self.dtype} {self.width} {self.kernel} ({self.constants})"
+        needs = f"{self.registers} registers, {self.shared} bytes shared, {self.matrix or 'no matrix instruction'}"
+        return f"{what}: {needs}"
 
 
 class _Driver:

@@ -137,9 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.tune", description=__doc__)
     parser.add_argument("--arithmetic", action="store_true", help="choose by compilation, without a GPU")
     parser.add_argument("--arch", nargs="+", choices=tuple(TARGETS), default=tuple(TARGETS), help="with --arithmetic")
-    parser.add_argument(
-        "--main", action="store_true", help="with --arithmetic: only the calls that need most registers"
-    )
+    parser.add_argument("--main", action="store_true", help="with --arithmetic: only the heaviest calls")
     parser.add_argument("--bits", nargs="+", type=int, choices=(16, 32), default=(16, 32))
     parser.add_argument("--width", nargs="+", type=int, choices=WIDTHS, default=WIDTHS)
     options = parser.parse_args(arguments)

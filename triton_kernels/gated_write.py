@@ -9,7 +9,8 @@ the first, with R per slot: every factor is at most 1, and nothing is divided. I
 along the tokens. 1 - a is sigmoid(-s), not a subtraction. Where slots are few, the tokens are cut into parts; each
 gives its own sum and product, which `write_merge_kernel` joins from the last to the first.
 
-Bound by the matrix unit: 2 T N (K + V) operations. An erase tensor goes to write_scan.py, backward to write_backward.py.
+Bound by the matrix unit: 2 T N (K + V) operations. An erase tensor goes to write_scan.py,
+backward to write_backward.py.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from .write_tiles import Write, gates, key_scores, multiply, open_tokens, suffix
 
 @triton.jit
 def gated_write_kernel(
-    v, k, q, w, mask, token_mask, out, retained, erase, T, N, K, V, B1, inner, parts, span, out_part, retained_part, scale,
+    v, k, q, w, mask, token_mask, out, retained, erase, T, N, K, V, B1, inner, parts, span,
+    out_part, retained_part, scale,
     ERASE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, K_STEPS: tl.constexpr,
     BLOCK_V: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -108,7 +110,7 @@ def write_merge_kernel(
 
 def _write(x: Write, values: Tensor, out: tuple, retained: tuple) -> None:
     """Fill ``out`` and ``retained`` (memory tensors of kernels); ``out`` may be ``values``."""
-    call, T, N, K, V = x.call, x.T, x.N, x.K, x.V
+    call, N, K, V = x.call, x.N, x.K, x.V
     tensors = (x.query, values)
     wide_k, wide_v = width(K, *tensors), width(V, *tensors)
     p = plan("gated_write", call.device, max(K, V), *tensors)

@@ -1,7 +1,7 @@
 """Repairs to Triton's interpreter, for TRITON_INTERPRET=1 alone: kernels on CPU tensors, one program after another.
 
-Triton 3.6 turns a loop bound into an int in a way that NumPy 2.4 refuses, and goes through scans and reductions element by
-element, which takes seconds per tile. Neither changes what a kernel computes.
+Triton 3.6 turns a loop bound into an int in a way that NumPy 2.4 refuses, and goes through scans and reductions one
+element at a time, which takes seconds per tile. Neither changes what a kernel computes.
 """
 
 from __future__ import annotations

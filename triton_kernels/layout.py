@@ -70,7 +70,7 @@ class Call:
         return shape[: len(shape) - n]
 
     def token_view(self, x: Tensor, tail: int, copy: bool = True) -> Tensor:
-        """``x [..., T, (tail axes)]`` as ``[B0, B1, F, T, (tail axes)]``. copy=False: RuntimeError instead of a copy."""
+        """``x [..., T, (tail axes)]`` as ``[B0, B1, F, T, (tail axes)]``. copy=False: RuntimeError, no copy."""
         x = x.resolve_neg()
         split = x.dim() - tail - 1
         x = x.expand(*self.whole, *x.shape[split:]).permute(

@@ -1,7 +1,9 @@
 """merge_reads on a GPU: reads of S disjoint memories become the read of their union.
 
     lse_t = log sum_s exp(lse[s, t]),     w[s, t] = exp(lse[s, t] - lse_t),     r_t = sum_s w[s, t] r[s, t]
-    d_r[s, t] = w[s, t] dr_t,     d_lse[s, t] = w[s, t] (x[s, t] - sum_u w[u, t] x[u, t] + d_lse_t),  x[s, t] = <dr_t, r[s, t]>
+    d_r[s, t] = w[s, t] dr_t,     d_lse[s, t] = w[s, t] (x[s, t] - sum_u w[u, t] x[u, t] + d_lse_t)
+
+with x[s, t] = <dr_t, r[s, t]>.
 
 A program takes a block of tokens and a block of columns and goes through the parts in their order. Every read is loaded
 once and every result stored once: bound by bandwidth. A part of weight 0 is not looked at.
@@ -109,7 +111,7 @@ def _blocks(device: torch.device, V: int, *tensors: Tensor) -> tuple[Plan, int, 
 
 
 def merge_parts(call: Call, reads: Tensor, lses: Tensor, read: Tensor, lse: Tensor, T: int, V: int) -> None:
-    """Merge float32 parts ``[S, B0, B1, F, T, V]`` and ``[S, B0, B1, F, T]`` of a split read into its results' views."""
+    """Merge float32 parts ``[S, B0, B1, F, T, V]`` and ``[S, B0, B1, F, T]`` of a split read into its results."""
     p, block_t, block_v = _blocks(call.device, V, reads)
     count = call.F * T
     launch(

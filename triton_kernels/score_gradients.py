@@ -78,7 +78,8 @@ def shifted_lse(lse, b, B1, t, inner, T):
 
 @triton.jit
 def query_gradient_kernel(
-    q, k, v, mask, d_read, lse, delta, du, w, dw, d_q, d_lse, T, N, K, V, B1, inner, parts, span, q_part, lse_part, scale,
+    q, k, v, mask, d_read, lse, delta, du, w, dw, d_q, d_lse, T, N, K, V, B1, inner,
+    parts, span, q_part, lse_part, scale,
     KIND: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, K_STEPS: tl.constexpr,
     BLOCK_V: tl.constexpr, V_STEPS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip

@@ -4,10 +4,11 @@ Entry (t, j) names slot indices[t, j] with a number g[t, j]. `sum_segments` give
 
     out_i = scale * sum over the entries of slot i, in token order, of g[t, j] x_t
 
-A stable sort by slot puts the entries of a slot side by side, in token order. Chunks of sorted entries run in
-parallel: each sums the stretches of one slot in it, by a scan that starts afresh with each slot. A stretch that lies within one chunk is stored; what crosses a
-border is left in float32, and a second kernel adds the pieces in their order. So no atomics, the same bits every time,
-and a slot that all tokens name costs no more than others. Only rows that are named are written: the rest is zero fill.
+A stable sort by slot puts the entries of a slot side by side, in token order. Chunks of sorted entries run in parallel:
+each sums the stretches of one slot in it, by a scan that starts afresh with each slot. A stretch that lies within one
+chunk is stored; what crosses a border is left in float32, and a second kernel adds the pieces in their order. So no
+atomics, the same bits every time, and a slot that all tokens name costs no more than others. Only rows that are named
+are written: the rest is zero fill.
 """
 
 from __future__ import annotations
@@ -169,9 +170,9 @@ class Segments:
         out, count = gradient.rows(), call.F * self.T
         common = {"plan": p, "CHUNK": CHUNK, "BLOCK_D": block}
         launch(
-            segment_kernel, chunks * triton.cdiv(D, block), self.order, self.slots, numbers.contiguous(), call.rows(x), out, border,
-            count, self.N, self.k, D, call.B, call.batches[1], self.T if call.F > 1 else None, self.entries, scale,
-            **common,
+            segment_kernel, chunks * triton.cdiv(D, block), self.order, self.slots, numbers.contiguous(),
+            call.rows(x), out, border, count, self.N, self.k, D, call.B, call.batches[1],
+            self.T if call.F > 1 else None, self.entries, scale, **common,
         )  # fmt: skip
         launch(
             border_kernel, chunks * triton.cdiv(D, block), self.slots, out, border,

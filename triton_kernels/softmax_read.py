@@ -1,6 +1,7 @@
 """softmax_read on a GPU.
 
-    s[t, i] = scale <q_t, k_i> + mask_i,     p = softmax_i(s),     r_t = sum_i p[t, i] v_i,     lse_t = log sum_i exp(s[t, i])
+    s[t, i] = scale <q_t, k_i> + mask_i,     p = softmax_i(s)
+    r_t = sum_i p[t, i] v_i,     lse_t = log sum_i exp(s[t, i])
 
 Forward: a program keeps a block of tokens and streams blocks of slots, with a running maximum m, sum l and accumulator
 (Dao 2023); [T, N] never leaves the chip. Where few tokens would leave processors idle, N is split: each part writes its

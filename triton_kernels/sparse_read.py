@@ -1,8 +1,8 @@
 """sparse_read on a GPU: r_t = sum_j weights[t, j] values[indices[t, j]].
 
 A program takes a few tokens and a block of columns, and goes through their neighbours in order, several rows in flight
-at a time: bound by the bandwidth of the gather. Backward: the gradient of a weight is a dot product with the row that was
-read, the gradient of the values a sum over entries sorted by slot; both in segments.py.
+at a time: bound by the bandwidth of the gather. Backward: the gradient of a weight is a dot product with the row that
+was read, the gradient of the values a sum over entries sorted by slot; both in segments.py.
 
 An index outside [-1, N) fails an assertion on the device, without a synchronisation, and is never followed.
 """

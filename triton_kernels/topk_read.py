@@ -1,6 +1,7 @@
 """topk_read on a GPU: a softmax read over the k best-scoring slots of every token.
 
-    scores, indices = topk_search(query, keys, k),     p = softmax(scores),     r_t = sum_j p[t, j] values[indices[t, j]]
+    scores, indices = topk_search(query, keys, k),     p = softmax(scores)
+    r_t = sum_j p[t, j] values[indices[t, j]]
 
 The kernels of topk_search write weights in place of scores; the gather of sparse_read follows. Backward:
 ds = p (dp - sum_j p dp) with dp[t, j] = <dr_t, v_{i[t, j]}> + d_weights[t, j]; one sort serves keys, values and mask.

@@ -71,7 +71,7 @@ def write_chunk_kernel(
 def write_carry_kernel(
     v, u, F, G, Q, P, d_v, N, V, B1, chunks, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, V_STEPS: tl.constexpr
 ):
-    """In place: G becomes p before each chunk, F becomes R behind it, Q the same of 1 - a; P: prod (1 - a) before it."""
+    """In place: G becomes p before each chunk, F becomes R behind it, Q the same of 1 - a; P: that before it."""
     pid = tl.program_id(0)
     blocks = tl.cdiv(N, BLOCK_N)
     n = (pid % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -84,7 +84,7 @@ def write_carry_kernel(
         p += tl.sum(old * tile(u_rows, ok, V, step * BLOCK_V, BLOCK_V).to(tl.float32), 1)
     before = tl.full([BLOCK_N], 1.0, tl.float32)
     at = b.to(tl.int64) * chunks * N + n
-    for c in range(chunks):
+    for _ in range(chunks):
         f = tl.load(F + at, mask=ok, other=1.0)
         g = tl.load(G + at, mask=ok, other=0.0)
         tl.store(G + at, p, mask=ok)
@@ -98,7 +98,7 @@ def write_carry_kernel(
         at += N
     after = tl.full([BLOCK_N], 1.0, tl.float32)
     behind = tl.full([BLOCK_N], 1.0, tl.float32)
-    for c in range(chunks):
+    for _ in range(chunks):
         at -= N
         f = tl.load(F + at, mask=ok, other=1.0)
         tl.store(F + at, after, mask=ok)

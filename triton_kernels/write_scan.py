@@ -8,7 +8,8 @@ Bound by arithmetic in registers, 3 T N V, and by latency along T.
 
 Backward, with u = dv running from the last token to the first:
 
-    da[t, i] = sum_j u[i, j] (w[t, j] - e[t, j] v_{t-1}[i, j]),     dw[t, j] = sum_i a u,     de[t, j] = -sum_i a u v_{t-1}
+    da[t, i] = sum_j u[i, j] (w[t, j] - e[t, j] v_{t-1}[i, j])
+    dw[t, j] = sum_i a u,     de[t, j] = -sum_i a u v_{t-1}
     u <- u (1 - a e)
 
 The forward pass, run again, stores v at the start of every chunk; a chunk then replays its tokens into a workspace and
@@ -90,11 +91,12 @@ def write_scan_kernel(
 
 @triton.jit
 def write_scan_backward_kernel(
-    k, q, w, mask, token_mask, e, u, states, prefix, replay, d_retained, d_v, ds, dw, de, T, N, K, V, B1, inner, B, scale,
+    k, q, w, mask, token_mask, e, u, states, prefix, replay, d_retained, d_v, ds, dw, de,
+    T, N, K, V, B1, inner, B, scale,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, K_STEPS: tl.constexpr,
     BLOCK_V: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """All tokens, last to first. ds [columns blocks, B, T, N]; dw, de [slot blocks, B, T, V]: parts, added afterwards."""
+    """All tokens, last to first. ds [column blocks, B, T, N]; dw, de [slot blocks, B, T, V]: parts, to be added."""
     pid = tl.program_id(0)
     own = replay + pid.to(tl.int64) * BLOCK_T * BLOCK_N * BLOCK_V
     blocks = tl.cdiv(N, BLOCK_N)
