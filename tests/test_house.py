@@ -19,7 +19,8 @@ PACKAGE = ROOT / "memkernels"
 LAYERS = {
     "_native": {"_host"},
     "spec": set(),
-    "backends": {"_native", "spec"},
+    "_triton": set(),
+    "backends": {"_native", "_triton", "spec"},
     "registration": {"spec", "backends"},
     "ops": {"spec", "registration"},
     "nn": {"", "ops", "spec", "backends"},
