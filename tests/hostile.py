@@ -28,8 +28,10 @@ def attempt(what: str, arguments: list, must_raise: bool = True) -> None:
         print(f"ACCEPTED {what}", flush=True)
 
 
-case = "erase tensor, both masks" if name == "gated_write" else "float mask" if name != "merge_reads" else "usual"
-case = "usual" if name == "sparse_read" else case
+given = {a.name for a in op.args}
+case = "float mask" if "slot_mask" in given else "usual"
+if "erase" in given:
+    case = "erase tensor, both masks" if "slot_mask" in given else "erase tensor, token mask"
 inputs = subject(name, case, torch.float32).inputs
 tensors = [t if t is None or not t.is_floating_point() else torch.nan_to_num(t) for t in inputs.tensors]
 names = [a.name for a in op.args]

@@ -13,8 +13,10 @@ struct Family {
   void (*test)(const native::Case&);
 };
 constexpr Family kFamilies[] = {
-    {"softmax_read", native::softmax_read}, {"address", native::address},         {"slot_usage", native::slot_usage},
-    {"gated_write", native::gated_write},   {"topk_search", native::topk_search}, {"topk_read", native::topk_read},
+    {"softmax_read", native::softmax_read}, {"address", native::address},
+    {"slot_usage", native::slot_usage},     {"gated_write", native::gated_write},
+    {"topk_search", native::topk_search},   {"topk_read", native::topk_read},
+    {"slot_write", native::slot_write},     {"softmax_write", native::softmax_write},
     {"sparse_read", native::sparse_read},   {"merge_reads", native::merge_reads},
 };
 
