@@ -32,6 +32,7 @@ MASK, ERASE = randn(B, N, seed=4), torch.sigmoid(randn(B, T, V, seed=5))
 WEIGHTS = torch.sigmoid(randn(B, T, N, seed=6))
 LSE = torch.logsumexp(K**-0.5 * QUERY @ KEYS.mT + 0.1, -1)
 INDICES = torch.tensor([[-1, 2, 2], [0, 6, 1], [3, 3, 3], [-1, -1, -1]])
+SHARES = torch.sigmoid(randn(B, T, k, seed=7))
 BOOL, TOKENS = some(B, N), some(B, T)
 
 # name -> (function of the tensors, tensors)
@@ -125,6 +126,26 @@ CASES = {
     "softmax_write, shared memory": (
         lambda b, *x: mk.softmax_write(*x, slot_mask=BOOL[0], return_retained=True, backend=b),
         (VALUES[0], KEYS[0], QUERY, WRITE),
+    ),
+    "sparse_write": (
+        lambda b, v, a, w: mk.sparse_write(v, INDICES.expand(B, T, k), a, w, backend=b),
+        (VALUES, SHARES, WRITE),
+    ),
+    "sparse_write, erase 0.5": (
+        lambda b, v, a, w: mk.sparse_write(v, INDICES.expand(B, T, k), a, w, erase=0.5, backend=b),
+        (VALUES, SHARES, WRITE),
+    ),
+    "sparse_write, erase tensor": (
+        lambda b, v, a, w, e: mk.sparse_write(v, INDICES.expand(B, T, k), a, w, erase=e, backend=b),
+        (VALUES, SHARES, WRITE, ERASE),
+    ),
+    "sparse_write, shared memory": (
+        lambda b, v, a, w: mk.sparse_write(v, INDICES, a, w, backend=b),
+        (VALUES[0], SHARES, WRITE),
+    ),
+    "sparse_write, shared weights": (
+        lambda b, v, a, w: mk.sparse_write(v, INDICES.expand(B, T, k), a, w, backend=b),
+        (VALUES, SHARES[0], WRITE),
     ),
     "slot_write": (lambda b, *x: mk.slot_write(*x, backend=b), (VALUES, WEIGHTS, WRITE)),
     "slot_write, erase 0.5 and a token mask": (

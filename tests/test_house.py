@@ -96,6 +96,8 @@ SIGNATURES = {
 }
 SIGNATURES["gated_write_"] = SIGNATURES["gated_write"]
 SIGNATURES["softmax_write"] = SIGNATURES["softmax_write_"] = SIGNATURES["gated_write"]
+SIGNATURES["sparse_write"] = "(values, indices, weights, write, *, erase=1.0)"
+SIGNATURES["sparse_write_"] = SIGNATURES["sparse_write"]
 SIGNATURES["slot_write_"] = SIGNATURES["slot_write"]
 
 

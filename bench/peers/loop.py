@@ -20,6 +20,17 @@ def slot_write(values, weights, write, erase):
     return run
 
 
+def sparse_write(values, indices, weights, write):
+    def run():
+        memory = values.clone()
+        for t in range(len(write)):
+            rows = memory[indices[t]]
+            memory[indices[t]] = torch.lerp(rows, write[t], weights[t].unsqueeze(-1))
+        return memory
+
+    return run
+
+
 def gated_write(values, keys, query, write):
     def run():
         gates = torch.sigmoid((query.shape[-1] ** -0.5 * query) @ keys.mT).unsqueeze(-1)  # [T, N, 1]

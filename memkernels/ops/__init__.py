@@ -8,6 +8,7 @@ from .slot_write import slot_write, slot_write_
 from .softmax_read import softmax_read
 from .softmax_write import softmax_write, softmax_write_
 from .sparse_read import sparse_read
+from .sparse_write import sparse_write, sparse_write_
 from .topk_read import topk_read
 from .topk_search import topk_search
 
@@ -23,6 +24,8 @@ __all__ = [
     "softmax_write",
     "softmax_write_",
     "sparse_read",
+    "sparse_write",
+    "sparse_write_",
     "topk_read",
     "topk_search",
 ]

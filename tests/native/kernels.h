@@ -14,6 +14,7 @@ void slot_write(const Case& c);
 void topk_search(const Case& c);
 void topk_read(const Case& c);
 void sparse_read(const Case& c);
+void sparse_write(const Case& c);
 void merge_reads(const Case& c);
 
 }  // namespace native
