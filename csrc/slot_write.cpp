@@ -73,7 +73,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& values, const 
   in.fill(p);
   b.d_out = in.args.view(du, 2);
   Gradient dv(in.args, in.values, wants[0], Side::memory, 2);
-  const TokenGradient da(in.args, in.weights, wants[1], {p.T, p.N});
+  const Gradient da(in.args, in.weights, wants[1], Side::tokens, 2);
   Gradient dw(in.args, in.write, wants[2], Side::tokens, 2), de(in.args, in.erase, wants[3], Side::tokens, 2);
   b.d_values = dv.view(), b.d_weights = da.view(), b.d_write = dw.view(), b.d_erase = de.view();
   if (p.lead.batches() * p.N == 0) {

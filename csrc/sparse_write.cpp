@@ -78,7 +78,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& values, const 
     dv = empty(in.args.sizes(Side::memory, {p.choice.N, p.V}), values.scalar_type());
     b.d_values = in.args.view(dv, 2);
   }
-  const TokenGradient da(in.args, in.weights, wants[1], {p.choice.T, p.choice.k});
+  const Gradient da(in.args, in.weights, wants[1], Side::tokens, 2);
   Gradient dw(in.args, in.write, wants[2], Side::tokens, 2), de(in.args, in.erase, wants[3], Side::tokens, 2);
   b.d_weights = da.view(), b.d_write = dw.view(), b.d_erase = de.view();
   if (p.choice.lead.batches() == 0) {
