@@ -24,7 +24,14 @@ pytest.importorskip("triton")
 CLAIMED = tuple(_triton.kernels().OPERATORS)
 INTERPRETER = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
 # Cases that only repeat others on larger memories: one of them per op is enough at the interpreter's speed.
-LONG = ("1000 tokens", "several panels of tokens", "slots just above many blocks", "scores ascend", "every size 63", "many parts")
+LONG = (
+    "1000 tokens",
+    "several panels of tokens",
+    "slots just above many blocks",
+    "scores ascend",
+    "every size 63",
+    "many parts",
+)
 ONE_LONG = "one token, many slots"
 # Once more in float16, whose numbers the interpreter does multiply.
 HALF = ("every size 3", "float mask", "content in float32")
