@@ -46,16 +46,22 @@ inline void add_mask(const SlotBlock<F>& block, int64_t L, F* S) {
   }
 }
 
-// S[slot][lane], lanes are tokens: S = keys * q + mask.
-template <class F>
-inline void score_columns(const SlotBlock<F>& block, int64_t K, const F* q, int64_t L, F* S) {
-  gemm(Gemm<F>{block.n, L, K, block.keys, block.ks, 1, q, L, S, L, false});
-  add_mask(block, L, S);
-}
-
 struct Nothing {
   void operator()() const {}
 };
+
+constexpr int64_t kGroup = 12;                    // rows of a product between two runs of `between`
+constexpr int64_t kFarBytes = int64_t(32) << 20;  // a memory from this size on is not found in a cache
+
+// S[slot][lane], lanes are tokens: S = keys * q + mask. `between` runs after each group of rows: the place to ask for memory that
+// is needed next.
+template <class F, class Between = Nothing>
+inline void score_columns(const SlotBlock<F>& block, int64_t K, const F* q, int64_t L, F* S, Between&& between = {}) {
+  for (int64_t r = 0; r < block.n; r += kGroup, between()) {
+    gemm(Gemm<F>{least(kGroup, block.n - r), L, K, block.keys + r * block.ks, block.ks, 1, q, L, S + r * L, L, false});
+  }
+  add_mask(block, L, S);
+}
 
 // out[t][slot] = <rows_slot, x_t>, lanes are slots, padded to whole registers with `rest`; x has padded rows. `between` runs after
 // each register of results: the place to ask for memory that is needed next.

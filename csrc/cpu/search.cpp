@@ -100,7 +100,34 @@ inline int64_t golden_step(int64_t n) {
   return step;
 }
 
-// Visits the slots of [lo, hi) for one tile of one batch.
+// The blocks of slots [lo, hi) in the order of visit: those of a chunk one after the other, chunks in steps of the golden
+// section.
+class Visit {
+ public:
+  Visit(int64_t lo, int64_t hi, int64_t chunk)
+      : lo_(lo), hi_(hi), size_(chunk), chunks_(div_up(hi - lo, chunk)), step_(golden_step(chunks_)), left_(chunks_) {
+    enter(0);
+  }
+  bool more() const { return left_ > 0; }
+  int64_t first() const { return at_; }
+  int64_t count() const { return more() ? least(kSlotBlock, end_ - at_) : 0; }
+  void advance() {
+    at_ += kSlotBlock;
+    if (at_ < end_) return;
+    --left_;
+    enter((chunk_ + step_) % chunks_);
+  }
+
+ private:
+  void enter(int64_t chunk) {
+    chunk_ = chunk;
+    at_ = lo_ + chunk * size_;
+    end_ = least(hi_, at_ + size_);
+  }
+  int64_t lo_, hi_, size_, chunks_, step_, left_, chunk_, at_, end_;
+};
+
+// Visits the slots of [lo, hi) for one tile of one batch. The next block is asked for while this one is computed.
 template <class F, bool wide>
 void search_range(const TopkSearch& p, const SearchPlan<F>& s, int64_t batch, int64_t lo, int64_t hi,
                   SearchTile<F, wide>& tile) {
@@ -109,21 +136,22 @@ void search_range(const TopkSearch& p, const SearchPlan<F>& s, int64_t batch, in
   const int64_t L = round_up(tile.n, kLanes<F>);
   if (s.few) rows_query(query, tile.first, tile.n, p.K, F(p.scale), tile.q);
   else pack_query(query, tile.first, tile.n, L, p.K, F(p.scale), tile.row, tile.q);
-  const int64_t chunks = div_up(hi - lo, s.chunk), step = golden_step(chunks);
-  for (int64_t c = 0, chunk = 0; c < chunks; ++c, chunk = (chunk + step) % chunks) {
+  const int64_t askings = s.few ? kSlotBlock / kLanes<F> * tile.n : div_up(kSlotBlock, kGroup);
+  const int64_t lines = p.N * slots.lines() * 64 >= kFarBytes ? div_up(kSlotBlock * slots.lines(), askings) : 0;
+  for (Visit here(lo, hi, s.chunk), next = here; here.more(); here = next) {
+    next.advance();
+    const SlotBlock<F> block = slots.load(here.first(), here.count(), tile.buffers);
+    if (block.n == 0) continue;
+    typename Slots<F>::Ahead ahead(slots, next.first(), next.first() + next.count());
+    auto ask = [&] { ahead.ask(lines); };
     if (tile.shared != nullptr) tile.board.share(tile.shared, tile.n);
-    const int64_t begin = lo + chunk * s.chunk, end = least(hi, begin + s.chunk);
-    for (int64_t i = begin; i < end; i += kSlotBlock) {
-      const SlotBlock<F> block = slots.load(i, least(kSlotBlock, end - i), tile.buffers);
-      if (block.n == 0) continue;
-      tile.board.begin(i);
-      if (s.few) {
-        score_rows(block, p.K, tile.q, tile.n, tile.S);
-        offer_rows<F, wide>(tile, block, i);
-      } else {
-        score_columns(block, p.K, tile.q, L, tile.S);
-        offer_columns<F, wide>(tile, block, i);
-      }
+    tile.board.begin(here.first());
+    if (s.few) {
+      score_rows(block, p.K, tile.q, tile.n, tile.S, ask);
+      offer_rows<F, wide>(tile, block, here.first());
+    } else {
+      score_columns(block, p.K, tile.q, L, tile.S, ask);
+      offer_columns<F, wide>(tile, block, here.first());
     }
   }
 }

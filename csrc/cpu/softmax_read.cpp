@@ -29,8 +29,6 @@ constexpr int64_t kLeastSlots = 1024;  // but no range is smaller
 constexpr int64_t kPanels = 4;
 constexpr int64_t kLeastTasks = 8;
 constexpr int64_t kWidened = 32;
-constexpr int64_t kFarBytes = int64_t(32) << 20;
-constexpr int64_t kGroup = 12;  // rows of a product between two askings for the next block
 
 // A reference for exponents that is only moved when a score exceeds it by more than 2^8: rescaling is rare, sums stay finite.
 constexpr int kSlack = 8;
@@ -118,11 +116,7 @@ void columns(const SoftmaxRead& p, const Slots<F>& slots, const TokenRows& query
     for (int64_t x = 0; x < lanes; x += panel) {
       const int64_t L = least(panel, lanes - x);
       F* acc = out.acc + x * p.V;
-      for (int64_t r = 0; r < block.n; r += kGroup, next.ask(lines)) {
-        const int64_t m = least(kGroup, block.n - r);
-        gemm(Gemm<F>{m, L, p.K, block.keys + r * block.ks, block.ks, 1, q + x * p.K, L, S + r * L, L, false});
-      }
-      add_mask(block, L, S);
+      score_columns(block, p.K, q + x * p.K, L, S, [&] { next.ask(lines); });
       exponentials<F>(S, block.n, L, out.m + x, out.l + x, acc, p.V);
       for (int64_t v = 0; v < p.V; v += kGroup, next.ask(lines)) {
         gemm(Gemm<F>{least(kGroup, p.V - v), L, block.n, block.values + v, 1, block.vs, S, L, acc + v * L, L, true});
