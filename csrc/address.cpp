@@ -15,7 +15,6 @@ struct Inputs {
       : args(op) {
     p.T = size_at(op, "query", q, -2), p.K = size_at(op, "query", q, -1), p.N = size_at(op, "keys", k, -2);
     p.scale = scale, p.sigmoid = sigmoid;
-    args.reserve(8);
     query = &args.add("query", q, Side::tokens, {p.T, p.K});
     keys = &args.add("keys", k, Side::memory, {p.N, p.K});
     mask = args.add("slot_mask", m, Side::memory, {p.N});

@@ -12,6 +12,8 @@ DType dtype_of(const char* op, const char* name, const Tensor& t) {
     case ScalarType::Double: return DType::f64;
     case ScalarType::Bool: return DType::boolean;
     case ScalarType::Long: return DType::i64;
+    case ScalarType::Char: return DType::i8;
+    case ScalarType::Float8_e4m3fn: return DType::e4m3;
     default: fail(op, ": ", name, " has a dtype without a kernel");
   }
 }
@@ -52,6 +54,13 @@ void Arguments::floats(std::initializer_list<const Tensor*> tensors) const {
   check(singles == 0 || doubles == 0, op_, ": float64 does not mix with other dtypes");
 }
 
+void Arguments::slots(const Tensor& rows, const Tensor* scale, const Tensor& like) const {
+  const bool compressed = is_compressed(dtype_of(op_, "a memory", rows));
+  check(compressed == (scale != nullptr), op_, ": 8-bit slots come with a scale, others without");
+  if (compressed) stats({scale}, like);
+  else floats({&rows, &like});
+}
+
 void Arguments::mask(const Tensor* mask, const Tensor& like) const {
   if (mask != nullptr && mask->scalar_type() != ScalarType::Bool) floats({mask, &like});
 }
@@ -59,7 +68,7 @@ void Arguments::mask(const Tensor* mask, const Tensor& like) const {
 void Arguments::stats(std::initializer_list<const Tensor*> tensors, const Tensor& like) const {
   for (const Tensor* t : tensors) {
     check(t == nullptr || t->scalar_type() == stats_type(like.scalar_type()), op_,
-          ": lse, usage and retained must be float32, or float64 beside float64");
+          ": scales, lse, usage and retained must be float32, or float64 beside float64");
   }
 }
 

@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <deque>
 #include <initializer_list>
 #include <optional>
 #include <sstream>
@@ -49,16 +50,16 @@ class Arguments {
  public:
   explicit Arguments(const char* op) : op_(op) {}
 
-  // A tensor whose trailing dimensions must be `tail`. Returns it with a contiguous last dimension.
+  // A tensor whose trailing dimensions must be `tail`. Returns it with a contiguous last dimension; it stays where it is.
   const Tensor& add(const char* name, const Tensor& t, Side side, std::initializer_list<int64_t> tail);
   const Tensor* add(const char* name, const std::optional<Tensor>& t, Side side, std::initializer_list<int64_t> tail) {
     return t.has_value() ? &add(name, *t, side, tail) : nullptr;
   }
 
-  void reserve(size_t n) { items_.reserve(n); }  // pointers that add() returns stay valid up to n arguments
-
   // All given tensors are float32, bfloat16 or float16, or all are float64.
   void floats(std::initializer_list<const Tensor*> tensors) const;
+  // Rows of slots: float like `like`, or int8 or float8_e4m3fn with a number per slot in float32 (float64 beside float64).
+  void slots(const Tensor& rows, const Tensor* scale, const Tensor& like) const;
   // A mask is bool, or float as `like` allows.
   void mask(const Tensor* mask, const Tensor& like) const;
 
@@ -70,6 +71,7 @@ class Arguments {
   Sizes sizes(Side side, std::initializer_list<int64_t> tail);
   // `tail` trailing dimensions: 2 for rows, 1 for numbers.
   View view(const Tensor& t, int tail) const;
+  SlotView slot_view(const Tensor* rows, const Tensor* scale) const { return {view(rows, 2), view(scale, 1)}; }
   View view(const Tensor* t, int tail) const { return t == nullptr ? View{} : view(*t, tail); }
   void require(bool holds, const char* what) const { check(holds, op_, ": ", what); }
   const char* op() const { return op_; }
@@ -82,7 +84,7 @@ class Arguments {
     int tail;
   };
   const char* op_;
-  std::vector<Item> items_;
+  std::deque<Item> items_;  // does not move what add() returned
   Lead lead_;
   int64_t memory_[kMaxLead];
   int memory_rank_ = 0;
@@ -91,6 +93,11 @@ class Arguments {
 
 // The size of dimension `d` (negative: from the end) of a tensor that may have too few.
 int64_t size_at(const char* op, const char* name, const Tensor& t, int64_t d);
+
+// What multiplies the rows of compressed keys and values, one number per slot.
+struct Scales {
+  std::optional<Tensor> keys, values;
+};
 
 // A gradient kept in float (double): written by kernels, then handed out in the shape and dtype of its argument.
 class Gradient {

@@ -17,7 +17,6 @@ struct Inputs {
     p.T = size_at(op, "query", q, -2), p.K = size_at(op, "query", q, -1);
     p.N = size_at(op, "values", v, -2), p.V = size_at(op, "values", v, -1);
     p.scale = scale, p.erase_scale = erase_scale;
-    args.reserve(12);
     values = &args.add("values", v, Side::memory, {p.N, p.V});
     keys = &args.add("keys", k, Side::memory, {p.N, p.K});
     query = &args.add("query", q, Side::tokens, {p.T, p.K});

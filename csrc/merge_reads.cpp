@@ -14,7 +14,6 @@ struct Inputs {
 
   Inputs(const char* op, const Tensor& r, const Tensor& l, MergeReads& p) : args(op) {
     p.S = size_at(op, "reads", r, -3), p.T = size_at(op, "reads", r, -2), p.V = size_at(op, "reads", r, -1);
-    args.reserve(6);
     reads = &args.add("reads", r, Side::tokens, {p.S, p.T, p.V});
     lses = &args.add("lses", l, Side::tokens, {p.S, p.T});
     args.floats({reads, lses});

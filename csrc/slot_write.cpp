@@ -15,7 +15,6 @@ struct Inputs {
     p.T = size_at(op, "weights", a, -2), p.K = 0;
     p.N = size_at(op, "values", v, -2), p.V = size_at(op, "values", v, -1);
     p.scale = 1, p.erase_scale = erase_scale, p.gate = Gate::given;
-    args.reserve(8);
     values = &args.add("values", v, Side::memory, {p.N, p.V});
     weights = &args.add("weights", a, Side::tokens, {p.T, p.N});
     write = &args.add("write", w, Side::tokens, {p.T, p.V});

@@ -11,33 +11,37 @@ using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 // Guards the inputs and fills everything of `p` but the results.
 struct Inputs {
   Arguments args;
-  const Tensor *query, *keys, *values, *mask;
+  const Tensor *query, *keys, *values, *mask, *key_scale, *value_scale;
 
   Inputs(const char* op, const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& m,
-         double scale, SoftmaxRead& p)
+         const Scales& scales, double scale, SoftmaxRead& p)
       : args(op) {
     p.T = size_at(op, "query", q, -2), p.K = size_at(op, "query", q, -1);
     p.N = size_at(op, "keys", k, -2), p.V = size_at(op, "values", v, -1);
     p.scale = scale;
-    args.reserve(12);
     query = &args.add("query", q, Side::tokens, {p.T, p.K});
     keys = &args.add("keys", k, Side::memory, {p.N, p.K});
     values = &args.add("values", v, Side::memory, {p.N, p.V});
     mask = args.add("slot_mask", m, Side::memory, {p.N});
-    args.floats({query, keys, values});
+    key_scale = args.add("key_scale", scales.keys, Side::memory, {p.N});
+    value_scale = args.add("value_scale", scales.values, Side::memory, {p.N});
+    args.floats({query});
+    args.slots(*keys, key_scale, *query);
+    args.slots(*values, value_scale, *query);
     args.mask(mask, *query);
   }
   void fill(SoftmaxRead& p) {
     p.lead = args.lead();
-    p.query = args.view(query, 2), p.keys = args.view(keys, 2), p.values = args.view(values, 2);
+    p.query = args.view(query, 2);
+    p.keys = args.slot_view(keys, key_scale), p.values = args.slot_view(values, value_scale);
     p.mask = args.view(mask, 1);
   }
 };
 
-Two forward(const Tensor& query, const Tensor& keys, const Tensor& values, const std::optional<Tensor>& slot_mask,
-            double scale) {
+Two run(const Tensor& query, const Tensor& keys, const Tensor& values, const std::optional<Tensor>& slot_mask,
+        const Scales& scales, double scale) {
   SoftmaxRead p;
-  Inputs in("softmax_read", query, keys, values, slot_mask, scale, p);
+  Inputs in("softmax_read", query, keys, values, slot_mask, scales, scale, p);
   in.fill(p);
   Tensor read = empty(in.args.sizes(Side::tokens, {p.T, p.V}), query.scalar_type());
   Tensor lse = empty(in.args.sizes(Side::tokens, {p.T}), stats_type(query.scalar_type()));
@@ -46,13 +50,17 @@ Two forward(const Tensor& query, const Tensor& keys, const Tensor& values, const
   return {read, lse};
 }
 
-Four backward(const Tensor& query, const Tensor& keys, const Tensor& values, const std::optional<Tensor>& slot_mask,
-              const Tensor& read, const Tensor& lse, const std::optional<Tensor>& d_read,
-              const std::optional<Tensor>& d_lse, double scale, const std::vector<bool>& wants) {
+// Which gradients are wanted: compressed slots have none.
+struct Wants {
+  bool query, keys, values, mask;
+};
+
+Four run_backward(const Tensor& query, const Tensor& keys, const Tensor& values, const std::optional<Tensor>& slot_mask,
+                  const Scales& scales, const Tensor& read, const Tensor& lse, const std::optional<Tensor>& d_read,
+                  const std::optional<Tensor>& d_lse, double scale, const Wants& wants) {
   SoftmaxReadBackward p;
   SoftmaxRead& f = p.forward;
-  Inputs in("softmax_read_backward", query, keys, values, slot_mask, scale, f);
-  in.args.require(wants.size() == 4, "wants must have 4 entries");
+  Inputs in("softmax_read_backward", query, keys, values, slot_mask, scales, scale, f);
   // Gradients that nobody has are zero.
   const Tensor zeros = d_read.has_value() ? *d_read : torch::stable::new_zeros(read, read.sizes());
   const Tensor* r = &in.args.add("read", read, Side::tokens, {f.T, f.V});
@@ -64,8 +72,10 @@ Four backward(const Tensor& query, const Tensor& keys, const Tensor& values, con
   in.fill(f);
   f.read = in.args.view(r, 2), f.lse = in.args.view(l, 1);
   p.d_read = in.args.view(dr, 2), p.d_lse = in.args.view(dl, 1);
-  Gradient d_query(in.args, in.query, wants[0], Side::tokens, 2), d_keys(in.args, in.keys, wants[1], Side::memory, 2);
-  Gradient d_values(in.args, in.values, wants[2], Side::memory, 2), d_mask(in.args, in.mask, wants[3], Side::memory, 1);
+  Gradient d_query(in.args, in.query, wants.query, Side::tokens, 2);
+  Gradient d_keys(in.args, in.keys, wants.keys, Side::memory, 2);
+  Gradient d_values(in.args, in.values, wants.values, Side::memory, 2);
+  Gradient d_mask(in.args, in.mask, wants.mask, Side::memory, 1);
   p.d_query = d_query.view(), p.d_keys = d_keys.view(), p.d_values = d_values.view(), p.d_mask = d_mask.view();
   if (f.lead.batches() * f.lead.folded() * f.T * f.N == 0) {
     for (Gradient* g : {&d_query, &d_keys, &d_values, &d_mask}) g->zero();
@@ -75,10 +85,42 @@ Four backward(const Tensor& query, const Tensor& keys, const Tensor& values, con
   return {d_query.result(), d_keys.result(), d_values.result(), d_mask.result()};
 }
 
+Two forward(const Tensor& query, const Tensor& keys, const Tensor& values, const std::optional<Tensor>& slot_mask,
+            double scale) {
+  return run(query, keys, values, slot_mask, {}, scale);
+}
+
+Four backward(const Tensor& query, const Tensor& keys, const Tensor& values, const std::optional<Tensor>& slot_mask,
+              const Tensor& read, const Tensor& lse, const std::optional<Tensor>& d_read,
+              const std::optional<Tensor>& d_lse, double scale, const std::vector<bool>& wants) {
+  check(wants.size() == 4, "softmax_read_backward: wants must have 4 entries");
+  return run_backward(query, keys, values, slot_mask, {}, read, lse, d_read, d_lse, scale,
+                      {wants[0], wants[1], wants[2], wants[3]});
+}
+
+Two forward_compressed(const Tensor& query, const Tensor& keys, const Tensor& values,
+                       const std::optional<Tensor>& slot_mask, const std::optional<Tensor>& key_scale,
+                       const std::optional<Tensor>& value_scale, double scale) {
+  return run(query, keys, values, slot_mask, {key_scale, value_scale}, scale);
+}
+
+Two backward_compressed(const Tensor& query, const Tensor& keys, const Tensor& values,
+                        const std::optional<Tensor>& slot_mask, const std::optional<Tensor>& key_scale,
+                        const std::optional<Tensor>& value_scale, const Tensor& read, const Tensor& lse,
+                        const std::optional<Tensor>& d_read, const std::optional<Tensor>& d_lse, double scale,
+                        const std::vector<bool>& wants) {
+  check(wants.size() == 2, "softmax_read_compressed_backward: wants must have 2 entries");
+  const Four d = run_backward(query, keys, values, slot_mask, {key_scale, value_scale}, read, lse, d_read, d_lse, scale,
+                              {wants[0], false, false, wants[1]});
+  return {std::get<0>(d), std::get<3>(d)};
+}
+
 }  // namespace
 }  // namespace mk
 
 STABLE_TORCH_LIBRARY_IMPL(memkernels_cpu, CPU, m) {
   m.impl("softmax_read", TORCH_BOX(&mk::forward));
   m.impl("softmax_read_backward", TORCH_BOX(&mk::backward));
+  m.impl("softmax_read_compressed", TORCH_BOX(&mk::forward_compressed));
+  m.impl("softmax_read_compressed_backward", TORCH_BOX(&mk::backward_compressed));
 }

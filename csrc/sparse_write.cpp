@@ -19,7 +19,6 @@ struct Inputs {
     c.N = size_at(op, "values", v, -2), p.V = size_at(op, "values", v, -1);
     c.T = size_at(op, "indices", i, -2), c.k = size_at(op, "indices", i, -1);
     p.erase_scale = erase_scale;
-    args.reserve(8);
     values = &args.add("values", v, Side::memory, {c.N, p.V});
     indices = &args.add("indices", i, Side::tokens, {c.T, c.k});
     weights = &args.add("weights", a, Side::tokens, {c.T, c.k});

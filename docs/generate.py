@@ -63,6 +63,8 @@ def op_table(before: str) -> str:
     """One row per declared op: name, equation, backends. ``before``: the table as it is."""
     rows = ["| operation | equation | backends |", "| --- | --- | --- |"]
     for name, op in sorted(OPS.items()):
+        if op.twin_of:  # of compressed slots: called through the op in whose row it stands
+            continue
         old = next((line for line in before.splitlines() if line.startswith(f"| [`{name}`]")), "")
         known = [cell.strip() for cell in old.split("|")[3].split(",")] if old else []
         cells = ["reference"]

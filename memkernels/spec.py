@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_NAMES = {d: str(d).removeprefix("torch.") for d in (*FLOATS, torch.bool, torch.int64)}
+COMPRESSED = (torch.int8, torch.float8_e4m3fn)
+_NAMES = {d: str(d).removeprefix("torch.") for d in (*FLOATS, torch.bool, torch.int64, *COMPRESSED)}
 
 
 def stats_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -63,7 +64,8 @@ class Arg:
     dtype: ``"lead"`` (any of FLOATS; sets the dtype of the call), ``"same"`` (as the lead), ``"content"`` (as the
         lead, or
         float32 beside a 16-bit lead; all content arguments agree), ``"stats"`` (float32, or float64 for float64),
-        ``"mask"`` (bool, or float added to the scores), ``"bool"``, ``"index"`` (int64).
+        ``"mask"`` (bool, or float added to the scores), ``"bool"``, ``"index"`` (int64), ``"slots"`` (8 bits, or the
+        lead, or float32 beside a 16-bit lead; never differentiable) and ``"scale"`` (what multiplies such a row).
     stretch: a last axis of size 1 is stretched.
     """
 
@@ -80,7 +82,8 @@ class Arg:
 
     @property
     def is_float(self) -> bool:
-        return self.dtype not in ("bool", "index")
+        """May it have a gradient?"""
+        return self.dtype not in ("bool", "index", "slots", "scale")
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,7 @@ class Op:
     params: (name, schema type) of the options that are not tensors, e.g. ``("scale", "float")``.
     saved: results that the backward kernel wants to see again.
     autocast: arguments cast to the autocast dtype while autocast is on.
+    twin_of: for an op over compressed slots, the op over float ones; it is called through that one's function.
     inplace: name of the argument that a twin operator ``<name>_`` overwrites with the result of the same name.
     """
 
@@ -118,6 +122,7 @@ class Op:
     inplace: str | None = None
     selected: Callable[..., tuple[Tensor, ...]] | None = None
     equation: str = ""
+    twin_of: str = ""
 
     @property
     def differentiable(self) -> tuple[Arg, ...]:
@@ -174,7 +179,9 @@ def _check_dtype(op: Op, arg: Arg, tensor: Tensor, lead: Tensor, content: Tensor
         wanted = FLOATS
     elif arg.dtype == "same":
         wanted = (lead.dtype,)
-    elif arg.dtype == "stats":
+    elif arg.dtype == "slots":
+        wanted = (lead.dtype, stats_dtype(lead.dtype), *COMPRESSED)
+    elif arg.dtype in ("stats", "scale"):
         wanted = (stats_dtype(lead.dtype),)
     elif arg.dtype == "mask":
         wanted = (torch.bool, lead.dtype, stats_dtype(lead.dtype))

@@ -33,6 +33,8 @@ WEIGHTS = torch.sigmoid(randn(B, T, N, seed=6))
 LSE = torch.logsumexp(K**-0.5 * QUERY @ KEYS.mT + 0.1, -1)
 INDICES = torch.tensor([[-1, 2, 2], [0, 6, 1], [3, 3, 3], [-1, -1, -1]])
 SHARES = torch.sigmoid(randn(B, T, k, seed=7))
+KEYS8, VALUES8 = (20 * KEYS).to(torch.int8), (20 * VALUES).to(torch.float8_e4m3fn)
+ROW = torch.rand(B, N, generator=torch.Generator().manual_seed(8), dtype=torch.float64) / 10
 BOOL, TOKENS = some(B, N), some(B, T)
 
 # name -> (function of the tensors, tensors)
@@ -146,6 +148,24 @@ CASES = {
     "sparse_write, shared weights": (
         lambda b, v, a, w: mk.sparse_write(v, INDICES.expand(B, T, k), a, w, backend=b),
         (VALUES, SHARES[0], WRITE),
+    ),
+    "softmax_read_compressed": (
+        lambda b, q, m: mk.softmax_read(
+            q, KEYS8, VALUES8, key_scale=ROW, value_scale=ROW, slot_mask=m, return_lse=True, backend=b
+        ),
+        (QUERY, MASK),
+    ),
+    "topk_search_compressed": (
+        lambda b, q, m: mk.topk_search(q, KEYS8, 3, key_scale=ROW, slot_mask=m, backend=b)[0],
+        (QUERY, MASK),
+    ),
+    "topk_read_compressed": (
+        lambda b, q, m: mk.topk_read(q, KEYS8, VALUES8, 3, key_scale=ROW, value_scale=ROW, slot_mask=m, backend=b),
+        (QUERY, MASK),
+    ),
+    "sparse_read_compressed": (
+        lambda b, w: mk.sparse_read(VALUES8, INDICES, w, value_scale=ROW, backend=b),
+        (randn(B, T, k),),
     ),
     "slot_write": (lambda b, *x: mk.slot_write(*x, backend=b), (VALUES, WEIGHTS, WRITE)),
     "slot_write, erase 0.5 and a token mask": (

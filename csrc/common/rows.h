@@ -41,10 +41,32 @@ MK_INLINE uint16_t float_to_bf16(float f) {
   return uint16_t((u & 0x7fffffff) > 0x7f800000 ? (u >> 16 | 0x40) : rounded);
 }
 
+// float8 e4m3fn: no infinity, +-127 is NaN. A denormal is a multiple of 2^-9, taken apart so that flushing them changes nothing.
+MK_INLINE float e4m3_to_float(uint8_t b) {
+  const uint32_t rest = b & 0x7f, sign = uint32_t(b & 0x80) << 24;
+  const uint32_t normal = (rest << 20) + (uint32_t(120) << 23), tiny = to_bits(float(int32_t(rest)) * 0.001953125f);
+  const uint32_t magnitude = rest == 0x7f ? 0x7fc00000u : rest < 8 ? tiny : normal;
+  return from_bits(sign | magnitude);
+}
+
+// dst[0..n) = factor * src[0..n), of 8-bit numbers
+template <class F>
+inline void read_compressed_row(const char* src, DType dtype, int64_t n, F factor, F* __restrict dst) {
+  if (dtype == DType::i8) {
+    const auto* p = reinterpret_cast<const int8_t*>(src);
+    for (int64_t i = 0; i < n; ++i) dst[i] = factor * F(p[i]);
+  } else {
+    const auto* p = reinterpret_cast<const uint8_t*>(src);
+    for (int64_t i = 0; i < n; ++i) dst[i] = factor * F(e4m3_to_float(p[i]));
+  }
+}
+
 // dst[0..n) = src[0..n)
 template <class F>
 inline void read_row(const char* src, DType dtype, int64_t n, F* __restrict dst) {
-  if constexpr (sizeof(F) == 8) {
+  if (is_compressed(dtype)) {
+    read_compressed_row<F>(src, dtype, n, F(1), dst);
+  } else if constexpr (sizeof(F) == 8) {
     std::memcpy(dst, src, size_t(n) * 8);
   } else if (dtype == DType::f32) {
     std::memcpy(dst, src, size_t(n) * 4);

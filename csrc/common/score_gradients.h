@@ -122,7 +122,7 @@ inline void scatter_rows(const View& view, const Lead& lead, int64_t batch, bool
 //   void tile(batch, first, count, block, t0, n, const F* packed, F* P, F* D, TileStrides)   fills P (if wanted) and D = dS
 //   const F* queries(packed), const F* reads(packed)   padded rows [n][KP] and [n][VP] in the packed tile
 template <class F, class Kernel>
-void score_gradients(const Lead& lead, const View& keys, const View& values, const View& mask, double scale,
+void score_gradients(const Lead& lead, const SlotView& keys, const SlotView& values, const View& mask, double scale,
                      const GradientShape<F>& s, const GradientViews& out, const Kernel& kernel) {
   const int64_t tile_elements = round_up(int64_t(kernel.packed(s)), 16);
   const int64_t tiles = s.panel / s.tile;

@@ -27,11 +27,12 @@ class Slots {
     const char* base = nullptr;
     DType dtype = DType::f32;
     int64_t stride = 0;
+    RowScale scale;
   };
 
  public:
-  Slots(const View& keys, const View& values, const View& mask, const Lead& lead, int64_t batch, int64_t K, int64_t V,
-        bool pad, double unit = kLog2e)
+  Slots(const SlotView& keys, const SlotView& values, const View& mask, const Lead& lead, int64_t batch, int64_t K,
+        int64_t V, bool pad, double unit = kLog2e)
       : K_(K), V_(V), keys_(rows(keys, lead, batch)), values_(rows(values, lead, batch)), unit_(F(unit)), pad_(pad) {
     if (mask) mask_ = mask.batch(lead, batch), mask_dtype_ = mask.dtype;
   }
@@ -105,8 +106,8 @@ class Slots {
   }
 
  private:
-  static Source rows(const View& v, const Lead& lead, int64_t batch) {
-    return v ? Source{v.batch(lead, batch), v.dtype, v.row} : Source{};
+  static Source rows(const SlotView& v, const Lead& lead, int64_t batch) {
+    return v ? Source{v.batch(lead, batch), v.dtype, v.row, RowScale(v, lead, batch)} : Source{};
   }
   F mask_at(int64_t i) const {
     switch (mask_dtype_) {
@@ -130,7 +131,10 @@ class Slots {
     stride = padded(width);
     for (int64_t j = 0; j < block.n; ++j) {
       F* row = buffer + j * stride;
-      read_row<F>(s.base + (first + block.place(j)) * s.stride, s.dtype, width, row);
+      const int64_t slot = first + block.place(j);
+      const char* from = s.base + slot * s.stride;
+      if (is_compressed(s.dtype)) read_compressed_row<F>(from, s.dtype, width, s.scale.template at<F>(slot), row);
+      else read_row<F>(from, s.dtype, width, row);
       for (int64_t c = width; c < stride; ++c) row[c] = 0;
     }
     out = buffer;

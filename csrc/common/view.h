@@ -9,14 +9,18 @@
 
 namespace mk {
 
-enum class DType : int8_t { f32, bf16, f16, f64, boolean, i64 };
+enum class DType : int8_t { f32, bf16, f16, f64, boolean, i64, i8, e4m3 };
+
+inline bool is_compressed(DType d) { return d == DType::i8 || d == DType::e4m3; }
 
 inline int64_t size_of(DType d) {
   switch (d) {
     case DType::f32: return 4;
     case DType::bf16:
     case DType::f16: return 2;
-    case DType::boolean: return 1;
+    case DType::boolean:
+    case DType::i8:
+    case DType::e4m3: return 1;
     default: return 8;
   }
 }
@@ -57,6 +61,29 @@ struct View {
       b /= l.size[d];
     }
     return p;
+  }
+};
+
+// Rows of slots. 8-bit numbers come with `scale`, one float32 (float64 beside float64) per slot that multiplies its row.
+struct SlotView : View {
+  View scale;
+
+  SlotView() = default;
+  SlotView(const View& rows) : View(rows) {}
+  SlotView(const View& rows, const View& row_scale) : View(rows), scale(row_scale) {}
+};
+
+// What multiplies the rows of one batch.
+struct RowScale {
+  const char* base = nullptr;
+  int64_t stride = 0;
+
+  RowScale() = default;
+  RowScale(const SlotView& v, const Lead& lead, int64_t b)
+      : base(v.scale ? v.scale.batch(lead, b) : nullptr), stride(v.scale.row) {}
+  template <class F>
+  F at(int64_t slot) const {
+    return base == nullptr ? F(1) : *reinterpret_cast<const F*>(base + slot * stride);
   }
 };
 

@@ -5,15 +5,20 @@ namespace mk::MK_ISA {
 namespace {
 
 template <DType D>
-constexpr int kSize = D == DType::f32   ? 4
-                      : D == DType::f64 ? 8
-                                        : 2;
+constexpr int kSize = D == DType::f32                      ? 4
+                      : D == DType::f64                    ? 8
+                      : D == DType::i8 || D == DType::e4m3 ? 1
+                                                           : 2;
 
 // One register of numbers of dtype D.
 template <class F, DType D>
 MK_INLINE Vec<F> load_as(const char* p) {
   if constexpr (D == DType::f32 || D == DType::f64) {
     return load<F>(reinterpret_cast<const F*>(p));
+  } else if constexpr (D == DType::i8 || D == DType::e4m3) {
+    F lanes[kLanes<F>];
+    read_compressed_row<F>(p, D, kLanes<F>, F(1), lanes);
+    return load<F>(lanes);
   } else {
     [[maybe_unused]] const auto* h = reinterpret_cast<const uint16_t*>(p);
 #if defined(__AVX512F__)
@@ -40,8 +45,9 @@ MK_INLINE Vec<F> load_first_as(const char* p, int64_t n) {
   if constexpr (D == DType::f32 || D == DType::f64) {
     return load_first<F>(reinterpret_cast<const F*>(p), n);
   } else {
-    alignas(64) uint16_t lanes[kLanes<F>] = {};
-    const auto* h = reinterpret_cast<const uint16_t*>(p);
+    using Bits = std::conditional_t<kSize<D> == 1, uint8_t, uint16_t>;
+    alignas(64) Bits lanes[kLanes<F>] = {};
+    const auto* h = reinterpret_cast<const Bits*>(p);
     for (int64_t i = 0; i < n; ++i) lanes[i] = h[i];
     return load_as<F, D>(reinterpret_cast<const char*>(lanes));
   }
@@ -50,7 +56,11 @@ MK_INLINE Vec<F> load_first_as(const char* p, int64_t n) {
 // Calls body.template operator()<D>() with the dtype as a constant.
 template <class F, class Body>
 MK_INLINE void with_dtype(DType dtype, Body&& body) {
-  if constexpr (sizeof(F) == 8) {
+  if (dtype == DType::i8) {
+    body.template operator()<DType::i8>();
+  } else if (dtype == DType::e4m3) {
+    body.template operator()<DType::e4m3>();
+  } else if constexpr (sizeof(F) == 8) {
     body.template operator()<DType::f64>();
   } else {
     if (dtype == DType::f32) body.template operator()<DType::f32>();

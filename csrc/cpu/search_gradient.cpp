@@ -29,8 +29,9 @@ void run(const TopkSearchBackward& p, F* ds, const Sum<F>& extra, size_t bytes, 
       if (!p.d_query) continue;
       const auto* index = reinterpret_cast<const int64_t*>(TokenRows(c.indices, c.lead, batch, c.T).row(t));
       const char* keys = p.keys.batch(c.lead, batch);
+      const RowScale key_scale(p.keys, c.lead, batch);
       for (int64_t j = 0; j < c.k; ++j) {
-        if (index[j] >= 0) list.push(keys + index[j] * p.keys.row, d[j] * F(p.scale));
+        if (index[j] >= 0) list.push(keys + index[j] * p.keys.row, d[j] * F(p.scale) * key_scale.at<F>(index[j]));
       }
       list.close();
       weighted_sum(p.keys.dtype, list.rows, list.weights, list.n, p.K, row);

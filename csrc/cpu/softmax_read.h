@@ -9,7 +9,9 @@ namespace mk {
 struct SoftmaxRead {
   Lead lead;
   int64_t T, N, K, V;
-  View query, keys, values, mask;
+  View query;
+  SlotView keys, values;
+  View mask;
   View read, lse;
   double scale;
 };

@@ -30,11 +30,12 @@ void list_rows(const SparseRead& p, int64_t batch, int64_t t0, int64_t t1, RowLi
   const TokenRows indices(p.choice.indices, p.choice.lead, batch, p.choice.T);
   const TokenRows w(p.weights, p.choice.lead, batch, p.choice.T);
   const char* values = p.values.batch(p.choice.lead, batch);
+  const RowScale scale(p.values, p.choice.lead, batch);
   for (int64_t t = t0; t < t1; ++t) {
     const auto* index = reinterpret_cast<const int64_t*>(indices.row(t));
     const F* x = row_as<F>(w.row(t), w.dtype, p.choice.k, weights);
     for (int64_t j = 0; j < p.choice.k; ++j) {
-      if (index[j] >= 0) list.push(values + index[j] * p.values.row, x[j]);
+      if (index[j] >= 0) list.push(values + index[j] * p.values.row, x[j] * scale.at<F>(index[j]));
     }
     ends[t - t0] = list.n;
   }
@@ -98,13 +99,14 @@ void gradient_of_weights(const SparseReadBackward& b) {
     list_rows<F>(p, batch, t0, t1, m.list, m.ends, m.weights);
     const TokenRows indices(c.indices, c.lead, batch, c.T), d_read(b.d_read, c.lead, batch, c.T);
     const TokenRows d_weights(b.d_weights, c.lead, batch, c.T);
+    const RowScale scale(p.values, c.lead, batch);
     for (int64_t v = p.V; v < VP; ++v) m.row[v] = 0;
     for (int64_t t = t0, j = 0; t < t1; j = m.ends[t++ - t0]) {
       read_row<F>(d_read.row(t), d_read.dtype, p.V, m.row);
       row_products(p.values.dtype, m.list.rows + j, m.ends[t - t0] - j, p.V, m.row, m.products);
       const auto* index = reinterpret_cast<const int64_t*>(indices.row(t));
       const F* product = m.products;
-      for (int64_t i = 0; i < c.k; ++i) m.weights[i] = index[i] >= 0 ? *product++ : F(0);
+      for (int64_t i = 0; i < c.k; ++i) m.weights[i] = index[i] >= 0 ? *product++ * scale.at<F>(index[i]) : F(0);
       write_row<F>(m.weights, c.k, d_weights.dtype, d_weights.row(t));
     }
   });

@@ -8,7 +8,8 @@ namespace mk {
 struct SparseRead {
   Choice choice;
   int64_t V;
-  View values, weights;
+  SlotView values;
+  View weights;
   View read;
 };
 

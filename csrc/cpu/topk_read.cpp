@@ -50,7 +50,10 @@ void forward(const TopkRead& p) {
            for (int64_t j = 0; j < n; ++j) m.weights[j] = scores[j], index[j] = slots[j];
            softmax_row<F>(m.weights, n);
            const char* values = p.values.batch(s.lead, batch);
-           for (int64_t j = 0; j < n; ++j) m.list.push(values + index[j] * p.values.row, m.weights[j]);
+           const RowScale scale(p.values, s.lead, batch);
+           for (int64_t j = 0; j < n; ++j) {
+             m.list.push(values + index[j] * p.values.row, m.weights[j] * scale.at<F>(index[j]));
+           }
            for (int64_t j = n; j < s.k; ++j) m.weights[j] = 0, index[j] = -1;
            m.list.close();
            std::memcpy(TokenRows(p.weights, s.lead, batch, s.T).row(t), m.weights, size_t(s.k) * sizeof(F));
@@ -88,6 +91,7 @@ void backward(const TopkReadBackward& p) {
     for (int64_t j = 0; j < c.k; ++j) d[j] = 0;
     if (p.d_read) {
       const char* values = p.values.batch(c.lead, batch);
+      const RowScale scale(p.values, c.lead, batch);
       for (int64_t j = 0; j < c.k; ++j) {
         if (index[j] >= 0) m.list.push(values + index[j] * p.values.row, F(0));
       }
@@ -97,7 +101,7 @@ void backward(const TopkReadBackward& p) {
       read_row<F>(d_read.row(t), d_read.dtype, p.V, m.read);
       row_products(p.values.dtype, m.list.rows, m.list.n, p.V, m.read, m.products);
       const F* product = m.products;
-      for (int64_t j = 0; j < c.k; ++j) d[j] = index[j] >= 0 ? *product++ : F(0);
+      for (int64_t j = 0; j < c.k; ++j) d[j] = index[j] >= 0 ? *product++ * scale.at<F>(index[j]) : F(0);
     }
     if (p.d_weights) {
       const auto* dw = reinterpret_cast<const F*>(TokenRows(p.d_weights, c.lead, batch, c.T).row(t));

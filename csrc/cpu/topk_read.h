@@ -8,7 +8,7 @@ namespace mk {
 struct TopkRead {
   TopkSearch search;  // without scores
   int64_t V;
-  View values;
+  SlotView values;
   View read, weights;
 };
 
@@ -16,7 +16,8 @@ struct TopkRead {
 struct TopkReadBackward {
   TopkSearchBackward search;  // without d_scores
   int64_t V;
-  View values, weights;
+  SlotView values;
+  View weights;
   View d_read, d_weights;
   MemoryGradient d_values;
 };

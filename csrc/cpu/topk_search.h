@@ -9,7 +9,9 @@ namespace mk {
 struct TopkSearch {
   Lead lead;
   int64_t T, N, K, k;
-  View query, keys, mask;
+  View query;
+  SlotView keys;
+  View mask;
   View scores, indices;
   double scale;
 };
@@ -19,7 +21,8 @@ struct TopkSearch {
 struct TopkSearchBackward {
   Choice choice;
   int64_t K;
-  View query, keys;
+  View query;
+  SlotView keys;
   View d_scores;
   View d_query;
   MemoryGradient d_keys, d_mask;

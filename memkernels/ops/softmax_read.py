@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..registration import call, register
 from ..spec import Arg, Op, Out
+from ._compressed import choose, compressed
 from ._formula import default_scale, inert, scores, softmax, stretch
 
 
@@ -39,6 +40,7 @@ OP = register(
         equation="r_t = sum_i softmax_i(scale q_t.k_i + mask_i) v_i",
     )
 )
+COMPRESSED = register(compressed(OP, keys="key_scale", values="value_scale"))
 
 
 def softmax_read(
@@ -48,6 +50,8 @@ def softmax_read(
     *,
     scale: float | None = None,
     slot_mask: Tensor | None = None,
+    key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None,
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -57,11 +61,14 @@ def softmax_read(
 
     Args:
         query: ``[..., T, K]``, float32, bfloat16, float16 or float64.
-        keys: ``[..., N, K]``, dtype of ``query``.
-        values: ``[..., N, V]``, dtype of ``query``, or float32 beside a 16-bit query.
+        keys: ``[..., N, K]``, dtype of ``query``, or int8 or float8_e4m3fn with ``key_scale``.
+        values: ``[..., N, V]``, dtype of ``query``, or float32 beside a 16-bit query, or int8 or float8_e4m3fn with
+            ``value_scale``.
         scale: multiplies the dot products; default ``K ** -0.5``.
         slot_mask: ``[..., N]``; bool (True: the slot may be addressed) or float, added to the scores and
             differentiable. A slot at ``-inf`` is empty: its key and value are not looked at.
+        key_scale, value_scale: ``[..., N]``, float32 (float64 beside float64), what multiplies each row of compressed
+            keys or values. Compressed slots, and float keys or values beside them, have no gradient.
         return_lse: also return ``lse``, the log-sum-exp of the scores (natural logarithm), by which reads of disjoint
             memories merge exactly (:func:`merge_reads`).
         backend: ``"auto"``, ``"reference"``, ``"cpu"``, ...; default: what :func:`use_backend` says.
@@ -79,5 +86,6 @@ def softmax_read(
     Source: Vaswani et al. 2017, Attention Is All You Need; Sukhbaatar et al. 2015, End-To-End Memory Networks.
     """
     tensors = [query, keys, values, stretch(slot_mask, keys)]
-    read, lse = call(OP, tensors, (default_scale(query, scale),), backend)
+    op, tensors = choose(OP, COMPRESSED, tensors, {"keys": key_scale, "values": value_scale})
+    read, lse = call(op, tensors, (default_scale(query, scale),), backend)
     return (read, lse) if return_lse else read

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..registration import call, register
 from ..spec import Arg, Op, Out, stats_dtype
+from ._compressed import choose, compressed
 
 
 def gather_rows(rows: Tensor, indices: Tensor) -> Tensor:
@@ -46,17 +47,27 @@ OP = register(
         equation="r_t = sum_j weights[t, j] values[indices[t, j]]",
     )
 )
+COMPRESSED = register(compressed(OP, values="value_scale"))
 
 
-def sparse_read(values: Tensor, indices: Tensor, weights: Tensor, *, backend: str | None = None) -> Tensor:
+def sparse_read(
+    values: Tensor,
+    indices: Tensor,
+    weights: Tensor,
+    *,
+    value_scale: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
     """Weighted sum of the slots that each token names.
 
     ``r_t = sum_j weights[t, j] * values[indices[t, j]]``
 
     Args:
-        values: ``[..., N, V]``, dtype of ``weights``, or float32 beside 16-bit weights.
+        values: ``[..., N, V]``, dtype of ``weights``, or float32 beside 16-bit weights, or int8 or float8_e4m3fn with
+            ``value_scale``.
         indices: int64 ``[..., T, k]`` in ``[-1, N)``; -1 is ignored, duplicates all count.
-        weights: ``[..., T, k]``. backend: as in :func:`softmax_read`.
+        weights: ``[..., T, k]``.
+        value_scale, backend: as in :func:`softmax_read`.
 
     Returns:
         read ``[..., T, V]`` in the dtype of ``weights``. Differentiable in values and weights; the gradient of values
@@ -67,5 +78,6 @@ def sparse_read(values: Tensor, indices: Tensor, weights: Tensor, *, backend: st
 
     Source: Rae et al. 2016, Scaling Memory-Augmented Neural Networks with Sparse Reads and Writes.
     """
-    result = call(OP, [values, indices, weights], (), backend)
+    op, tensors = choose(OP, COMPRESSED, [values, indices, weights], {"values": value_scale})
+    result = call(op, tensors, (), backend)
     return result[0] if isinstance(result, tuple) else result

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..registration import call, register
 from ..spec import Arg, Op, Out
+from ._compressed import choose, compressed
 from ._formula import default_scale, inert, scores, softmax, stretch
 from .sparse_read import gather_rows
 from .topk_search import at, best, neighbours
@@ -56,6 +57,7 @@ OP = register(
         equation="r_t = sum_j softmax_j(scores[t, j]) v[indices[t, j]] over the k best slots",
     )
 )
+COMPRESSED = register(compressed(OP, keys="key_scale", values="value_scale"))
 
 
 def topk_read(
@@ -66,6 +68,8 @@ def topk_read(
     *,
     scale: float | None = None,
     slot_mask: Tensor | None = None,
+    key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None,
     return_slots: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
@@ -74,8 +78,10 @@ def topk_read(
     ``r_t = sum_j softmax_j(scores[t, j]) * values[indices[t, j]]`` with scores and indices of :func:`topk_search`.
 
     Args:
-        query: ``[..., T, K]``. keys: ``[..., N, K]``, same dtype.
-        values: ``[..., N, V]``, dtype of ``query``, or float32 beside a 16-bit query.
+        query: ``[..., T, K]``. keys: ``[..., N, K]``, same dtype, or int8 or float8_e4m3fn with ``key_scale``.
+        values: ``[..., N, V]``, dtype of ``query``, or float32 beside a 16-bit query, or int8 or float8_e4m3fn with
+            ``value_scale``.
+        key_scale, value_scale: as in :func:`softmax_read`.
         k, scale, slot_mask, backend: as in :func:`topk_search`.
         return_slots: also return which slots were read and with what weight.
 
@@ -91,5 +97,7 @@ def topk_read(
     Memorizing Transformers.
     """
     params = (neighbours("topk_read", k), default_scale(query, scale))
-    result = call(OP, [query, keys, values, stretch(slot_mask, keys)], params, backend)
+    tensors = [query, keys, values, stretch(slot_mask, keys)]
+    op, tensors = choose(OP, COMPRESSED, tensors, {"keys": key_scale, "values": value_scale})
+    result = call(op, tensors, params, backend)
     return tuple(result) if return_slots else result[0]

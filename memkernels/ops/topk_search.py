@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..registration import call, register
 from ..spec import Arg, Op, Out
+from ._compressed import choose, compressed
 from ._formula import default_scale, scores, stretch
 
 
@@ -62,6 +63,7 @@ OP = register(
         equation="the k largest of scale q_t.k_i + mask_i, best first, ties to the smaller index",
     )
 )
+COMPRESSED = register(compressed(OP, keys="key_scale"))
 
 
 def topk_search(
@@ -71,6 +73,7 @@ def topk_search(
     *,
     scale: float | None = None,
     slot_mask: Tensor | None = None,
+    key_scale: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The ``k`` slots with the largest scores for every token. Exact.
@@ -78,7 +81,8 @@ def topk_search(
     ``s[t, i] = scale * <query_t, key_i> + slot_mask_i``
 
     Args:
-        query: ``[..., T, K]``. keys: ``[..., N, K]``, same dtype.
+        query: ``[..., T, K]``. keys: ``[..., N, K]``, same dtype, or int8 or float8_e4m3fn with ``key_scale``.
+        key_scale: as in :func:`softmax_read`.
         k: how many; may exceed N. scale: default ``K ** -0.5``. slot_mask: ``[..., N]``, bool or float.
         backend: as in :func:`softmax_read`.
 
@@ -96,7 +100,8 @@ def topk_search(
     Source: Johnson et al. 2017, Billion-scale similarity search with GPUs; Wu et al. 2022, Memorizing Transformers.
     """
     params = (neighbours("topk_search", k), default_scale(query, scale))
-    return call(OP, [query, keys, stretch(slot_mask, keys)], params, backend)
+    op, tensors = choose(OP, COMPRESSED, [query, keys, stretch(slot_mask, keys)], {"keys": key_scale})
+    return call(op, tensors, params, backend)
 
 
 def neighbours(op: str, k: int) -> int:

@@ -45,7 +45,8 @@ class Case:
     quick: bool = False
 
     def fits(self, op: Op) -> bool:
-        return set(self.needs) <= _names(op)
+        without = {a.name for a in op.args if not a.is_float}
+        return set(self.needs) <= _names(op) and not without.intersection(self.wants or ())
 
 
 def _names(op: Op) -> set[str]:
@@ -226,6 +227,10 @@ VALUES = (
         exact=True,
         wants=("keys",),
     ),
+    Case("float8 keys and values", ("key_scale",), give={"keys": "float8", "values": "float8"}, quick=True),
+    Case("float8 values", ("indices", "value_scale"), give={"values": "float8"}, quick=True),
+    Case("compressed keys beside float values", ("key_scale", "value_scale"), give={"values": "normal"}),
+    Case("float keys beside compressed values", ("key_scale", "value_scale"), give={"keys": "normal"}),
     Case("every index -1", ("indices", "weights", "T", "N"), give={"indices": "index_none"}),
     Case("every index the same", ("indices", "weights", "T", "N"), _sizes(T=40, k=7), give={"indices": "index_same"}),
 )

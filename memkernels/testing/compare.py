@@ -74,7 +74,9 @@ def wrong_choice(op: Op, tensors: Sequence[Tensor | None], params: Sequence, ind
     is exact and the indices must be those of the reference, ties to the smaller one.
     """
     named = {a.name: t for a, t in zip(op.args, tensors)} | dict(zip((name for name, _ in op.params), params))
-    s = scores(named["query"], named["keys"], named["slot_mask"], named["scale"])
+    keys, key_scale = named["keys"], named.get("key_scale")
+    keys = keys if key_scale is None else keys.double() * key_scale.unsqueeze(-1)
+    s = scores(named["query"], keys, named["slot_mask"], named["scale"])
     slots = s.shape[-1]
     if bool(((indices < -1) | (indices >= slots)).any()):
         return f"an index outside [-1, {slots})"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..ops._formula import scores, softmax
-from ..spec import Arg, Op, sizes, stats_dtype
+from ..spec import COMPRESSED, Arg, Op, sizes, stats_dtype
 from .cases import SIZES, Case
 
 SIXTEEN_BIT = (torch.bfloat16, torch.float16)
@@ -29,7 +29,7 @@ class Inputs:
         return [
             i
             for i, (a, t) in enumerate(zip(op.args, self.tensors))
-            if t is not None and t.is_floating_point() and (case.wants is None or a.name in case.wants)
+            if a.is_float and t is not None and t.is_floating_point() and (case.wants is None or a.name in case.wants)
         ]
 
     def doubled(self) -> list[Tensor | None]:
@@ -48,7 +48,8 @@ def make(op: Op, case: Case, dtype: torch.dtype, device: str = "cpu") -> Inputs:
     axes = {**SIZES, **case.sizes}
     tensors: list[Tensor | None] = []
     for arg in op.args:
-        if arg.optional and arg.name not in case.give:
+        compressed = any(t is not None and t.dtype in COMPRESSED for t in _scaled(op, arg, tensors))
+        if arg.optional and arg.name not in case.give and not compressed:
             tensors.append(None)
             continue
         lead = case.leads.get(arg.name, case.memory if arg.side == "memory" else case.tokens)
@@ -64,16 +65,25 @@ def make(op: Op, case: Case, dtype: torch.dtype, device: str = "cpu") -> Inputs:
     return Inputs(tensors, params, seed)
 
 
+def _scaled(op: Op, arg: Arg, tensors: list[Tensor | None]) -> list[Tensor | None]:
+    """The slots that ``arg`` multiplies, if it is a scale: ``keys`` for ``key_scale``."""
+    return [tensors[op.index(arg.name.replace("_scale", "s"))]] if arg.dtype == "scale" else []
+
+
 def _usual(op: Op, arg: Arg) -> str:
     """How an argument is filled where the case does not say."""
     if arg.name == "weights" and op.inplace:  # those of a write are shares
         return "uniform"
-    return {"bool": "token_mask", "index": "index", "stats": "stats"}.get(arg.dtype, "normal")
+    kinds = {"bool": "token_mask", "index": "index", "stats": "stats", "slots": "int8", "scale": "row_scale"}
+    return kinds.get(arg.dtype, "normal")
 
 
 def _dtype(arg: Arg, dtype: torch.dtype, case: Case) -> torch.dtype:
     kind = arg.dtype
-    if kind == "stats" or (kind == "content" and case.mixed):
+    if kind == "slots":
+        given = case.give.get(arg.name, "int8")
+        return {"int8": torch.int8, "float8": torch.float8_e4m3fn}.get(given, dtype)
+    if kind in ("stats", "scale") or (kind == "content" and case.mixed):
         return stats_dtype(dtype)
     if kind == "mask":
         return dtype if case.give.get(arg.name) == "mask_lead" else stats_dtype(dtype)
@@ -104,8 +114,9 @@ def _poison(op: Op, case: Case, tensors: list[Tensor | None]) -> None:
     if mask is not None and mask.shape[-1] and "empty" in case.give.get("slot_mask", ""):
         empty = ~mask if mask.dtype == torch.bool else torch.isneginf(mask)
         for arg, tensor in zip(op.args, tensors):
-            if arg.side == "memory" and len(arg.axes.split()) == 2 and op.inplace != arg.name:
-                tensor[empty.expand(tensor.shape[:-1])] = torch.nan
+            rows = len(arg.axes.split()) == 2 and tensor.dtype not in COMPRESSED
+            if arg.side == "memory" and (rows or arg.dtype == "scale") and op.inplace != arg.name:
+                tensor[empty.expand(tensor.shape[: tensor.dim() - rows])] = torch.nan
     if tokens is not None:
         for arg, tensor in zip(op.args, tensors):
             if arg.side == "tokens" and tensor is not None and tensor.is_floating_point():
@@ -182,6 +193,9 @@ def _ascending(shape, dtype, random, axes):
 FILL: dict[str, Callable[..., Tensor]] = {
     "normal": _normal,
     "uniform": lambda shape, dtype, random, axes: torch.rand(shape, generator=random).to(dtype),
+    "int8": lambda shape, dtype, random, axes: torch.randint(-127, 128, shape, generator=random).to(torch.int8),
+    "float8": lambda shape, dtype, random, axes: (100 * torch.randn(shape, generator=random)).to(dtype),
+    "row_scale": lambda shape, dtype, random, axes: torch.rand(shape, generator=random).to(dtype) / 64,
     "zeros": lambda shape, dtype, random, axes: torch.zeros(shape, dtype=dtype),
     "ones": lambda shape, dtype, random, axes: torch.ones(shape, dtype=dtype),
     "bits": lambda shape, dtype, random, axes: torch.randint(0, 2, shape, generator=random).to(dtype),
@@ -219,7 +233,8 @@ FILL: dict[str, Callable[..., Tensor]] = {
 
 def _blank(x: Tensor, shape) -> Tensor:
     """Memory around a view: NaN, True or a wild index, so that a read outside the view shows."""
-    fill = torch.nan if x.is_floating_point() else (True if x.dtype == torch.bool else 2**40)
+    fills = {torch.bool: True, torch.int64: 2**40, torch.int8: 127}
+    fill = fills.get(x.dtype, torch.nan)
     return torch.full(tuple(shape), fill, dtype=x.dtype, device=x.device)
 
 

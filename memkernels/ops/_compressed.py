@@ -1,0 +1,59 @@
+"""Compressed slots: keys and values of a read in 8 bits, with one number per slot that multiplies its row.
+
+    k_i = key_scale_i * keys_i,      v_i = value_scale_i * values_i
+
+An op that reads slots has a twin for them, declared from it by :func:`compressed`. Its reference multiplies the rows
+out and is that of the op; a kernel does so as it loads them. The query is not compressed, and compressed slots are
+constants: gradients go to the query and to a float mask.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ..spec import COMPRESSED, Arg, Op, stats_dtype
+
+
+def compressed(op: Op, **scales: str) -> Op:
+    """The twin of ``op`` whose arguments named in ``scales`` are compressed; argument -> name of its scale."""
+    args = [replace(a, dtype="slots") if a.name in scales else a for a in op.args]
+    args += [Arg(name, "N", "memory", "scale", optional=True) for name in scales.values()]
+    lead = next(i for i, a in enumerate(op.args) if a.dtype == "lead")
+    rows = [(op.index(name), len(op.args) + i) for i, name in enumerate(scales)]
+
+    def multiplied_out(inputs) -> list:
+        exact = stats_dtype(inputs[lead].dtype)
+        inputs = list(inputs)
+        for at, scale in rows:
+            if inputs[scale] is not None:
+                inputs[at] = inputs[at].to(exact) * inputs[scale].to(exact).unsqueeze(-1)
+        return [*inputs[: len(op.args)], *inputs[len(args) :]]
+
+    return replace(
+        op,
+        name=f"{op.name}_compressed",
+        args=tuple(args),
+        reference=lambda *inputs: op.reference(*multiplied_out(inputs)),
+        selected=op.selected and (lambda *inputs: op.selected(*multiplied_out(inputs))),
+        autocast=tuple(name for name in op.autocast if name not in scales),
+        twin_of=op.name,
+    )
+
+
+def choose(op: Op, twin: Op, tensors: list[Tensor | None], scales: dict[str, Tensor | None]) -> tuple[Op, list]:
+    """``op``, or its twin with the scales where slots are compressed. ``scales``: argument -> what multiplies it."""
+    slots = [tensors[op.index(name)] for name in scales]
+    if not any(isinstance(x, Tensor) and x.dtype in COMPRESSED for x in slots) and not any(
+        scale is not None for scale in scales.values()
+    ):
+        return op, tensors
+    for (name, scale), x, arg in zip(scales.items(), slots, twin.args[len(op.args) :]):
+        if isinstance(x, Tensor) and (x.dtype in COMPRESSED) != (scale is not None):
+            wanted = "must be given with" if scale is None else "is for int8 and float8_e4m3fn slots, got"
+            raise TypeError(f"{op.name}: {arg.name} {wanted} {name} in {str(x.dtype).removeprefix('torch.')}")
+        if torch.is_grad_enabled() and isinstance(x, Tensor) and x.requires_grad:
+            raise RuntimeError(f"{op.name}: {name} beside compressed slots has no gradient, got one that requires it")
+    return twin, [*tensors, *scales.values()]
