@@ -26,7 +26,8 @@ from .backends import BACKENDS, note_kernels, requested, select
 from .spec import Op
 
 OPS: dict[str, Op] = {}
-_libraries = {b.name: torch.library.Library(b.namespace, "DEF") for b in BACKENDS}
+# A backend that is not here has no operators: defining them is most of the time that the import takes.
+_libraries = {b: torch.library.Library(b.namespace, "DEF") for b in BACKENDS if b.missing() is None}
 _recorded: dict[str, Callable[..., Any]] = {}  # qualified name -> the op as one node of the autograd graph
 _plans: dict[tuple, Callable[..., Any]] = {}
 _PLAN_LIMIT = 4096
@@ -49,10 +50,10 @@ def _schemas(op: Op) -> tuple[str, str]:
 
 
 def register(op: Op) -> Op:
-    """Define ``op`` for every backend. Called once, at the foot of the op's module."""
+    """Define ``op`` for every backend that is here. Called once, at the foot of the op's module."""
     OPS[op.name] = op
-    for backend in BACKENDS:
-        _define(op, backend.namespace, _libraries[backend.name])
+    for backend, library in _libraries.items():
+        _define(op, backend.namespace, library)
         for suffix in ("", "_backward", "_") if op.inplace else ("", "_backward"):
             note_kernels(f"{backend.namespace}::{op.name}{suffix}")
     return op
