@@ -24,7 +24,8 @@ struct Cuts {
   int64_t streams, width, strips, part, parts;
 
   explicit Cuts(const GatedScan& p) : streams(p.lead.folded()) {
-    const int64_t item = int64_t(sizeof(F)), wanted = round_up(div_up(p.D, div_up(kStrips, most(streams, 1))), kLanes<F>);
+    const int64_t item = int64_t(sizeof(F)),
+                  wanted = round_up(div_up(p.D, div_up(kStrips, most(streams, 1))), kLanes<F>);
     width = most(kLeastBytes / item, least(kStripBytes / item, wanted));
     strips = streams * div_up(p.D, width);
     parts = strips >= kStrips / 2 ? 1 : most(1, least(kStrips / most(strips, 1), p.T / kPartTokens));
