@@ -17,6 +17,7 @@ namespace mk::MK_ISA {
 namespace {
 
 constexpr int64_t kPanelChunks = 16;
+constexpr int64_t kGroups = 4;  // at most so many, which bounds what waits to be added
 
 template <class F>
 struct Shape {
@@ -30,7 +31,7 @@ struct Shape {
         V(p.V),
         KP(Slots<F>::padded(p.K)),
         VP(Slots<F>::padded(p.V)) {
-    group = round_up(most(2 * kScanSlots, div_up(N, 8)), kScanSlots);
+    group = round_up(most(2 * kScanSlots, div_up(N, kGroups)), kScanSlots);
     groups = div_up(N, group);
     panel = least(kPanelChunks, most(1, div_up(tokens, kChunkTokens))) * kChunkTokens;
     panels = div_up(tokens, panel);
