@@ -48,6 +48,12 @@ GOALS = {
     ("topk_read", "forward", "float32", "T=1 N=2^20 K=V=64"): "bandwidth",
     ("sparse_read", "forward", "float32", "T=4096 N=2^20 V=256"): "bandwidth embedding_bag",
     ("sparse_read", "backward", "float32", "T=4096 N=2^20 V=256"): "embedding_bag",
+    ("gated_scan", "forward", "float32", "B=8 T=2048 D=512"): "bandwidth",
+    ("cell_scan", "forward", "float32", "B=32 T=256 D=256"): "loop",
+    ("cell_scan", "forward", "float32", "B=1 T=256 D=256"): "loop",
+    ("memory_scan", "forward", "float32", "T=2048 N=64 K=V=64"): "loop eager",
+    ("memory_scan", "forward", "float32", "T=2048 N=256 K=V=64"): "loop eager",
+    ("memory_scan", "backward", "float32", "T=512 N=128 K=V=64"): "eager",
     **{
         (op, direction, "float32", "peak extra memory, T=8192 N=8192 K=V=64"): "memory"
         for op in ("softmax_read", "gated_write", "topk_search", "topk_read", "slot_usage", "sparse_read")

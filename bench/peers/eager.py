@@ -64,3 +64,39 @@ def sparse_read(values, indices, weights):
 
 def weighted_rows(values, indices, weights):
     return (weights.unsqueeze(-2) @ values[indices]).squeeze(-2)
+
+
+def gated_scan(forget, update):
+    """In log2(T) steps, each of which joins every part with the one before it."""
+
+    def run():
+        f, h, step = forget, update, 1
+        while step < h.shape[1]:
+            h = torch.cat([h[:, :step], h[:, step:] + f[:, step:] * h[:, :-step]], 1)
+            f = torch.cat([f[:, :step], f[:, step:] * f[:, :-step]], 1)
+            step *= 2
+        return h
+
+    return run
+
+
+CHUNK = 16  # tokens: the [CHUNK, CHUNK, N] products of a longer one cost more than its matrix products save
+
+
+def memory_scan(values, keys, read_query, write_query, write):
+    """Chunks of tokens: what was there before, and a causal [CHUNK, CHUNK] attention to what the chunk writes."""
+    scale = keys.shape[-1] ** -0.5
+
+    def run():
+        gates = torch.sigmoid(scale * write_query @ keys.mT).split(CHUNK)
+        weights = torch.softmax(scale * read_query @ keys.mT, -1).split(CHUNK)
+        memory, reads = values, []
+        for a, p, w in zip(gates, weights, write.split(CHUNK)):
+            kept = torch.cumsum(torch.log1p(-a), 0)
+            since = torch.exp((kept.unsqueeze(1) - kept.unsqueeze(0)).clamp(max=0))  # [t, s, N]
+            within = torch.einsum("ti,tsi,si->ts", p, since, a).tril()
+            reads.append((p * torch.exp(kept)) @ memory + within @ w)
+            memory = torch.exp(kept[-1:]).mT * memory + (a * torch.exp(kept[-1:] - kept)).mT @ w
+        return torch.cat(reads)
+
+    return run

@@ -40,3 +40,44 @@ def gated_write(values, keys, query, write):
         return memory
 
     return run
+
+
+def gated_scan(forget, update):
+    def run():
+        states, h = torch.empty_like(update), torch.zeros_like(update[:, 0])
+        for t in range(update.shape[1]):
+            h = torch.addcmul(update[:, t], forget[:, t], h)
+            states[:, t] = h
+        return states
+
+    return run
+
+
+def cell_scan(inputs, weight):
+    columns, width = weight.mT.contiguous(), weight.shape[-1]
+
+    def run():
+        states, h = inputs.new_empty(*inputs.shape[:2], width), inputs.new_zeros(len(inputs), width)
+        for t in range(inputs.shape[1]):
+            z = torch.addmm(inputs[:, t], h, columns)
+            gates = torch.sigmoid(z[:, : 2 * width])
+            h = gates[:, :width] * h + gates[:, width:] * torch.tanh(z[:, 2 * width :])
+            states[:, t] = h
+        return states
+
+    return run
+
+
+def memory_scan(values, keys, read_query, write_query, write):
+    scale = keys.shape[-1] ** -0.5
+
+    def run():
+        gates = torch.sigmoid(scale * write_query @ keys.mT).unsqueeze(-1)  # [T, N, 1]
+        weights = torch.softmax(scale * read_query @ keys.mT, -1)
+        memory, reads = values.clone(), torch.empty_like(write)
+        for t in range(len(write)):
+            memory.lerp_(write[t], gates[t])
+            torch.mv(memory.mT, weights[t], out=reads[t])
+        return reads
+
+    return run

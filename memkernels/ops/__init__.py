@@ -1,7 +1,10 @@
 """The operations. One module per op: contract, reference, declaration, public function."""
 
 from .address import address
+from .cell_scan import cell_scan
+from .gated_scan import gated_scan
 from .gated_write import gated_write, gated_write_
+from .memory_scan import memory_scan
 from .merge_reads import merge_reads
 from .slot_usage import slot_usage
 from .slot_write import slot_write, slot_write_
@@ -14,8 +17,11 @@ from .topk_search import topk_search
 
 __all__ = [
     "address",
+    "cell_scan",
+    "gated_scan",
     "gated_write",
     "gated_write_",
+    "memory_scan",
     "merge_reads",
     "slot_usage",
     "slot_write",

@@ -74,8 +74,9 @@ def _usual(op: Op, arg: Arg) -> str:
     """How an argument is filled where the case does not say."""
     if arg.name == "weights" and op.inplace:  # those of a write are shares
         return "uniform"
+    own = {"forget": "uniform", "weight": "recurrent"}
     kinds = {"bool": "token_mask", "index": "index", "stats": "stats", "slots": "int8", "scale": "row_scale"}
-    return kinds.get(arg.dtype, "normal")
+    return own.get(arg.name) or kinds.get(arg.dtype, "normal")
 
 
 def _dtype(arg: Arg, dtype: torch.dtype, case: Case) -> torch.dtype:
@@ -95,7 +96,7 @@ def _param(name: str, case: Case, axes: dict[str, int]):
         return case.params[name]
     if name == "k":
         return axes["k"]
-    defaults = {"scale": axes["K"] ** -0.5, "sigmoid": False, "erase_scale": 1.0}
+    defaults = {"scale": axes["K"] ** -0.5, "sigmoid": False, "erase_scale": 1.0, "read_first": False}
     return defaults[name]
 
 
@@ -130,6 +131,11 @@ def _poison(op: Op, case: Case, tensors: list[Tensor | None]) -> None:
 
 def _normal(shape, dtype, random, axes):
     return torch.randn(shape, generator=random, dtype=stats_dtype(dtype)).to(dtype)
+
+
+def _recurrent(shape, dtype, random, axes):
+    """A weight that keeps states small: they do not amplify what rounding leaves."""
+    return (0.3 * shape[-1] ** -0.5 * torch.randn(shape, generator=random, dtype=stats_dtype(dtype))).to(dtype)
 
 
 def _rounded(factor: float, steps: float) -> Callable:
@@ -192,6 +198,7 @@ def _ascending(shape, dtype, random, axes):
 
 FILL: dict[str, Callable[..., Tensor]] = {
     "normal": _normal,
+    "recurrent": _recurrent,
     "uniform": lambda shape, dtype, random, axes: torch.rand(shape, generator=random).to(dtype),
     "int8": lambda shape, dtype, random, axes: torch.randint(-127, 128, shape, generator=random).to(torch.int8),
     "float8": lambda shape, dtype, random, axes: (100 * torch.randn(shape, generator=random)).to(dtype),

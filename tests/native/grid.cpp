@@ -156,6 +156,14 @@ void poison_empty(const Wide& mask, Tensor& rows) {
   rows.assign(x);
 }
 
+std::vector<std::vector<int64_t>> memories(const Case& c) {
+  const Layout slots = c.slots(1);
+  std::vector<std::vector<int64_t>> places(size_t(slots.blocks()));
+  const Layout blocks(c.lead, c.memory, 1, 1);
+  for (int64_t place = 0; place < c.places(); ++place) places[size_t(blocks.first[size_t(place)])].push_back(place);
+  return places;
+}
+
 std::vector<double> scores(const Case& c, const Wide& query, const Wide& keys, const Wide& mask, double scale,
                            int64_t place) {
   std::vector<double> s(size_t(c.T * c.N), -kInfinity);

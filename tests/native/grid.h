@@ -63,6 +63,8 @@ Wide gradient(Random& random, const Tensor& mask);  // nor does a mask that is b
 // Rows of memory that no place of the call may address become NaN: nobody may look at them.
 void poison_empty(const Wide& mask, Tensor& rows);
 
+// The places whose tokens write to one memory, in the order of the writes.
+std::vector<std::vector<int64_t>> memories(const Case& c);
 // scale <query_t, key_i> + mask_i of one place, [T][N]; -inf in empty slots whatever their keys hold.
 std::vector<double> scores(const Case& c, const Wide& query, const Wide& keys, const Wide& mask, double scale,
                            int64_t place);

@@ -16,5 +16,8 @@ void topk_read(const Case& c);
 void sparse_read(const Case& c);
 void sparse_write(const Case& c);
 void merge_reads(const Case& c);
+void gated_scan(const Case& c);
+void cell_scan(const Case& c);
+void memory_scan(const Case& c);
 
 }  // namespace native

@@ -18,7 +18,8 @@ constexpr Family kFamilies[] = {
     {"topk_search", native::topk_search},   {"topk_read", native::topk_read},
     {"slot_write", native::slot_write},     {"softmax_write", native::softmax_write},
     {"sparse_read", native::sparse_read},   {"sparse_write", native::sparse_write},
-    {"merge_reads", native::merge_reads},
+    {"merge_reads", native::merge_reads},   {"gated_scan", native::gated_scan},
+    {"cell_scan", native::cell_scan},       {"memory_scan", native::memory_scan},
 };
 
 }  // namespace

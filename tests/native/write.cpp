@@ -10,15 +10,6 @@ namespace {
 
 constexpr double kErase[] = {1, 0, 0.375};
 
-// The places whose tokens write to one memory, in the order of the writes.
-std::vector<std::vector<int64_t>> memories(const Case& c) {
-  const Layout slots = c.slots(1);
-  std::vector<std::vector<int64_t>> places(size_t(slots.blocks()));
-  const Layout blocks(c.lead, c.memory, 1, 1);
-  for (int64_t place = 0; place < c.places(); ++place) places[size_t(blocks.first[size_t(place)])].push_back(place);
-  return places;
-}
-
 struct Written {
   mk::Gate kind;
   Random random;
