@@ -68,23 +68,34 @@ struct Chunk {
         buffers(Slots<F>::buffers(arena, kSlotBlock, s.K, s.V)) {}
 };
 
-// dh of one token and n slots into the three sums.
+// dh of one token and n slots into the three sums, for some registers of columns.
+template <class F, int columns>
+MK_INLINE void add_columns(const F* ds, const F* hidden, const F* u, int64_t n, int64_t KP, F* dk, F* dq, F* du) {
+  constexpr int W = kLanes<F>;
+  Vec<F> uv[columns], q[columns], sum[columns];
+  for (int i = 0; i < columns; ++i) {
+    uv[i] = load<F>(u + i * W), q[i] = load<F>(dq + i * W), sum[i] = load<F>(du + i * W);
+  }
+  for (int64_t r = 0; r < n; ++r, hidden += KP, dk += KP) {
+    const Vec<F> d = fill<F>(ds[r]);
+#pragma GCC unroll 4
+    for (int i = 0; i < columns; ++i) {
+      const Vec<F> h = load<F>(hidden + i * W), dh = d * h;
+      const Vec<F> g = uv[i] * (d - dh * h);
+      store<F>(dk + i * W, load<F>(dk + i * W) + g);
+      q[i] += g;
+      sum[i] += dh;
+    }
+  }
+  for (int i = 0; i < columns; ++i) store<F>(dq + i * W, q[i]), store<F>(du + i * W, sum[i]);
+}
+
 template <class F>
 void add_hidden(const F* ds, const F* hidden, const F* u, int64_t n, int64_t KP, F* dk, F* dq, F* du) {
-  for (int64_t c = 0; c < KP; c += kLanes<F>) {
-    const Vec<F> uv = load<F>(u + c);
-    Vec<F> q = load<F>(dq + c), sum = load<F>(du + c);
-    for (int64_t r = c; r < n * KP; r += KP, ++ds) {
-      const Vec<F> h = load<F>(hidden + r), d = fill<F>(*ds);
-      const Vec<F> g = d * (uv - uv * h * h);
-      store<F>(dk + r, load<F>(dk + r) + g);
-      q += g;
-      sum += d * h;
-    }
-    ds -= n;
-    store<F>(dq + c, q);
-    store<F>(du + c, sum);
-  }
+  constexpr int W = kLanes<F>;
+  int64_t c = 0;
+  for (; c + 4 * W <= KP; c += 4 * W) add_columns<F, 4>(ds, hidden + c, u + c, n, KP, dk + c, dq + c, du + c);
+  for (; c < KP; c += W) add_columns<F, 1>(ds, hidden + c, u + c, n, KP, dk + c, dq + c, du + c);
 }
 
 template <class F>
