@@ -30,7 +30,7 @@ def mixture(logits: Tensor, cache_scores: Tensor, cache_tokens: Tensor, mix: Ten
     p = (1 - mix) * torch.exp(log_own) + mix * cached
     both = torch.log(p.masked_fill(p == 0, 1)).masked_fill(p == 0, -torch.inf)
     alone = log_own + torch.log1p(-mix.masked_fill(mix == 1, 0)).masked_fill(mix == 1, -torch.inf)
-    log_p = torch.where(cached > 0, both, alone)
+    log_p = torch.where(cached == 0, alone, both)
     return log_p.masked_fill(torch.isneginf(log_p), -torch.inf), torch.logsumexp(z, -1)
 
 
