@@ -27,24 +27,48 @@ MK_INLINE Vec<F> load_or_least(const F* x, int64_t j, int64_t count) {
   return load<F>(lanes);
 }
 
-// The log-sum-exp of a row (natural); -inf where every number is -inf.
+// A log-sum-exp as it grows, a sum per lane: exp(x - m) with a reference m that is only moved when a number exceeds it by more than
+// kSlack, so that the stream from memory meets no second pass and hardly ever a rescaling.
+template <class F>
+struct LogSum {
+  static constexpr int kSlack = 5;
+  Vec<F> m = fill<F>(-kInf<F>), base = fill<F>(0), l = fill<F>(0);
+
+  static MK_INLINE Vec<F> exponential(Vec<F> x) { return exp2<F>(x * F(kLog2e)); }
+  MK_INLINE void meet(Vec<F> top) {
+    if (__builtin_expect(!any<F>(top > m + F(kSlack)), 1)) return;
+    const Vec<F> moved = max<F>(top, m);
+    l *= m == -kInf<F> ? fill<F>(0) : exponential(m - moved);
+    m = moved;
+    base = m == -kInf<F> ? fill<F>(0) : m;
+  }
+  MK_INLINE Vec<F> term(Vec<F> x) const { return exponential(x - base); }
+  // Natural; -inf where every number was.
+  F value() const {
+    const F top = largest<F>(m);
+    const F total = sum<F>(l * (m == -kInf<F> ? fill<F>(0) : exponential(m - top)));
+    return total == 0 ? -kInf<F> : (top == -kInf<F> ? F(0) : top) + std::log(total);
+  }
+};
+
 template <class F>
 inline F row_lse(const char* row, DType dtype, int64_t n, F* buffer) {
   constexpr int W = kLanes<F>;
-  F m = -kInf<F>, l = 0;
+  LogSum<F> sums;
   each_block<F>(row, dtype, n, buffer, [&](int64_t, const F* x, int64_t count) {
-    Vec<F> tops = fill<F>(-kInf<F>), sums = fill<F>(0);
-    for (int64_t j = 0; j < count; j += W) tops = max<F>(load_or_least<F>(x, j, count), tops);
-    const F top = largest<F>(tops);
-    if (top > m) {
-      l = m == -kInf<F> ? l : l * std::exp(m - top);  // a NaN that has been summed stays
-      m = top;
+    int64_t j = 0;
+    for (; j + 4 * W <= count; j += 4 * W) {
+      const Vec<F> a = load<F>(x + j), b = load<F>(x + j + W), c = load<F>(x + j + 2 * W), d = load<F>(x + j + 3 * W);
+      sums.meet(max<F>(max<F>(a, b), max<F>(c, d)));
+      sums.l += (sums.term(a) + sums.term(b)) + (sums.term(c) + sums.term(d));
     }
-    const F base = m == -kInf<F> ? F(0) : m;
-    for (int64_t j = 0; j < count; j += W) sums += exp2<F>((load_or_least<F>(x, j, count) - base) * F(kLog2e));
-    l += sum<F>(sums);
+    for (; j < count; j += W) {
+      const Vec<F> a = load_or_least<F>(x, j, count);
+      sums.meet(a);
+      sums.l += sums.term(a);
+    }
   });
-  return l == 0 ? -kInf<F> : (m == -kInf<F> ? F(0) : m) + std::log(l);
+  return sums.value();
 }
 
 // The entries of one token: e_j = exp(score_j - largest), 0 for an empty entry, and their sum.
