@@ -6,7 +6,7 @@
 
 namespace mk {
 
-void check_indices(const char* op, const Choice& c);
+void check_indices(const char* op, const Choice& c, const char* argument = "indices");
 
 // Makes a fresh, large piece of memory zero without writing it: pages handed back to the system are zero when they are
 // next touched. Filling it would cost most of a backward that touches a few rows. False: it is not known to be zero.

@@ -20,3 +20,19 @@ def _compiled(function):
 
 def gated_write(values, keys, query, write):
     return lambda: _compiled(eager.written)(values, keys, query, write)
+
+
+def product_key_search(query, subkeys, k):
+    return lambda: _compiled(eager.best_pairs)(query, subkeys, k)
+
+
+def additive_read(query, keys, values, score_vector):
+    return lambda: _compiled(eager.additive_attention)(query, keys, values, score_vector)
+
+
+def cache_nll(logits, targets, cache_scores, cache_tokens, mix):
+    return lambda: _compiled(eager.mixed_loss)(logits, targets, cache_scores, cache_tokens, mix)
+
+
+def cache_logprobs(logits, cache_scores, cache_tokens, mix):
+    return lambda: _compiled(eager.mixed)(logits, cache_scores, cache_tokens, mix)

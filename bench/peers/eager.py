@@ -100,3 +100,45 @@ def memory_scan(values, keys, read_query, write_query, write):
         return torch.cat(reads)
 
     return run
+
+
+def best_pairs(query, subkeys, k):
+    """The k best of each list, their sums, and the k best of those."""
+    scale = query.shape[-1] ** -0.5
+    halves = torch.einsum("tch,cnh->ctn", query.unflatten(-1, (2, -1)), scale * subkeys)
+    first, second = torch.topk(halves, min(k, subkeys.shape[-2]))[0]
+    return torch.topk((first.unsqueeze(-1) + second.unsqueeze(-2)).flatten(-2), k)[0]
+
+
+def product_key_search(query, subkeys, k):
+    return lambda: best_pairs(query, subkeys, k)
+
+
+def additive_attention(query, keys, values, score_vector):
+    hidden = torch.tanh(query.unsqueeze(-2) + keys.unsqueeze(-3))
+    return torch.softmax(hidden @ score_vector, -1) @ values
+
+
+def additive_read(query, keys, values, score_vector):
+    return lambda: additive_attention(query, keys, values, score_vector)
+
+
+def mixed_loss(logits, targets, cache_scores, cache_tokens, mix):
+    targets = targets.unsqueeze(-1)
+    own = torch.log_softmax(logits, -1).gather(-1, targets).squeeze(-1).exp()
+    cached = (torch.softmax(cache_scores, -1) * (cache_tokens == targets)).sum(-1)
+    return -torch.log((1 - mix) * own + mix * cached)
+
+
+def cache_nll(logits, targets, cache_scores, cache_tokens, mix):
+    return lambda: mixed_loss(logits, targets, cache_scores, cache_tokens, mix)
+
+
+def mixed(logits, cache_scores, cache_tokens, mix):
+    cached = torch.zeros_like(logits).scatter_add(-1, cache_tokens, torch.softmax(cache_scores, -1))
+    mix = mix.unsqueeze(-1)
+    return torch.log((1 - mix) * torch.softmax(logits, -1) + mix * cached)
+
+
+def cache_logprobs(logits, cache_scores, cache_tokens, mix):
+    return lambda: mixed(logits, cache_scores, cache_tokens, mix)

@@ -15,8 +15,8 @@
 // not depend on threads.
 #include "cpu/softmax_read.h"
 
+#include "common/online_softmax.h"
 #include "common/parallel.h"
-#include "common/scores.h"
 
 namespace mk::MK_ISA {
 namespace {
@@ -29,9 +29,6 @@ constexpr int64_t kLeastSlots = 1024;  // but no range is smaller
 constexpr int64_t kPanels = 4;
 constexpr int64_t kLeastTasks = 8;
 constexpr int64_t kWidened = 32;
-
-// A reference for exponents that is only moved when a score exceeds it by more than 2^8: rescaling is rare, sums stay finite.
-constexpr int kSlack = 8;
 
 struct Plan {
   int64_t batches, tokens, tile, tiles, ranges, range;
@@ -58,13 +55,8 @@ Plan plan(const SoftmaxRead& p) {
   return s;
 }
 
-// Result of one tile over one range: m, l [lanes] and acc, either [V][lanes] panel after panel or [tokens][padded V].
-template <class F>
-struct Partial {
-  F *m, *l, *acc;
-};
-
-// The softmax of one block for one panel of tokens, in place: S becomes exp2(S - m); acc is rescaled when m moves.
+// The softmax of one block for one panel of tokens, in place: S becomes exp2(S - m); acc, [V][lanes] panel after panel, is rescaled
+// when m moves.
 template <class F>
 void exponentials(F* S, int64_t slots, int64_t L, F* ms, F* ls, F* acc, int64_t V) {
   constexpr int W = kLanes<F>;
@@ -148,58 +140,13 @@ void rows(const SoftmaxRead& p, const Slots<F>& slots, const TokenRows& query, i
     if (block.n == 0) continue;
     typename Slots<F>::Ahead next(slots, least(i + step, hi), least(i + 2 * step, hi));
     score_rows(block, p.K, q, n, S, [&] { next.ask(lines); });
-    const int64_t padded = round_up(block.n, W);
-    for (int64_t t = 0; t < n; ++t) {
-      F* s = S + t * kSlotBlock;
-      Vec<F> tops = load<F>(s);
-      for (int64_t r = W; r < padded; r += W) tops = max<F>(load<F>(s + r), tops);
-      const F top = largest<F>(tops);
-      if (top > out.m[t] + F(kSlack)) {
-        const F factor = out.m[t] == -kInf<F> ? F(0) : std::exp2(out.m[t] - top);
-        out.l[t] *= factor;
-        for (int64_t v = 0; v < VP; ++v) out.acc[t * VP + v] *= factor;
-        out.m[t] = top;
-      }
-      const Vec<F> base = fill<F>(out.m[t] == -kInf<F> ? F(0) : out.m[t]);
-      Vec<F> l = fill<F>(0);
-      for (int64_t r = 0; r < padded; r += W) {
-        const Vec<F> e = exp2<F>(load<F>(s + r) - base);
-        l += e;
-        store<F>(s + r, e);
-      }
-      out.l[t] += sum<F>(l);
-    }
+    exponential_rows<F>(S, block.n, n, VP, out);
     for (int64_t r = 0; r < block.n; r += W) {
       gemm({n, VP, least(W, block.n - r), S + r, kSlotBlock, 1, block.values + r * block.vs, block.vs, out.acc, VP,
             true});
       next.ask(n * lines);
     }
   }
-}
-
-// Sums the ranges of one token in order and writes it. acc of range r at parts[r].acc + v * stride.
-template <class F>
-void finish(const SoftmaxRead& p, const Partial<F>* parts, int64_t ranges, int64_t lane, int64_t at, int64_t stride,
-            char* read, char* lse, F* row) {
-  F m = -kInf<F>;
-  for (int64_t r = 0; r < ranges; ++r) m = parts[r].m[lane] > m ? parts[r].m[lane] : m;
-  F l = 0;
-  for (int64_t v = 0; v < p.V; ++v) row[v] = 0;
-  for (int64_t r = 0; r < ranges; ++r) {
-    const F mr = parts[r].m[lane];
-    // A NaN score never enters the maximum: such a part counts whole, so that the NaN arrives.
-    const F w = mr == m          ? F(1)
-                : mr == -kInf<F> ? (parts[r].l[lane] == parts[r].l[lane] ? F(0) : F(1))
-                                 : std::exp2(mr - m);
-    if (w == 0) continue;
-    l += w * parts[r].l[lane];
-    for (int64_t v = 0; v < p.V; ++v) row[v] += w * parts[r].acc[at + v * stride];
-  }
-  const F inverse = l == 0 ? F(0) : F(1) / l;
-  for (int64_t v = 0; v < p.V; ++v) row[v] *= inverse;
-  if (read != nullptr) write_row<F>(row, p.V, p.read.dtype, read);
-  const F base = m == -kInf<F> ? F(0) : m;
-  *reinterpret_cast<F*>(lse) = l == 0 ? -kInf<F> : (base + std::log2(l)) * F(kLn2);
 }
 
 template <class F>
@@ -226,8 +173,9 @@ void run(const SoftmaxRead& p) {
     const TokenRows read(p.read, p.lead, batch, p.T), lse(p.lse, p.lead, batch, p.T);
     for (int64_t t = 0; t < n; ++t) {
       const int64_t panel = t / kTokenTile<F> * kTokenTile<F>, L = least(kTokenTile<F>, lanes - panel);
-      finish<F>(p, parts, s.ranges, t, few ? t * VP : panel * p.V + t - panel, few ? 1 : L,
-                read ? read.row(t0 + t) : nullptr, lse.row(t0 + t), row);
+      const F l = merge_ranges<F>(parts, s.ranges, t, few ? t * VP : panel * p.V + t - panel, few ? 1 : L, p.V, row);
+      if (read) write_row<F>(row, p.V, read.dtype, read.row(t0 + t));
+      *reinterpret_cast<F*>(lse.row(t0 + t)) = l;
     }
   };
 

@@ -1,11 +1,15 @@
 """The operations. One module per op: contract, reference, declaration, public function."""
 
+from .additive_read import additive_read
 from .address import address
+from .cache_logprobs import cache_logprobs
+from .cache_nll import cache_nll
 from .cell_scan import cell_scan
 from .gated_scan import gated_scan
 from .gated_write import gated_write, gated_write_
 from .memory_scan import memory_scan
 from .merge_reads import merge_reads
+from .product_key_search import product_key_search
 from .slot_usage import slot_usage
 from .slot_write import slot_write, slot_write_
 from .softmax_read import softmax_read
@@ -16,13 +20,17 @@ from .topk_read import topk_read
 from .topk_search import topk_search
 
 __all__ = [
+    "additive_read",
     "address",
+    "cache_logprobs",
+    "cache_nll",
     "cell_scan",
     "gated_scan",
     "gated_write",
     "gated_write_",
     "memory_scan",
     "merge_reads",
+    "product_key_search",
     "slot_usage",
     "slot_write",
     "slot_write_",

@@ -72,9 +72,9 @@ def _scaled(op: Op, arg: Arg, tensors: list[Tensor | None]) -> list[Tensor | Non
 
 def _usual(op: Op, arg: Arg) -> str:
     """How an argument is filled where the case does not say."""
-    if arg.name == "weights" and op.inplace:  # those of a write are shares
+    if arg.name == "mix" or (arg.name == "weights" and op.inplace):  # those of a write are shares
         return "uniform"
-    own = {"forget": "uniform", "weight": "recurrent"}
+    own = {"forget": "uniform", "weight": "recurrent", "cache_tokens": "word", "targets": "word"}
     kinds = {"bool": "token_mask", "index": "index", "stats": "stats", "slots": "int8", "scale": "row_scale"}
     return own.get(arg.name) or kinds.get(arg.dtype, "normal")
 
@@ -230,6 +230,8 @@ FILL: dict[str, Callable[..., Tensor]] = {
     "index": lambda shape, dtype, random, axes: (
         torch.randint(-1, max(axes["N"], 0), shape, generator=random) if axes["N"] else torch.full(shape, -1)
     ),
+    "word": lambda shape, dtype, random, axes: torch.randint(-1, axes["W"], shape, generator=random),
+    "word_same": lambda shape, dtype, random, axes: torch.full(shape, axes["W"] // 2),
     "index_none": lambda shape, dtype, random, axes: torch.full(shape, -1),
     "index_same": lambda shape, dtype, random, axes: torch.full(shape, axes["N"] // 2),
 }

@@ -1,0 +1,71 @@
+// A softmax-weighted sum of values of which only (m, l, acc) is kept: the reference of the exponents, the sum of the exponentials, the
+// sum of exponentials times values. Scores are in units of log2.
+#pragma once
+
+#include "common/scores.h"
+
+namespace mk::MK_ISA {
+
+// A reference for exponents that is only moved when a score exceeds it by more than 2^8: rescaling is rare, sums stay finite.
+constexpr int kSlack = 8;
+
+// What one tile of tokens has of one range of slots: m, l [lanes] and acc.
+template <class F>
+struct Partial {
+  F *m, *l, *acc;
+};
+
+// The softmax of one block of slots for n tokens, in place: rows of S, padded to whole registers with -inf, become exp2(S - m); the
+// row of acc of a token (VP numbers) is rescaled when m moves.
+template <class F>
+inline void exponential_rows(F* S, int64_t slots, int64_t n, int64_t VP, Partial<F> out) {
+  constexpr int W = kLanes<F>;
+  const int64_t padded = round_up(slots, W);
+  for (int64_t t = 0; t < n; ++t) {
+    F* s = S + t * kSlotBlock;
+    Vec<F> tops = load<F>(s);
+    for (int64_t r = W; r < padded; r += W) tops = max<F>(load<F>(s + r), tops);
+    const F top = largest<F>(tops);
+    if (top > out.m[t] + F(kSlack)) {
+      const F factor = out.m[t] == -kInf<F> ? F(0) : std::exp2(out.m[t] - top);
+      out.l[t] *= factor;
+      for (int64_t v = 0; v < VP; ++v) out.acc[t * VP + v] *= factor;
+      out.m[t] = top;
+    }
+    const Vec<F> base = fill<F>(out.m[t] == -kInf<F> ? F(0) : out.m[t]);
+    Vec<F> l = fill<F>(0);
+    for (int64_t r = 0; r < padded; r += W) {
+      const Vec<F> e = exp2<F>(load<F>(s + r) - base);
+      l += e;
+      store<F>(s + r, e);
+    }
+    out.l[t] += sum<F>(l);
+  }
+}
+
+// Sums the ranges of one token in order: row[0..V) is its read, the result its lse (natural). acc of range r at parts[r].acc + at +
+// v * stride.
+template <class F>
+inline F merge_ranges(const Partial<F>* parts, int64_t ranges, int64_t lane, int64_t at, int64_t stride, int64_t V,
+                      F* row) {
+  F m = -kInf<F>;
+  for (int64_t r = 0; r < ranges; ++r) m = parts[r].m[lane] > m ? parts[r].m[lane] : m;
+  F l = 0;
+  for (int64_t v = 0; v < V; ++v) row[v] = 0;
+  for (int64_t r = 0; r < ranges; ++r) {
+    const F mr = parts[r].m[lane];
+    // A NaN score never enters the maximum: such a part counts whole, so that the NaN arrives.
+    const F w = mr == m          ? F(1)
+                : mr == -kInf<F> ? (parts[r].l[lane] == parts[r].l[lane] ? F(0) : F(1))
+                                 : std::exp2(mr - m);
+    if (w == 0) continue;
+    l += w * parts[r].l[lane];
+    for (int64_t v = 0; v < V; ++v) row[v] += w * parts[r].acc[at + v * stride];
+  }
+  const F inverse = l == 0 ? F(0) : F(1) / l;
+  for (int64_t v = 0; v < V; ++v) row[v] *= inverse;
+  const F base = m == -kInf<F> ? F(0) : m;
+  return l == 0 ? -kInf<F> : (base + std::log2(l)) * F(kLn2);
+}
+
+}  // namespace mk::MK_ISA

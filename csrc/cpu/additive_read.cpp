@@ -1,0 +1,120 @@
+// additive_read forward:  r_t = sum_i p[t, i] v_i,  p = softmax(s),  s[t, i] = sum_a u_a tanh(q_ta + k_ia) + mask_i
+//
+// T N K hyperbolic tangents are nearly all of the work: bound by arithmetic, a score costs K / lanes of them. Lanes run along K,
+// whatever the number of tokens, so nothing is packed and one layout serves a decoder's single token and a whole sequence; the
+// sums over lanes are taken 16 scores at a time. Blocks of 96 slots stream past a tile of tokens with the online softmax of
+// common/online_softmax.h; the read is one product of the weights and the values per block, from L1. Nothing of size T N K is
+// ever kept.
+//
+// Parallel over batches, tiles of tokens and ranges of slots. Their numbers depend on shapes alone, and ranges merge in order, so the
+// bits do not depend on threads.
+#include "cpu/additive_read.h"
+
+#include "common/additive_scores.h"
+#include "common/online_softmax.h"
+#include "common/parallel.h"
+
+namespace mk::MK_ISA {
+namespace {
+
+constexpr int64_t kTile = 32;         // tokens
+constexpr int64_t kTasks = 64;        // ranges of slots are cut until there are this many tasks
+constexpr int64_t kLeastSlots = 384;  // but no range is smaller
+
+template <class F>
+struct Plan {
+  int64_t batches, tokens, tile, tiles, ranges, range, KP, VP, size;
+
+  explicit Plan(const AdditiveRead& p) {
+    batches = p.lead.batches();
+    tokens = p.lead.folded() * p.T;
+    tile = most(1, least(tokens, kTile));
+    tiles = div_up(tokens, tile);
+    ranges = most(1, least(div_up(kTasks, most(1, batches * tiles)), p.N / kLeastSlots));
+    range = round_up(div_up(most(p.N, 1), ranges), kSlotBlock);
+    ranges = div_up(most(p.N, 1), range);
+    KP = Slots<F>::padded(p.K), VP = Slots<F>::padded(p.V);
+    size = round_up(2 * tile + tile * VP, 64 / int64_t(sizeof(F)));
+  }
+  Partial<F> partial(F* at) const { return {at, at + tile, at + 2 * tile}; }
+};
+
+// What a task works in.
+template <class F>
+struct Work {
+  F *own, *row, *u, *q, *S;
+  typename Slots<F>::Buffers buffers;
+
+  Work(Arena& arena, const AdditiveRead& p, const Plan<F>& s)
+      : own(arena.take<F>(s.size)),
+        row(arena.take<F>(s.VP)),
+        u(arena.take<F>(s.KP)),
+        q(arena.take<F>(s.tile * s.KP)),
+        S(arena.take<F>(s.tile * kSlotBlock)),
+        buffers(Slots<F>::buffers(arena, kSlotBlock, p.K, p.V)) {}
+};
+
+// n tokens from t0 on over the slots of [lo, hi).
+template <class F>
+void read_range(const AdditiveRead& p, const Plan<F>& s, int64_t batch, int64_t t0, int64_t n, int64_t lo, int64_t hi,
+                const Work<F>& w, Partial<F> out) {
+  const Slots<F> slots(p.keys, p.values, p.mask, p.lead, batch, p.K, p.V, true);
+  const TokenRows query(p.query, p.lead, batch, p.T);
+  padded_row<F>(p.vector.batch(p.lead, batch), p.vector.dtype, p.K, F(kLog2e), w.u);
+  rows_query<F>(query, t0, n, p.K, F(1), w.q);
+  for (int64_t t = 0; t < n; ++t) out.m[t] = -kInf<F>, out.l[t] = 0;
+  std::memset(out.acc, 0, size_t(n * s.VP) * sizeof(F));
+  for (int64_t i = lo; i < hi; i += kSlotBlock) {
+    const SlotBlock<F> block = slots.load(i, least(kSlotBlock, hi - i), w.buffers);
+    if (block.n == 0) continue;
+    for (int64_t t = 0; t < n; ++t) {
+      additive_row<F>(block, p.K, w.q + t * s.KP, w.u, w.S + t * kSlotBlock, nullptr);
+    }
+    exponential_rows<F>(w.S, block.n, n, s.VP, out);
+    gemm(Gemm<F>{n, s.VP, block.n, w.S, kSlotBlock, 1, block.values, block.vs, out.acc, s.VP, true});
+  }
+}
+
+template <class F>
+void run(const AdditiveRead& p) {
+  const Plan<F> s(p);
+  if (s.batches * s.tokens == 0) return;
+  const bool merge = s.ranges > 1;
+  Buffer<F> waiting(merge ? s.batches * s.tiles * s.ranges * s.size : 0);
+  auto finish = [&](int64_t batch, int64_t tile, const Partial<F>* parts, F* row) {
+    const TokenRows read(p.read, p.lead, batch, p.T), lse(p.lse, p.lead, batch, p.T);
+    for (int64_t t = 0; t < least(s.tile, s.tokens - tile * s.tile); ++t) {
+      const F l = merge_ranges<F>(parts, s.ranges, t, t * s.VP, 1, p.V, row);
+      write_row<F>(row, p.V, read.dtype, read.row(tile * s.tile + t));
+      *reinterpret_cast<F*>(lse.row(tile * s.tile + t)) = l;
+    }
+  };
+  Arena measure;
+  Work<F>(measure, p, s);
+  parallel(s.batches * s.tiles * s.ranges, measure.used(), [&](int64_t task, char* memory) {
+    FlushDenormals flush;
+    Arena arena(memory);
+    const Work<F> w(arena, p, s);
+    const int64_t range = task % s.ranges, tile = task / s.ranges % s.tiles, batch = task / s.ranges / s.tiles;
+    const int64_t t0 = tile * s.tile, lo = range * s.range;
+    const Partial<F> part = s.partial(merge ? waiting.data() + task * s.size : w.own);
+    read_range<F>(p, s, batch, t0, least(s.tile, s.tokens - t0), lo, least(lo + s.range, p.N), w, part);
+    if (!merge) finish(batch, tile, &part, w.row);
+  });
+  if (!merge) return;
+  parallel(s.batches * s.tiles, size_t(s.VP) * sizeof(F), [&](int64_t task, char* memory) {
+    FlushDenormals flush;
+    Partial<F> parts[kTasks];
+    for (int64_t r = 0; r < s.ranges; ++r) parts[r] = s.partial(waiting.data() + (task * s.ranges + r) * s.size);
+    finish(task / s.tiles, task % s.tiles, parts, reinterpret_cast<F*>(memory));
+  });
+}
+
+}  // namespace
+
+void additive_read(const AdditiveRead& p) {
+  if (p.query.dtype == DType::f64) run<double>(p);
+  else run<float>(p);
+}
+
+}  // namespace mk::MK_ISA

@@ -1,0 +1,50 @@
+#pragma once
+
+#include "common/isa.h"
+#include "common/view.h"
+
+namespace mk {
+
+// A language model mixed with a cache: p[t, w] = (1 - mix_t) softmax(logits_t)[w] + mix_t sum_{j: tokens[t, j] = w} softmax(scores_t)_j.
+// Tokens and targets have been checked; -1 is no word. Where every entry is empty mix counts as 0.
+struct CacheMix {
+  Lead lead;
+  int64_t T, W, N;
+  View logits, scores, tokens, mix;
+  View lse;  // of the logits
+};
+
+struct CacheLogprobs {
+  CacheMix mix;
+  View logprobs;
+};
+
+struct CacheNll {
+  CacheMix mix;
+  View targets;
+  View nll;
+};
+
+// Their gradients, float (double for double); a missing d_<argument> is not wanted.
+struct CacheGradients {
+  View logits, scores, mix;
+};
+
+struct CacheLogprobsBackward {
+  CacheMix mix;
+  View d_logprobs;
+  CacheGradients d;
+};
+
+struct CacheNllBackward {
+  CacheMix mix;
+  View targets, d_nll;
+  CacheGradients d;
+};
+
+}  // namespace mk
+
+MK_DECLARE(void cache_logprobs(const CacheLogprobs&))
+MK_DECLARE(void cache_logprobs_backward(const CacheLogprobsBackward&))
+MK_DECLARE(void cache_nll(const CacheNll&))
+MK_DECLARE(void cache_nll_backward(const CacheNllBackward&))

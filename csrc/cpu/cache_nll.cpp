@@ -1,0 +1,120 @@
+// cache_nll:  nll_t = -log p_t,  p_t = (1 - mix) own + mix cached,  own = exp(z_y - lse),  cached = sum_{j: token_j = y} softmax(c)_j
+//
+// Tokens run in parallel. Forward: one pass over the logits for lse (a block at a time, largest number and exponentials from L1), one
+// over the entries: bound by reading the logits. Backward, with g = -d nll / p:
+//
+//   dz_w = g (1 - mix) own ([w = y] - softmax(z)_w),  dc_j = g mix softmax(c)_j ([token_j = y] - cached),  d mix = g (cached - own)
+//
+// one pass that reads every logit and writes its gradient, with lse as saved. No distribution over words is ever in memory.
+#include "common/cache_mix.h"
+
+namespace mk::MK_ISA {
+namespace {
+
+// The target of one token in the mixture.
+template <class F>
+struct Target {
+  Entries<F> entries;
+  int64_t word;
+  F hit = 0, mix;  // sum of the exponentials of entries that name it
+  Word<F> at;
+
+  Target(const CacheMix& p, const View& targets, int64_t batch, int64_t t, F lse, Arena& arena)
+      : entries(TokenRows(p.scores, p.lead, batch, p.T).row(t), p.scores.dtype, words(p.tokens, p.lead, batch, p.T, t),
+                p.N, arena.take<F>(p.N)),
+        word(*words(targets, p.lead, batch, p.T, t)),
+        mix(number<F>(p.mix, p.lead, batch, p.T, t)),
+        at{0, 0, 0, 0} {
+    if (word < 0) return;
+    if (entries.empty()) mix = 0;
+    for (int64_t j = 0; j < p.N; ++j) hit += entries.tokens[j] == word ? entries.e[j] : F(0);
+    F z;
+    read_row<F>(TokenRows(p.logits, p.lead, batch, p.T).row(t) + word * size_of(p.logits.dtype), p.logits.dtype, 1, &z);
+    at = hit == 0 ? Word<F>::alone(z - lse, mix) : Word<F>::mixed(z - lse, hit / entries.total, mix);
+  }
+};
+
+// Runs body(batch, token, buffer, arena) for all tokens.
+template <class F, class Body>
+void each_token(const CacheMix& p, Body&& body) {
+  Arena measure;
+  measure.take<F>(kRowBlock);
+  measure.take<F>(p.N);
+  each_task(p, measure.used(), [&](int64_t begin, int64_t end, char* memory) {
+    const int64_t tokens = p.lead.folded() * p.T;
+    for (int64_t t = begin; t < end; ++t) {
+      Arena arena(memory);
+      F* buffer = arena.take<F>(kRowBlock);
+      body(t / tokens, t % tokens, buffer, arena);
+    }
+  });
+}
+
+template <class F>
+void forward(const CacheNll& n) {
+  const CacheMix& p = n.mix;
+  each_token<F>(p, [&](int64_t batch, int64_t t, F* buffer, Arena& arena) {
+    const TokenRows logits(p.logits, p.lead, batch, p.T);
+    const F lse = row_lse<F>(logits.row(t), logits.dtype, p.W, buffer);
+    *reinterpret_cast<F*>(TokenRows(p.lse, p.lead, batch, p.T).row(t)) = lse;
+    const Target<F> target(p, n.targets, batch, t, lse, arena);
+    *reinterpret_cast<F*>(TokenRows(n.nll, p.lead, batch, p.T).row(t)) = target.word < 0 ? F(0) : -target.at.log_p;
+  });
+}
+
+template <class F>
+void backward(const CacheNllBackward& b) {
+  constexpr int W = kLanes<F>;
+  const CacheMix& p = b.mix;
+  each_token<F>(p, [&](int64_t batch, int64_t t, F* buffer, Arena& arena) {
+    const F lse = number<F>(p.lse, p.lead, batch, p.T, t);
+    const Target<F> target(p, b.targets, batch, t, lse, arena);
+    const Word<F>& y = target.at;
+    const F d = target.word < 0 ? F(0) : -number<F>(b.d_nll, p.lead, batch, p.T, t);
+    if (b.d.logits) {
+      F* out = reinterpret_cast<F*>(TokenRows(b.d.logits, p.lead, batch, p.T).row(t));
+      const F share = d * y.own;
+      if (share == 0) {
+        std::memset(out, 0, size_t(p.W) * sizeof(F));
+      } else {
+        const TokenRows logits(p.logits, p.lead, batch, p.T);
+        each_block<F>(logits.row(t), logits.dtype, p.W, buffer, [&](int64_t first, const F* z, int64_t count) {
+          int64_t j = 0;
+          for (; j + W <= count; j += W) {
+            store<F>(out + first + j, -share * exp2<F>((load<F>(z + j) - lse) * F(kLog2e)));
+          }
+          for (; j < count; ++j) out[first + j] = -share * std::exp(z[j] - lse);
+        });
+        out[target.word] += share;
+      }
+    }
+    if (b.d.scores) {
+      F* out = reinterpret_cast<F*>(TokenRows(b.d.scores, p.lead, batch, p.T).row(t));
+      const Entries<F>& c = target.entries;
+      const F share = d * y.cache;
+      for (int64_t j = 0; j < p.N; ++j) {
+        out[j] = share == 0 || c.e[j] == 0
+                     ? F(0)
+                     : share * c.e[j] * ((c.tokens[j] == target.word ? 1 / target.hit : F(0)) - 1 / c.total);
+      }
+    }
+    if (b.d.mix) {
+      const bool counts = d != 0 && !target.entries.empty();
+      *reinterpret_cast<F*>(TokenRows(b.d.mix, p.lead, batch, p.T).row(t)) = counts ? d * y.d_mix : F(0);
+    }
+  });
+}
+
+}  // namespace
+
+void cache_nll(const CacheNll& p) {
+  if (p.mix.logits.dtype == DType::f64) forward<double>(p);
+  else forward<float>(p);
+}
+
+void cache_nll_backward(const CacheNllBackward& p) {
+  if (p.mix.logits.dtype == DType::f64) backward<double>(p);
+  else backward<float>(p);
+}
+
+}  // namespace mk::MK_ISA
