@@ -2,6 +2,17 @@
 
 from .external_memory import ExternalMemory, MemoryState
 from .multi_hop_read import MultiHopRead
+from .replacement import SlotUse, fade, least_recently_used, least_used, replace_slots
 from .retrieval_mixture import RetrievalMixture
 
-__all__ = ["ExternalMemory", "MemoryState", "MultiHopRead", "RetrievalMixture"]
+__all__ = [
+    "ExternalMemory",
+    "MemoryState",
+    "MultiHopRead",
+    "RetrievalMixture",
+    "SlotUse",
+    "fade",
+    "least_recently_used",
+    "least_used",
+    "replace_slots",
+]
