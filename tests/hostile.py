@@ -111,7 +111,11 @@ for i, (label, own, t) in enumerate(zip(names, axes, tensors)):
         must_raise=False,
     )
     if t.dtype == torch.int64:
-        slots = next(tensors[j].shape[-2] for j, a in enumerate(axes) if a[0] == "N" and len(a) == 2)
+        slots = tensors[0].shape[-1]  # words
+        if name == "product_key_search":
+            slots = tensors[1].shape[-2] ** 2
+        elif "W" not in axes[0]:
+            slots = next(tensors[j].shape[-2] for j, a in enumerate(axes) if a[0] == "N" and len(a) == 2)
         for wild in (slots, -2, 2**31, 2**40, 2**63 - 1, INT_MIN):
             for at in (0, t.numel() - 1):
                 changed = t.clone()

@@ -14,6 +14,8 @@ from memkernels.spec import Arg, Op, Out, check
 Q, KEYS, VALUES = randn(2, 5, 8).float(), randn(2, 9, 8).float(), randn(2, 9, 6).float()
 WRITE, LSE = randn(2, 5, 6).float(), randn(2, 5).float()
 SHARES = torch.rand(2, 5, 9, generator=torch.Generator().manual_seed(0))
+SUBKEYS, LOGITS = randn(2, 3, 4).float(), randn(2, 5, 11).float()
+CACHE, WORDS = randn(2, 5, 7).float(), torch.zeros(2, 5, 7, dtype=torch.int64)
 INDICES, WEIGHTS = torch.zeros(2, 5, 3, dtype=torch.int64), randn(2, 5, 3).float()
 
 WRONG = [
@@ -96,12 +98,36 @@ WRONG = [
      "slot_write: erase must be [..., T=5, V=6], got [2, 5, 1]"),
     (lambda b: mk.gated_write_(VALUES[0], KEYS, Q, WRITE, backend=b), ValueError,
      "gated_write_: values must have the leading dimensions of keys, [2], got []"),
+    (lambda b: mk.product_key_search(Q, SUBKEYS[..., :3], 2, backend=b), ValueError,
+     "product_key_search: subkeys must be [..., 2, n, h=4], got [2, 3, 3]"),
+    (lambda b: mk.product_key_search(Q, SUBKEYS[:1], 2, backend=b), ValueError,
+     "product_key_search: subkeys must be [..., 2, n, h=4], got [1, 3, 4]"),
+    (lambda b: mk.product_key_search(Q, SUBKEYS, 0, backend=b), ValueError,
+     "product_key_search: k must be at least 1, got 0"),
+    (lambda b: mk.additive_read(Q, KEYS, VALUES, Q[0, 0, :7], backend=b), ValueError,
+     "additive_read: score_vector must be [..., K=8], got [7]"),
+    (lambda b: mk.additive_read(Q, KEYS, VALUES, Q[0, 0].double(), backend=b), TypeError,
+     "additive_read: score_vector must be float32, got float64"),
+    (lambda b: mk.cache_logprobs(LOGITS, CACHE, WORDS[..., :6], 0.5, backend=b), ValueError,
+     "cache_logprobs: cache_tokens must be [..., T=5, N=7], got [2, 5, 6]"),
+    (lambda b: mk.cache_logprobs(LOGITS, CACHE, WORDS.int(), 0.5, backend=b), TypeError,
+     "cache_logprobs: cache_tokens must be int64, got torch.int32"),
+    (lambda b: mk.cache_logprobs(LOGITS, CACHE, WORDS, 1.5, backend=b), ValueError,
+     "cache_logprobs: mix must be in [0, 1], got 1.5"),
+    (lambda b: mk.cache_logprobs(LOGITS, CACHE, WORDS, "half", backend=b), TypeError,
+     "cache_logprobs: mix must be a number or a tensor [..., T], got str"),
+    (lambda b: mk.cache_nll(LOGITS, WORDS[..., 0], CACHE, WORDS, LSE[:, :3], backend=b), ValueError,
+     "cache_nll: mix must be [..., T=5], got [2, 3]"),
+    (lambda b: mk.cache_nll(LOGITS, WORDS[:, :4, 0], CACHE, WORDS, 0.5, backend=b), ValueError,
+     "cache_nll: targets must be [..., T=5], got [2, 4]"),
+    (lambda b: mk.cache_nll(LOGITS, WORDS[..., 0], CACHE, WORDS, float("nan"), backend=b), ValueError,
+     "cache_nll: mix must be in [0, 1], got nan"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("call", "kind", "sentence"), WRONG, ids=[w[2][:60] for w in WRONG])
 def test_a_call_that_does_not_fit_says_so(backend, call, kind, sentence):
-    inputs = (Q, KEYS, VALUES, WRITE, LSE, INDICES, WEIGHTS)
+    inputs = (Q, KEYS, VALUES, WRITE, LSE, INDICES, WEIGHTS, SUBKEYS, LOGITS, CACHE, WORDS)
     before = [x.clone() for x in inputs]
     with pytest.raises(kind) as caught:
         call(backend)

@@ -35,6 +35,11 @@ INDICES = torch.tensor([[-1, 2, 2], [0, 6, 1], [3, 3, 3], [-1, -1, -1]])
 SHARES = torch.sigmoid(randn(B, T, k, seed=7))
 BOOL, TOKENS = some(B, N), some(B, T)
 
+VECTOR, SUBKEYS = randn(K, seed=8), randn(2, 4, 2, seed=9)
+LOGITS, CACHE, MIX = randn(B, T, 6, seed=10), randn(B, T, N, seed=11), torch.sigmoid(randn(B, T, seed=12))
+WORDS = torch.randint(-1, 6, (B, T, N), generator=torch.Generator().manual_seed(4))
+TARGETS = torch.tensor([[5, 1, 0, 2], [-1, 3, 3, 4]])
+
 # name -> (function of the tensors, tensors)
 CASES = {
     "address": (lambda b, q, x: mk.address(q, x, backend=b), (QUERY, KEYS)),
@@ -42,6 +47,44 @@ CASES = {
     "address, sigmoid": (
         lambda b, q, x, m: mk.address(q, x, gate="sigmoid", slot_mask=m, backend=b),
         (QUERY, KEYS, MASK),
+    ),
+    "additive_read": (
+        lambda b, *x: mk.additive_read(*x, return_lse=True, backend=b),
+        (QUERY, KEYS, VALUES, VECTOR),
+    ),
+    "additive_read, empty slots": (
+        lambda b, q, x, v, u, m: mk.additive_read(
+            q, x, v, u, slot_mask=m.masked_fill(empty(MASK)[1], -torch.inf), backend=b
+        ),
+        (QUERY, KEYS, VALUES, VECTOR.expand(B, K), MASK),
+    ),
+    "additive_read, shared memory": (
+        lambda b, *x: mk.additive_read(*x, slot_mask=BOOL[0], return_lse=True, backend=b),
+        (QUERY, KEYS[0], VALUES[:1], VECTOR),
+    ),
+    "cache_logprobs": (
+        lambda b, z, c, m: mk.cache_logprobs(z, c, WORDS, m, backend=b),
+        (LOGITS, CACHE, MIX),
+    ),
+    "cache_logprobs, empty entries and a shared mix": (
+        lambda b, z, c: mk.cache_logprobs(z, c.masked_fill(empty(CACHE)[1], -torch.inf), WORDS, 0.3, backend=b),
+        (LOGITS, CACHE),
+    ),
+    "cache_nll": (
+        lambda b, z, c, m: mk.cache_nll(z, TARGETS, c, WORDS, m, backend=b),
+        (LOGITS, CACHE, MIX),
+    ),
+    "cache_nll, shared logits and cache": (
+        lambda b, z, c, m: mk.cache_nll(z, TARGETS, c, WORDS[0], m, backend=b),
+        (LOGITS[0], CACHE[:1], MIX),
+    ),
+    "product_key_search": (
+        lambda b, q, x: mk.product_key_search(q, x, k, backend=b)[0],
+        (randn(B, T, 4), SUBKEYS),
+    ),
+    "product_key_search, every pair": (
+        lambda b, q, x: mk.product_key_search(q, x, 16, scale=0.7, backend=b)[0],
+        (randn(B, T, 4), randn(B, 2, 4, 2)),
     ),
     "softmax_read": (lambda b, *x: mk.softmax_read(*x, return_lse=True, backend=b), (QUERY, KEYS, VALUES)),
     "softmax_read without lse": (lambda b, *x: mk.softmax_read(*x, backend=b), (QUERY, KEYS, VALUES)),

@@ -100,6 +100,10 @@ SIGNATURES["softmax_write"] = SIGNATURES["softmax_write_"] = SIGNATURES["gated_w
 SIGNATURES["sparse_write"] = "(values, indices, weights, write, *, erase=1.0)"
 SIGNATURES["sparse_write_"] = SIGNATURES["sparse_write"]
 SIGNATURES["slot_write_"] = SIGNATURES["slot_write"]
+SIGNATURES["product_key_search"] = "(query, subkeys, k, *, scale=None)"
+SIGNATURES["additive_read"] = "(query, keys, values, score_vector, *, slot_mask=None, return_lse=False)"
+SIGNATURES["cache_logprobs"] = "(logits, cache_scores, cache_tokens, mix)"
+SIGNATURES["cache_nll"] = "(logits, targets, cache_scores, cache_tokens, mix)"
 
 
 @pytest.mark.parametrize("name", SIGNATURES)

@@ -1,8 +1,12 @@
 """The operations. One module per op: contract, reference, declaration, public function."""
 
+from .additive_read import additive_read
 from .address import address
+from .cache_logprobs import cache_logprobs
+from .cache_nll import cache_nll
 from .gated_write import gated_write, gated_write_
 from .merge_reads import merge_reads
+from .product_key_search import product_key_search
 from .slot_usage import slot_usage
 from .slot_write import slot_write, slot_write_
 from .softmax_read import softmax_read
@@ -13,10 +17,14 @@ from .topk_read import topk_read
 from .topk_search import topk_search
 
 __all__ = [
+    "additive_read",
     "address",
+    "cache_logprobs",
+    "cache_nll",
     "gated_write",
     "gated_write_",
     "merge_reads",
+    "product_key_search",
     "slot_usage",
     "slot_write",
     "slot_write_",

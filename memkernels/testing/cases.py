@@ -90,6 +90,13 @@ SHAPES = (
     Case("key width 1", ("K",), _sizes(K=1)),
     Case("value width 1", ("V",), _sizes(V=1)),
     Case("many parts", ("S",), _sizes(S=17, T=5, V=8)),
+    Case("more neighbours than pairs", ("subkeys",), _sizes(n=3, k=12)),
+    Case(
+        "more neighbours than subkeys", ("subkeys",), _sizes(T=70, n=17, h=12, k=40), tokens=(), memory=(), quick=True
+    ),
+    Case("many subkeys", ("subkeys",), _sizes(T=3, n=301, h=20, k=32)),
+    Case("no subkeys", ("subkeys",), _sizes(n=0)),
+    Case("a large vocabulary", ("W",), _sizes(T=3, W=5003, N=70)),
 )
 
 LEADS = (
@@ -105,6 +112,9 @@ LEADS = (
     Case("keys per stream, values shared", ("keys", "values"), leads={"values": ()}),
     Case("mask broadcasts", ("slot_mask",), leads={"slot_mask": (1,)}, give={"slot_mask": "mask_float"}),
     Case("write shared", ("write",), leads={"write": ()}),
+    Case("score vector per stream", ("score_vector",), tokens=(2, 3), memory=(3,), leads={"score_vector": (2, 1)}),
+    Case("cache shared by streams", ("cache_tokens",), leads={"cache_tokens": (), "cache_scores": (1,)}, quick=True),
+    Case("logits shared by streams", ("cache_tokens",), leads={"logits": (), "mix": ()}),
     Case("shared memory, token mask", ("token_mask",), tokens=(3,), memory=(), give={"token_mask": "token_mask"}),
 )
 
@@ -136,6 +146,10 @@ MASKS = (
     Case("token mask", ("token_mask",), give={"token_mask": "token_mask"}, quick=True),
     Case("no token writes", ("token_mask",), give={"token_mask": "token_mask_none"}),
     Case("a part is empty", ("lses",), give={"lses": "lse_empty"}),
+    Case("empty entries", ("cache_scores",), give={"cache_scores": "lse_empty"}, quick=True),
+    Case("every entry empty", ("cache_scores",), give={"cache_scores": "lse_all_empty"}),
+    Case("every token -1", ("cache_tokens",), give={"cache_tokens": "index_none"}),
+    Case("every target -1", ("targets",), give={"targets": "index_none"}),
     Case("all parts are empty", ("lses",), give={"lses": "lse_all_empty"}),
 )
 
@@ -173,7 +187,7 @@ VALUES = (
         "NaN in one token",
         ("T",),
         _sizes(T=9, N=70),
-        give={"query": "nan_token", "weights": "nan_token", "reads": "nan_token"},
+        give={"query": "nan_token", "weights": "nan_token", "reads": "nan_token", "logits": "nan_token"},
     ),
     Case("erase 0", ("erase_scale",), params={"erase_scale": 0.0}, quick=True),
     Case("erase 0.5", ("erase_scale",), params={"erase_scale": 0.5}),
@@ -201,19 +215,25 @@ VALUES = (
         "ties",
         ("k", "query"),
         _sizes(T=20, N=300, K=4, k=16),
-        give={"query": "integers", "keys": "integers"},
+        give={"query": "integers", "keys": "integers", "subkeys": "integers"},
         params={"scale": 1.0},
         exact=True,
         quick=True,
     ),
-    Case("all scores equal", ("k", "query"), _sizes(T=5, N=1030, k=9), give={"keys": "zeros"}, exact=True),
+    Case(
+        "all scores equal",
+        ("k", "query"),
+        _sizes(T=5, N=1030, k=9),
+        give={"keys": "zeros", "subkeys": "zeros"},
+        exact=True,
+    ),
     Case(
         "ties and empty slots",
         ("k", "query"),
         _sizes(T=9, N=70, K=4, k=16),
         params={"scale": 1.0},
         exact=True,
-        give={"query": "integers", "keys": "integers", "slot_mask": "mask_bool"},
+        give={"query": "integers", "keys": "integers", "subkeys": "integers", "slot_mask": "mask_bool"},
     ),
     Case(
         "scores ascend",
@@ -222,10 +242,23 @@ VALUES = (
         tokens=(),
         memory=(),
         params={"scale": 1.0},
-        give={"query": "ones", "keys": "ascending"},
+        give={"query": "ones", "keys": "ascending", "subkeys": "integers"},
         exact=True,
-        wants=("keys",),
+        wants=("keys", "subkeys"),
     ),
+    Case(
+        "many equal pairs",
+        ("subkeys",),
+        _sizes(T=20, n=23, h=3, k=60),
+        give={"query": "integers", "subkeys": "integers"},
+        params={"scale": 1.0},
+        exact=True,
+        quick=True,
+    ),
+    Case("mix 0", ("mix",), give={"mix": "zeros"}, quick=True),
+    Case("mix 1", ("mix",), give={"mix": "ones"}, quick=True),
+    Case("mix 0 and 1", ("mix",), give={"mix": "bits", "cache_scores": "lse_empty"}),
+    Case("one word in the whole cache", ("cache_tokens",), give={"cache_tokens": "word_same", "targets": "word_same"}),
     Case("every index -1", ("indices", "weights", "T", "N"), give={"indices": "index_none"}),
     Case("every index the same", ("indices", "weights", "T", "N"), _sizes(T=40, k=7), give={"indices": "index_same"}),
 )
@@ -242,6 +275,11 @@ GRADIENTS = (
     Case("gradient through lse only", ("-> read", "-> lse"), cotangents=("lse",)),
     Case("gradient through the weights only", ("-> read", "-> weights"), cotangents=("weights",)),
     Case("gradient through the values only", ("-> retained",), cotangents=("values",)),
+    Case("gradient of the subkeys only", ("subkeys",), wants=("subkeys",)),
+    Case("gradient of the score vector only", ("score_vector",), wants=("score_vector",)),
+    Case("gradient of the logits only", ("logits",), wants=("logits",)),
+    Case("gradient of the cache scores only", ("cache_scores",), wants=("cache_scores",)),
+    Case("gradient of the mix only", ("mix",), wants=("mix",)),
     Case("gradient through retained only", ("-> retained",), cotangents=("retained",)),
 )
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..ops._formula import scores
+from ..ops.product_key_search import product_scores
 from ..spec import Op, stats_dtype
 
 # Largest error of a result, by the dtype of the call (of the result, where that is a float32 statistic of a 16-bit
@@ -74,7 +75,10 @@ def wrong_choice(op: Op, tensors: Sequence[Tensor | None], params: Sequence, ind
     is exact and the indices must be those of the reference, ties to the smaller one.
     """
     named = {a.name: t for a, t in zip(op.args, tensors)} | dict(zip((name for name, _ in op.params), params))
-    s = scores(named["query"], named["keys"], named["slot_mask"], named["scale"])
+    if "subkeys" in named:
+        s = product_scores(named["query"], named["subkeys"], named["scale"])
+    else:
+        s = scores(named["query"], named["keys"], named["slot_mask"], named["scale"])
     slots = s.shape[-1]
     if bool(((indices < -1) | (indices >= slots)).any()):
         return f"an index outside [-1, {slots})"

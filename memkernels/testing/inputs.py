@@ -66,8 +66,10 @@ def make(op: Op, case: Case, dtype: torch.dtype, device: str = "cpu") -> Inputs:
 
 def _usual(op: Op, arg: Arg) -> str:
     """How an argument is filled where the case does not say."""
-    if arg.name == "weights" and op.inplace:  # those of a write are shares
+    if arg.name == "mix" or (arg.name == "weights" and op.inplace):  # those of a write are shares
         return "uniform"
+    if arg.name in ("cache_tokens", "targets"):
+        return "word"
     return {"bool": "token_mask", "index": "index", "stats": "stats"}.get(arg.dtype, "normal")
 
 
@@ -209,6 +211,8 @@ FILL: dict[str, Callable[..., Tensor]] = {
     "index": lambda shape, dtype, random, axes: (
         torch.randint(-1, max(axes["N"], 0), shape, generator=random) if axes["N"] else torch.full(shape, -1)
     ),
+    "word": lambda shape, dtype, random, axes: torch.randint(-1, axes["W"], shape, generator=random),
+    "word_same": lambda shape, dtype, random, axes: torch.full(shape, axes["W"] // 2),
     "index_none": lambda shape, dtype, random, axes: torch.full(shape, -1),
     "index_same": lambda shape, dtype, random, axes: torch.full(shape, axes["N"] // 2),
 }

@@ -1,0 +1,87 @@
+"""additive_read: attention over the slots of a memory by a small network instead of a dot product.
+
+    s[t, i] = sum_a u_a tanh(query_ta + key_ia) + slot_mask_i
+    r_t     = sum_i softmax_i(s[t, i]) value_i,      lse_t = log sum_i exp(s[t, i])
+
+Source: Bahdanau et al. 2015, Neural Machine Translation by Jointly Learning to Align and Translate.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..registration import call, register
+from ..spec import Arg, Op, Out, stats_dtype
+from ._formula import additive, inert, softmax, stretch
+
+
+def additive_scores(query: Tensor, keys: Tensor, score_vector: Tensor, slot_mask: Tensor | None) -> Tensor:
+    """s[t, i] = sum_a u_a tanh(q_ta + k_ia) + slot_mask_i, in float32 (float64 for float64). [..., T, N]."""
+    exact = stats_dtype(query.dtype)
+    query, keys = query.to(exact), inert(keys, slot_mask).to(exact)
+    hidden = torch.tanh(query.unsqueeze(-2) + keys.unsqueeze(-3))
+    mask = additive(slot_mask, query)
+    mask = mask.unsqueeze(-2) if mask.dim() else mask
+    s = (hidden * score_vector.to(exact).unsqueeze(-2).unsqueeze(-2)).sum(-1) + mask
+    return s if slot_mask is None else s.masked_fill(torch.isneginf(mask), -torch.inf)
+
+
+def reference(query: Tensor, keys: Tensor, values: Tensor, score_vector: Tensor, slot_mask: Tensor | None):
+    weights, lse = softmax(additive_scores(query, keys, score_vector, slot_mask))
+    read = weights @ inert(values, slot_mask).to(weights.dtype)
+    return read.to(query.dtype), lse.expand(read.shape[:-1])
+
+
+OP = register(
+    Op(
+        name="additive_read",
+        args=(
+            Arg("query", "T K", "tokens", "lead"),
+            Arg("keys", "N K", "memory"),
+            Arg("values", "N V", "memory", "content"),
+            Arg("score_vector", "K", "memory"),
+            Arg("slot_mask", "N", "memory", "mask", optional=True, stretch=True),
+        ),
+        outputs=(Out("read", "T V"), Out("lse", "T", dtype="stats")),
+        saved=("read", "lse"),
+        reference=reference,
+        autocast=("query", "keys", "values", "score_vector"),
+        equation="r_t = sum_i softmax_i(u.tanh(q_t + k_i) + mask_i) v_i",
+    )
+)
+
+
+def additive_read(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    score_vector: Tensor,
+    *,
+    slot_mask: Tensor | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Read a memory by additive scores: query and key are added, squashed, and weighed by one vector.
+
+    ``r_t = sum_i softmax_i(sum_a u_a tanh(query_ta + key_ia) + slot_mask_i) value_i``
+
+    Args:
+        query: ``[..., T, K]``. keys: ``[..., N, K]``, same dtype. Both are already projected to the common width K.
+        values: ``[..., N, V]``, dtype of ``query``, or float32 beside a 16-bit query.
+        score_vector: ``u``, ``[..., K]``, dtype of ``query``.
+        slot_mask, return_lse, backend: as in :func:`softmax_read`.
+
+    Returns:
+        ``read`` ``[..., T, V]`` in the dtype of ``query``; with ``return_lse`` also ``lse`` ``[..., T]`` in float32
+        (float64 for float64). With no addressable slot the read is 0 and lse is -inf. Reads of disjoint memories
+        merge by :func:`merge_reads`. Differentiable in every float argument, twice.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype or device does not fit.
+
+    Source: Bahdanau et al. 2015, Neural Machine Translation by Jointly Learning to Align and Translate.
+    """
+    tensors = [query, keys, values, score_vector, stretch(slot_mask, keys)]
+    read, lse = call(OP, tensors, (), backend)
+    return (read, lse) if return_lse else read
