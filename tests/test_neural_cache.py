@@ -1,0 +1,148 @@
+"""NeuralCache and AdditiveAttention against their equations written as plain loops in float64, and learning."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from support import close, randn
+from torch import nn
+from torch.nn import functional as F
+
+from memkernels.nn import AdditiveAttention, NeuralCache
+
+BACKENDS = ("reference", "auto")
+B, T, N, K, W = 2, 7, 4, 3, 5
+
+
+def cache_of(backend="auto") -> NeuralCache:
+    return NeuralCache(N, K, mix=0.3, theta=1.5, backend=backend).double()
+
+
+def text(streams=B, length=T):
+    """Logits, hidden states and targets."""
+    targets = torch.randint(W, (streams, length), generator=torch.Generator().manual_seed(1))
+    return randn(streams, length, W), randn(streams, length, K), targets
+
+
+@torch.no_grad()
+def test_nll_is_its_equation():
+    cache, (logits, hidden, targets) = cache_of(), text()
+    got, _ = cache.nll(logits, hidden, targets, cache.initial_state(B))
+    mix, theta = cache.mix.item(), cache.theta.item()
+    assert (mix, theta) == pytest.approx((0.3, 1.5))
+    for b in range(B):
+        for t in range(T):
+            own = torch.softmax(logits[b, t], -1)[targets[b, t]]
+            entries = range(max(0, t - N), t)
+            score = {j: math.exp(theta * float(hidden[b, t] @ hidden[b, j])) for j in entries}
+            votes = sum(s for j, s in score.items() if targets[b, j] == targets[b, t])
+            p = (1 - mix) * own + mix * votes / sum(score.values()) if score else own
+            close(got[b, t], -torch.log(p))
+
+
+@torch.no_grad()
+def test_a_text_at_once_equals_position_by_position():
+    cache, (logits, hidden, targets) = cache_of(), text()
+    whole, after = cache.nll(logits, hidden, targets, cache.initial_state(B))
+    state, parts = cache.initial_state(B), []
+    for t in range(T):
+        at = slice(t, t + 1)
+        log_probs = cache.log_probs(logits[:, at], hidden[:, at], state)
+        close(torch.logsumexp(log_probs, -1), torch.zeros(B, 1, dtype=torch.float64))
+        parts.append(-log_probs.gather(-1, targets[:, at, None]).squeeze(-1))
+        state = cache.append(hidden[:, at], targets[:, at], state)
+    close(torch.cat(parts, 1), whole)
+    assert torch.equal(state.keys, after.keys) and torch.equal(state.tokens, after.tokens)
+    first, state = cache.nll(logits[:, :3], hidden[:, :3], targets[:, :3], cache.initial_state(B))
+    second, _ = cache.nll(logits[:, 3:], hidden[:, 3:], targets[:, 3:], state)
+    close(torch.cat([first, second], 1), whole)
+
+
+def test_gradients_of_the_cache():
+    cache, (logits, hidden, targets) = cache_of(), text()
+    logits.requires_grad_()
+    state = cache.append(hidden, targets, cache.initial_state(B))
+    parameters = list(cache.parameters())
+    assert torch.autograd.gradcheck(lambda *_: cache.nll(logits, hidden, targets, state)[0], (logits, *parameters))
+    hidden.requires_grad_()
+    assert not cache.append(hidden, targets, state).keys.requires_grad, "entries carry no gradient"
+
+
+def test_mix_and_theta_are_learnt_over_a_frozen_model():
+    """The model knows nothing; the same 12 contexts return for ever, each with its own token after it."""
+    torch.manual_seed(0)
+    contexts, following = F.normalize(torch.randn(12, 16), dim=-1), torch.randint(W, (12,))
+    cache = NeuralCache(64, 16)
+    optimizer = torch.optim.Adam(cache.parameters(), lr=0.2)
+    state, losses = cache.initial_state(2), []
+    for _ in range(80):
+        at = torch.randint(12, (2, 32))
+        nll, state = cache.nll(torch.zeros(2, 32, W), contexts[at], following[at], state)
+        optimizer.zero_grad()
+        nll.mean().backward()
+        optimizer.step()
+        losses.append(nll.mean().item())
+    assert losses[0] > 1.0 and sum(losses[-20:]) / 20 < 0.2, losses
+    assert cache.mix > 0.9 and cache.theta > 2.0
+
+
+# --- additive attention ---
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_attention_is_its_equation(backend):
+    torch.manual_seed(0)
+    attention = AdditiveAttention(K, W, 6, backend=backend).double()
+    hidden, outputs = randn(B, T, K), randn(B, N, W)
+    mask = torch.tensor([[True] * N, [True, False, True, False]])
+    got = attention(hidden, outputs, slot_mask=mask)
+    weight = torch.cat([attention.hidden_projection.weight, attention.output_projection.weight], 1).detach()
+    for b in range(B):
+        seen = [i for i in range(N) if mask[b, i]]
+        for t in range(T):
+            hiddens = [torch.tanh(weight @ torch.cat([hidden[b, t], outputs[b, i]])) for i in seen]
+            score = [math.exp(float(attention.score_vector.detach() @ h)) for h in hiddens]
+            close(got[b, t].detach(), sum(s / sum(score) * outputs[b, i] for s, i in zip(score, seen)))
+    assert torch.equal(attention(hidden, outputs, keys=attention.keys(outputs), slot_mask=mask), got)
+
+
+def test_gradients_of_attention():
+    attention = AdditiveAttention(K, W, 6).double()
+    hidden, outputs = randn(B, T, K).requires_grad_(), randn(B, N, W).requires_grad_()
+    assert torch.autograd.gradcheck(attention, (hidden, outputs))
+    attention(hidden, outputs).square().sum().backward()
+    assert all(p.grad.any() for p in attention.parameters())
+
+
+def test_a_decoder_learns_to_reverse():
+    """The decoder's state says only how many tokens it has given out; what they are, it must look up."""
+    torch.manual_seed(0)
+    length, vocab, width = 6, 8, 24
+    tokens, places, steps = nn.Embedding(vocab, width), nn.Embedding(length, width), nn.Embedding(length, width)
+    attention, output = AdditiveAttention(width, width, width), nn.Linear(width, vocab)
+    modules = nn.ModuleList([tokens, places, steps, attention, output])
+    optimizer = torch.optim.Adam(modules.parameters(), lr=1e-2)
+
+    def decode(source):
+        encoded = tokens(source) + places.weight
+        return output(attention(steps.weight.expand(len(source), -1, -1), encoded))
+
+    for _ in range(150):
+        source = torch.randint(vocab, (32, length))
+        loss = F.cross_entropy(decode(source).flatten(0, 1), source.flip(1).flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    source = torch.randint(vocab, (256, length))
+    assert (decode(source).argmax(-1) == source.flip(1)).float().mean() >= 0.95
+
+
+def test_errors_name_what_was_wanted():
+    with pytest.raises(ValueError, match="AdditiveAttention: attention_size must be at least 1, got 0"):
+        AdditiveAttention(3, 3, 0)
+    with pytest.raises(ValueError, match="NeuralCache: mix must lie between 0 and 1, got 1"):
+        NeuralCache(N, K, mix=1)
+    with pytest.raises(ValueError, match="NeuralCache: theta must be above 0, got 0"):
+        NeuralCache(N, K, theta=0)
