@@ -5,9 +5,10 @@ An op module declares an :class:`Op`. Everything that can be derived from the de
 contract grid of ``testing.py`` and the op table of the documentation.
 
 Axes, the same letters everywhere: ``T`` tokens, ``N`` slots, ``K`` key width, ``V`` value width, ``k`` neighbours,
-``S`` parts to merge. A number (``2``) is a fixed size, a number and a letter (``3D``) a multiple. Leading dimensions
-come before them and broadcast. A tensor belongs to the *tokens* or to the *memory*; a leading dimension that every
-memory tensor lacks (or has at size 1) is *shared*: its tokens are folded into ``T`` in row-major order.
+``S`` parts to merge, ``D`` channels of a state. A number (``2``) is a fixed size, a number and a letter (``3D``) a
+multiple. Leading dimensions come before them and broadcast. A tensor belongs to the *tokens* or to the *memory*; a
+leading dimension that every memory tensor lacks (or has at size 1) is *shared*: its tokens are folded into ``T`` in
+row-major order.
 """
 
 from __future__ import annotations
@@ -229,13 +230,24 @@ def fold_tokens(x: Tensor, memory: Sequence[int], lead: Sequence[int], tail: int
     x: ``[..., T, *tail axes]`` with ``tail`` axes after ``T``. Returns ``[*memory, T', *tail axes]`` where ``T'``
     counts the shared dimensions and ``T`` in row-major order, which is the order in which shared tokens are written.
     """
-    rank = len(lead)
-    own = [1] * (rank - len(memory)) + list(memory)
+    kept, shared = _kept_and_shared(memory, lead)
     x = x.expand(*lead, *x.shape[x.dim() - tail - 1 :])
-    shared = [d for d in range(rank) if own[d] == 1 and lead[d] != 1]
-    kept = [d for d in range(rank) if d not in shared]
-    x = x.permute(*kept, *shared, *range(rank, x.dim()))
+    x = x.permute(*kept, *shared, *range(len(lead), x.dim()))
     tokens = 1
-    for size in x.shape[len(kept) : len(kept) + len(shared) + 1]:
+    for size in x.shape[len(kept) : len(lead) + 1]:
         tokens *= size
     return x.reshape(*memory, tokens, *x.shape[x.dim() - tail :] if tail else ())
+
+
+def unfold_tokens(x: Tensor, memory: Sequence[int], lead: Sequence[int], tokens: int) -> Tensor:
+    """Undo :func:`fold_tokens`: ``[*memory, T', D]`` becomes ``[*lead, T, D]`` with ``T = tokens``."""
+    order = [d for part in _kept_and_shared(memory, lead) for d in part]
+    x = x.reshape(*(lead[d] for d in order), tokens, x.shape[-1])
+    return x.permute(*(order.index(d) for d in range(len(lead))), -2, -1)
+
+
+def _kept_and_shared(memory: Sequence[int], lead: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Which dimensions of ``lead`` the memory has, and which its streams share."""
+    own = [1] * (len(lead) - len(memory)) + list(memory)
+    shared = [d for d, size in enumerate(lead) if own[d] == 1 and size != 1]
+    return [d for d in range(len(lead)) if d not in shared], shared

@@ -34,6 +34,9 @@ LSE = torch.logsumexp(K**-0.5 * QUERY @ KEYS.mT + 0.1, -1)
 INDICES = torch.tensor([[-1, 2, 2], [0, 6, 1], [3, 3, 3], [-1, -1, -1]])
 SHARES = torch.sigmoid(randn(B, T, k, seed=7))
 BOOL, TOKENS = some(B, N), some(B, T)
+FORGET, INPUTS = torch.sigmoid(randn(B, T, V, seed=8)), randn(B, T, 3 * V, seed=9)
+WEIGHT, INITIAL = 0.5 * randn(3 * V, V, seed=10), randn(B, V, seed=11)
+SCAN = (VALUES, KEYS, QUERY, randn(B, T, K, seed=12), WRITE)
 
 VECTOR, SUBKEYS = randn(K, seed=8), randn(2, 4, 2, seed=9)
 LOGITS, CACHE, MIX = randn(B, T, 6, seed=10), randn(B, T, N, seed=11), torch.sigmoid(randn(B, T, seed=12))
@@ -225,6 +228,28 @@ CASES = {
             v, x, q, w, slot_mask=m, token_mask=TOKENS, return_retained=True, backend=b
         ),
         (VALUES, KEYS, QUERY, WRITE, MASK),
+    ),
+    "gated_scan": (lambda b, *x: mk.gated_scan(*x, backend=b), (FORGET, WRITE, INITIAL)),
+    "gated_scan, no initial state": (lambda b, *x: mk.gated_scan(*x, backend=b), (FORGET, WRITE)),
+    "gated_scan, shared arguments": (lambda b, *x: mk.gated_scan(*x, backend=b), (FORGET[0], WRITE, INITIAL[0])),
+    "cell_scan": (lambda b, *x: mk.cell_scan(*x, backend=b), (INPUTS, WEIGHT, INITIAL)),
+    "cell_scan, no initial state": (lambda b, *x: mk.cell_scan(*x, backend=b), (INPUTS, WEIGHT)),
+    "cell_scan, a weight per stream": (
+        lambda b, *x: mk.cell_scan(*x, backend=b),
+        (INPUTS[0], torch.stack([WEIGHT, -WEIGHT]), INITIAL),
+    ),
+    "memory_scan": (lambda b, *x: mk.memory_scan(*x, backend=b), SCAN),
+    "memory_scan, read first, all masks": (
+        lambda b, *x: mk.memory_scan(*x[:5], slot_mask=x[5], token_mask=TOKENS, read_first=True, scale=0.8, backend=b),
+        (*SCAN, MASK),
+    ),
+    "memory_scan, empty slots": (
+        lambda b, *x: mk.memory_scan(*x[:5], slot_mask=x[5].masked_fill(empty(MASK)[1], -torch.inf), backend=b),
+        (*SCAN, MASK),
+    ),
+    "memory_scan, shared memory": (
+        lambda b, *x: mk.memory_scan(*x, slot_mask=BOOL[0], backend=b),
+        (VALUES[0], KEYS[0], *SCAN[2:]),
     ),
     "gated_write, shared memory": (
         lambda b, *x: mk.gated_write(*x, slot_mask=BOOL[0], return_retained=True, backend=b),

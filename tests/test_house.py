@@ -104,6 +104,10 @@ SIGNATURES["product_key_search"] = "(query, subkeys, k, *, scale=None)"
 SIGNATURES["additive_read"] = "(query, keys, values, score_vector, *, slot_mask=None, return_lse=False)"
 SIGNATURES["cache_logprobs"] = "(logits, cache_scores, cache_tokens, mix)"
 SIGNATURES["cache_nll"] = "(logits, targets, cache_scores, cache_tokens, mix)"
+SIGNATURES["gated_scan"] = "(forget, update, initial=None, *)"
+SIGNATURES["cell_scan"] = "(inputs, weight, initial=None, *)"
+SIGNATURES["memory_scan"] = "(values, keys, read_query, write_query, write, *, scale=None, slot_mask=None, "
+SIGNATURES["memory_scan"] += "token_mask=None, read_first=False)"
 
 
 @pytest.mark.parametrize("name", SIGNATURES)

@@ -4,7 +4,10 @@ from .additive_read import additive_read
 from .address import address
 from .cache_logprobs import cache_logprobs
 from .cache_nll import cache_nll
+from .cell_scan import cell_scan
+from .gated_scan import gated_scan
 from .gated_write import gated_write, gated_write_
+from .memory_scan import memory_scan
 from .merge_reads import merge_reads
 from .product_key_search import product_key_search
 from .slot_usage import slot_usage
@@ -21,8 +24,11 @@ __all__ = [
     "address",
     "cache_logprobs",
     "cache_nll",
+    "cell_scan",
+    "gated_scan",
     "gated_write",
     "gated_write_",
+    "memory_scan",
     "merge_reads",
     "product_key_search",
     "slot_usage",

@@ -70,6 +70,9 @@ def _usual(op: Op, arg: Arg) -> str:
         return "uniform"
     if arg.name in ("cache_tokens", "targets"):
         return "word"
+    own = {"forget": "uniform", "weight": "recurrent"}
+    if arg.name in own:
+        return own[arg.name]
     return {"bool": "token_mask", "index": "index", "stats": "stats"}.get(arg.dtype, "normal")
 
 
@@ -87,7 +90,7 @@ def _param(name: str, case: Case, axes: dict[str, int]):
         return case.params[name]
     if name == "k":
         return axes["k"]
-    defaults = {"scale": axes["K"] ** -0.5, "sigmoid": False, "erase_scale": 1.0}
+    defaults = {"scale": axes["K"] ** -0.5, "sigmoid": False, "erase_scale": 1.0, "read_first": False}
     return defaults[name]
 
 
@@ -121,6 +124,11 @@ def _poison(op: Op, case: Case, tensors: list[Tensor | None]) -> None:
 
 def _normal(shape, dtype, random, axes):
     return torch.randn(shape, generator=random, dtype=stats_dtype(dtype)).to(dtype)
+
+
+def _recurrent(shape, dtype, random, axes):
+    """A weight that keeps states small: they do not amplify what rounding leaves."""
+    return (0.3 * shape[-1] ** -0.5 * torch.randn(shape, generator=random, dtype=stats_dtype(dtype))).to(dtype)
 
 
 def _rounded(factor: float, steps: float) -> Callable:
@@ -183,6 +191,7 @@ def _ascending(shape, dtype, random, axes):
 
 FILL: dict[str, Callable[..., Tensor]] = {
     "normal": _normal,
+    "recurrent": _recurrent,
     "uniform": lambda shape, dtype, random, axes: torch.rand(shape, generator=random).to(dtype),
     "zeros": lambda shape, dtype, random, axes: torch.zeros(shape, dtype=dtype),
     "ones": lambda shape, dtype, random, axes: torch.ones(shape, dtype=dtype),
