@@ -1,10 +1,10 @@
 """Domains arrive one after the other and never come back: a memory keeps the old ones, a network forgets them.
 
 Each domain has its own inputs and its own names for five classes. The network is trained on the domain at hand. The
-memory is not trained: an example that it gets wrong is written into the slot that was used least, because there are far
-fewer slots than examples, and an answer is a
-``topk_read`` of the labels of the nearest examples. After every domain both are tested on all domains so far.
-Forgetting is the accuracy of a domain when it had just been learnt, less its accuracy at the end.
+memory is not trained: an example that it gets wrong is written into the slot that was used least, for there are far
+fewer slots than examples; and an answer is a ``topk_read`` of the labels of the nearest examples. After every domain
+both are tested on all domains so far. Forgetting is the accuracy of a domain when it had just been learnt, less its
+accuracy at the end.
 
     python examples/continual_learning.py
 """
