@@ -146,3 +146,8 @@ def test_errors_name_what_was_wanted():
         NeuralCache(N, K, mix=1)
     with pytest.raises(ValueError, match="NeuralCache: theta must be above 0, got 0"):
         NeuralCache(N, K, theta=0)
+    cache = cache_of()
+    with pytest.raises(ValueError, match=r"state.keys must be \[2, 4, 3\], got \[5, 4, 3\]"):
+        cache.append(torch.zeros(B, T, K), torch.zeros(B, T, dtype=torch.int64), cache.initial_state(5))
+    with pytest.raises(ValueError, match=r"K=3\] and tokens \[..., T\], got \[2, 7, 3\] and \[2, 6\]"):
+        cache.append(torch.zeros(B, T, K), torch.zeros(B, T - 1, dtype=torch.int64), cache.initial_state(B))

@@ -71,6 +71,7 @@ def test_a_replaced_slot_is_new():
     assert after.reads.tolist() == [[3, 0, 0], [0, 1, 1]]
     assert after.writes.tolist() == [[0, 1, 1], [1, 1, 1]]
     assert after.last_used.tolist() == [[1, 9, 9], [9, 5, 6]]
+    assert torch.equal(use.after_replacement(torch.tensor([2])).last_used[:, 2], torch.tensor([9, 9]))
 
 
 @pytest.mark.parametrize("backend", ("reference", "cpu"))
@@ -82,6 +83,9 @@ def test_replaced_slots_hold_the_content_and_the_rest_is_left(backend):
     poisoned = values.clone()
     poisoned[0, 3] = float("nan")
     assert torch.equal(replace_slots(poisoned, indices, content, backend=backend), wanted)
+    everywhere = replace_slots(values, torch.tensor([2, -1]), content[0], backend=backend)
+    assert torch.equal(everywhere[:, 2], content[0, 0].expand(B, K))
+    assert torch.equal(everywhere[:, [0, 1, 3, 4]], values[:, [0, 1, 3, 4]])
     leaves = (values.requires_grad_(), content.requires_grad_())
     assert torch.autograd.gradcheck(lambda v, c: replace_slots(v, indices, c, backend=backend), leaves)
 
@@ -95,6 +99,11 @@ def test_fading_is_an_exponential_of_the_tokens():
                 faded[b, i] *= 1 - rate[b, i]
     close(fade(values, rate, 4), faded)
     close(fade(values, 0.25, 2), values * 0.5625)
+    low = values.bfloat16()
+    for little in (0.001, torch.full((B, N), 0.001)):
+        faded = fade(low, little, 700)
+        assert faded.dtype == torch.bfloat16
+        torch.testing.assert_close(faded.double(), low.double() * 0.999**700, rtol=0.01, atol=0)
 
 
 def test_what_is_asked_for_survives_under_least_recently_used_and_not_in_turn():
@@ -127,3 +136,9 @@ def test_errors_name_what_was_wanted():
         SlotUse.none(B, N).after_write(torch.zeros(N), 1)
     with pytest.raises(ValueError, match="least_used: count must be between 0 and 5, got 6"):
         least_used(SlotUse.none(N), 6)
+    with pytest.raises(ValueError, match=r"indices must be \[2, 3\] or \[3\], got \[1, 3\]"):
+        replace_slots(torch.zeros(B, N, K), torch.zeros(1, 3, dtype=torch.int64), torch.zeros(B, 3, K))
+    with pytest.raises(ValueError, match=r"content must be \[3, 4\], got \[2, 3, 4\]"):
+        replace_slots(torch.zeros(N, K), torch.arange(3), torch.zeros(B, 3, K))
+    with pytest.raises(ValueError, match=r"after_replacement: indices must be \[2, 1\] or \[1\], got \[5, 1\]"):
+        SlotUse.none(B, N).after_replacement(torch.zeros(5, 1, dtype=torch.int64))

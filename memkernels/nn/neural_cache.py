@@ -78,9 +78,12 @@ class NeuralCache(nn.Module):
         return CacheState(keys, torch.full(keys.shape[:-1], -1, device=keys.device))
 
     def append(self, hidden: Tensor, tokens: Tensor, state: CacheState) -> CacheState:
-        """The cache after ``hidden`` ``[..., T, K]`` were followed by ``tokens`` ``[..., T]``; the oldest T go."""
-        keys, tokens = _joined(state, hidden, tokens)
-        return CacheState(keys[..., hidden.shape[-2] :, :], tokens[..., hidden.shape[-2] :])
+        """The cache after ``hidden`` ``[..., T, K]`` were followed by ``tokens`` ``[..., T]``; the oldest T go.
+
+        Raises:
+            ValueError: shapes do not fit each other or the cache.
+        """
+        return self._newest(*self._joined(state, hidden, tokens))
 
     def log_probs(self, logits: Tensor, hidden: Tensor, state: CacheState) -> Tensor:
         """Log-probabilities of the token after each position; every position reads ``state`` alone.
@@ -106,16 +109,18 @@ class NeuralCache(nn.Module):
 
         Returns:
             ``(nll [..., T], state)``, nll in nats, float32 (float64 for float64).
+
+        Raises:
+            ValueError: shapes do not fit each other or the cache. ValueError, TypeError, RuntimeError: as
+                :func:`memkernels.cache_nll`.
         """
-        keys, tokens = _joined(state, hidden, targets)  # [..., N + T, K], of which token t reads t .. N + t - 1
+        keys, tokens = self._joined(state, hidden, targets)  # [..., N + T, K], of which token t reads t .. N + t - 1
         scores, mix = self._scores(logits, hidden, keys)
-        age = (
-            torch.arange(keys.shape[-2], device=keys.device)
-            - torch.arange(hidden.shape[-2], device=keys.device)[:, None]
-        )
-        scores = scores.masked_fill((age < 0) | (age >= self.size), -torch.inf)
+        entry = torch.arange(keys.shape[-2], device=keys.device)
+        token = torch.arange(hidden.shape[-2], device=keys.device)[:, None]
+        scores = scores.masked_fill((entry < token) | (entry >= token + self.size), -torch.inf)
         nll = cache_nll(logits, targets, scores, tokens.unsqueeze(-2), mix, backend=self.backend)
-        return nll, self.append(hidden, targets, state)
+        return nll, self._newest(keys, tokens)
 
     def _scores(self, logits: Tensor, hidden: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
         """``theta * <h_t, h_j>`` ``[..., T, N]`` and the mix ``[T]``, in the dtype of the sums over ``logits``."""
@@ -123,11 +128,22 @@ class NeuralCache(nn.Module):
         scores = self.theta * (hidden.to(keys.dtype) @ keys.mT)
         return scores.to(exact), self.mix.to(exact).expand(hidden.shape[-2])
 
+    def _joined(self, state: CacheState, hidden: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Entries of the cache, then those of a text: ``[..., N + T, K]``, ``[..., N + T]``."""
+        lead = hidden.shape[:-2]
+        if hidden.shape[-1] != self.width or tokens.shape != hidden.shape[:-1]:
+            raise ValueError(
+                f"NeuralCache: hidden must be [..., T, K={self.width}] and tokens [..., T], "
+                f"got {list(hidden.shape)} and {list(tokens.shape)}"
+            )
+        if state.keys.shape != (*lead, self.size, self.width):
+            wanted = [*lead, self.size, self.width]
+            raise ValueError(f"NeuralCache: state.keys must be {wanted}, got {list(state.keys.shape)}")
+        keys = torch.cat([state.keys, hidden.detach().to(state.keys.dtype)], dim=-2)
+        return keys, torch.cat([state.tokens, tokens], dim=-1)
+
+    def _newest(self, keys: Tensor, tokens: Tensor) -> CacheState:
+        return CacheState(keys[..., -self.size :, :], tokens[..., -self.size :])
+
     def extra_repr(self) -> str:
         return f"size={self.size}, mix={self.mix.item():.3g}, theta={self.theta.item():.3g}"
-
-
-def _joined(state: CacheState, hidden: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Entries of the cache, then those of a text. ``[..., N + T, K]``, ``[..., N + T]``."""
-    keys = torch.cat([state.keys, hidden.detach().to(state.keys.dtype)], dim=-2)
-    return keys, torch.cat([state.tokens, tokens], dim=-1)

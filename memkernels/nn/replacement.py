@@ -59,8 +59,12 @@ class SlotUse(NamedTuple):
         return self._after("writes", 1 - retained, tokens, decay, threshold)
 
     def after_replacement(self, indices: Tensor) -> SlotUse:
-        """The use after the slots ``indices`` ``[..., R]`` (-1: none) got new content: written once, never read."""
-        chosen = _named(indices, self.reads.shape)
+        """The use after the slots ``indices`` ``[..., R]`` (-1: none) got new content: written once, never read.
+
+        Indices and errors as in :func:`replace_slots`.
+        """
+        lead, slots = self.reads.shape[:-1], self.reads.shape[-1]
+        chosen = _named(_for_each("SlotUse.after_replacement: indices", indices, lead, 1), slots)
         return SlotUse(
             self.reads.masked_fill(chosen, 0),
             self.writes.masked_fill(chosen, 1),
@@ -116,21 +120,37 @@ def replace_slots(values: Tensor, indices: Tensor, content: Tensor, *, backend: 
     """``values`` whose named slots hold ``content``, exactly, whatever they held before.
 
     Args:
-        values: ``[..., N, V]``, not modified. content: ``[..., R, V]``.
+        values: ``[..., N, V]``, not modified.
         indices: int64 ``[..., R]``, different from each other; -1 is no slot.
+        content: ``[..., R, V]``. Both have the leading dimensions of ``values``, or none: the same for every memory.
         backend: passed to :func:`memkernels.sparse_write`.
 
     Returns:
         ``[..., N, V]``, differentiable in values and content.
+
+    Raises:
+        ValueError: leading dimensions are others. ValueError, TypeError, RuntimeError: as the operation.
     """
-    emptied = values.masked_fill(_named(indices, values.shape[:-1]).unsqueeze(-1), 0)
-    at, content = indices.unsqueeze(-1), content.to(values.dtype)
-    return sparse_write(emptied, at, torch.ones_like(at, dtype=values.dtype), content, erase=0.0, backend=backend)
+    lead = values.shape[:-2]
+    at = _for_each("replace_slots: indices", indices, lead, 1)
+    content = _for_each("replace_slots: content", content, lead, 2).to(values.dtype)
+    emptied = values.masked_fill(_named(at, values.shape[-2]).unsqueeze(-1), 0)
+    weights = torch.ones_like(at, dtype=values.dtype)
+    return sparse_write(emptied, at.unsqueeze(-1), weights.unsqueeze(-1), content, erase=0.0, backend=backend)
 
 
-def _named(indices: Tensor, shape: torch.Size) -> Tensor:
-    """Which slots of ``[..., N]`` are among ``indices`` ``[..., R]``, where -1 is none: bool ``[..., N]``."""
-    named = torch.zeros(*shape[:-1], shape[-1] + 1, dtype=torch.bool, device=indices.device)
+def _for_each(what: str, x: Tensor, lead: torch.Size, axes: int) -> Tensor:
+    """``x`` with the leading dimensions of the memory before its ``axes`` own."""
+    own = x.shape[x.dim() - axes :]
+    if x.shape not in ((*lead, *own), own):
+        wanted = dict.fromkeys((str([*lead, *own]), str(list(own))))
+        raise ValueError(f"{what} must be {' or '.join(wanted)}, got {list(x.shape)}")
+    return x.expand(*lead, *own)
+
+
+def _named(indices: Tensor, slots: int) -> Tensor:
+    """Which of the slots are among ``indices`` ``[..., R]``, where -1 is none: bool ``[..., N]``."""
+    named = torch.zeros(*indices.shape[:-1], slots + 1, dtype=torch.bool, device=indices.device)
     return named.scatter(-1, indices + 1, True)[..., 1:]
 
 
@@ -140,5 +160,6 @@ def fade(values: Tensor, rate: float | Tensor, tokens: int = 1) -> Tensor:
     Args:
         values: ``[..., N, V]``. rate: share lost per token, one for all or ``[..., N]``. tokens: how many went by.
     """
-    kept = (1 - torch.as_tensor(rate, dtype=values.dtype, device=values.device)) ** tokens
-    return values * (kept.unsqueeze(-1) if kept.dim() else kept)
+    exact = torch.promote_types(values.dtype, torch.float32)  # 16 bits do not tell 1 - rate from 1
+    kept = (1 - torch.as_tensor(rate, dtype=exact, device=values.device)) ** tokens
+    return (values * (kept.unsqueeze(-1) if kept.dim() else kept)).to(values.dtype)
