@@ -1,4 +1,4 @@
-"""NeuralCache and AdditiveAttention against their equations written as plain loops in float64, and learning."""
+"""NeuralCache against its equation, written here as plain loops in float64, and learning."""
 
 from __future__ import annotations
 
@@ -7,16 +7,14 @@ import math
 import pytest
 import torch
 from support import close, randn
-from torch import nn
 from torch.nn import functional as F
 
-from memkernels.nn import AdditiveAttention, NeuralCache
+from memkernels.nn import NeuralCache
 
-BACKENDS = ("reference", "auto")
 B, T, N, K, W = 2, 7, 4, 3, 5
 
 
-def cache_of(backend="auto") -> NeuralCache:
+def cache_of(backend=None) -> NeuralCache:
     return NeuralCache(N, K, mix=0.3, theta=1.5, backend=backend).double()
 
 
@@ -27,8 +25,9 @@ def text(streams=B, length=T):
 
 
 @torch.no_grad()
-def test_nll_is_its_equation():
-    cache, (logits, hidden, targets) = cache_of(), text()
+@pytest.mark.parametrize("backend", ("reference", "auto"))
+def test_nll_is_its_equation(backend):
+    cache, (logits, hidden, targets) = cache_of(backend), text()
     got, _ = cache.nll(logits, hidden, targets, cache.initial_state(B))
     mix, theta = cache.mix.item(), cache.theta.item()
     assert (mix, theta) == pytest.approx((0.3, 1.5))
@@ -88,60 +87,7 @@ def test_mix_and_theta_are_learnt_over_a_frozen_model():
     assert cache.mix > 0.9 and cache.theta > 2.0
 
 
-# --- additive attention ---
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_attention_is_its_equation(backend):
-    torch.manual_seed(0)
-    attention = AdditiveAttention(K, W, 6, backend=backend).double()
-    hidden, outputs = randn(B, T, K), randn(B, N, W)
-    mask = torch.tensor([[True] * N, [True, False, True, False]])
-    got = attention(hidden, outputs, slot_mask=mask)
-    weight = torch.cat([attention.hidden_projection.weight, attention.output_projection.weight], 1).detach()
-    for b in range(B):
-        seen = [i for i in range(N) if mask[b, i]]
-        for t in range(T):
-            hiddens = [torch.tanh(weight @ torch.cat([hidden[b, t], outputs[b, i]])) for i in seen]
-            score = [math.exp(float(attention.score_vector.detach() @ h)) for h in hiddens]
-            close(got[b, t].detach(), sum(s / sum(score) * outputs[b, i] for s, i in zip(score, seen)))
-    assert torch.equal(attention(hidden, outputs, keys=attention.keys(outputs), slot_mask=mask), got)
-
-
-def test_gradients_of_attention():
-    attention = AdditiveAttention(K, W, 6).double()
-    hidden, outputs = randn(B, T, K).requires_grad_(), randn(B, N, W).requires_grad_()
-    assert torch.autograd.gradcheck(attention, (hidden, outputs))
-    attention(hidden, outputs).square().sum().backward()
-    assert all(p.grad.any() for p in attention.parameters())
-
-
-def test_a_decoder_learns_to_reverse():
-    """The decoder's state says only how many tokens it has given out; what they are, it must look up."""
-    torch.manual_seed(0)
-    length, vocab, width = 6, 8, 24
-    tokens, places, steps = nn.Embedding(vocab, width), nn.Embedding(length, width), nn.Embedding(length, width)
-    attention, output = AdditiveAttention(width, width, width), nn.Linear(width, vocab)
-    modules = nn.ModuleList([tokens, places, steps, attention, output])
-    optimizer = torch.optim.Adam(modules.parameters(), lr=1e-2)
-
-    def decode(source):
-        encoded = tokens(source) + places.weight
-        return output(attention(steps.weight.expand(len(source), -1, -1), encoded))
-
-    for _ in range(150):
-        source = torch.randint(vocab, (32, length))
-        loss = F.cross_entropy(decode(source).flatten(0, 1), source.flip(1).flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    source = torch.randint(vocab, (256, length))
-    assert (decode(source).argmax(-1) == source.flip(1)).float().mean() >= 0.95
-
-
 def test_errors_name_what_was_wanted():
-    with pytest.raises(ValueError, match="AdditiveAttention: attention_size must be at least 1, got 0"):
-        AdditiveAttention(3, 3, 0)
     with pytest.raises(ValueError, match="NeuralCache: mix must lie between 0 and 1, got 1"):
         NeuralCache(N, K, mix=1)
     with pytest.raises(ValueError, match="NeuralCache: theta must be above 0, got 0"):

@@ -1,4 +1,4 @@
-"""Modules that read: MultiHopRead and RetrievalMixture against their equations in float64, edges, and learning."""
+"""Modules that read, against their equations in float64, their edges, and what they learn."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import memkernels as mk
-from memkernels.nn import MultiHopRead, RetrievalMixture
+from memkernels.nn import AdditiveAttention, MultiHopRead, RetrievalMixture
 
 BACKENDS = ("reference", "cpu")
 T, N, W, K = 3, 6, 4, 2
@@ -179,12 +179,65 @@ def test_retrieval_learns_which_record_predicts():
     assert found >= 0.95
 
 
+# --- additive attention ---
+
+
+@pytest.mark.parametrize("backend", ("reference", "auto"))
+def test_attention_is_its_equation(backend):
+    torch.manual_seed(0)
+    attention = AdditiveAttention(K, 5, 6, backend=backend).double()
+    hidden, outputs = randn(2, T, K), randn(2, N, 5)
+    mask = torch.tensor([[True] * N, [True, False] * (N // 2)])
+    got = attention(hidden, outputs, slot_mask=mask)
+    weight = torch.cat([attention.hidden_projection.weight, attention.output_projection.weight], 1).detach()
+    for b in range(2):
+        seen = [i for i in range(N) if mask[b, i]]
+        for t in range(T):
+            hiddens = [torch.tanh(weight @ torch.cat([hidden[b, t], outputs[b, i]])) for i in seen]
+            score = [math.exp(float(attention.score_vector.detach() @ h)) for h in hiddens]
+            close(got[b, t].detach(), sum(s / sum(score) * outputs[b, i] for s, i in zip(score, seen)))
+    assert torch.equal(attention(hidden, outputs, keys=attention.keys(outputs), slot_mask=mask), got)
+
+
+def test_gradients_of_attention():
+    attention = AdditiveAttention(K, 5, 6).double()
+    hidden, outputs = randn(2, T, K).requires_grad_(), randn(2, N, 5).requires_grad_()
+    assert torch.autograd.gradcheck(attention, (hidden, outputs))
+    attention(hidden, outputs).square().sum().backward()
+    assert all(p.grad.any() for p in attention.parameters())
+
+
+def test_a_decoder_learns_to_reverse():
+    """The decoder's state says only how many tokens it has given out; what they are, it must look up."""
+    torch.manual_seed(0)
+    length, vocab, width = 6, 8, 24
+    tokens, places, steps = nn.Embedding(vocab, width), nn.Embedding(length, width), nn.Embedding(length, width)
+    attention, output = AdditiveAttention(width, width, width), nn.Linear(width, vocab)
+    modules = nn.ModuleList([tokens, places, steps, attention, output])
+    optimizer = torch.optim.Adam(modules.parameters(), lr=1e-2)
+
+    def decode(source):
+        encoded = tokens(source) + places.weight
+        return output(attention(steps.weight.expand(len(source), -1, -1), encoded))
+
+    for _ in range(150):
+        source = torch.randint(vocab, (32, length))
+        loss = F.cross_entropy(decode(source).flatten(0, 1), source.flip(1).flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    source = torch.randint(vocab, (256, length))
+    assert (decode(source).argmax(-1) == source.flip(1)).float().mean() >= 0.95
+
+
 # --- errors ---
 
 
 def test_errors_name_what_was_wanted():
     with pytest.raises(ValueError, match="MultiHopRead: hops must be at least 1, got 0"):
         MultiHopRead(0, W)
+    with pytest.raises(ValueError, match="AdditiveAttention: attention_size must be at least 1, got 0"):
+        AdditiveAttention(3, 3, 0)
     with pytest.raises(ValueError, match="RetrievalMixture: neighbours must be at least 1, got 0"):
         RetrievalMixture(Joint(), 0)
     with pytest.raises(ValueError, match=r"got \[6, 2\] and \[5, 3\]"):
