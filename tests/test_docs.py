@@ -75,6 +75,11 @@ def test_every_public_name_is_documented(name):
     assert any(f"`{name}" in page.read_text() or f"{name}(" in page.read_text() for page in generate.pages())
 
 
+@pytest.mark.parametrize("name", [*mk.nn.__all__, *mk.models.__all__])
+def test_every_module_and_model_is_documented(name):
+    assert f"`{name}`" in (text := (ROOT / "docs" / "models.md").read_text()) or f"{name}(" in text
+
+
 def test_every_page_is_in_the_index():
     index = (ROOT / "docs" / "index.md").read_text()
     assert not [page.name for page in generate.pages()[1:] if page.name != "index.md" and f"({page.name}" not in index]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import gated_write, gated_write_, softmax_read
+from ._sizes import check_sizes
 
 
 class MemoryState(NamedTuple):
@@ -71,9 +72,7 @@ class ExternalMemory(nn.Module):
         backend: str | None = None,
     ):
         super().__init__()
-        for name, size in (("mem_size", mem_size), ("mem_dim", mem_dim), ("model_dim", model_dim)):
-            if size < 1:
-                raise ValueError(f"ExternalMemory: {name} must be at least 1, got {size}")
+        check_sizes("ExternalMemory", mem_size=mem_size, mem_dim=mem_dim, model_dim=model_dim)
         self.scale = mem_dim**-0.5 if scaled else 1.0
         self.gate_bias = gate_bias
         self.backend = backend

@@ -1,0 +1,59 @@
+"""Every example runs, and what it measures is what it claims."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+from support import ROOT
+
+EXAMPLES = {path.stem: path for path in sorted((ROOT / "examples").glob("*.py"))}
+
+
+def run(name: str, *arguments):
+    """What ``main`` of the example returns."""
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES[name])
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main(*arguments)
+
+
+def question_answering(tmp_path):
+    accuracy = run("question_answering")
+    assert accuracy[2] >= 0.95
+    assert accuracy[1] < 0.7, "one read cannot answer a question that takes two facts"
+
+
+def dialogue_memory(tmp_path):
+    accuracy = run("dialogue_memory")
+    without, remembering = accuracy["window alone"], accuracy["window and memory"]
+    assert min(remembering.values()) >= 0.95
+    assert without["in the window"] >= 0.95
+    assert without["before the window"] < 0.2, "what left the window cannot be known"
+
+
+def continual_learning(tmp_path):
+    measured = run("continual_learning")
+    assert measured["network"]["when fresh"] >= 0.9 and measured["memory"]["when fresh"] >= 0.9
+    assert measured["network"]["forgetting"] > 0.3
+    assert measured["memory"]["forgetting"] < 0.05
+
+
+def slots_read(tmp_path):
+    pytest.importorskip("matplotlib")
+    measured = run("slots_read", tmp_path / "picture.png")
+    assert measured["right"] > 3 * measured["by chance"]
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+CHECKS = {check.__name__: check for check in (question_answering, dialogue_memory, continual_learning, slots_read)}
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_example(name, tmp_path, capsys):
+    CHECKS[name](tmp_path)
+    assert capsys.readouterr().out, "an example prints what it measured"
+
+
+def test_every_example_is_checked():
+    assert set(CHECKS) == set(EXAMPLES)
