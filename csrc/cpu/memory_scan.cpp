@@ -15,8 +15,8 @@
 namespace mk::MK_ISA {
 namespace {
 
-constexpr int64_t kFewBatches = 4;  // fewer: slots are cut into ranges
-constexpr int64_t kLeastRange = 2 * kScanSlots;
+constexpr int64_t kFewBatches = 4;               // fewer: slots are cut into ranges
+constexpr int64_t kLeastRange = 4 * kScanSlots;  // every range packs the queries for itself
 
 template <class F>
 struct Shape {
@@ -110,7 +110,8 @@ class Range {
     const Slots<F> content(p_.keys, p_.values, p_.mask, p_.lead, batch_, p_.K, p_.V, false);
     for_blocks([&](int64_t i, int64_t count) { take_values<F>(content.load(i, count, buffers_), p_.V, state(i)); });
   }
-  // Tokens [t0, t1). `out`, if given, takes the sums of token t at t - t0; otherwise they are finished here.
+  // Tokens [t0, t1). `out`, if given, takes the sums of token t at t - t0, and has room for whole chunks; otherwise they are
+  // finished here.
   void run(int64_t t0, int64_t t1, const Sums<F>* out) {
     for (int64_t t = t0; t < t1; t += kChunkTokens) {
       const int64_t count = least(kChunkTokens, t1 - t);
@@ -182,22 +183,18 @@ class Range {
     pack_chunk<F>(c, p_.K, p_.scale, write_q_);
     pack_chunk<F>(r, p_.K, p_.scale, read_q_);
     pad_rows<F>(c.write, c.ws, c.n, p_.V, write_);
-    for (int64_t t = 0; t < L; ++t) own_.top[t] = -kInf<F>, own_.total[t] = 0;
-    std::memset(own_.reads, 0, size_t(round_up(c.n, kScanTokens) * s_.VP) * sizeof(F));
+    for (int64_t t = 0; t < L; ++t) sums.top[t] = -kInf<F>, sums.total[t] = 0;
+    std::memset(sums.reads, 0, size_t(round_up(c.n, kScanTokens) * s_.VP) * sizeof(F));
     F *a = gates_, *keep = a + kScanSlots * kChunkTokens, *p = keep + kScanSlots * kChunkTokens;
     for_blocks([&](int64_t i, int64_t width) {
       const SlotBlock<F> block = slots_.load(i, width, buffers_);
       scan_gates<F>(block, p_.K, write_q_, c.n, a, keep);
       score_columns<F>(block, p_.K, read_q_, L, p);
-      soften<F>(block, c.n, s_.VP, p, own_);
-      const ScanTile<F> tile{block.n, c.n, s_.VP, a, keep, p, write_, state(i), own_.reads};
+      soften<F>(block, c.n, s_.VP, p, sums);
+      const ScanTile<F> tile{block.n, c.n, s_.VP, a, keep, p, write_, state(i), sums.reads};
       if (m_.read_first) scan_tile<F, Read::before>(tile);
       else scan_tile<F, Read::after>(tile);
     });
-    if (sums.top == own_.top) return;
-    std::memcpy(sums.top, own_.top, size_t(c.n) * sizeof(F));
-    std::memcpy(sums.total, own_.total, size_t(c.n) * sizeof(F));
-    std::memcpy(sums.reads, own_.reads, size_t(c.n * s_.VP) * sizeof(F));
   }
 
   const MemoryScan& m_;
