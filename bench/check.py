@@ -8,12 +8,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-import memkernels as mk
 from memkernels.registration import OPS
 from memkernels.testing.compare import distance, norms, special_values, table
 
 from .case import Case
-from .variants import prepare, results
+from .variants import function_of, prepare, results
 
 # A peer is right when it computes the same thing, even with more rounding than the library allows itself.
 PEER_SLACK = 20
@@ -57,7 +56,7 @@ class Exact:
 
         inputs = {name: cast(t) for name, t in self.sub.items()}
         d_out = None if self.d_sub is None else cast(self.d_sub)
-        function = getattr(mk, self.case.op)
+        function = function_of(self.case.op)
         run = prepare(self.case, lambda **kw: lambda: function(**kw, backend="reference"), inputs, d_out)
         found = results(self.case, run)
         if self.sample is None:

@@ -32,9 +32,14 @@ def own_backend(case: Case, device: str) -> tuple[str, str]:
     return backend.name, ""
 
 
+def function_of(op: str) -> Callable:
+    """The public function that runs ``op``; one over compressed slots has none of its own."""
+    return getattr(mk, OPS[op].twin_of or op)
+
+
 def own(case: Case) -> Callable:
     """Like a function of a peer: tensors and options in, the call to time out."""
-    return lambda **arguments: functools.partial(getattr(mk, case.op), **arguments)
+    return lambda **arguments: functools.partial(function_of(case.op), **arguments)
 
 
 def first(result: Tensor | tuple[Tensor, ...]) -> Tensor:

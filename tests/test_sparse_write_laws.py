@@ -110,6 +110,19 @@ def test_a_shared_memory_is_written_in_row_major_order(backend):
     close(got, values)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_weights_of_exactly_0_and_1_are_exact(backend, dtype):
+    """A slot written with weight 1 holds what was written, bit for bit; with weight 0 what it held."""
+    values, _, _, write = case(B, dtype=dtype)
+    indices = torch.arange(T).expand(B, T).unsqueeze(-1)
+    weights = torch.ones(B, T, 1, dtype=dtype)
+    weights[:, ::2] = 0
+    new = mk.sparse_write(values, indices, weights, write, backend=backend)
+    wanted = values.clone()
+    wanted[:, 1:T:2] = write[:, 1::2]
+    assert bits(new) == bits(wanted)
+
+
 def test_slots_that_nobody_names_keep_their_bits(backend):
     values, indices, weights, write = case(B, n=500, dtype=torch.bfloat16)
     new = mk.sparse_write(values, indices, weights, write, backend=backend)

@@ -14,6 +14,16 @@ def softmax_read(query, keys, values):
     return lambda: torch.softmax(scale * query @ keys.mT, -1) @ values
 
 
+def softmax_read_compressed(query, keys, values, key_scale, value_scale):
+    scale = query.shape[-1] ** -0.5
+
+    def run():
+        weights = torch.softmax(scale * query @ keys.to(query.dtype).mT * key_scale.unsqueeze(-2), -1)
+        return (weights * value_scale.unsqueeze(-2)) @ values.to(query.dtype)
+
+    return run
+
+
 def slot_usage(query, keys, lse):
     scale = query.shape[-1] ** -0.5
     return lambda: torch.exp(scale * query @ keys.mT - lse.unsqueeze(-1)).sum(-2)

@@ -1,4 +1,4 @@
-// sparse_write:  v_i <- v_i + a (w_t - e_t v_i)  for the entries (t, j) that name slot i, in order, a = weights[t, j].
+// sparse_write:  v_i <- v_i (1 - a e_t) + a w_t  for the entries (t, j) that name slot i, in order, a = weights[t, j].
 //
 // Slots do not depend on one another, so entries are sorted by slot, within it by position: a slot is read once, takes its entries
 // in float, and is rounded and written once. Slots are dealt into parts by their number; every part finds and sorts its own
@@ -121,11 +121,12 @@ class Columns {
   F *w_, *e_;
 };
 
+// In this form a gate of exactly 0 or 1 is exact.
 template <class F>
 MK_INLINE void step(F a, const F* w, const F* e, int64_t padded, F* v) {
   for (int64_t x = 0; x < padded; x += kLanes<F>) {
     const Vec<F> old = load<F>(v + x);
-    store<F>(v + x, old + a * (load<F>(w + x) - load<F>(e + x) * old));
+    store<F>(v + x, old * (F(1) - a * load<F>(e + x)) + a * load<F>(w + x));
   }
 }
 

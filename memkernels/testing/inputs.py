@@ -115,8 +115,10 @@ def _poison(op: Op, case: Case, tensors: list[Tensor | None]) -> None:
     if mask is not None and mask.shape[-1] and "empty" in case.give.get("slot_mask", ""):
         empty = ~mask if mask.dtype == torch.bool else torch.isneginf(mask)
         for arg, tensor in zip(op.args, tensors):
+            if tensor is None or arg.side != "memory" or op.inplace == arg.name:
+                continue
             rows = len(arg.axes.split()) == 2 and tensor.dtype not in COMPRESSED
-            if arg.side == "memory" and (rows or arg.dtype == "scale") and op.inplace != arg.name:
+            if rows or arg.dtype == "scale":
                 tensor[empty.expand(tensor.shape[: tensor.dim() - rows])] = torch.nan
     if tokens is not None:
         for arg, tensor in zip(op.args, tensors):
