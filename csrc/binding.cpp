@@ -1,7 +1,5 @@
 #include "binding.h"
 
-#include <cstring>
-
 namespace mk {
 
 DType dtype_of(const char* op, const char* name, const Tensor& t) {
@@ -16,10 +14,6 @@ DType dtype_of(const char* op, const char* name, const Tensor& t) {
   }
 }
 
-Tensor empty(const Sizes& sizes, ScalarType dtype) {
-  return torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(sizes.data(), sizes.size()), dtype);
-}
-
 int64_t size_at(const char* op, const char* name, const Tensor& t, int64_t d) {
   const int64_t rank = t.dim();
   STD_TORCH_CHECK(d < 0 ? -d <= rank : d < rank, op, ": ", name, " has too few dimensions, ", rank);
@@ -28,7 +22,7 @@ int64_t size_at(const char* op, const char* name, const Tensor& t, int64_t d) {
 
 const Tensor& Arguments::add(const char* name, const Tensor& t, Side side, std::initializer_list<int64_t> tail) {
   const int64_t rank = t.dim(), n = int64_t(tail.size());
-  STD_TORCH_CHECK(t.is_cpu(), op_, ": ", name, " must be on the CPU");
+  place_.enter(op_, name, t);
   STD_TORCH_CHECK(rank >= n && rank - n <= kMaxLead, op_, ": ", name, " has ", rank, " dimensions");
   int64_t d = rank - n;
   for (int64_t wanted : tail) {
@@ -50,6 +44,7 @@ void Arguments::floats(std::initializer_list<const Tensor*> tensors) const {
     STD_TORCH_CHECK(d <= DType::f64, op_, ": an argument that must be a float tensor is not");
     ++(d == DType::f64 ? doubles : singles);
   }
+  STD_TORCH_CHECK(kDoubles || doubles == 0, op_, ": there is no kernel for float64");
   STD_TORCH_CHECK(singles == 0 || doubles == 0, op_, ": float64 does not mix with other dtypes");
 }
 
@@ -125,8 +120,8 @@ Gradient::Gradient(Arguments& args, const Tensor* argument, bool wanted, Side si
   const auto own = argument->sizes();
   sizes_.assign(own.begin(), own.end());
   Sizes full = sizes_;
-  if (side == Side::tokens) {
-    full = args.sizes(Side::tokens, {});
+  if (side == Side::tokens || !kSumsInKernels) {
+    full = args.sizes(side, {});
     full.insert(full.end(), sizes_.end() - tail, sizes_.end());
   }
   sum_ = empty(full, stats_type(dtype_));
@@ -134,24 +129,29 @@ Gradient::Gradient(Arguments& args, const Tensor* argument, bool wanted, Side si
 }
 
 void Gradient::zero() {
-  if (sum_.has_value()) {
-    std::memset(sum_->data_ptr(), 0, size_t(sum_->numel()) * (sum_->scalar_type() == ScalarType::Double ? 8 : 4));
-  }
+  if (sum_.has_value()) torch::stable::zero_(*sum_);
 }
+
+namespace {
+
+// The sum over the leading dimensions that `sizes` lacks or has at 1.
+Tensor sum_to(Tensor out, const Sizes& sizes) {
+  const int64_t extra = out.dim() - int64_t(sizes.size());
+  Sizes over;
+  for (int64_t d = 0; d < out.dim(); ++d) {
+    if (d < extra || (sizes[size_t(d - extra)] == 1 && out.size(d) != 1)) over.push_back(d);
+  }
+  if (over.empty()) return out;
+  const torch::headeronly::IntHeaderOnlyArrayRef dims(over.data(), over.size());
+  return torch::stable::reshape(torch::stable::sum(out, dims, true),
+                                torch::headeronly::IntHeaderOnlyArrayRef(sizes.data(), sizes.size()));
+}
+
+}  // namespace
 
 Tensor Gradient::result() const {
   if (!sum_.has_value()) return nothing();
-  Tensor out = *sum_;
-  const int64_t extra = out.dim() - int64_t(sizes_.size());
-  Sizes over;
-  for (int64_t d = 0; d < out.dim(); ++d) {
-    if (d < extra || (sizes_[size_t(d - extra)] == 1 && out.size(d) != 1)) over.push_back(d);
-  }
-  if (!over.empty()) {
-    const torch::headeronly::IntHeaderOnlyArrayRef dims(over.data(), over.size());
-    out = torch::stable::reshape(torch::stable::sum(out, dims, true),
-                                 torch::headeronly::IntHeaderOnlyArrayRef(sizes_.data(), sizes_.size()));
-  }
+  const Tensor out = sum_to(*sum_, sizes_);
   return out.scalar_type() == dtype_ ? out : torch::stable::to(out, dtype_);
 }
 
@@ -169,6 +169,16 @@ TokenGradient::TokenGradient(Arguments& args, const Tensor* argument, bool wante
   view_ = args.view(*rows_, tail_);
 }
 
+#ifdef MK_CUDA
+Tensor TokenGradient::result() const {
+  if (!rows_.has_value()) return nothing();
+  if (!broadcast_) return *rows_;
+  Sizes sizes;
+  for (int64_t s : argument_->sizes()) sizes.push_back(s);
+  const Tensor sum = sum_to(*rows_, sizes);
+  return sum.scalar_type() == argument_->scalar_type() ? sum : torch::stable::to(sum, argument_->scalar_type());
+}
+#else
 namespace {
 
 // to[own place] = sum of from[place] over the places that differ where `to` has size 1; `lead` leading dimensions of `from`.
@@ -204,5 +214,6 @@ Tensor TokenGradient::result() const {
   else sum_places<float>(*rows_, lead, inner_, sum);
   return sum.scalar_type() == argument_->scalar_type() ? sum : torch::stable::to(sum, argument_->scalar_type());
 }
+#endif
 
 }  // namespace mk

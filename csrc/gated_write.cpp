@@ -124,7 +124,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
 }  // namespace
 }  // namespace mk
 
-STABLE_TORCH_LIBRARY_IMPL(memkernels_cpu, CPU, m) {
+MK_REGISTER(m) {
   m.impl("gated_write", TORCH_BOX(&mk::forward));
   m.impl("gated_write_", TORCH_BOX(&mk::in_place));
   m.impl("gated_write_backward", TORCH_BOX(&mk::backward));

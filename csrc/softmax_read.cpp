@@ -78,7 +78,7 @@ Four backward(const Tensor& query, const Tensor& keys, const Tensor& values, con
 }  // namespace
 }  // namespace mk
 
-STABLE_TORCH_LIBRARY_IMPL(memkernels_cpu, CPU, m) {
+MK_REGISTER(m) {
   m.impl("softmax_read", TORCH_BOX(&mk::forward));
   m.impl("softmax_read_backward", TORCH_BOX(&mk::backward));
 }

@@ -60,7 +60,7 @@ std::tuple<Tensor, Tensor> backward(const Tensor& values, const Tensor& indices,
 }  // namespace
 }  // namespace mk
 
-STABLE_TORCH_LIBRARY_IMPL(memkernels_cpu, CPU, m) {
+MK_REGISTER(m) {
   m.impl("sparse_read", TORCH_BOX(&mk::forward));
   m.impl("sparse_read_backward", TORCH_BOX(&mk::backward));
 }

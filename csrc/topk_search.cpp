@@ -67,7 +67,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& query, const Tensor& k
 }  // namespace
 }  // namespace mk
 
-STABLE_TORCH_LIBRARY_IMPL(memkernels_cpu, CPU, m) {
+MK_REGISTER(m) {
   m.impl("topk_search", TORCH_BOX(&mk::forward));
   m.impl("topk_search_backward", TORCH_BOX(&mk::backward));
 }

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from . import _native
+from . import _cuda, _native
 from .spec import FLOATS
 
 DIRECTIONS = ("forward", "backward")
@@ -60,7 +60,10 @@ def note_kernels(qualified: str) -> None:
 
 
 # In order of preference. "reference" is not a row: it is the formula itself and runs anywhere.
-BACKENDS: tuple[Backend, ...] = (Backend("cpu", ("cpu",), _native.missing),)
+BACKENDS: tuple[Backend, ...] = (
+    Backend("cpu", ("cpu",), _native.missing),
+    Backend("cuda", _cuda.DEVICES, _cuda.missing, _cuda.DTYPES),
+)
 
 _BY_NAME = {b.name: b for b in BACKENDS}
 NAMES = ("auto", "reference", *_BY_NAME)
