@@ -70,41 +70,38 @@ MK_KERNEL(kThreads) read_stream(MK_PARAM(Reading) r) {
   const char* values = columns > 0 ? p.values.batch(p.lead, batch) + column0 * int64_t(sizeof(W)) : nullptr;
   const char* mask = p.mask ? p.mask.batch(p.lead, batch) : nullptr;
   const int parts = plan.key_parts + (columns > 0 ? 1 : 0);
-  const int64_t items = end > begin ? (end - begin + S - 1) / S * parts : 0;
   auto key_columns = [&](int part) { return int(least(kPart, p.K - part * kPart)); };
-  auto ask = [&](int64_t item) {
-    const int part = int(item % parts);
-    const int64_t first = begin + item / parts * S;
-    char* buffer = buffers + item % kStages * plan.stage_bytes;
-    if (part < plan.key_parts) {
-      const Part rows{keys + part * kPart * int64_t(sizeof(X)), p.keys.row, first, end, key_columns(part), plan.key_packs};
-      fetch<X>(rows, S, p.mask, mask, buffer);
-    } else {
-      const Part rows{values, p.values.row, first, end, columns, plan.value_packs};
-      fetch<W>(rows, S, p.mask, mask, buffer);
+  auto ask = [&](const Step& step) {
+    if (step.first < end) {
+      char* buffer = buffers + step.buffer * plan.stage_bytes;
+      if (step.part < plan.key_parts) {
+        fetch<X>({keys + step.part * kPart * int64_t(sizeof(X)), p.keys.row, step.first, end, key_columns(step.part),
+                  plan.key_packs},
+                 S, p.mask, mask, buffer);
+      } else {
+        fetch<W>({values, p.values.row, step.first, end, columns, plan.value_packs}, S, p.mask, mask, buffer);
+      }
     }
-  };
-  for (int i = 0; i < kStages - 1; ++i) {
-    if (i < items) ask(i);
     commit_copies();
-  }
+  };
+  Step ahead{begin};
+  for (int i = 0; i < kStages - 1; ++i, ahead.next(parts, S)) ask(ahead);
 
   // A pair of value columns per thread; `groups` threads share a pair and take every groups-th slot.
   int pairs = 1;
   while (2 * pairs < columns) pairs *= 2;
   const int pair = tid % pairs, group = tid / pairs, groups = kThreads / pairs;
   float acc[Q][2] = {}, s[Q] = {};
-  for (int64_t item = 0; item < items; ++item) {
+  for (Step step{begin}; step.first < end; step.next(parts, S)) {
     wait_copies<kStages - 2>();
     __syncthreads();  // the part is there for all threads, and the buffer asked for below is free
-    if (item + kStages - 1 < items) ask(item + kStages - 1);
-    commit_copies();
-    const int part = int(item % parts);
-    const char* buffer = buffers + item % kStages * plan.stage_bytes;
-    if (part < plan.key_parts) {
-      multiply<X, Q>(buffer, key_columns(part), query + part * kPart, plan.padded, S, s);
-      if (part + 1 < plan.key_parts) continue;
-      store_scores<Q>(s, float(p.scale), S, begin + item / parts * S, end, p.mask, mask, scores);
+    ask(ahead);
+    ahead.next(parts, S);
+    const char* buffer = buffers + step.buffer * plan.stage_bytes;
+    if (step.part < plan.key_parts) {
+      multiply<X, Q>(buffer, key_columns(step.part), query + step.part * kPart, plan.padded, S, s);
+      if (step.part + 1 < plan.key_parts) continue;
+      store_scores<Q>(s, float(p.scale), S, step.first, end, p.mask, mask, scores);
       __syncthreads();
       soften<Q>(scores, S, m, l, fade);
       continue;

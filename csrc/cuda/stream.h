@@ -37,6 +37,16 @@ struct Part {
   bool packs;
 };
 
+// Where a block is in its range: part `part` of the tile at row `first`, in buffer `buffer`. Counted, not divided.
+struct Step {
+  int64_t first;
+  int part = 0, buffer = 0;
+  MK_DEVICE void next(int parts, int S) {
+    if (++part == parts) part = 0, first += S;
+    if (++buffer == kStages) buffer = 0;
+  }
+};
+
 template <class X>
 MK_BOTH constexpr int packs_of(int columns) {
   return (columns + Pack<X>::size - 1) / Pack<X>::size;

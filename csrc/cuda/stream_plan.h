@@ -39,19 +39,16 @@ inline StreamPlan plan_stream(const Device& device, const StreamShape& s) {
   return p;
 }
 
-// Q for a call with so many tokens: one alone, else 4 or 16, as far as their queries leave room for the buffers.
+// Q for a call with so many tokens: one alone, else 8, as far as their queries leave room for the buffers.
 inline int queries_at_once(int64_t tokens, int64_t K) {
   constexpr int64_t kRoom = 24 << 10;
-  if (tokens > 4 && 16 * K * 4 <= kRoom) return 16;
-  if (tokens > 1 && 4 * K * 4 <= kRoom) return 4;
-  return 1;
+  return tokens > 1 && 8 * K * 4 <= kRoom ? 8 : 1;
 }
 
 // Calls body<Q>().
 template <class Body>
 void with_queries(int queries, Body&& body) {
-  if (queries == 16) body.template operator()<16>();
-  else if (queries == 4) body.template operator()<4>();
+  if (queries == 8) body.template operator()<8>();
   else body.template operator()<1>();
 }
 
