@@ -11,7 +11,6 @@ namespace mk::cuda {
 struct RowSource {
   const char* base;
   int64_t stride, count, width;
-  bool packs;  // aligned to 16 bytes
 };
 
 // How many neighbouring lanes share a row of so many units.

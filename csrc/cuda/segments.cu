@@ -5,8 +5,7 @@
 // its chunk, one block turns the counts into places, every block puts its entries there in their order. An index that names no row
 // of the memory gets a key behind all rows and is never summed.
 // Then one warp per row of the result finds its entries by bisection and adds them up; rows that nobody chose become zero.
-#include "cuda/segments.h"
-
+#include "cuda/chosen.h"
 #include "cuda/numbers.h"
 
 namespace mk::cuda {
@@ -22,7 +21,9 @@ struct Entries {
   int64_t blocks;
 };
 
-MK_KERNEL(kThreads) number_entries(MK_PARAM(Choice) c, MK_PARAM(MemoryGradient) out, MK_PARAM(Entries) e) {
+MK_KERNEL(kThreads) number_entries(MK_PARAM(ChosenSum) s, MK_PARAM(Entries) e) {
+  const Choice& c = s.choice;
+  const MemoryGradient& out = s.out;
   const int64_t at = int64_t(blockIdx.x) * kThreads + threadIdx.x, tokens = c.tokens();
   if (at >= e.count) return;
   const int64_t batch = at / c.k / tokens, t = at / c.k % tokens;
@@ -92,7 +93,8 @@ MK_KERNEL(kThreads) place_entries(MK_PARAM(Entries) e, int shift) {
   }
 }
 
-MK_KERNEL(kThreads) sum_segments(MK_PARAM(Choice) c, MK_PARAM(ChosenSum) s, MK_PARAM(Entries) e) {
+MK_KERNEL(kThreads) sum_segments(MK_PARAM(ChosenSum) s, MK_PARAM(Entries) e) {
+  const Choice& c = s.choice;
   const int64_t row = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32, tokens = c.tokens();
   if (row >= s.out.rows) return;
   const int lane = int(threadIdx.x) & 31;
@@ -108,15 +110,11 @@ MK_KERNEL(kThreads) sum_segments(MK_PARAM(Choice) c, MK_PARAM(ChosenSum) s, MK_P
     float sum = 0;
     for (int64_t i = begin; i < e.count && e.keys[i] == row; ++i) {
       const int64_t at = e.places[i], batch = at / c.k / tokens, t = at / c.k % tokens;
-      float w;
-      if (s.weights) {
-        w = load(token_row(s.weights, c.lead, s.weights.batch(c.lead, batch), c.T, t), s.weights.dtype, at % c.k);
-      } else {
-        w = s.flat[at];
-      }
+      const float w =
+          load(token_row(s.weights, c.lead, s.weights.batch(c.lead, batch), c.T, t), s.weights.dtype, at % c.k);
       if (column >= s.width) continue;
-      if (!s.rows) sum += w;
-      else sum += w * load(token_row(s.rows, c.lead, s.rows.batch(c.lead, batch), c.T, t), s.rows.dtype, column);
+      if (!s.tokens) sum += w;
+      else sum += w * load(token_row(s.tokens, c.lead, s.tokens.batch(c.lead, batch), c.T, t), s.tokens.dtype, column);
     }
     if (column < s.width) store(out, s.out.view.dtype, column, s.factor * sum);
   }
@@ -124,7 +122,8 @@ MK_KERNEL(kThreads) sum_segments(MK_PARAM(Choice) c, MK_PARAM(ChosenSum) s, MK_P
 
 }  // namespace
 
-void sum_chosen(const Device& device, const char* name, const Choice& c, const ChosenSum& sum) {
+void sum_chosen(const Device& device, const char* name, const ChosenSum& sum) {
+  const Choice& c = sum.choice;
   if (!sum.out || sum.out.rows * sum.width == 0) return;
   Entries e{};
   e.count = c.all_tokens() * c.k;
@@ -136,7 +135,7 @@ void sum_chosen(const Device& device, const char* name, const Choice& c, const C
   e.keys = device.scratch<uint32_t>(e.count), e.keys_after = device.scratch<uint32_t>(e.count);
   e.places = device.scratch<uint32_t>(e.count), e.places_after = device.scratch<uint32_t>(e.count);
   e.counts = device.scratch<uint32_t>(kDigits * e.blocks);
-  launch(device, name, number_entries, div_up(e.count, kThreads), kThreads, 0, c, sum.out, e);
+  launch(device, name, number_entries, div_up(e.count, kThreads), kThreads, 0, sum, e);
   for (int shift = 0; e.count > 0 && shift < 32 && sum.out.rows >> shift != 0; shift += 8) {
     launch(device, name, count_digits, e.blocks, kThreads, kDigits * 4, e, shift);
     launch(device, name, add_up_counts, 1, kThreads, kThreads * 4, e);
@@ -144,7 +143,7 @@ void sum_chosen(const Device& device, const char* name, const Choice& c, const C
     std::swap(e.keys, e.keys_after);
     std::swap(e.places, e.places_after);
   }
-  launch(device, name, sum_segments, div_up(sum.out.rows, kWarps), kThreads, 0, c, sum, e);
+  launch(device, name, sum_segments, div_up(sum.out.rows, kWarps), kThreads, 0, sum, e);
 }
 
 }  // namespace mk::cuda

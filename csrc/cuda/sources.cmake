@@ -1,5 +1,5 @@
 # The CUDA backend: its kernels, and the bindings of csrc compiled for them. Used by CMakeLists.txt and by tests/simt.
-set(CUDA_OPS address slot_usage softmax_read sparse_read)
+set(CUDA_OPS address slot_usage softmax_read sparse_read topk_read topk_search)
 file(GLOB CUDA_KERNELS CONFIGURE_DEPENDS ${CMAKE_CURRENT_LIST_DIR}/*.cu)
 set(CUDA_BINDINGS ${CMAKE_CURRENT_LIST_DIR}/../binding.cpp ${CMAKE_CURRENT_LIST_DIR}/place.cpp
   ${CMAKE_CURRENT_LIST_DIR}/library.cpp)

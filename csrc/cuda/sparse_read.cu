@@ -2,9 +2,9 @@
 //
 // Bound by bandwidth of scattered rows: a warp per token, 16 bytes per lane, several rows under way (cuda/gather.h). The gradient
 // of the values is summed row by row in the order of the tokens (cuda/segments.cu).
+#include "cuda/chosen.h"
 #include "cuda/gather.h"
 #include "cuda/launchers.h"
-#include "cuda/segments.h"
 #include "cuda/stream.h"
 
 namespace mk::cuda {
@@ -25,36 +25,34 @@ struct Token {
 };
 
 template <class X, int E>
-MK_KERNEL(kThreads) gather_rows(MK_PARAM(SparseRead) p) {
-  const Choice& c = p.choice;
+MK_KERNEL(kThreads) gather_rows(MK_PARAM(Gather) g) {
+  const Choice& c = g.choice;
   const Token token(c);
   if (token.at >= c.all_tokens()) return;
   const auto* index = reinterpret_cast<const int64_t*>(token.row(c.indices, c));
-  const char* weights = token.row(p.weights, c);
-  char* out = token.row(p.read, c);
-  const RowSource rows{p.values.batch(c.lead, token.batch), p.values.row, c.N, p.V, E > 1};
+  const char* weights = token.row(g.weights, c);
+  char* out = token.row(g.out, c);
+  const RowSource rows{g.rows.batch(c.lead, token.batch), g.rows.row, c.N, g.width};
   sum_rows<X, E>(
-      rows, int(c.k), [&](int j) { return index[j]; }, [&](int j) { return load(weights, p.weights.dtype, j); },
-      [&](int64_t column, float x) { store(out, p.read.dtype, column, x); });
+      rows, int(c.k), [&](int j) { return index[j]; }, [&](int j) { return load(weights, g.weights.dtype, j); },
+      [&](int64_t column, float x) { store(out, g.out.dtype, column, g.factor * x); });
 }
 
 template <class X, int E>
-MK_KERNEL(kThreads) multiply_chosen(MK_PARAM(SparseReadBackward) b) {
-  const SparseRead& p = b.forward;
+MK_KERNEL(kThreads) multiply_rows(MK_PARAM(Products) p) {
   const Choice& c = p.choice;
   const Token token(c);
   if (token.at >= c.all_tokens()) return;
   const auto* index = reinterpret_cast<const int64_t*>(token.row(c.indices, c));
-  const char* d_read = token.row(b.d_read, c);
-  char* out = token.row(b.d_weights, c);
-  const RowSource rows{p.values.batch(c.lead, token.batch), p.values.row, c.N, p.V, E > 1};
-  const int G = lanes_per_row(p.V / E), lane = int(threadIdx.x) & 31, group = lane / G, groups = 32 / G;
+  const char* own = token.row(p.tokens, c);
+  char* out = token.row(p.out, c);
+  const RowSource rows{p.rows.batch(c.lead, token.batch), p.rows.row, c.N, p.width};
+  const int G = lanes_per_row(p.width / E), lane = int(threadIdx.x) & 31, group = lane / G, groups = 32 / G;
   for (int j0 = 0; j0 < c.k; j0 += groups) {
     const int j = j0 + group;
     const int64_t row = j < c.k ? index[j] : -1;
-    const float x =
-        multiply_row<X, E>(rows, row, G, [&](int64_t column) { return load(d_read, b.d_read.dtype, column); });
-    if (j < c.k && lane % G == 0) store(out, b.d_weights.dtype, j, x);
+    const float x = multiply_row<X, E>(rows, row, G, [&](int64_t column) { return load(own, p.tokens.dtype, column); });
+    if (j < c.k && lane % G == 0) store(out, p.out.dtype, j, x);
   }
 }
 
@@ -70,21 +68,27 @@ void with_rows(const View& rows, const Lead& lead, int64_t width, Body&& body) {
 
 }  // namespace
 
-void sparse_read(const Device& device, const SparseRead& p) {
-  with_rows(p.values, p.choice.lead, p.V, [&]<class X, int E>() {
-    launch(device, "sparse_read", gather_rows<X, E>, div_up(p.choice.all_tokens(), kWarps), kThreads, 0, p);
+void gather_chosen(const Device& device, const char* name, const Gather& g) {
+  with_rows(g.rows, g.choice.lead, g.width, [&]<class X, int E>() {
+    launch(device, name, gather_rows<X, E>, div_up(g.choice.all_tokens(), kWarps), kThreads, 0, g);
   });
+}
+
+void multiply_chosen(const Device& device, const char* name, const Products& p) {
+  with_rows(p.rows, p.choice.lead, p.width, [&]<class X, int E>() {
+    launch(device, name, multiply_rows<X, E>, div_up(p.choice.all_tokens(), kWarps), kThreads, 0, p);
+  });
+}
+
+void sparse_read(const Device& device, const SparseRead& p) {
+  gather_chosen(device, "sparse_read", {p.choice, p.V, p.values, p.weights, p.read, 1.f});
 }
 
 void sparse_read_backward(const Device& device, const SparseReadBackward& b) {
   const SparseRead& p = b.forward;
   const char* name = "sparse_read_backward";
-  if (b.d_weights) {
-    with_rows(p.values, p.choice.lead, p.V, [&]<class X, int E>() {
-      launch(device, name, multiply_chosen<X, E>, div_up(p.choice.all_tokens(), kWarps), kThreads, 0, b);
-    });
-  }
-  sum_chosen(device, name, p.choice, {b.d_values, p.V, b.d_read, p.weights, nullptr, 1.f});
+  if (b.d_weights) multiply_chosen(device, name, {p.choice, p.V, p.values, b.d_read, b.d_weights});
+  sum_chosen(device, name, {p.choice, p.V, b.d_values, b.d_read, p.weights, 1.f});
 }
 
 }  // namespace mk::cuda
