@@ -19,7 +19,8 @@ PACKAGE = ROOT / "memkernels"
 LAYERS = {
     "_native": {"_host"},
     "spec": set(),
-    "backends": {"_native", "spec"},
+    "_cuda": set(),
+    "backends": {"_cuda", "_native", "spec"},
     "registration": {"spec", "backends"},
     "ops": {"spec", "registration"},
     "nn": {"", "ops", "spec", "backends"},

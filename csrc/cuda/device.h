@@ -17,7 +17,7 @@ namespace mk::cuda {
 
 struct Device {
   cudaStream_t stream = nullptr;
-  int processors = 4;                 // multiprocessors
+  int processors = 4;                  // multiprocessors
   int64_t shared = int64_t(96) << 10;  // bytes of shared memory that one block may have
   void* owner = nullptr;
   void* (*allocate)(void* owner, int64_t bytes) = nullptr;
@@ -42,7 +42,8 @@ void launch(const Device& device, const char* name, void (*kernel)(P...), int64_
   if (blocks == 0) return;
   if (blocks > 0x7fffffff || shared > device.shared) {
     throw std::runtime_error(std::string(name) + ": the shape is too large for its CUDA kernel (" +
-                             std::to_string(blocks) + " blocks, " + std::to_string(shared) + " bytes of shared memory)");
+                             std::to_string(blocks) + " blocks, " + std::to_string(shared) +
+                             " bytes of shared memory)");
   }
 #ifdef MK_SIMT
   simt::launch(blocks, threads, shared, [&] { kernel(args...); });
@@ -52,7 +53,7 @@ void launch(const Device& device, const char* name, void (*kernel)(P...), int64_
                                int(shared)),
           name);
   }
-  kernel<<<dim3(unsigned(blocks)), dim3(unsigned(threads)), size_t(shared), device.stream>>>(args...);
+  kernel<<<dim3(unsigned(blocks)), dim3(unsigned(threads)), size_t(shared), device.stream> > >(args...);
   check(cudaGetLastError(), name);
 #endif
 }

@@ -12,8 +12,8 @@ std::string why_not() {
   if (cudaDriverGetVersion(&driver) != cudaSuccess || driver == 0) return "there is no NVIDIA driver";
   if (cudaRuntimeGetVersion(&runtime) != cudaSuccess) return "the CUDA runtime does not start";
   if (driver / 1000 < runtime / 1000) {
-    return "the NVIDIA driver is too old: it runs CUDA " + std::to_string(driver / 1000) +
-           ", the library needs CUDA " + std::to_string(runtime / 1000);
+    return "the NVIDIA driver is too old: it runs CUDA " + std::to_string(driver / 1000) + ", the library needs CUDA " +
+           std::to_string(runtime / 1000);
   }
 #endif
   return "";

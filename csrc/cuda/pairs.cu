@@ -13,9 +13,9 @@ namespace mk::cuda {
 namespace {
 
 struct Results {
-  View d_query, d_lse;             // by tokens
-  View d_keys, d_values, d_mask;   // by slots
-  View usage, weights;             // of the forward ops
+  View d_query, d_lse;            // by tokens
+  View d_keys, d_values, d_mask;  // by slots
+  View usage, weights;            // of the forward ops
 };
 
 // Which tile of rows and which block of columns a block works on.
@@ -117,8 +117,8 @@ MK_KERNEL(kPairThreads) sum_by_tokens(MK_PARAM(Pairs) p, MK_PARAM(Results) out, 
 }
 
 // Blocks of columns of K come first, then those of V. The first also sums what is one number per slot.
-MK_KERNEL(kPairThreads) sum_by_slots(MK_PARAM(Pairs) p, MK_PARAM(Results) out, int64_t tiles, int64_t blocks,
-                                     int64_t key_blocks) {
+MK_KERNEL(kPairThreads)
+sum_by_slots(MK_PARAM(Pairs) p, MK_PARAM(Results) out, int64_t tiles, int64_t blocks, int64_t key_blocks) {
   Tile& tile = *reinterpret_cast<Tile*>(shared_memory());
   const Part part(tiles, blocks);
   const bool of_keys = part.block < key_blocks;
@@ -168,8 +168,9 @@ MK_KERNEL(kPairThreads) write_weights(MK_PARAM(Pairs) p, MK_PARAM(Results) out, 
 }
 
 // terms[t] = d_lse_t - <a_t, b_t>, one warp per token. A missing row counts as zero.
-MK_KERNEL(kPairThreads) subtract_products(MK_PARAM(Pairs) p, MK_PARAM(View) a, MK_PARAM(View) b, MK_PARAM(View) d_lse,
-                                          int64_t width, float* terms) {
+MK_KERNEL(kPairThreads)
+subtract_products(MK_PARAM(Pairs) p, MK_PARAM(View) a, MK_PARAM(View) b, MK_PARAM(View) d_lse, int64_t width,
+                  float* terms) {
   const int64_t tokens = p.lead.folded() * p.T, at = int64_t(blockIdx.x) * 4 + threadIdx.x / 32;
   if (at >= tokens * p.lead.batches()) return;
   const int64_t batch = at / tokens, t = at % tokens;
@@ -194,14 +195,15 @@ const float* terms_of(const Device& device, const char* name, const Pairs& p, co
 void by_tokens(const Device& device, const char* name, const Pairs& p, const Results& out) {
   const int64_t tiles = div_up(p.lead.folded() * p.T, kTile);
   const int64_t blocks = out.d_query ? most(1, div_up(p.K, kPairThreads)) : 1;
-  launch(device, name, sum_by_tokens, p.lead.batches() * tiles * blocks, kPairThreads, sizeof(Tile), p, out, tiles, blocks);
+  launch(device, name, sum_by_tokens, p.lead.batches() * tiles * blocks, kPairThreads, sizeof(Tile), p, out, tiles,
+         blocks);
 }
 
 void by_slots(const Device& device, const char* name, const Pairs& p, const Results& out) {
   const int64_t tiles = div_up(p.N, kTile), keys = out.d_keys ? most(1, div_up(p.K, kPairThreads)) : 1;
   const int64_t blocks = keys + (out.d_values ? div_up(p.V, kPairThreads) : 0);
-  launch(device, name, sum_by_slots, p.lead.batches() * tiles * blocks, kPairThreads, sizeof(Tile), p, out, tiles, blocks,
-         keys);
+  launch(device, name, sum_by_slots, p.lead.batches() * tiles * blocks, kPairThreads, sizeof(Tile), p, out, tiles,
+         blocks, keys);
 }
 
 void gradients(const Device& device, const char* name, const Pairs& p, const Results& out) {

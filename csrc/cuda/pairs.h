@@ -19,9 +19,9 @@ struct Pairs {
   Lead lead;
   int64_t T, N, K, V;
   View query, keys, values, mask;
-  View lse, weights;                  // what the forward found
-  View d_read, d_weights, d_usage;    // gradients of results
-  const float* terms;                 // one per token, of all batches
+  View lse, weights;                // what the forward found
+  View d_read, d_weights, d_usage;  // gradients of results
+  const float* terms;               // one per token, of all batches
   double scale;
   Rule rule;
 };
@@ -65,8 +65,7 @@ MK_DEVICE void point(Tile& tile, const Pairs& p, int64_t batch, const View& toke
     const int64_t t = t0 + threadIdx.x, i = i0 + threadIdx.x;
     tile.a_rows[threadIdx.x] =
         tokens && t < p.lead.folded() * p.T ? token_row(tokens, p.lead, tokens.batch(p.lead, batch), p.T, t) : nullptr;
-    const bool open =
-        i < p.N && mask_at(p.mask, p.mask ? p.mask.batch(p.lead, batch) : nullptr, i) != -kInfinity;
+    const bool open = i < p.N && mask_at(p.mask, p.mask ? p.mask.batch(p.lead, batch) : nullptr, i) != -kInfinity;
     tile.b_rows[threadIdx.x] = slots && open ? slots.batch(p.lead, batch) + i * slots.row : nullptr;
   }
   __syncthreads();

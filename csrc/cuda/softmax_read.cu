@@ -45,7 +45,8 @@ MK_DEVICE void soften(float* scores, int S, float* m, float* l, float* fade) {
 }
 
 template <class X, class W, int Q>
-MK_KERNEL(kThreads) read_stream(MK_PARAM(Reading) r) {
+MK_KERNEL(kThreads)
+read_stream(MK_PARAM(Reading) r) {
   const SoftmaxRead& p = r.p;
   const StreamPlan& plan = r.plan;
   const int S = plan.slots, tid = int(threadIdx.x);
@@ -130,8 +131,8 @@ MK_KERNEL(kThreads) read_stream(MK_PARAM(Reading) r) {
     const int64_t token = batch * tokens + t0 + q, rows = r.rows;
     const float inverse = l[q] == 0 ? 0.f : 1.f / l[q];
     float* part = r.partial == nullptr ? nullptr : r.partial + (split * rows + token) * p.V + column0;
-    char* out = part != nullptr || columns == 0 ? nullptr
-                                                : token_row(p.read, p.lead, p.read.batch(p.lead, batch), p.T, t0 + q);
+    char* out =
+        part != nullptr || columns == 0 ? nullptr : token_row(p.read, p.lead, p.read.batch(p.lead, batch), p.T, t0 + q);
     for (int c = tid; c < columns; c += kThreads) {
       float sum = 0;
       for (int g = 0; g < groups; ++g) sum += sums[(g * Q + q) * pairs * 2 + c];
@@ -185,15 +186,16 @@ void read(const Device& device, Reading r) {
   const SoftmaxRead& p = r.p;
   r.value_blocks = int(most(1, div_up(p.V, kColumns)));
   r.width = int(round_up(div_up(p.V, r.value_blocks), 8));
-  r.plan = plan_stream(device, {p.lead, p.T, p.N, p.K, p.keys, least(r.width, p.V), int64_t(sizeof(W)), r.value_blocks, Q});
+  r.plan =
+      plan_stream(device, {p.lead, p.T, p.N, p.K, p.keys, least(r.width, p.V), int64_t(sizeof(W)), r.value_blocks, Q});
   r.plan.value_packs = p.V > 0 && in_packs(p.values, p.lead, p.V) && r.width * sizeof(W) % 16 == 0;
   r.rows = p.lead.batches() * p.lead.folded() * p.T;
   if (r.plan.splits > 1) r.partial = device.scratch<float>(r.plan.splits * r.rows * (p.V + 2));
   // At the end the buffers hold a pair of sums per thread and token.
   r.plan.stage_bytes = int(most(r.plan.stage_bytes, round_up(div_up(kThreads * Q * 8, kStages), 16)));
   const int64_t shared = kStages * r.plan.stage_bytes + (Q * r.plan.padded + Q * r.plan.slots + 3 * Q) * 4;
-  launch(device, "softmax_read", read_stream<X, W, Q>,
-         p.lead.batches() * r.plan.tiles * r.value_blocks * r.plan.splits, kThreads, shared, r);
+  launch(device, "softmax_read", read_stream<X, W, Q>, p.lead.batches() * r.plan.tiles * r.value_blocks * r.plan.splits,
+         kThreads, shared, r);
   if (r.plan.splits > 1) launch(device, "softmax_read", merge_ranges, r.rows, kThreads, r.plan.splits * 4, r);
 }
 

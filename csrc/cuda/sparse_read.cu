@@ -25,7 +25,8 @@ struct Token {
 };
 
 template <class X, int E>
-MK_KERNEL(kThreads) gather_rows(MK_PARAM(Gather) g) {
+MK_KERNEL(kThreads)
+gather_rows(MK_PARAM(Gather) g) {
   const Choice& c = g.choice;
   const Token token(c);
   if (token.at >= c.all_tokens()) return;
@@ -39,7 +40,8 @@ MK_KERNEL(kThreads) gather_rows(MK_PARAM(Gather) g) {
 }
 
 template <class X, int E>
-MK_KERNEL(kThreads) multiply_rows(MK_PARAM(Products) p) {
+MK_KERNEL(kThreads)
+multiply_rows(MK_PARAM(Products) p) {
   const Choice& c = p.choice;
   const Token token(c);
   if (token.at >= c.all_tokens()) return;

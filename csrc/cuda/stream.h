@@ -17,13 +17,13 @@ constexpr int kThreads = 128, kStages = 3, kPart = 256;
 
 // How one call is laid out over blocks.
 struct StreamPlan {
-  int64_t tiles;       // of tokens, per batch
-  int64_t splits;      // of the slots
-  int64_t split_rows;  // slots per split, a multiple of `slots`
-  int slots;           // S: a power of two in [4, 64]
-  int key_parts;       // of a key row
-  int padded;          // key width rounded up to whole packs, as the queries lie in shared memory
-  int stage_bytes;     // of one buffer
+  int64_t tiles;                // of tokens, per batch
+  int64_t splits;               // of the slots
+  int64_t split_rows;           // slots per split, a multiple of `slots`
+  int slots;                    // S: a power of two in [4, 64]
+  int key_parts;                // of a key row
+  int padded;                   // key width rounded up to whole packs, as the queries lie in shared memory
+  int stage_bytes;              // of one buffer
   bool key_packs, value_packs;  // rows are aligned to 16 bytes
 };
 

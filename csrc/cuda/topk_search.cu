@@ -6,11 +6,10 @@
 // scores, whatever N is.
 // Ranges of slots fill the chip. Each leaves its list in scratch memory; a block per token merges them. Keys of different slots are
 // different, so the result does not depend on the order of merging, nor on how the slots were split.
-#include "cuda/topk_search.h"
-
 #include "cuda/best.h"
 #include "cuda/chosen.h"
 #include "cuda/stream_plan.h"
+#include "cuda/topk_search.h"
 
 namespace mk::cuda {
 namespace {
@@ -28,7 +27,8 @@ struct Searching {
 };
 
 template <class X, int Q>
-MK_KERNEL(kThreads) search_stream(MK_PARAM(Searching) r) {
+MK_KERNEL(kThreads)
+search_stream(MK_PARAM(Searching) r) {
   const TopkSearch& p = r.p;
   const StreamPlan& plan = r.plan;
   const int S = plan.slots, tid = int(threadIdx.x), lane = tid & 31, warp = tid / 32;
@@ -149,8 +149,8 @@ void run(const Device& device, const char* name, Searching r) {
   r.plan = plan_stream(device, {p.lead, p.T, p.N, p.K, p.keys, 0, 0, 1, Q});
   r.rows = p.lead.batches() * p.lead.folded() * p.T;
   r.lists = device.scratch<Key>(r.plan.splits * r.rows * r.list);
-  const int64_t shared = kStages * r.plan.stage_bytes + Q * ((r.list + r.queue) * int64_t(sizeof(Key)) +
-                                                             (r.plan.padded + r.plan.slots) * 4);
+  const int64_t shared = kStages * r.plan.stage_bytes +
+                         Q * ((r.list + r.queue) * int64_t(sizeof(Key)) + (r.plan.padded + r.plan.slots) * 4);
   launch(device, name, search_stream<X, Q>, p.lead.batches() * r.plan.tiles * r.plan.splits, kThreads, shared, r);
   launch(device, name, finish_search, r.rows, kThreads, r.merging * r.list * int64_t(sizeof(Key)), r);
 }
@@ -163,7 +163,8 @@ MK_KERNEL(kThreads) keep_chosen(MK_PARAM(Choice) c, MK_PARAM(View) d_scores, MK_
   const char* index = token_row(c.indices, c.lead, c.indices.batch(c.lead, batch), c.T, t);
   const char* from = token_row(d_scores, c.lead, d_scores.batch(c.lead, batch), c.T, t);
   const bool chosen = reinterpret_cast<const int64_t*>(index)[j] >= 0;
-  store(token_row(ds, c.lead, ds.batch(c.lead, batch), c.T, t), ds.dtype, j, chosen ? load(from, d_scores.dtype, j) : 0.f);
+  store(token_row(ds, c.lead, ds.batch(c.lead, batch), c.T, t), ds.dtype, j,
+        chosen ? load(from, d_scores.dtype, j) : 0.f);
 }
 
 }  // namespace

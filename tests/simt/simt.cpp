@@ -3,6 +3,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -27,20 +28,21 @@ struct Fiber {
   void* fake_stack = nullptr;
   std::unique_ptr<char[]> stack;
   bool done = false;
-  bool parity = false;              // which of the warp's two boards the next exchange uses
+  bool parity = false;                    // which of the warp's two boards the next exchange uses
   std::vector<std::vector<Copy>> groups;  // committed copies, oldest first
   std::vector<Copy> open;
 };
 
 struct Warp {
   uint64_t board[2][32];
-  std::vector<int> waiting;
+  std::vector<int> waiting, runnable;
 };
 
 struct Machine {
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
-  std::vector<int> runnable, at_barrier;
+  std::vector<int> at_barrier;
+  std::vector<size_t> order;  // of the warps: the first that can go on does
   std::unique_ptr<char, void (*)(void*)> shared_memory{nullptr, std::free};
   char* shared = nullptr;
   const std::function<void()>* kernel = nullptr;
@@ -148,20 +150,35 @@ void resume(int i) {
 #endif
 }
 
+// From one barrier to the next warps run one after the other, in an order that is drawn anew each time: the first is as far ahead of
+// the last as a missing barrier lets it be.
+void draw_order() {
+  for (size_t i = 0; i < machine.order.size(); ++i) machine.order[i] = i;
+  for (size_t i = machine.order.size(); i > 1; --i) std::swap(machine.order[i - 1], machine.order[draw() % i]);
+}
+
 void run_block() {
-  machine.runnable.clear(), machine.at_barrier.clear();
+  machine.at_barrier.clear();
+  machine.order.resize(machine.warps.size());
+  draw_order();
+  for (Warp& w : machine.warps) w.waiting.clear(), w.runnable.clear();
   for (int i = 0; i < machine.threads; ++i) {
     prepare(machine.fibers[size_t(i)]);
-    machine.runnable.push_back(i);
+    machine.warps[size_t(i) / 32].runnable.push_back(i);
   }
-  for (Warp& w : machine.warps) w.waiting.clear();
   machine.alive = machine.threads;
   while (machine.alive > 0) {
-    if (machine.runnable.empty()) fail("its threads wait for each other: a barrier or a warp operation misses some");
-    const size_t pick = size_t(draw() % machine.runnable.size());
-    const int i = machine.runnable[pick];
-    machine.runnable[pick] = machine.runnable.back();
-    machine.runnable.pop_back();
+    std::vector<int>* runnable = nullptr;
+    for (size_t w : machine.order) {
+      if (!machine.warps[w].runnable.empty()) {
+        runnable = &machine.warps[w].runnable;
+        break;
+      }
+    }
+    if (runnable == nullptr) fail("its threads wait for each other: a barrier or a warp operation misses some");
+    std::swap((*runnable)[draw() % runnable->size()], runnable->back());
+    const int i = runnable->back();
+    runnable->pop_back();
     resume(i);
   }
   if (!machine.at_barrier.empty()) fail("a thread waits at a barrier that others have passed by");
@@ -203,8 +220,9 @@ int lane() { return machine.current & 31; }
 void barrier() {
   machine.at_barrier.push_back(machine.current);
   if (int(machine.at_barrier.size()) == machine.threads) {
-    machine.runnable.insert(machine.runnable.end(), machine.at_barrier.begin(), machine.at_barrier.end());
+    for (int i : machine.at_barrier) machine.warps[size_t(i) / 32].runnable.push_back(i);
     machine.at_barrier.clear();
+    draw_order();
   }
   to_scheduler(false);
 }
@@ -217,8 +235,7 @@ const uint64_t* exchange(uint64_t mine) {
   board[lane()] = mine;
   w.waiting.push_back(machine.current);
   if (w.waiting.size() == 32) {
-    machine.runnable.insert(machine.runnable.end(), w.waiting.begin(), w.waiting.end());
-    w.waiting.clear();
+    w.runnable.swap(w.waiting);
   }
   to_scheduler(false);
   return board;

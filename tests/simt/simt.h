@@ -1,7 +1,7 @@
 // A small SIMT machine on the CPU: runs the source of the CUDA kernels, block after block, a block's threads as fibers.
 //
-// A fiber runs until it meets other threads: a barrier, a shuffle, a vote. Which one goes on next is drawn from a seed, so a
-// missing barrier lets some thread see what another has not written yet. Shared memory is NaN when a block begins, and a copy in
+// A fiber runs until it meets other threads: a barrier, a shuffle, a vote. Between barriers warps run one after the other, in an
+// order drawn from a seed, so a missing barrier lets some thread see what another has not written yet. Shared memory is NaN when a block begins, and a copy in
 // flight (cp.async) is NaN where it will land until it is waited for. A block whose threads wait for each other in vain ends the
 // program with a sentence.
 #pragma once
