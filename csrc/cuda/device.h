@@ -53,8 +53,10 @@ void launch(const Device& device, const char* name, void (*kernel)(P...), int64_
                                int(shared)),
           name);
   }
-  kernel<<<dim3(unsigned(blocks)), dim3(unsigned(threads)), size_t(shared), device.stream> > >(args...);
-  check(cudaGetLastError(), name);
+  void* pointers[] = {const_cast<void*>(static_cast<const void*>(&args))...};
+  check(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(unsigned(blocks)), dim3(unsigned(threads)),
+                         pointers, size_t(shared), device.stream),
+        name);
 #endif
 }
 
