@@ -11,6 +11,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 NAME = "memkernels._host"
+KERNELS = "memkernels.triton_kernels"
 
 
 class CMakeBuild(build_ext):
@@ -58,7 +59,9 @@ def version() -> str:
 
 setup(
     version=version(),
-    packages=find_packages(include=["memkernels", "memkernels.*"]),
+    packages=[*find_packages(include=["memkernels", "memkernels.*"]), KERNELS],
+    package_dir={KERNELS: "triton_kernels"},  # the bare name is taken by another package
+    package_data={KERNELS: ["configs.json"]},
     ext_modules=[Extension(NAME, sources=[])],
     cmdclass={"build_ext": CMakeBuild},
 )

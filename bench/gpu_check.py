@@ -1,5 +1,5 @@
-"""``make gpu-check``: on a machine with a GPU, build, prove every backend there is, and write one dated file for the
-device.
+"""``make gpu-check``: on a machine with a GPU, build, prove every backend there is, measure the goals for a GPU, and
+write one dated file for the device.
 
 No network: the interpreter's own torch, setuptools, CMake, Ninja and pybind11. Exit status 1 when there is no GPU,
 when the build fails or when any row of the contract grid does. Run as ``python -m bench.gpu_check`` from the checkout.
@@ -29,20 +29,29 @@ def main() -> int:
 
     from memkernels import testing
 
+    from . import cases
+    from .__main__ import measure
+    from .harness import Settings
     from .results import DIRECTORY, environment
+    from .text import plain
 
     # The native library was built for this interpreter's torch: the CPU grid proves that too.
     rows = testing.check(device="cuda") + testing.check(device="cpu", quick=True)
     print(testing.report(rows))
+    correct = bool(rows) and all(row.passed for row in rows)
+    # Speed is told of what is right alone.
+    speeds = measure(cases.select([], "cuda"), Settings("cuda", torch.get_num_threads())) if correct else []
+    print(plain(speeds) if speeds else "nothing was timed: the grid is not green")
     name = re.sub(r"[^A-Za-z0-9]+", "-", torch.cuda.get_device_name()).strip("-").lower()
     path = DIRECTORY / f"gpu-check-{name}-{datetime.date.today()}.json"
     result = {
         "environment": environment("cuda", torch.get_num_threads()),
         "grid": [dataclasses.asdict(r) for r in rows],
+        "speed": speeds,
     }
     path.write_text(json.dumps(result, indent=1) + "\n")
     print(f"wrote {path.relative_to(ROOT)}")
-    return 0 if rows and all(row.passed for row in rows) else 1
+    return 0 if correct and not any(row["why"] for row in speeds) else 1
 
 
 if __name__ == "__main__":

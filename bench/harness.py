@@ -92,8 +92,14 @@ def _time(case: Case, settings: Settings, variants: Mapping[str, Callable]) -> t
     limit = exact.limit()
     entries, right = {}, {}
     for name, make_run in variants.items():
-        calls = [prepare(case, make_run, inputs, d_out) for inputs in sets]
-        got = results(case, calls[0])
+        try:
+            calls = [prepare(case, make_run, inputs, d_out) for inputs in sets]
+            got = results(case, calls[0])
+        except Exception as error:  # a peer that cannot run this case says why
+            if name == OWN:
+                raise
+            entries[name] = _no_speed(f"{type(error).__name__}: {(str(error) or '-').splitlines()[0]:.200}")
+            continue
         error = exact.error(got)
         why = wrong(error, limit, name)
         if not why and name == OWN:

@@ -10,28 +10,27 @@ DType dtype_of(const char* op, const char* name, const Tensor& t) {
     case ScalarType::Double: return DType::f64;
     case ScalarType::Bool: return DType::boolean;
     case ScalarType::Long: return DType::i64;
-    default: STD_TORCH_CHECK(false, op, ": ", name, " has a dtype without a kernel"); return DType::f32;
+    default: fail(op, ": ", name, " has a dtype without a kernel");
   }
 }
 
 int64_t size_at(const char* op, const char* name, const Tensor& t, int64_t d) {
   const int64_t rank = t.dim();
-  STD_TORCH_CHECK(d < 0 ? -d <= rank : d < rank, op, ": ", name, " has too few dimensions, ", rank);
+  check(d < 0 ? -d <= rank : d < rank, op, ": ", name, " has too few dimensions, ", rank);
   return t.size(d < 0 ? rank + d : d);
 }
 
 const Tensor& Arguments::add(const char* name, const Tensor& t, Side side, std::initializer_list<int64_t> tail) {
   const int64_t rank = t.dim(), n = int64_t(tail.size());
   place_.enter(op_, name, t);
-  STD_TORCH_CHECK(rank >= n && rank - n <= kMaxLead, op_, ": ", name, " has ", rank, " dimensions");
+  check(rank >= n && rank - n <= kMaxLead, op_, ": ", name, " has ", rank, " dimensions");
   int64_t d = rank - n;
   for (int64_t wanted : tail) {
-    STD_TORCH_CHECK(t.size(d) == wanted, op_, ": dimension ", d, " of ", name, " must be ", wanted, ", got ",
-                    t.size(d));
+    check(t.size(d) == wanted, op_, ": dimension ", d, " of ", name, " must be ", wanted, ", got ", t.size(d));
     ++d;
   }
   const bool rows = n == 0 || t.size(rank - 1) <= 1 || t.stride(rank - 1) == 1;
-  STD_TORCH_CHECK(!ready_, op_, ": ", name, " came after the leading dimensions were settled");
+  check(!ready_, op_, ": ", name, " came after the leading dimensions were settled");
   items_.push_back({name, rows ? t : torch::stable::contiguous(t), side, int(n)});
   return items_.back().tensor;
 }
@@ -41,11 +40,11 @@ void Arguments::floats(std::initializer_list<const Tensor*> tensors) const {
   for (const Tensor* t : tensors) {
     if (t == nullptr) continue;
     const DType d = dtype_of(op_, "a tensor", *t);
-    STD_TORCH_CHECK(d <= DType::f64, op_, ": an argument that must be a float tensor is not");
+    check(d <= DType::f64, op_, ": an argument that must be a float tensor is not");
     ++(d == DType::f64 ? doubles : singles);
   }
-  STD_TORCH_CHECK(kDoubles || doubles == 0, op_, ": there is no kernel for float64");
-  STD_TORCH_CHECK(singles == 0 || doubles == 0, op_, ": float64 does not mix with other dtypes");
+  check(kDoubles || doubles == 0, op_, ": there is no kernel for float64");
+  check(singles == 0 || doubles == 0, op_, ": float64 does not mix with other dtypes");
 }
 
 void Arguments::mask(const Tensor* mask, const Tensor& like) const {
@@ -54,8 +53,8 @@ void Arguments::mask(const Tensor* mask, const Tensor& like) const {
 
 void Arguments::stats(std::initializer_list<const Tensor*> tensors, const Tensor& like) const {
   for (const Tensor* t : tensors) {
-    STD_TORCH_CHECK(t == nullptr || t->scalar_type() == stats_type(like.scalar_type()), op_,
-                    ": lse, usage and retained must be float32, or float64 beside float64");
+    check(t == nullptr || t->scalar_type() == stats_type(like.scalar_type()), op_,
+          ": lse, usage and retained must be float32, or float64 beside float64");
   }
 }
 
@@ -71,8 +70,8 @@ const Lead& Arguments::lead() {
     for (int d = 0; d < rank; ++d) {
       const int64_t size = item.tensor.size(d);
       const int at = kMaxLead - rank + d;
-      STD_TORCH_CHECK(size == whole[at] || size == 1 || whole[at] == 1, op_, ": leading dimension ", d, " of ",
-                      item.name, " is ", size, " and does not broadcast to ", whole[at]);
+      check(size == whole[at] || size == 1 || whole[at] == 1, op_, ": leading dimension ", d, " of ", item.name, " is ",
+            size, " and does not broadcast to ", whole[at]);
       if (size != 1) whole[at] = size;
       if (item.side == Side::memory && size != 1) memory_[at] = size;
     }
@@ -114,7 +113,7 @@ View Arguments::view(const Tensor& t, int tail) const {
   return v;
 }
 
-Gradient::Gradient(Arguments& args, const Tensor* argument, bool wanted, Side side, int tail) {
+Gradient::Gradient(Arguments& args, const Tensor* argument, bool wanted, Side side, int tail) : tail_(tail) {
   if (argument == nullptr || !wanted || argument->scalar_type() == ScalarType::Bool) return;
   dtype_ = argument->scalar_type();
   const auto own = argument->sizes();
@@ -132,59 +131,28 @@ void Gradient::zero() {
   if (sum_.has_value()) torch::stable::zero_(*sum_);
 }
 
-namespace {
-
-// The sum over the leading dimensions that `sizes` lacks or has at 1.
-Tensor sum_to(Tensor out, const Sizes& sizes) {
-  const int64_t extra = out.dim() - int64_t(sizes.size());
-  Sizes over;
-  for (int64_t d = 0; d < out.dim(); ++d) {
-    if (d < extra || (sizes[size_t(d - extra)] == 1 && out.size(d) != 1)) over.push_back(d);
-  }
-  if (over.empty()) return out;
-  const torch::headeronly::IntHeaderOnlyArrayRef dims(over.data(), over.size());
-  return torch::stable::reshape(torch::stable::sum(out, dims, true),
-                                torch::headeronly::IntHeaderOnlyArrayRef(sizes.data(), sizes.size()));
-}
-
-}  // namespace
-
-Tensor Gradient::result() const {
-  if (!sum_.has_value()) return nothing();
-  const Tensor out = sum_to(*sum_, sizes_);
-  return out.scalar_type() == dtype_ ? out : torch::stable::to(out, dtype_);
-}
-
-TokenGradient::TokenGradient(Arguments& args, const Tensor* argument, bool wanted,
-                             std::initializer_list<int64_t> tail) {
-  if (argument == nullptr || !wanted) return;
-  argument_ = argument;
-  const Sizes sizes = args.sizes(Side::tokens, tail);
-  int64_t numel = 1;
-  for (int64_t s : sizes) numel *= s;
-  for (int64_t s : tail) inner_ *= s;
-  broadcast_ = numel != argument->numel();
-  rows_ = empty(sizes, broadcast_ ? stats_type(argument->scalar_type()) : argument->scalar_type());
-  tail_ = int(tail.size());
-  view_ = args.view(*rows_, tail_);
-}
-
 #ifdef MK_CUDA
-Tensor TokenGradient::result() const {
-  if (!rows_.has_value()) return nothing();
-  if (!broadcast_) return *rows_;
-  Sizes sizes;
-  for (int64_t s : argument_->sizes()) sizes.push_back(s);
-  const Tensor sum = sum_to(*rows_, sizes);
-  return sum.scalar_type() == argument_->scalar_type() ? sum : torch::stable::to(sum, argument_->scalar_type());
+// The sum over the leading dimensions that `sizes` lacks or has at 1.
+static void sum_into(const Tensor& from, int, const Sizes& sizes, Tensor& to) {
+  const int64_t extra = from.dim() - int64_t(sizes.size());
+  Sizes over;
+  for (int64_t d = 0; d < from.dim(); ++d) {
+    if (d < extra || (sizes[size_t(d - extra)] == 1 && from.size(d) != 1)) over.push_back(d);
+  }
+  const torch::headeronly::IntHeaderOnlyArrayRef dims(over.data(), over.size());
+  to = torch::stable::reshape(torch::stable::sum(from, dims, true),
+                              torch::headeronly::IntHeaderOnlyArrayRef(sizes.data(), sizes.size()));
 }
 #else
 namespace {
 
-// to[own place] = sum of from[place] over the places that differ where `to` has size 1; `lead` leading dimensions of `from`.
+// to[own place] = sum of from[place], in order, over the places that differ where `to` has size 1; both have `tail` last dimensions
+// that are alike. torch's sum may cut a sum by threads, and then its bits depend on how many there are.
 template <class F>
-void sum_places(const Tensor& from, int lead, int64_t inner, Tensor& to) {
-  const int missing = int(from.dim() - to.dim());
+void sum_places(const Tensor& from, int tail, Tensor& to) {
+  const int lead = int(from.dim()) - tail, missing = int(from.dim() - to.dim());
+  int64_t inner = 1;
+  for (int d = lead; d < from.dim(); ++d) inner *= from.size(d);
   const F* x = static_cast<const F*>(from.data_ptr());
   F* y = static_cast<F*>(to.data_ptr());
   for (int64_t i = 0; i < to.numel(); ++i) y[i] = 0;
@@ -203,17 +171,24 @@ void sum_places(const Tensor& from, int lead, int64_t inner, Tensor& to) {
 
 }  // namespace
 
-Tensor TokenGradient::result() const {
-  if (!rows_.has_value()) return nothing();
-  if (!broadcast_) return *rows_;
-  Sizes sizes;
-  for (int64_t s : argument_->sizes()) sizes.push_back(s);
-  Tensor sum = empty(sizes, rows_->scalar_type());
-  const int lead = int(rows_->dim()) - tail_;
-  if (sum.scalar_type() == ScalarType::Double) sum_places<double>(*rows_, lead, inner_, sum);
-  else sum_places<float>(*rows_, lead, inner_, sum);
-  return sum.scalar_type() == argument_->scalar_type() ? sum : torch::stable::to(sum, argument_->scalar_type());
+static void sum_into(const Tensor& from, int tail, const Sizes& sizes, Tensor& to) {
+  to = empty(sizes, from.scalar_type());
+  if (to.scalar_type() == ScalarType::Double) sum_places<double>(from, tail, to);
+  else sum_places<float>(from, tail, to);
 }
 #endif
+
+Tensor Gradient::result() const {
+  if (!sum_.has_value()) return nothing();
+  Tensor out = *sum_;
+  int64_t own = 1;
+  for (int64_t s : sizes_) own *= s;
+  if (out.numel() != own) {
+    sum_into(*sum_, tail_, sizes_, out);
+  } else if (out.dim() != int64_t(sizes_.size())) {
+    out = torch::stable::reshape(out, torch::headeronly::IntHeaderOnlyArrayRef(sizes_.data(), sizes_.size()));
+  }
+  return out.scalar_type() == dtype_ ? out : torch::stable::to(out, dtype_);
+}
 
 }  // namespace mk

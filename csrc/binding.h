@@ -9,6 +9,8 @@
 
 #include <initializer_list>
 #include <optional>
+#include <sstream>
+#include <stdexcept>
 #include <tuple>
 #include <vector>
 
@@ -23,6 +25,18 @@
 namespace mk {
 
 enum class Side { tokens, memory };
+
+// The one way in which a native entry point refuses a call: a sentence, without the place in the source.
+template <class... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+  std::ostringstream sentence;
+  (sentence << ... << parts);
+  throw std::runtime_error(sentence.str());
+}
+template <class... Parts>
+void check(bool holds, const Parts&... parts) {
+  if (!holds) fail(parts...);
+}
 
 DType dtype_of(const char* op, const char* name, const Tensor& t);
 
@@ -56,7 +70,7 @@ class Arguments {
   // `tail` trailing dimensions: 2 for rows, 1 for numbers.
   View view(const Tensor& t, int tail) const;
   View view(const Tensor* t, int tail) const { return t == nullptr ? View{} : view(*t, tail); }
-  void require(bool holds, const char* what) const { STD_TORCH_CHECK(holds, op_, ": ", what); }
+  void require(bool holds, const char* what) const { check(holds, op_, ": ", what); }
   const char* op() const { return op_; }
 
  private:
@@ -83,7 +97,7 @@ class Gradient {
  public:
   // Of an argument of the memory: kernels add over leading dimensions that it lacks (where kSumsInKernels; otherwise as the
   // tokens). Of one of the tokens: it has all leading dimensions while kernels write, and result() sums those that the argument
-  // lacks. Not wanted: empty, without a view.
+  // lacks. Not wanted: empty, without a view. `tail`: trailing dimensions, 2 for rows, 1 for numbers.
   Gradient(Arguments& args, const Tensor* argument, bool wanted, Side side, int tail);
   View view() const { return view_; }
   void zero();  // for calls in which no kernel runs
@@ -93,23 +107,6 @@ class Gradient {
   std::optional<Tensor> sum_;
   Sizes sizes_;
   ScalarType dtype_ = ScalarType::Float;
-  View view_;
-};
-
-// The gradient of a token argument. Kernels write one row for every token; where the argument was broadcast the rows are summed
-// afterwards, in the order of the tokens.
-class TokenGradient {
- public:
-  // `tail`: the trailing dimensions of the argument. Not wanted: it stays empty and has no view.
-  TokenGradient(Arguments& args, const Tensor* argument, bool wanted, std::initializer_list<int64_t> tail);
-  View view() const { return view_; }
-  Tensor result() const;
-
- private:
-  const Tensor* argument_ = nullptr;
-  std::optional<Tensor> rows_;
-  bool broadcast_ = false;
-  int64_t inner_ = 1;
   int tail_ = 0;
   View view_;
 };

@@ -11,7 +11,7 @@ namespace mk {
 
 void check_indices(const char* op, const Choice& c) {
   const int64_t wrong = MK_CALL(wrong_index, c);
-  STD_TORCH_CHECK(wrong == -1, op, ": indices must be in [-1, ", c.N, "), got ", wrong);
+  check(wrong == -1, op, ": indices must be in [-1, ", c.N, "), got ", wrong);
 }
 
 bool zero_pages(char* data, size_t bytes) {

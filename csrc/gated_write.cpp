@@ -1,8 +1,4 @@
-#include "cpu/gated_write.h"
-
-#include <cstring>
-
-#include "binding.h"
+#include "write.h"
 
 namespace mk {
 namespace {
@@ -10,12 +6,14 @@ namespace {
 using Optional = std::optional<Tensor>;
 
 struct Inputs {
+  std::string name;
   Arguments args;
   const Tensor *values, *keys, *query, *write, *erase, *mask, *token_mask;
 
-  Inputs(const char* op, const Tensor& v, const Tensor& k, const Tensor& q, const Tensor& w, const Optional& e,
-         const Optional& m, const Optional& t, double scale, double erase_scale, GatedWrite& p)
-      : args(op) {
+  Inputs(const std::string& op_name, const Tensor& v, const Tensor& k, const Tensor& q, const Tensor& w,
+         const Optional& e, const Optional& m, const Optional& t, double scale, double erase_scale, GatedWrite& p)
+      : name(op_name), args(name.c_str()) {
+    const char* op = args.op();
     p.T = size_at(op, "query", q, -2), p.K = size_at(op, "query", q, -1);
     p.N = size_at(op, "values", v, -2), p.V = size_at(op, "values", v, -1);
     p.scale = scale, p.erase_scale = erase_scale;
@@ -29,10 +27,10 @@ struct Inputs {
     token_mask = args.add("token_mask", t, Side::tokens, {p.T});
     args.floats({values, keys, query, write, erase});
     args.mask(mask, *query);
-    args.require(t == std::nullopt || t->scalar_type() == ScalarType::Bool, "token_mask must be bool");
-    args.require(erase_scale >= 0 && erase_scale <= 1, "erase must be in [0, 1]");
+    check_write(args, t, erase_scale);
   }
-  void fill(GatedWrite& p) {
+  void fill(GatedWrite& p, Gate gate) {
+    p.gate = gate;
     p.lead = args.lead();
     p.values = args.view(values, 2), p.keys = args.view(keys, 2), p.query = args.view(query, 2);
     p.write = args.view(write, 2), p.erase = args.view(erase, 2);
@@ -40,92 +38,87 @@ struct Inputs {
   }
 };
 
-void run(const GatedWrite& p) {
-  if (p.lead.batches() * p.N == 0) return;
-  if (p.erase) MK_CALL(gated_write_scan, p);
-  else MK_CALL(gated_write, p);
-}
-
-std::tuple<Tensor, Tensor> forward(const Tensor& values, const Tensor& keys, const Tensor& query, const Tensor& write,
-                                   const Optional& erase, const Optional& slot_mask, const Optional& token_mask,
-                                   double scale, double erase_scale) {
-  GatedWrite p;
-  Inputs in("gated_write", values, keys, query, write, erase, slot_mask, token_mask, scale, erase_scale, p);
-  in.fill(p);
-  Tensor out = empty(in.args.sizes(Side::memory, {p.N, p.V}), values.scalar_type());
-  Tensor retained = empty(in.args.sizes(Side::memory, {p.N}), stats_type(query.scalar_type()));
-  p.out = in.args.view(out, 2), p.retained = in.args.view(retained, 1);
-  run(p);
-  return {out, retained};
-}
-
-Tensor in_place(const Tensor& values, const Tensor& keys, const Tensor& query, const Tensor& write,
-                const Optional& erase, const Optional& slot_mask, const Optional& token_mask, double scale,
-                double erase_scale) {
-  GatedWrite p;
-  Inputs in("gated_write_", values, keys, query, write, erase, slot_mask, token_mask, scale, erase_scale, p);
-  in.fill(p);
-  const Sizes sizes = in.args.sizes(Side::memory, {p.N, p.V});
-  int64_t elements = 1;
-  for (int64_t s : sizes) elements *= s;
-  in.args.require(elements == values.numel(), "values must have all leading dimensions of the memory");
-  for (int64_t d = 0; d < values.dim(); ++d) {
-    in.args.require(values.size(d) <= 1 || values.stride(d) != 0, "values must not be expanded");
+// gated_write and softmax_write differ in their gates alone.
+template <Gate kGate>
+struct Write {
+  static std::string name(const char* suffix) {
+    return std::string(kGate == Gate::softmax ? "softmax_write" : "gated_write") + suffix;
   }
-  Tensor retained = empty(in.args.sizes(Side::memory, {p.N}), stats_type(query.scalar_type()));
-  p.out = p.values, p.retained = in.args.view(retained, 1);
-  run(p);
-  // A last dimension with a stride was written as a copy.
-  if (in.values->data_ptr() != values.data_ptr()) {
-    Tensor target = values;
-    torch::stable::copy_(target, *in.values);
-  }
-  return retained;
-}
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
-    const Tensor& values, const Tensor& keys, const Tensor& query, const Tensor& write, const Optional& erase,
-    const Optional& slot_mask, const Optional& token_mask, const Tensor& retained, const Optional& d_values,
-    const Optional& d_retained, double scale, double erase_scale, const std::vector<bool>& wants) {
-  GatedWriteBackward b;
-  GatedWrite& p = b.forward;
-  Inputs in("gated_write_backward", values, keys, query, write, erase, slot_mask, token_mask, scale, erase_scale, p);
-  in.args.require(wants.size() == 6, "wants must have 6 entries");
-  // A gradient that nobody has is zero.
-  Sizes out(retained.sizes().begin(), retained.sizes().end());
-  out.push_back(p.V);
-  Tensor zeros = d_values.has_value() ? *d_values : empty(out, values.scalar_type());
-  if (!d_values.has_value()) zeros = torch::stable::zero_(zeros);
-  const Tensor* du = &in.args.add("d_values", zeros, Side::memory, {p.N, p.V});
-  const Tensor* r = &in.args.add("retained", retained, Side::memory, {p.N});
-  const Tensor* dr = in.args.add("d_retained", d_retained, Side::memory, {p.N});
-  in.args.floats({in.query, du, r, dr});
-  in.args.stats({r, dr}, query);
-  in.fill(p);
-  b.d_out = in.args.view(du, 2), p.retained = in.args.view(r, 1), b.d_retained = in.args.view(dr, 1);
-  Gradient dv(in.args, in.values, wants[0], Side::memory, 2), dk(in.args, in.keys, wants[1], Side::memory, 2);
-  Gradient dq(in.args, in.query, wants[2], Side::tokens, 2), dw(in.args, in.write, wants[3], Side::tokens, 2);
-  Gradient de(in.args, in.erase, wants[4], Side::tokens, 2), dm(in.args, in.mask, wants[5], Side::memory, 1);
-  b.d_values = dv.view(), b.d_keys = dk.view(), b.d_query = dq.view(), b.d_write = dw.view();
-  b.d_erase = de.view(), b.d_mask = dm.view();
-  if (p.lead.batches() * p.N == 0) {
-    for (Gradient* g : {&dv, &dk, &dq, &dw, &de, &dm}) g->zero();
-  } else {
-    if (p.lead.folded() * p.T == 0) {  // dV passes through below; nothing else is touched by a token
-      for (Gradient* g : {&dk, &dm}) g->zero();
-      b.d_keys = b.d_mask = View{};
+  static std::tuple<Tensor, Tensor> forward(const Tensor& values, const Tensor& keys, const Tensor& query,
+                                            const Tensor& write, const Optional& erase, const Optional& slot_mask,
+                                            const Optional& token_mask, double scale, double erase_scale) {
+    GatedWrite p;
+    Inputs in(name(""), values, keys, query, write, erase, slot_mask, token_mask, scale, erase_scale, p);
+    in.fill(p, kGate);
+    Tensor out = empty(in.args.sizes(Side::memory, {p.N, p.V}), values.scalar_type());
+    Tensor retained = empty(in.args.sizes(Side::memory, {p.N}), stats_type(query.scalar_type()));
+    p.out = in.args.view(out, 2), p.retained = in.args.view(retained, 1);
+    run_write(p);
+    return {out, retained};
+  }
+
+  static Tensor in_place(const Tensor& values, const Tensor& keys, const Tensor& query, const Tensor& write,
+                         const Optional& erase, const Optional& slot_mask, const Optional& token_mask, double scale,
+                         double erase_scale) {
+    GatedWrite p;
+    Inputs in(name("_"), values, keys, query, write, erase, slot_mask, token_mask, scale, erase_scale, p);
+    in.fill(p, kGate);
+    check_target(in.args, values, in.args.sizes(Side::memory, {p.N, p.V}));
+    Tensor retained = empty(in.args.sizes(Side::memory, {p.N}), stats_type(query.scalar_type()));
+    p.out = p.values, p.retained = in.args.view(retained, 1);
+    run_write(p);
+    settle_target(*in.values, values);
+    return retained;
+  }
+
+  static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
+      const Tensor& values, const Tensor& keys, const Tensor& query, const Tensor& write, const Optional& erase,
+      const Optional& slot_mask, const Optional& token_mask, const Tensor& retained, const Optional& d_values,
+      const Optional& d_retained, double scale, double erase_scale, const std::vector<bool>& wants) {
+    GatedWriteBackward b;
+    GatedWrite& p = b.forward;
+    Inputs in(name("_backward"), values, keys, query, write, erase, slot_mask, token_mask, scale, erase_scale, p);
+    in.args.require(wants.size() == 6, "wants must have 6 entries");
+    Sizes out(retained.sizes().begin(), retained.sizes().end());
+    out.push_back(p.V);
+    const Tensor given = upstream(d_values, out, values.scalar_type());
+    const Tensor* du = &in.args.add("d_values", given, Side::memory, {p.N, p.V});
+    const Tensor* r = &in.args.add("retained", retained, Side::memory, {p.N});
+    const Tensor* dr = in.args.add("d_retained", d_retained, Side::memory, {p.N});
+    in.args.floats({in.query, du, r, dr});
+    in.args.stats({r, dr}, query);
+    in.fill(p, kGate);
+    b.d_out = in.args.view(du, 2), p.retained = in.args.view(r, 1), b.d_retained = in.args.view(dr, 1);
+    Gradient dv(in.args, in.values, wants[0], Side::memory, 2), dk(in.args, in.keys, wants[1], Side::memory, 2);
+    Gradient dq(in.args, in.query, wants[2], Side::tokens, 2), dw(in.args, in.write, wants[3], Side::tokens, 2);
+    Gradient de(in.args, in.erase, wants[4], Side::tokens, 2), dm(in.args, in.mask, wants[5], Side::memory, 1);
+    b.d_values = dv.view(), b.d_keys = dk.view(), b.d_query = dq.view(), b.d_write = dw.view();
+    b.d_erase = de.view(), b.d_mask = dm.view();
+    if (p.lead.batches() * p.N == 0) {
+      for (Gradient* g : {&dv, &dk, &dq, &dw, &de, &dm}) g->zero();
+    } else {
+      if (p.lead.folded() * p.T == 0) {  // dV passes through below; nothing else is touched by a token
+        for (Gradient* g : {&dk, &dm}) g->zero();
+        b.d_keys = b.d_mask = View{};
+      }
+      run_write_backward(b);
     }
-    if (p.erase) MK_CALL(gated_write_scan_backward, b);
-    else MK_CALL(gated_write_backward, b);
+    return {dv.result(), dk.result(), dq.result(), dw.result(), de.result(), dm.result()};
   }
-  return {dv.result(), dk.result(), dq.result(), dw.result(), de.result(), dm.result()};
-}
+};
+
+using Gated = Write<Gate::sigmoid>;
+using Soft = Write<Gate::softmax>;
 
 }  // namespace
 }  // namespace mk
 
 MK_REGISTER(m) {
-  m.impl("gated_write", TORCH_BOX(&mk::forward));
-  m.impl("gated_write_", TORCH_BOX(&mk::in_place));
-  m.impl("gated_write_backward", TORCH_BOX(&mk::backward));
+  m.impl("gated_write", TORCH_BOX(&mk::Gated::forward));
+  m.impl("gated_write_", TORCH_BOX(&mk::Gated::in_place));
+  m.impl("gated_write_backward", TORCH_BOX(&mk::Gated::backward));
+  m.impl("softmax_write", TORCH_BOX(&mk::Soft::forward));
+  m.impl("softmax_write_", TORCH_BOX(&mk::Soft::in_place));
+  m.impl("softmax_write_backward", TORCH_BOX(&mk::Soft::backward));
 }

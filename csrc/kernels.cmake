@@ -18,5 +18,8 @@ foreach(isa ${ISAS})
   # NaN and infinity are part of the contract, so no -ffast-math; contraction to fused multiply-add is wanted.
   target_compile_options(kernels_${isa} PRIVATE ${ISA_${isa}} -ffp-contract=fast -fno-math-errno -fno-trapping-math
     -Wall -Wextra -Wno-psabi -Wno-maybe-uninitialized)  # the last: false alarms from GCC's own intrinsics
+  # What every kernel includes, with the intrinsics and the standard library behind it: a third of the compile time.
+  target_precompile_headers(kernels_${isa} PRIVATE ${CMAKE_CURRENT_LIST_DIR}/common/parallel.h
+    ${CMAKE_CURRENT_LIST_DIR}/common/scores.h)
   list(APPEND KERNEL_OBJECTS $<TARGET_OBJECTS:kernels_${isa}>)
 endforeach()

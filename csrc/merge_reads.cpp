@@ -57,7 +57,7 @@ Two backward(const Tensor& reads, const Tensor& lses, const std::optional<Tensor
   in.args.require(dl == nullptr || dl->scalar_type() == lses.scalar_type(), "d_lse must have the dtype of lses");
   in.fill(p);
   b.d_read = in.args.view(dr, 2), b.d_lse = in.args.view(dl, 1);
-  TokenGradient d_reads(in.args, in.reads, wants[0], {p.S, p.T, p.V}), d_lses(in.args, in.lses, wants[1], {p.S, p.T});
+  Gradient d_reads(in.args, in.reads, wants[0], Side::tokens, 3), d_lses(in.args, in.lses, wants[1], Side::tokens, 2);
   b.d_reads = d_reads.view(), b.d_lses = d_lses.view();
   b.d_reads_part = b.d_reads.row, b.d_reads.row = p.V * size_of(b.d_reads.dtype);
   b.d_lses_part = b.d_lses.row, b.d_lses.row = size_of(b.d_lses.dtype);

@@ -1,4 +1,4 @@
-#include "place.h"
+#include "binding.h"
 
 #include <torch/csrc/stable/ops.h>
 
@@ -9,7 +9,7 @@ Tensor empty(const Sizes& sizes, ScalarType dtype) {
 }
 
 void Place::enter(const char* op, const char* name, const Tensor& t) {
-  STD_TORCH_CHECK(t.is_cpu(), op, ": ", name, " must be on the CPU");
+  check(t.is_cpu(), op, ": ", name, " must be on the CPU");
 }
 
 }  // namespace mk

@@ -51,7 +51,7 @@ std::tuple<Tensor, Tensor> backward(const Tensor& values, const Tensor& indices,
   in.fill(p);
   b.d_read = in.args.view(dr, 2);
   const ChosenGradient d_values(in.args, in.values, wants[0], 2);
-  const TokenGradient d_weights(in.args, in.weights, wants[1], {p.choice.T, p.choice.k});
+  const Gradient d_weights(in.args, in.weights, wants[1], Side::tokens, 2);
   b.d_values = d_values.out(), b.d_weights = d_weights.view();
   MK_CALL(sparse_read_backward, b);
   return {d_values.result(), d_weights.result()};

@@ -70,7 +70,7 @@ Four backward(const Tensor& query, const Tensor& keys, const Tensor& values, con
   s.query = in.args.view(in.query, 2), s.keys = in.args.view(in.keys, 2), p.values = in.args.view(in.values, 2);
   p.weights = in.args.view(w, 2), p.d_read = in.args.view(dr, 2), p.d_weights = in.args.view(dw, 2);
   const bool masked = in.mask != nullptr && in.mask->scalar_type() != ScalarType::Bool;
-  const TokenGradient d_query(in.args, in.query, wants[0], {in.T, in.K});
+  const Gradient d_query(in.args, in.query, wants[0], Side::tokens, 2);
   const ChosenGradient d_keys(in.args, in.keys, wants[1], 2), d_values(in.args, in.values, wants[2], 2);
   const ChosenGradient d_mask(in.args, in.mask, wants[3] && masked, 1);
   s.d_query = d_query.view(), s.d_keys = d_keys.out(), s.d_mask = d_mask.out(), p.d_values = d_values.out();

@@ -57,7 +57,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& query, const Tensor& k
   check_indices(in.args.op(), c);
   p.query = in.args.view(in.query, 2), p.keys = in.args.view(in.keys, 2), p.d_scores = in.args.view(ds, 2);
   const bool masked = in.mask != nullptr && in.mask->scalar_type() != ScalarType::Bool;
-  const TokenGradient d_query(in.args, in.query, wants[0], {c.T, p.K});
+  const Gradient d_query(in.args, in.query, wants[0], Side::tokens, 2);
   const ChosenGradient d_keys(in.args, in.keys, wants[1], 2), d_mask(in.args, in.mask, wants[2] && masked, 1);
   p.d_query = d_query.view(), p.d_keys = d_keys.out(), p.d_mask = d_mask.out();
   MK_CALL(topk_search_backward, p);

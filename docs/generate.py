@@ -4,7 +4,9 @@ A block stands between ``<!-- generated: NAME -->`` and ``<!-- end: NAME -->``:
 
 - ``ops``: the table of operations, from their declarations and the kernels that the dispatcher knows;
 - ``speed``: the pictures of the committed result files, drawn by ``bench.report``;
-- ``performance``: pictures and tables of the same files, printed by ``bench.report``.
+- ``performance``: pictures and tables of the same files, printed by ``bench.report``;
+- ``ladder``, ``limits``: what each step bought, and what loops reach on a free and on a busy core, recorded in
+  ``bench/results/ladder.json``.
 
 ``tests/test_docs.py`` fails when a block differs from what would be written here.
 """
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import re
 import sys
 import tempfile
@@ -24,6 +27,7 @@ from memkernels.registration import OPS
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
+LADDER = RESULTS / "ladder.json"
 BLOCK = re.compile(r"<!-- generated: (\w+) -->\n(.*?)<!-- end: \1 -->", re.DOTALL)
 EMPTY = "No result file is committed yet. `python -m bench` writes one to `bench/results/`.\n"
 
@@ -73,7 +77,7 @@ def op_table(before: str) -> str:
 
 def result_files() -> list[Path]:
     """The committed results of full sizes."""
-    other = re.compile(r"^gpu-check|-quick$")
+    other = re.compile(r"^gpu-check|^ladder$|-quick$")
     return sorted(file for file in RESULTS.glob("*.json") if not other.search(file.stem))
 
 
@@ -96,12 +100,29 @@ def report(pictures_to: Path) -> str:
     return text.getvalue()
 
 
+def ladder(before: str) -> str:
+    """Steps of optimisation, kept or not, with the ratio that each gave."""
+    recorded = json.loads(LADDER.read_text())
+    rows = ["| step | case | gain | kept |", "| --- | --- | --- | --- |"]
+    rows += [f"| {r['step']} | {r['case']} | {r['gain']} | {'yes' if r['kept'] else 'no'} |" for r in recorded["steps"]]
+    return f"{recorded['device']}, {recorded['date']}: {recorded['method']}.\n\n" + "\n".join(rows) + "\n"
+
+
+def limits(before: str) -> str:
+    """GFLOP/s of loops, the other hardware thread of the core being idle and busy."""
+    rows = ["| loop | core free, GFLOP/s | core busy, GFLOP/s |", "| --- | --- | --- |"]
+    rows += [f"| {r['loop']} | {r['free']} | {r['busy']} |" for r in json.loads(LADDER.read_text())["limits"]]
+    return "\n".join(rows) + "\n"
+
+
 def generated(pictures_to: Path) -> dict[str, Callable[[str], str]]:
     """name -> the content of a block, given what it holds now."""
     return {
         "ops": op_table,
         "speed": lambda before: pictures(result_files(), "docs/") or EMPTY,
         "performance": lambda before: report(pictures_to),
+        "ladder": ladder,
+        "limits": limits,
     }
 
 

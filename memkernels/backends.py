@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from . import _cuda, _native
+from . import _cuda, _native, _triton
 from .spec import FLOATS
 
 DIRECTIONS = ("forward", "backward")
@@ -63,6 +63,7 @@ def note_kernels(qualified: str) -> None:
 BACKENDS: tuple[Backend, ...] = (
     Backend("cpu", ("cpu",), _native.missing),
     Backend("cuda", _cuda.DEVICES, _cuda.missing, _cuda.DTYPES),
+    Backend("triton", _triton.DEVICES, _triton.missing, _triton.DTYPES),
 )
 
 _BY_NAME = {b.name: b for b in BACKENDS}

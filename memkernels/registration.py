@@ -160,6 +160,8 @@ def _define(op: Op, namespace: str, library: torch.library.Library) -> None:
             results = [
                 r for r, o in zip(results if isinstance(results, tuple) else (results,), op.outputs) if o in others
             ]
+            if not results:
+                return None
             return tuple(results) if len(results) != 1 else results[0]
 
         torch.library.register_fake(f"{qualified}_", fake_inplace, lib=library)

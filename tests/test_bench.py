@@ -41,6 +41,7 @@ GOALS = {
     ("gated_write", "forward", "float32", "T=2048 N=1024 K=V=64"): "eager loop peak",
     ("gated_write", "backward", "float32", "T=512 N=4096 K=V=64"): "eager",
     ("gated_write", "backward", "float32", "T=2048 N=1024 K=V=64"): "eager",
+    ("slot_write", "forward", "float32", "erase and add, T=512 N=1024 V=64"): "loop",
     ("topk_read", "forward", "float32", "T=16 N=2^20 K=V=64"): "eager+faiss",
     ("topk_read", "forward", "float32", "T=256 N=2^18 K=V=64"): "eager+faiss",
     ("topk_read", "forward", "float32", "T=1024 N=65536 K=V=128"): "eager+faiss peak",

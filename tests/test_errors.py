@@ -10,6 +10,7 @@ import memkernels as mk
 
 Q, KEYS, VALUES = randn(2, 5, 8).float(), randn(2, 9, 8).float(), randn(2, 9, 6).float()
 WRITE, LSE = randn(2, 5, 6).float(), randn(2, 5).float()
+SHARES = torch.rand(2, 5, 9, generator=torch.Generator().manual_seed(0))
 INDICES, WEIGHTS = torch.zeros(2, 5, 3, dtype=torch.int64), randn(2, 5, 3).float()
 
 WRONG = [
@@ -66,6 +67,30 @@ WRONG = [
      "gated_write: erase must be [..., T=5, V=6], got [2, 5, 1]"),
     (lambda b: mk.gated_write(VALUES, KEYS, Q, WRITE, token_mask=torch.ones(2, 5), backend=b), TypeError,
      "gated_write: token_mask must be bool, got float32"),
+    (lambda b: mk.sparse_write(VALUES, INDICES.int(), WEIGHTS, WRITE, backend=b), TypeError,
+     "sparse_write: indices must be int64, got torch.int32"),
+    (lambda b: mk.sparse_write(VALUES, INDICES, WEIGHTS[..., :2], WRITE, backend=b), ValueError,
+     "sparse_write: weights must be [..., T=5, k=3], got [2, 5, 2]"),
+    (lambda b: mk.sparse_write(VALUES, INDICES, WEIGHTS, WRITE[..., :5], backend=b), ValueError,
+     "sparse_write: write must be [..., T=5, V=6], got [2, 5, 5]"),
+    (lambda b: mk.sparse_write_(VALUES, INDICES, WEIGHTS, WRITE, erase="no", backend=b), TypeError,
+     "sparse_write_: erase must be a number or a tensor [..., T, V], got str"),
+    (lambda b: mk.softmax_write(VALUES, KEYS[:, :4], Q, WRITE, backend=b), ValueError,
+     "softmax_write: keys must be [..., N=9, K=8], got [2, 4, 8]"),
+    (lambda b: mk.softmax_write_(VALUES, KEYS, Q, WRITE, erase=2, backend=b), ValueError,
+     "softmax_write_: erase must be in [0, 1], got 2.0"),
+    (lambda b: mk.softmax_write_(VALUES[0], KEYS, Q, WRITE, backend=b), ValueError,
+     "softmax_write_: values must have the leading dimensions of keys, [2], got []"),
+    (lambda b: mk.slot_write(VALUES, WEIGHTS, WRITE, backend=b), ValueError,
+     "slot_write: weights must be [..., T=5, N=9], got [2, 5, 3]"),
+    (lambda b: mk.slot_write(VALUES, SHARES, WRITE[:, :4], backend=b), ValueError,
+     "slot_write: write must be [..., T=5, V=6], got [2, 4, 6]"),
+    (lambda b: mk.slot_write(VALUES, SHARES, WRITE.double(), backend=b), TypeError,
+     "slot_write: write must be float32, got float64"),
+    (lambda b: mk.slot_write(VALUES, SHARES, WRITE, erase=-1, backend=b), ValueError,
+     "slot_write: erase must be in [0, 1], got -1.0"),
+    (lambda b: mk.slot_write_(VALUES, SHARES, WRITE, erase=WRITE[..., :1], backend=b), ValueError,
+     "slot_write: erase must be [..., T=5, V=6], got [2, 5, 1]"),
     (lambda b: mk.gated_write_(VALUES[0], KEYS, Q, WRITE, backend=b), ValueError,
      "gated_write_: values must have the leading dimensions of keys, [2], got []"),
 ]  # fmt: skip
@@ -85,12 +110,14 @@ def test_a_call_that_does_not_fit_says_so(backend, call, kind, sentence):
 def test_an_index_out_of_range_is_refused(backend, wild):
     indices = INDICES.clone()
     indices[1, 4, 2] = wild
-    with pytest.raises((RuntimeError, IndexError)):
+    with pytest.raises((RuntimeError, IndexError)) as caught:
         mk.sparse_read(VALUES, indices, WEIGHTS, backend=backend)
+    if backend == "cpu":
+        assert str(caught.value) == f"sparse_read: indices must be in [-1, {VALUES.shape[-2]}), got {wild}"
 
 
 def test_an_unknown_backend_is_refused():
-    with pytest.raises(ValueError, match="backend must be one of auto, reference, cpu, got 'tpu'"):
+    with pytest.raises(ValueError, match="backend must be one of auto, reference, cpu, triton, got 'tpu'"):
         mk.softmax_read(Q, KEYS, VALUES, backend="tpu")
 
 

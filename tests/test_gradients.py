@@ -29,8 +29,10 @@ def empty(mask):
 
 QUERY, KEYS, VALUES, WRITE = randn(B, T, K), randn(B, N, K, seed=1), randn(B, N, V, seed=2), randn(B, T, V, seed=3)
 MASK, ERASE = randn(B, N, seed=4), torch.sigmoid(randn(B, T, V, seed=5))
+WEIGHTS = torch.sigmoid(randn(B, T, N, seed=6))
 LSE = torch.logsumexp(K**-0.5 * QUERY @ KEYS.mT + 0.1, -1)
 INDICES = torch.tensor([[-1, 2, 2], [0, 6, 1], [3, 3, 3], [-1, -1, -1]])
+SHARES = torch.sigmoid(randn(B, T, k, seed=7))
 BOOL, TOKENS = some(B, N), some(B, T)
 
 # name -> (function of the tensors, tensors)
@@ -98,6 +100,64 @@ CASES = {
         lambda b, v, w: mk.sparse_read(v, INDICES, w, backend=b),
         (VALUES[0], randn(B, T, k)),
     ),
+    "softmax_write": (
+        lambda b, *x: mk.softmax_write(*x, return_retained=True, backend=b),
+        (VALUES, KEYS, QUERY, WRITE),
+    ),
+    "softmax_write, erase 0": (lambda b, *x: mk.softmax_write(*x, erase=0.0, backend=b), (VALUES, KEYS, QUERY, WRITE)),
+    "softmax_write, erase 0.5 and masks": (
+        lambda b, v, x, q, w, m: mk.softmax_write(
+            v, x, q, w, erase=0.5, slot_mask=m, token_mask=TOKENS, return_retained=True, backend=b
+        ),
+        (VALUES, KEYS, QUERY, WRITE, MASK),
+    ),
+    "softmax_write, empty slots": (
+        lambda b, v, x, q, w, m: mk.softmax_write(
+            v, x, q, w, slot_mask=m.masked_fill(empty(MASK)[1], -torch.inf), return_retained=True, backend=b
+        ),
+        (VALUES, KEYS, QUERY, WRITE, MASK),
+    ),
+    "softmax_write, erase tensor and all masks": (
+        lambda b, v, x, q, w, e, m: mk.softmax_write(
+            v, x, q, w, erase=e, slot_mask=m, token_mask=TOKENS, return_retained=True, backend=b
+        ),
+        (VALUES, KEYS, QUERY, WRITE, ERASE, MASK),
+    ),
+    "softmax_write, shared memory": (
+        lambda b, *x: mk.softmax_write(*x, slot_mask=BOOL[0], return_retained=True, backend=b),
+        (VALUES[0], KEYS[0], QUERY, WRITE),
+    ),
+    "sparse_write": (
+        lambda b, v, a, w: mk.sparse_write(v, INDICES.expand(B, T, k), a, w, backend=b),
+        (VALUES, SHARES, WRITE),
+    ),
+    "sparse_write, erase 0.5": (
+        lambda b, v, a, w: mk.sparse_write(v, INDICES.expand(B, T, k), a, w, erase=0.5, backend=b),
+        (VALUES, SHARES, WRITE),
+    ),
+    "sparse_write, erase tensor": (
+        lambda b, v, a, w, e: mk.sparse_write(v, INDICES.expand(B, T, k), a, w, erase=e, backend=b),
+        (VALUES, SHARES, WRITE, ERASE),
+    ),
+    "sparse_write, shared memory": (
+        lambda b, v, a, w: mk.sparse_write(v, INDICES, a, w, backend=b),
+        (VALUES[0], SHARES, WRITE),
+    ),
+    "sparse_write, shared weights": (
+        lambda b, v, a, w: mk.sparse_write(v, INDICES.expand(B, T, k), a, w, backend=b),
+        (VALUES, SHARES[0], WRITE),
+    ),
+    "slot_write": (lambda b, *x: mk.slot_write(*x, backend=b), (VALUES, WEIGHTS, WRITE)),
+    "slot_write, erase 0.5 and a token mask": (
+        lambda b, *x: mk.slot_write(*x, erase=0.5, token_mask=TOKENS, backend=b),
+        (VALUES, WEIGHTS, WRITE),
+    ),
+    "slot_write, erase tensor": (
+        lambda b, v, a, w, e: mk.slot_write(v, a, w, erase=e, token_mask=TOKENS, backend=b),
+        (VALUES, WEIGHTS, WRITE, ERASE),
+    ),
+    "slot_write, shared memory": (lambda b, *x: mk.slot_write(*x, backend=b), (VALUES[0], WEIGHTS, WRITE)),
+    "slot_write, shared weights": (lambda b, *x: mk.slot_write(*x, backend=b), (VALUES, WEIGHTS[0], WRITE)),
     "gated_write": (
         lambda b, *x: mk.gated_write(*x, return_retained=True, backend=b),
         (VALUES, KEYS, QUERY, WRITE),

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from memkernels import _host as host
 from memkernels import _native
-
-host = pytest.importorskip("memkernels._host", reason="the native module is not built")
 
 
 def cpu_flags() -> set[str]:

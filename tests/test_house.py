@@ -20,7 +20,8 @@ LAYERS = {
     "_native": {"_host"},
     "spec": set(),
     "_cuda": set(),
-    "backends": {"_cuda", "_native", "spec"},
+    "_triton": set(),
+    "backends": {"_cuda", "_native", "_triton", "spec"},
     "registration": {"spec", "backends"},
     "ops": {"spec", "registration"},
     "nn": {"", "ops", "spec", "backends"},
@@ -93,8 +94,13 @@ SIGNATURES = {
     "topk_read": "(query, keys, values, k, *, scale=None, slot_mask=None, return_slots=False)",
     "gated_write": "(values, keys, query, write, *, erase=1.0, scale=None, slot_mask=None, token_mask=None, "
     "return_retained=False)",
+    "slot_write": "(values, weights, write, *, erase=1.0, token_mask=None)",
 }
 SIGNATURES["gated_write_"] = SIGNATURES["gated_write"]
+SIGNATURES["softmax_write"] = SIGNATURES["softmax_write_"] = SIGNATURES["gated_write"]
+SIGNATURES["sparse_write"] = "(values, indices, weights, write, *, erase=1.0)"
+SIGNATURES["sparse_write_"] = SIGNATURES["sparse_write"]
+SIGNATURES["slot_write_"] = SIGNATURES["slot_write"]
 
 
 @pytest.mark.parametrize("name", SIGNATURES)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch._dynamo.testing
-from support import close, operator, randn, subject
+from support import CASE, close, operator, randn, subject
 
 import memkernels as mk
 from memkernels.registration import OPS
@@ -18,7 +18,7 @@ def samples(op: str):
     """Arguments for the raw operator: with the fewest and with all optional tensors."""
     cases = ["usual"]
     cases += ["float mask"] if any(a.name == "slot_mask" for a in OPS[op].args) else []
-    cases += ["erase tensor, both masks"] if op == "gated_write" else []
+    cases += [case for case in ("erase tensor, both masks", "erase tensor, token mask") if CASE[case].fits(OPS[op])]
     for case in cases:
         inputs = subject(op, case, torch.float32).inputs
         yield case, inputs

@@ -8,15 +8,16 @@ import pkgutil
 from ..case import Case
 
 
-def all_cases() -> list[Case]:
-    """Every case of every module here, in the order of the module names."""
+def all_cases(device: str = "cpu") -> list[Case]:
+    """Every case for ``device`` of every module here, in the order of the module names."""
     modules = sorted(m.name for m in pkgutil.iter_modules(__path__))
-    return [case for name in modules for case in importlib.import_module(f"{__name__}.{name}").CASES]
+    cases = (case for name in modules for case in importlib.import_module(f"{__name__}.{name}").CASES)
+    return [case for case in cases if device in case.devices]
 
 
 def select(ops: list[str], device: str = "cpu") -> list[Case]:
     """The cases of ``ops`` (all when empty) for ``device``. ValueError names an op that has none."""
-    cases = [case for case in all_cases() if device in case.devices]
+    cases = all_cases(device)
     known = dict.fromkeys(case.op for case in cases)
     for op in ops:
         if op not in known:

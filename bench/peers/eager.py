@@ -20,14 +20,23 @@ def slot_usage(query, keys, lse):
 
 
 def written(values, keys, query, write):
-    """Suffix products in log space: what token t writes is kept by the tokens after it.
+    gate = torch.sigmoid(keys @ (query.shape[-1] ** -0.5 * query).mT)  # [N, T]
+    return interpolated(values, gate, write)
+
+
+def interpolated(values, gate, write):
+    """Suffix products in log space: what token t writes is kept by the tokens after it. gate: [N, T].
 
     Tokens run along the last axis, where a cumulative sum is contiguous and fastest.
     """
-    gate = torch.sigmoid(keys @ (query.shape[-1] ** -0.5 * query).mT)  # [N, T]
     log_kept = torch.cumsum(torch.log1p(-gate), -1)
     total = log_kept[..., -1:]
     return torch.exp(total) * values + (gate * torch.exp(total - log_kept)) @ write
+
+
+def softmax_write(values, keys, query, write):
+    scale = query.shape[-1] ** -0.5
+    return lambda: interpolated(values, torch.softmax(keys @ (scale * query).mT, 0), write)
 
 
 def gated_write(values, keys, query, write):

@@ -25,6 +25,25 @@ void parallel(int64_t tasks, size_t scratch_bytes, Body&& body) {
             [](void* context, int64_t task, char* scratch) { (*static_cast<Plain*>(context))(task, scratch); });
 }
 
+// A callable that outlives the call it is passed to: so that what calls it is compiled once, whoever passes it.
+template <class Signature>
+class FunctionRef;
+template <class... A>
+class FunctionRef<void(A...)> {
+ public:
+  template <class Body>
+    requires std::is_invocable_v<Body&, A...>
+  FunctionRef(Body&& body)
+      : context_(const_cast<void*>(static_cast<const void*>(&body))), call_([](void* context, A... arguments) {
+          (*static_cast<std::remove_reference_t<Body>*>(context))(arguments...);
+        }) {}
+  void operator()(A... arguments) const { call_(context_, arguments...); }
+
+ private:
+  void* context_;
+  void (*call_)(void*, A...);
+};
+
 // Hands out consecutive, 64-byte aligned pieces of a thread's scratch memory. With no memory behind it, it measures.
 class Arena {
  public:

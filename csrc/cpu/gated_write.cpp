@@ -35,7 +35,8 @@ void keep_empty(const GatedWrite& p, int64_t batch, int64_t first, int64_t count
 }
 
 template <class F>
-void many(const GatedWrite& p, int64_t batch, int64_t first, int64_t count, int64_t tokens, Arena arena) {
+void many(const GatedWrite& p, int64_t batch, int64_t first, int64_t count, int64_t tokens,
+          const SoftmaxRow<F>* softmax, Arena arena) {
   constexpr int W = kLanes<F>;
   const Slots<F> slots(p.keys, p.values, p.mask, p.lead, batch, p.K, p.V, false);
   const auto buffers = Slots<F>::buffers(arena, kSlotTile<F>, p.K, p.V);
@@ -48,6 +49,7 @@ void many(const GatedWrite& p, int64_t batch, int64_t first, int64_t count, int6
   F* row = arena.take<F>(p.V);
   TokenChunk<F> chunk;
   const Tokens<F> source(p, batch);
+  const Gates<F> gates(p, batch, softmax);
 
   const SlotBlock<F> block = slots.load(first, count, buffers);
   keep_empty<F>(p, batch, first, count, block, row);
@@ -63,14 +65,14 @@ void many(const GatedWrite& p, int64_t batch, int64_t first, int64_t count, int6
     const int64_t t0 = c * kChunkTokens;
     source.load(t0, least(kChunkTokens, tokens - t0), token_buffers, chunk);
     if (chunk.n == 0) continue;
-    lanes.scores(chunk, p.K, S);
+    lanes.gates(gates, chunk, first, count, block, p.K, S);
     alive = false;
     for (int64_t l = 0; l < L; l += W) {
       Vec<F> r = load<F>(R + l), k = load<F>(kept + l), a, keep;
       const Vec<F> m = load<F>(lanes.mask + l);
       for (int64_t t = chunk.n; t-- > 0;) {
         F* s = S + t * L + l;
-        sigmoid2<F>(load<F>(s) + m, a, keep);
+        open<F>(gates.kind, load<F>(s), m, a, keep);
         store<F>(s, a * r);
         r *= left<F>(a, keep, e);
         k *= keep;
@@ -93,7 +95,8 @@ void many(const GatedWrite& p, int64_t batch, int64_t first, int64_t count, int6
 }
 
 template <class F>
-void few(const GatedWrite& p, int64_t batch, int64_t first, int64_t count, int64_t tokens, Arena arena) {
+void few(const GatedWrite& p, int64_t batch, int64_t first, int64_t count, int64_t tokens, const SoftmaxRow<F>* softmax,
+         Arena arena) {
   constexpr int W = kLanes<F>;
   const int64_t KP = Slots<F>::padded(p.K), VP = Slots<F>::padded(p.V);
   const Slots<F> slots(p.keys, p.values, p.mask, p.lead, batch, p.K, p.V, true);
@@ -107,7 +110,9 @@ void few(const GatedWrite& p, int64_t batch, int64_t first, int64_t count, int64
   F* row = arena.take<F>(p.V);
   TokenChunk<F> chunk;
   Tokens<F>(p, batch).load(0, tokens, token_buffers, chunk);
-  for (int64_t t = 0; t < chunk.n; ++t) {
+  const Gates<F> gates(p, batch, softmax);
+  const bool given = gates.kind == Gate::given;
+  for (int64_t t = 0; t < chunk.n && !given; ++t) {
     for (int64_t c = 0; c < KP; ++c)
       q[t * KP + c] = c < p.K ? F(p.scale * kLog2e) * chunk.query[t * chunk.qs + c] : F(0);
   }
@@ -120,12 +125,15 @@ void few(const GatedWrite& p, int64_t batch, int64_t first, int64_t count, int64
     const SlotBlock<F> block = slots.load(i, width, buffers);
     keep_empty<F>(p, batch, i, width, block, row);
     if (block.n == 0) continue;
-    score_rows<F>(block, p.K, q, chunk.n, S);
-    for (int64_t l = 0; l < round_up(block.n, W); l += W) {
+    const int64_t L = round_up(block.n, W);
+    if (given) gates.copy(chunk, i, block.n, L, S, kSlotBlock);
+    else score_rows<F>(block, p.K, q, chunk.n, S);
+    if (gates.kind == Gate::softmax) gates.normalise(chunk, i, block, width, L, nullptr, S, kSlotBlock);
+    for (int64_t l = 0; l < L; l += W) {
       Vec<F> r = fill<F>(1), k = r, a, keep;
       for (int64_t t = chunk.n; t-- > 0;) {
         F* s = S + t * kSlotBlock + l;
-        sigmoid2<F>(load<F>(s), a, keep);
+        open<F>(gates.kind, load<F>(s), fill<F>(0), a, keep);
         store<F>(s, a * r);
         r *= left<F>(a, keep, e);
         k *= keep;
@@ -155,19 +163,20 @@ void run(const GatedWrite& p) {
   Slots<F>::buffers(measure, block, p.K, p.V);
   Tokens<F>::buffers(measure, p);
   measure.take<F>((Slots<F>::padded(p.K) + Slots<F>::padded(p.V) + kChunkTokens + 3) * block + p.V);
+  SoftmaxRows<F> softmax(p);
   measure.take<F>(is_few ? kLanes<F> * (Slots<F>::padded(p.K) + kSlotBlock) : 0);
   parallel(batches * blocks, measure.used() + 12 * 64, [&](int64_t task, char* memory) {
     FlushDenormals flush;
     const int64_t batch = task / blocks, first = task % blocks * size, count = least(size, p.N - first);
-    if (is_few) few<F>(p, batch, first, count, tokens, Arena(memory));
-    else many<F>(p, batch, first, count, tokens, Arena(memory));
+    if (is_few) few<F>(p, batch, first, count, tokens, softmax.data(), Arena(memory));
+    else many<F>(p, batch, first, count, tokens, softmax.data(), Arena(memory));
   });
 }
 
 }  // namespace
 
 void gated_write(const GatedWrite& p) {
-  if (p.query.dtype == DType::f64) run<double>(p);
+  if (p.lead_dtype() == DType::f64) run<double>(p);
   else run<float>(p);
 }
 

@@ -34,12 +34,13 @@ struct Shape {
 template <class F>
 class Batch {
  public:
-  Batch(const GatedWriteBackward& b, const Shape<F>& s, int64_t batch, char* memory)
+  Batch(const GatedWriteBackward& b, const Shape<F>& s, int64_t batch, const SoftmaxRow<F>* softmax, char* memory)
       : b_(b),
         p_(b.forward),
         s_(s),
         batch_(batch),
         source_(p_, batch),
+        gates_(p_, batch, softmax),
         keys_(p_.keys, View{}, p_.mask, p_.lead, batch, p_.K, 0, true),
         content_(b.d_out, p_.values, p_.mask, p_.lead, batch, p_.V, p_.V, true) {
     Arena arena(memory);
@@ -47,9 +48,14 @@ class Batch {
     past_ = arena.take<F>(p_.N);
     dq_ = arena.take<F>(s.groups * s.panel * s.KP);
     dw_ = arena.take<F>(s.groups * s.panel * s.VP);
+    if (p_.gate != Gate::softmax) return;
+    start_ = arena.take<F>(p_.N);
+    delta_ = arena.take<F>(s.chunks * kChunkTokens);
+    deltas_ = arena.take<F>(s.groups * s.panel);
   }
   static size_t bytes(const GatedWrite& p, const Shape<F>& s) {
-    return size_t((s.chunks + 2) * p.N + s.groups * s.panel * (s.KP + s.VP) + 64) * sizeof(F);
+    const int64_t softmax = p.gate == Gate::softmax ? p.N + s.chunks * kChunkTokens + s.groups * s.panel : 0;
+    return size_t((s.chunks + 2) * p.N + s.groups * s.panel * (s.KP + s.VP) + softmax + 128) * sizeof(F);
   }
 
   void run() {
@@ -58,6 +64,7 @@ class Batch {
       FlushDenormals flush;
       sweep_back(task * kSlotTile<F>, Arena(memory));
     });
+    if (p_.gate == Gate::softmax) sum_deltas(bytes);
     for (int64_t panel = 0; panel < s_.panels; ++panel) {
       const int64_t p0 = panel * s_.panel, pn = least(s_.panel, s_.tokens - p0);
       parallel(s_.groups, bytes, [&](int64_t g, char* memory) {
@@ -67,7 +74,7 @@ class Batch {
         std::memset(dq, 0, size_t(s_.panel * s_.KP) * sizeof(F));
         std::memset(dw, 0, size_t(s_.panel * s_.VP) * sizeof(F));
         for (int64_t i = g * s_.group; i < least((g + 1) * s_.group, p_.N); i += kSlotTile<F>) {
-          sweep_forward(i, p0, pn, dq, dw, Arena(memory));
+          sweep_forward(i, p0, pn, dq, dw, nullptr, Arena(memory));
         }
       });
       reduce(p0, pn);
@@ -75,6 +82,28 @@ class Batch {
   }
 
  private:
+  // delta_t = sum_i a da of a softmax, which every dS of the token needs: a sweep of its own.
+  void sum_deltas(size_t bytes) {
+    std::memcpy(start_, past_, size_t(p_.N) * sizeof(F));
+    for (int64_t p0 = 0; p0 < s_.tokens; p0 += s_.panel) {
+      const int64_t pn = least(s_.panel, s_.tokens - p0);
+      parallel(s_.groups, bytes, [&](int64_t g, char* memory) {
+        FlushDenormals flush;
+        F* own = deltas_ + g * s_.panel;
+        std::memset(own, 0, size_t(s_.panel) * sizeof(F));
+        for (int64_t i = g * s_.group; i < least((g + 1) * s_.group, p_.N); i += kSlotTile<F>) {
+          sweep_forward(i, p0, pn, nullptr, nullptr, own, Arena(memory));
+        }
+      });
+      for (int64_t t = 0; t < pn; ++t) {
+        F sum = 0;
+        for (int64_t g = 0; g < s_.groups; ++g) sum += deltas_[g * s_.panel + t];
+        delta_[p0 + t] = sum;
+      }
+    }
+    std::memcpy(past_, start_, size_t(p_.N) * sizeof(F));
+  }
+
   size_t scratch() const {
     Arena measure;
     Slots<F>::buffers(measure, kSlotTile<F>, p_.K, 0);
@@ -108,12 +137,12 @@ class Batch {
       for (int64_t j = 0; j < block.n; ++j) alive |= R[j] != 0;
       if (!alive || e == 0) continue;
       source_.load(t0, least(kChunkTokens, s_.tokens - t0), token_buffers, chunk);
-      lanes.scores(chunk, p_.K, S);
+      lanes.gates(gates_, chunk, first, count, block, p_.K, S);
       for (int64_t l = 0; l < lanes.L; l += W) {
         Vec<F> r = load<F>(R + l), a, keep;
         const Vec<F> m = load<F>(lanes.mask + l);
         for (int64_t t = chunk.n; t-- > 0;) {
-          sigmoid2<F>(load<F>(S + t * lanes.L + l) + m, a, keep);
+          open<F>(gates_.kind, load<F>(S + t * lanes.L + l), m, a, keep);
           r *= left<F>(a, keep, e);
         }
         store<F>(R + l, r);
@@ -146,7 +175,8 @@ class Batch {
     }
   }
 
-  void sweep_forward(int64_t first, int64_t p0, int64_t pn, F* dq, F* dw, Arena arena) {
+  // With `deltas`, only sums of a da are taken, and `past_` moves on.
+  void sweep_forward(int64_t first, int64_t p0, int64_t pn, F* dq, F* dw, F* deltas, Arena arena) {
     constexpr int W = kLanes<F>;
     const auto key_buffers = Slots<F>::buffers(arena, kSlotTile<F>, p_.K, 0);
     const auto content_buffers = Slots<F>::buffers(arena, kSlotTile<F>, p_.V, p_.V);
@@ -163,6 +193,9 @@ class Batch {
     F* past = arena.take<F>(kSlotTile<F>);
     F* suffix = arena.take<F>(kSlotTile<F>);
     F* kept = arena.take<F>(kSlotTile<F>);  // d_retained * retained
+    const F none[kChunkTokens] = {};
+    const TokenRows weights(b_.d_weights, p_.lead, batch_, p_.T);
+    const Gate kind = gates_.kind;
     TokenChunk<F> chunk;
     const int64_t count = width(first);
     const SlotBlock<F> block = keys_.load(first, count, key_buffers);
@@ -186,26 +219,32 @@ class Batch {
       source_.load(t0, least(kChunkTokens, p0 + pn - t0), token_buffers, chunk);
       if (chunk.n == 0) continue;
       const int64_t n = chunk.n;
+      const F* delta = deltas != nullptr ? none : delta_ + t0;
       for (int64_t j = 0; j < L; ++j)
         suffix[j] = j < block.n ? suffix_[(t0 / kChunkTokens + 1) * p_.N + first + j] : F(0);
-      lanes.scores(chunk, p_.K, A);
+      lanes.gates(gates_, chunk, first, count, block, p_.K, A);
       gemm(Gemm<F>{n, L, p_.V, chunk.write, chunk.ws, 1, U, L, D, L, false});
       for (int64_t l = 0; l < L; l += W) {
         const Vec<F> m = load<F>(lanes.mask + l), g = load<F>(kept + l);
         Vec<F> r = load<F>(suffix + l), a, keep;
         for (int64_t t = n; t-- > 0;) {
           const int64_t x = t * L + l;
-          sigmoid2<F>(load<F>(A + x) + m, a, keep);
-          store<F>(R + x, r * keep);  // R (1 - a): the factor of dS
-          store<F>(G + x, a);
+          const Vec<F> gate = load<F>(A + x);
+          open<F>(kind, gate, m, a, keep);
+          store<F>(R + x, kind == Gate::sigmoid ? r * keep : r);  // of a sigmoid, R (1 - a) is the factor of dS
+          store<F>(G + x, kind == Gate::softmax ? gate : a);
           store<F>(A + x, a * r);
           r *= left<F>(a, keep, e);
         }
         Vec<F> p = load<F>(past + l), total = load<F>(dm + l);
         for (int64_t t = 0; t < n; ++t) {
           const int64_t x = t * L + l;
-          const Vec<F> gate = load<F>(G + x), c = load<F>(D + x), moved = c - e * p;
-          const Vec<F> ds = gate * (load<F>(R + x) * moved - g);
+          Vec<F> gate = load<F>(G + x), keep, ds;
+          if (kind == Gate::softmax) open<F>(kind, gate, m, gate, keep);
+          const Vec<F> moved = load<F>(D + x) - e * p, da = load<F>(R + x) * moved;
+          if (kind == Gate::sigmoid) ds = gate * (da - g);
+          else if (kind == Gate::given) ds = da;
+          else ds = gate * (da - delta[t] - (keep > 0 ? g / keep : fill<F>(0)));
           p += gate * moved;  // (1 - e a) p + a c
           total += ds;
           store<F>(D + x, ds);
@@ -214,12 +253,18 @@ class Batch {
         store<F>(dm + l, total);
       }
       const int64_t at = t0 - p0;
+      for (int64_t t = 0; t < n && deltas != nullptr; ++t) {
+        for (int64_t j = 0; j < block.n; ++j) deltas[at + t] += D[t * L + j];
+      }
+      if (deltas != nullptr) continue;
+      if (weights) write_weights<F>(weights, chunk, first, block.n, D, L);
       if (b_.d_write) gemm(Gemm<F>{n, s_.VP, block.n, A, L, 1, content.keys, content.ks, dw + at * s_.VP, s_.VP, true});
       if (b_.d_query) gemm(Gemm<F>{n, s_.KP, block.n, D, L, 1, block.keys, block.ks, dq + at * s_.KP, s_.KP, true});
       if (b_.d_keys) gemm(Gemm<F>{p_.K, L, n, chunk.query, 1, chunk.qs, D, L, dk, L, true});
     }
 
     for (int64_t j = 0; j < block.n; ++j) past_[first + j] = past[j];
+    if (deltas != nullptr) return;
     const bool start = p0 == 0;
     if (b_.d_keys) {
       for (int64_t j = 0; j < block.n; ++j) {
@@ -236,7 +281,7 @@ class Batch {
 
   void reduce(int64_t p0, int64_t pn) {
     const TokenRows query(b_.d_query, p_.lead, batch_, p_.T), write(b_.d_write, p_.lead, batch_, p_.T);
-    const TokenRows mask(p_.token_mask, p_.lead, batch_, p_.T);
+    const TokenRows weights(b_.d_weights, p_.lead, batch_, p_.T), mask(p_.token_mask, p_.lead, batch_, p_.T);
     parallel(div_up(pn, kChunkTokens), size_t(most(s_.KP, s_.VP)) * sizeof(F), [&](int64_t c, char* memory) {
       FlushDenormals flush;
       F* sum = reinterpret_cast<F*>(memory);
@@ -254,6 +299,7 @@ class Batch {
       };
       for (int64_t t = p0 + c * kChunkTokens; t < p0 + least((c + 1) * kChunkTokens, pn); ++t) {
         const bool live = !mask || *mask.row(t) != 0;
+        if (weights && !live) std::memset(weights.row(t), 0, size_t(p_.N * size_of(weights.dtype)));
         total(query, dq_, s_.KP, p_.K, F(p_.scale), t, live);
         total(write, dw_, s_.VP, p_.V, F(1), t, live);
         j += live;
@@ -266,8 +312,10 @@ class Batch {
   const Shape<F>& s_;
   int64_t batch_;
   Tokens<F> source_;
+  Gates<F> gates_;
   Slots<F> keys_, content_;
   F *suffix_, *past_, *dq_, *dw_;
+  F *start_ = nullptr, *delta_ = nullptr, *deltas_ = nullptr;  // of a softmax
 };
 
 template <class F>
@@ -275,20 +323,22 @@ void run(const GatedWriteBackward& b) {
   const GatedWrite& p = b.forward;
   const Shape<F> s(p);
   const size_t bytes = Batch<F>::bytes(p, s);
+  SoftmaxRows<F> softmax(p);
   const bool apart =
       !rows_are_shared(b.d_keys, p.lead) && !rows_are_shared(b.d_values, p.lead) && !rows_are_shared(b.d_mask, p.lead);
   if (s.batches >= kManyBatches && apart) {
-    parallel(s.batches, bytes, [&](int64_t batch, char* memory) { Batch<F>(b, s, batch, memory).run(); });
+    parallel(s.batches, bytes,
+             [&](int64_t batch, char* memory) { Batch<F>(b, s, batch, softmax.data(), memory).run(); });
     return;
   }
   Buffer<char> memory{int64_t(bytes)};
-  for (int64_t batch = 0; batch < s.batches; ++batch) Batch<F>(b, s, batch, memory.data()).run();
+  for (int64_t batch = 0; batch < s.batches; ++batch) Batch<F>(b, s, batch, softmax.data(), memory.data()).run();
 }
 
 }  // namespace
 
 void gated_write_backward(const GatedWriteBackward& b) {
-  if (b.forward.query.dtype == DType::f64) run<double>(b);
+  if (b.forward.lead_dtype() == DType::f64) run<double>(b);
   else run<float>(b);
 }
 

@@ -49,13 +49,13 @@ void advance_block(const TokenChunk<F>& c, const F* gates, int64_t L, int64_t sl
 
 // Scores of a chunk become gates; `keep` (or null) receives 1 - a, and kept[lane] is multiplied by it.
 template <class F>
-void to_gates(const KeyLanes<F>& lanes, int64_t n, F* S, F* keep, F* kept) {
+void to_gates(const KeyLanes<F>& lanes, Gate kind, int64_t n, F* S, F* keep, F* kept) {
   constexpr int W = kLanes<F>;
   for (int64_t l = 0; l < lanes.L; l += W) {
     const Vec<F> m = load<F>(lanes.mask + l);
     Vec<F> product = load<F>(kept + l), a, k;
     for (int64_t t = 0; t < n; ++t) {
-      sigmoid2<F>(load<F>(S + t * lanes.L + l) + m, a, k);
+      open<F>(kind, load<F>(S + t * lanes.L + l), m, a, k);
       store<F>(S + t * lanes.L + l, a);
       if (keep != nullptr) store<F>(keep + t * lanes.L + l, k);
       product *= k;
@@ -65,7 +65,8 @@ void to_gates(const KeyLanes<F>& lanes, int64_t n, F* S, F* keep, F* kept) {
 }
 
 template <class F>
-void forward_block(const GatedWrite& p, int64_t batch, int64_t first, int64_t count, int64_t tokens, Arena arena) {
+void forward_block(const GatedWrite& p, int64_t batch, int64_t first, int64_t count, int64_t tokens,
+                   const SoftmaxRow<F>* softmax, Arena arena) {
   const int64_t VP = Slots<F>::padded(p.V);
   const Slots<F> slots(p.keys, p.values, p.mask, p.lead, batch, p.K, p.V, false);
   const auto buffers = Slots<F>::buffers(arena, kSlotTile<F>, p.K, p.V);
@@ -76,6 +77,7 @@ void forward_block(const GatedWrite& p, int64_t batch, int64_t first, int64_t co
   F* kept = arena.take<F>(kSlotTile<F>);
   TokenChunk<F> chunk;
   const Tokens<F> source(p, batch);
+  const Gates<F> gates(p, batch, softmax);
   const SlotBlock<F> block = slots.load(first, count, buffers);
   lanes.pack(block, p.K, F(p.scale * kLog2e));
   for (int64_t j = 0; j < kSlotTile<F>; ++j) kept[j] = 1;
@@ -85,8 +87,8 @@ void forward_block(const GatedWrite& p, int64_t batch, int64_t first, int64_t co
   }
   for (int64_t t0 = 0; t0 < tokens && block.n > 0; t0 += kChunkTokens) {
     source.load(t0, least(kChunkTokens, tokens - t0), token_buffers, chunk);
-    lanes.scores(chunk, p.K, S);
-    to_gates<F>(lanes, chunk.n, S, nullptr, kept);
+    lanes.gates(gates, chunk, first, count, block, p.K, S);
+    to_gates<F>(lanes, gates.kind, chunk.n, S, nullptr, kept);
     advance_block<F>(chunk, S, lanes.L, block.n, VP, rows);
   }
   const char* in = p.values.batch(p.lead, batch);
@@ -113,10 +115,11 @@ void run(const GatedWrite& p) {
   Slots<F>::buffers(measure, kSlotTile<F>, p.K, p.V);
   Tokens<F>::buffers(measure, p);
   measure.take<F>((p.K + kChunkTokens + Slots<F>::padded(p.V) + 2) * kSlotTile<F> + p.V);
+  SoftmaxRows<F> softmax(p);
   parallel(p.lead.batches() * blocks, measure.used() + 12 * 64, [&](int64_t task, char* memory) {
     FlushDenormals flush;
     const int64_t first = task % blocks * kSlotTile<F>;
-    forward_block<F>(p, task / blocks, first, least(kSlotTile<F>, p.N - first), tokens, Arena(memory));
+    forward_block<F>(p, task / blocks, first, least(kSlotTile<F>, p.N - first), tokens, softmax.data(), Arena(memory));
   });
 }
 
@@ -124,7 +127,7 @@ void run(const GatedWrite& p) {
 template <class F>
 class Group {
  public:
-  Group(const GatedWriteBackward& b, int64_t batch, int64_t tokens, F* part)
+  Group(const GatedWriteBackward& b, int64_t batch, int64_t tokens, const SoftmaxRow<F>* softmax, F* part)
       : b_(b),
         p_(b.forward),
         batch_(batch),
@@ -136,6 +139,7 @@ class Group {
         dw_(part + tokens * KP_),
         de_(part + tokens * (KP_ + VP_)),
         source_(p_, batch),
+        gates_(p_, batch, softmax),
         keys_(p_.keys, View{}, p_.mask, p_.lead, batch, p_.K, 0, true),
         content_(b.d_out, p_.values, p_.mask, p_.lead, batch, p_.V, p_.V, true) {}
 
@@ -150,7 +154,8 @@ class Group {
     return measure.used() + 24 * 64;
   }
 
-  void block(int64_t first, int64_t count, Arena arena) const {
+  // dS of a softmax needs delta_t = sum_i a da of all slots: a first run only adds to `deltas`, a second one reads `delta`.
+  void block(int64_t first, int64_t count, const F* delta, F* deltas, Arena arena) const {
     constexpr int W = kLanes<F>;
     const auto key_buffers = Slots<F>::buffers(arena, kSlotTile<F>, p_.K, 0);
     const auto content_buffers = Slots<F>::buffers(arena, kSlotTile<F>, p_.V, p_.V);
@@ -167,6 +172,7 @@ class Group {
     F* rows = arena.take<F>(KP_ * kSlotTile<F>);
     F* dm = arena.take<F>(kSlotTile<F>);
     TokenChunk<F> chunk;
+    const TokenRows weights(b_.d_weights, p_.lead, batch_, p_.T);
     const SlotBlock<F> block = keys_.load(first, count, key_buffers);
     const SlotBlock<F> content = content_.load(first, count, content_buffers);
     lanes.pack(block, p_.K, F(p_.scale * kLog2e));
@@ -178,7 +184,7 @@ class Group {
       std::memcpy(grad + j * VP_, content.keys + j * content.ks, size_t(VP_) * sizeof(F));
     }
     for (int64_t c = 0; c + 1 < chunks_; ++c) {
-      gates(c, lanes, token_buffers, chunk, A, nullptr, kept);
+      gates(c, lanes, first, count, block, token_buffers, chunk, A, nullptr, kept);
       std::memcpy(start + (c + 1) * size, start + c * size, size_t(block.n * VP_) * sizeof(F));
       advance_block<F>(chunk, A, L, block.n, VP_, start + (c + 1) * size);
     }
@@ -192,7 +198,7 @@ class Group {
     for (int64_t c = chunks_; c-- > 0 && block.n > 0;) {
       F unused[kSlotTile<F>];
       for (F& x : unused) x = 1;
-      gates(c, lanes, token_buffers, chunk, A, keep, unused);
+      gates(c, lanes, first, count, block, token_buffers, chunk, A, keep, unused);
       const int64_t t0 = c * kChunkTokens;
       for (int64_t x = 0; x < chunk.n * L; ++x) D[x] = 0;
       for (int64_t j = 0; j < block.n; ++j) {
@@ -219,24 +225,34 @@ class Group {
             store<F>(de, load<F>(de) - ag * before);
             store<F>(g + x, gv - e * ag);
           }
-          D[t * L + j] = gate * (sum<F>(da) * keep[t * L + j] - kept[j]);
+          const F k = keep[t * L + j];
+          F& ds = D[t * L + j];
+          if (p_.gate == Gate::sigmoid) ds = gate * (sum<F>(da) * k - kept[j]);
+          else if (p_.gate == Gate::given) ds = sum<F>(da);
+          else ds = gate * (sum<F>(da) - (k > 0 ? kept[j] / k : F(0)) - (delta == nullptr ? F(0) : delta[t0 + t]));
         }
       }
+      for (int64_t t = 0; t < chunk.n && deltas != nullptr; ++t) {
+        for (int64_t j = 0; j < block.n; ++j) deltas[t0 + t] += D[t * L + j];
+      }
+      if (deltas != nullptr) continue;
+      if (weights) write_weights<F>(weights, chunk, first, block.n, D, L);
+      if (p_.gate == Gate::given) continue;
       gemm(Gemm<F>{chunk.n, KP_, block.n, D, L, 1, block.keys, block.ks, dq_ + t0 * KP_, KP_, true});
       gemm(Gemm<F>{p_.K, L, chunk.n, chunk.query, 1, chunk.qs, D, L, dk, L, true});
       for (int64_t t = 0; t < chunk.n; ++t) {
         for (int64_t j = 0; j < block.n; ++j) dm[j] += D[t * L + j];
       }
     }
-    write_out(first, count, block, grad, dk, L, rows, dm);
+    if (deltas == nullptr) write_out(first, count, block, grad, dk, L, rows, dm);
   }
 
  private:
-  void gates(int64_t c, const KeyLanes<F>& lanes, const typename Tokens<F>::Buffers& buffers, TokenChunk<F>& chunk,
-             F* A, F* keep, F* kept) const {
+  void gates(int64_t c, const KeyLanes<F>& lanes, int64_t first, int64_t count, const SlotBlock<F>& block,
+             const typename Tokens<F>::Buffers& buffers, TokenChunk<F>& chunk, F* A, F* keep, F* kept) const {
     source_.load(c * kChunkTokens, least(kChunkTokens, tokens_ - c * kChunkTokens), buffers, chunk);
-    lanes.scores(chunk, p_.K, A);
-    to_gates<F>(lanes, chunk.n, A, keep, kept);
+    lanes.gates(gates_, chunk, first, count, block, p_.K, A);
+    to_gates<F>(lanes, gates_.kind, chunk.n, A, keep, kept);
   }
 
   void write_out(int64_t first, int64_t count, const SlotBlock<F>& block, const F* grad, const F* dk, int64_t L,
@@ -279,6 +295,7 @@ class Group {
   int64_t batch_, tokens_, chunks_, KP_, VP_;
   F *dq_, *dw_, *de_;
   Tokens<F> source_;
+  Gates<F> gates_;
   Slots<F> keys_, content_;
 };
 
@@ -291,18 +308,34 @@ void run_backward(const GatedWriteBackward& b) {
   const int64_t groups = least(blocks, most(2, least(kChunks, kPartialBytes / (part * int64_t(sizeof(F))))));
   const int64_t group = div_up(blocks, groups);
   Buffer<F> parts(groups * part);
+  SoftmaxRows<F> softmax(p);
+  const int64_t rows = p.gate == Gate::softmax ? round_up(tokens, kChunkTokens) : 0;
+  Buffer<F> deltas(groups * rows), delta(rows);
   for (int64_t batch = 0; batch < p.lead.batches(); ++batch) {
-    parallel(groups, Group<F>::scratch(p, tokens), [&](int64_t g, char* memory) {
-      FlushDenormals flush;
-      F* own = parts.data() + g * part;
-      std::memset(own, 0, size_t(part) * sizeof(F));
-      const Group<F> work(b, batch, tokens, own);
-      for (int64_t x = g * group; x < least((g + 1) * group, blocks); ++x) {
-        work.block(x * kSlotTile<F>, least(kSlotTile<F>, p.N - x * kSlotTile<F>), Arena(memory));
+    auto sweep = [&](const F* known, F* sums) {
+      parallel(groups, Group<F>::scratch(p, tokens), [&](int64_t g, char* memory) {
+        FlushDenormals flush;
+        F *own = parts.data() + g * part, *own_sums = sums == nullptr ? nullptr : sums + g * rows;
+        std::memset(own, 0, size_t(part) * sizeof(F));
+        if (sums != nullptr) std::memset(own_sums, 0, size_t(rows) * sizeof(F));
+        const Group<F> work(b, batch, tokens, softmax.data(), own);
+        for (int64_t x = g * group; x < least((g + 1) * group, blocks); ++x) {
+          const int64_t first = x * kSlotTile<F>;
+          work.block(first, least(kSlotTile<F>, p.N - first), known, own_sums, Arena(memory));
+        }
+      });
+    };
+    if (rows > 0) {
+      sweep(nullptr, deltas.data());
+      for (int64_t t = 0; t < rows; ++t) {
+        delta.data()[t] = 0;
+        for (int64_t g = 0; g < groups; ++g) delta.data()[t] += deltas.data()[g * rows + t];
       }
-    });
+    }
+    sweep(delta.data(), nullptr);
     const TokenRows query(b.d_query, p.lead, batch, p.T), write(b.d_write, p.lead, batch, p.T);
     const TokenRows erase(b.d_erase, p.lead, batch, p.T), mask(p.token_mask, p.lead, batch, p.T);
+    const TokenRows weights(b.d_weights, p.lead, batch, p.T);
     parallel(div_up(tokens, kChunkTokens), 0, [&](int64_t c, char*) {
       int64_t j = c * kChunkTokens;
       auto total = [&](const TokenRows& out, int64_t offset, int64_t ld, int64_t width, F factor, int64_t t,
@@ -317,6 +350,7 @@ void run_backward(const GatedWriteBackward& b) {
       };
       for (int64_t t = c * kChunkTokens; t < least((c + 1) * kChunkTokens, tokens); ++t) {
         const bool live = !mask || *mask.row(t) != 0;
+        if (weights && !live) std::memset(weights.row(t), 0, size_t(p.N * size_of(weights.dtype)));
         total(query, 0, KP, p.K, F(p.scale), t, live);
         total(write, tokens * KP, VP, p.V, F(1), t, live);
         total(erase, tokens * (KP + VP), VP, p.V, F(1), t, live);
@@ -329,12 +363,12 @@ void run_backward(const GatedWriteBackward& b) {
 }  // namespace
 
 void gated_write_scan(const GatedWrite& p) {
-  if (p.query.dtype == DType::f64) run<double>(p);
+  if (p.lead_dtype() == DType::f64) run<double>(p);
   else run<float>(p);
 }
 
 void gated_write_scan_backward(const GatedWriteBackward& b) {
-  if (b.forward.query.dtype == DType::f64) run_backward<double>(b);
+  if (b.forward.lead_dtype() == DType::f64) run_backward<double>(b);
   else run_backward<float>(b);
 }
 

@@ -71,7 +71,7 @@ void tile(const Gemm<F>& g, int64_t m, int64_t lane) {
   const F* b = g.b + lane;
   const int64_t stride = O == Order::rows ? g.rs : g.cs, ldb = g.ldb;
   int64_t k = 0;
-  if constexpr (R == kRows[NV]) {
+  if constexpr (sizeof(F) == 4 && NV == kWidest && R == kRows[NV]) {
     for (; k + kUnroll <= g.k; k += kUnroll) steps<F, R, NV, O, kUnroll>(acc, a, stride, b, ldb);
   }
   for (; k < g.k; ++k) steps<F, R, NV, O, 1>(acc, a, stride, b, ldb);

@@ -28,6 +28,7 @@ constexpr int64_t kLeastSlots = 1024;  // but no range is smaller
 // of slots then comes from memory once for all of them, and from L2 for each.
 constexpr int64_t kPanels = 4;
 constexpr int64_t kLeastTasks = 8;
+constexpr int64_t kWidened = 32;
 constexpr int64_t kFarBytes = int64_t(32) << 20;
 constexpr int64_t kGroup = 12;  // rows of a product between two askings for the next block
 
@@ -143,13 +144,15 @@ void rows(const SoftmaxRead& p, const Slots<F>& slots, const TokenRows& query, i
   std::memset(out.acc, 0, size_t(n * VP) * sizeof(F));
 
   // The next block is asked for while this one is computed, after a register of dot products and after a register of slots read.
-  // One query leaves nothing to compute meanwhile, and a cache needs no asking (15% slower from L3).
-  const bool far = p.N * slots.lines() * 64 >= kFarBytes && n > 1;
+  // A cache needs no asking: from L3 one query would be 15% slower.
+  const bool far = p.N * slots.lines() * 64 >= kFarBytes;
   const int64_t lines = far ? div_up(W * slots.lines(), 2 * n) : 0;
-  for (int64_t i = lo; i < hi; i += kSlotBlock) {
-    const SlotBlock<F> block = slots.load(i, least(kSlotBlock, hi - i), buffers);
+  // Rows that are widened pass through a buffer: short blocks keep it in L1 until it is read.
+  const int64_t step = p.keys.dtype == kOwn<F> && p.values.dtype == kOwn<F> ? kSlotBlock : kWidened;
+  for (int64_t i = lo; i < hi; i += step) {
+    const SlotBlock<F> block = slots.load(i, least(step, hi - i), buffers);
     if (block.n == 0) continue;
-    typename Slots<F>::Ahead next(slots, least(i + kSlotBlock, hi), least(i + 2 * kSlotBlock, hi));
+    typename Slots<F>::Ahead next(slots, least(i + step, hi), least(i + 2 * step, hi));
     score_rows(block, p.K, q, n, S, [&] { next.ask(lines); });
     const int64_t padded = round_up(block.n, W);
     for (int64_t t = 0; t < n; ++t) {

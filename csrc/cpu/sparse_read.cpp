@@ -64,12 +64,10 @@ void forward(const SparseRead& p) {
     const int64_t t1 = least(t0 + tiles.tile, tiles.tokens);
     list_rows<F>(p, batch, t0, t1, m.list, m.ends, m.weights);
     const TokenRows read(p.read, c.lead, batch, c.T);
-    with_dtype<F>(p.values.dtype, [&]<DType D>() {
-      for (int64_t t = t0, j = 0; t < t1; j = m.ends[t++ - t0]) {
-        weighted_sum<F, D>(m.list.rows + j, m.list.weights + j, m.ends[t - t0] - j, p.V, m.row);
-        write_row<F>(m.row, p.V, read.dtype, read.row(t));
-      }
-    });
+    for (int64_t t = t0, j = 0; t < t1; j = m.ends[t++ - t0]) {
+      weighted_sum(p.values.dtype, m.list.rows + j, m.list.weights + j, m.ends[t - t0] - j, p.V, m.row);
+      write_row<F>(m.row, p.V, read.dtype, read.row(t));
+    }
   });
 }
 
@@ -101,16 +99,14 @@ void gradient_of_weights(const SparseReadBackward& b) {
     const TokenRows indices(c.indices, c.lead, batch, c.T), d_read(b.d_read, c.lead, batch, c.T);
     const TokenRows d_weights(b.d_weights, c.lead, batch, c.T);
     for (int64_t v = p.V; v < VP; ++v) m.row[v] = 0;
-    with_dtype<F>(p.values.dtype, [&]<DType D>() {
-      for (int64_t t = t0, j = 0; t < t1; j = m.ends[t++ - t0]) {
-        read_row<F>(d_read.row(t), d_read.dtype, p.V, m.row);
-        row_products<F, D>(m.list.rows + j, m.ends[t - t0] - j, p.V, m.row, m.products);
-        const auto* index = reinterpret_cast<const int64_t*>(indices.row(t));
-        const F* product = m.products;
-        for (int64_t i = 0; i < c.k; ++i) m.weights[i] = index[i] >= 0 ? *product++ : F(0);
-        write_row<F>(m.weights, c.k, d_weights.dtype, d_weights.row(t));
-      }
-    });
+    for (int64_t t = t0, j = 0; t < t1; j = m.ends[t++ - t0]) {
+      read_row<F>(d_read.row(t), d_read.dtype, p.V, m.row);
+      row_products(p.values.dtype, m.list.rows + j, m.ends[t - t0] - j, p.V, m.row, m.products);
+      const auto* index = reinterpret_cast<const int64_t*>(indices.row(t));
+      const F* product = m.products;
+      for (int64_t i = 0; i < c.k; ++i) m.weights[i] = index[i] >= 0 ? *product++ : F(0);
+      write_row<F>(m.weights, c.k, d_weights.dtype, d_weights.row(t));
+    }
   });
 }
 
@@ -129,7 +125,7 @@ void gradient_of_values(const SparseReadBackward& b) {
   });
   TokenPointers rows(b.d_read, c.lead, c.T);
   const Sum<F> sum{b.d_values, p.V, weights.data(), F(1), rows.data(), b.d_read.dtype};
-  sum_chosen<F>(c, &sum, 1);
+  sum_chosen(c, &sum, 1);
 }
 
 template <class F>

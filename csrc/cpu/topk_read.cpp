@@ -43,23 +43,20 @@ void forward(const TopkRead& p) {
   };
   Arena measure;
   Memory(measure, s.k, p.V);
-  with_width<F>(s, [&]<bool wide>() {
-    using C = Candidate<F, wide>;
-    search<F, wide>(s, measure.used(), [&](int64_t batch, int64_t t, const auto* keys, int64_t n, Arena arena) {
-      Memory m(arena, s.k, p.V);
-      auto* index = reinterpret_cast<int64_t*>(TokenRows(s.indices, s.lead, batch, s.T).row(t));
-      for (int64_t j = 0; j < n; ++j) m.weights[j] = C::score(keys[j]), index[j] = C::index(keys[j]);
-      softmax_row<F>(m.weights, n);
-      const char* values = p.values.batch(s.lead, batch);
-      for (int64_t j = 0; j < n; ++j) m.list.push(values + index[j] * p.values.row, m.weights[j]);
-      for (int64_t j = n; j < s.k; ++j) m.weights[j] = 0, index[j] = -1;
-      m.list.close();
-      std::memcpy(TokenRows(p.weights, s.lead, batch, s.T).row(t), m.weights, size_t(s.k) * sizeof(F));
-      with_dtype<F>(p.values.dtype,
-                    [&]<DType D>() { weighted_sum<F, D>(m.list.rows, m.list.weights, n, p.V, m.read); });
-      write_row<F>(m.read, p.V, p.read.dtype, TokenRows(p.read, s.lead, batch, s.T).row(t));
-    });
-  });
+  search(s, measure.used(),
+         [&](int64_t batch, int64_t t, const F* scores, const int64_t* slots, int64_t n, Arena arena) {
+           Memory m(arena, s.k, p.V);
+           auto* index = reinterpret_cast<int64_t*>(TokenRows(s.indices, s.lead, batch, s.T).row(t));
+           for (int64_t j = 0; j < n; ++j) m.weights[j] = scores[j], index[j] = slots[j];
+           softmax_row<F>(m.weights, n);
+           const char* values = p.values.batch(s.lead, batch);
+           for (int64_t j = 0; j < n; ++j) m.list.push(values + index[j] * p.values.row, m.weights[j]);
+           for (int64_t j = n; j < s.k; ++j) m.weights[j] = 0, index[j] = -1;
+           m.list.close();
+           std::memcpy(TokenRows(p.weights, s.lead, batch, s.T).row(t), m.weights, size_t(s.k) * sizeof(F));
+           weighted_sum(p.values.dtype, m.list.rows, m.list.weights, n, p.V, m.read);
+           write_row<F>(m.read, p.V, p.read.dtype, TokenRows(p.read, s.lead, batch, s.T).row(t));
+         });
 }
 
 template <class F>
@@ -80,7 +77,7 @@ void backward(const TopkReadBackward& p) {
   if (p.d_values && !read)
     std::memset(p.d_values.view.data, 0, size_t(p.d_values.rows * p.V * size_of(p.values.dtype)));
   const Sum<F> d_values{read ? p.d_values : MemoryGradient{}, p.V, weights.data(), F(1), reads.data(), p.d_read.dtype};
-  search_gradient<F>(p.search, ds, d_values, measure.used(), [&](int64_t batch, int64_t t, F* d, Arena arena) {
+  search_gradient(p.search, ds.data(), d_values, measure.used(), [&](int64_t batch, int64_t t, F* d, Arena arena) {
     Memory m(arena, c.k, VP);
     const auto* index = reinterpret_cast<const int64_t*>(TokenRows(c.indices, c.lead, batch, c.T).row(t));
     const auto* w = reinterpret_cast<const F*>(TokenRows(p.weights, c.lead, batch, c.T).row(t));
@@ -98,8 +95,7 @@ void backward(const TopkReadBackward& p) {
       for (int64_t v = p.V; v < VP; ++v) m.read[v] = 0;
       const TokenRows d_read(p.d_read, c.lead, batch, c.T);
       read_row<F>(d_read.row(t), d_read.dtype, p.V, m.read);
-      with_dtype<F>(p.values.dtype,
-                    [&]<DType D>() { row_products<F, D>(m.list.rows, m.list.n, p.V, m.read, m.products); });
+      row_products(p.values.dtype, m.list.rows, m.list.n, p.V, m.read, m.products);
       const F* product = m.products;
       for (int64_t j = 0; j < c.k; ++j) d[j] = index[j] >= 0 ? *product++ : F(0);
     }

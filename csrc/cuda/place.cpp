@@ -1,5 +1,5 @@
 // The GPU side of csrc/place.h. Under MK_SIMT the kernels run on the CPU (tests/simt), and so do their tensors.
-#include "place.h"
+#include "binding.h"
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -27,14 +27,14 @@ Tensor empty(const Sizes& sizes, ScalarType dtype) {
 
 void Place::enter(const char* op, const char* name, const Tensor& t) {
 #ifdef MK_SIMT
-  STD_TORCH_CHECK(t.is_cpu(), op, ": ", name, " must be on the CPU");
+  check(t.is_cpu(), op, ": ", name, " must be on the CPU");
 #else
-  STD_TORCH_CHECK(t.is_cuda(), op, ": ", name, " must be on a CUDA device");
+  check(t.is_cuda(), op, ": ", name, " must be on a CUDA device");
   const int32_t index = t.get_device();
   if (!entered_) {
     scope_ = std::make_shared<torch::stable::accelerator::DeviceGuard>(index);
   } else {
-    STD_TORCH_CHECK(index == torch::stable::accelerator::getCurrentDeviceIndex(), op, ": ", name,
+    check(index == torch::stable::accelerator::getCurrentDeviceIndex(), op, ": ", name,
                     " must be on the device of the other arguments");
   }
 #endif

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from ..registration import call, register
-from ..spec import Arg, Op, Out, fold_tokens, stats_dtype
+from ..spec import Arg, Op, Out
 from ._formula import default_scale, scores, stretch
+from ._write import check_in_place, erase_options, write_scores
 
 
 def reference(
@@ -28,31 +29,10 @@ def reference(
     scale: float,
     erase_scale: float,
 ):
-    exact = stats_dtype(query.dtype)
-    memory = torch.broadcast_shapes(
-        values.shape[:-2], keys.shape[:-2], () if slot_mask is None else slot_mask.shape[:-1]
-    )
-    tokens = [query.shape[:-2], write.shape[:-2]]
-    tokens += [] if erase is None else [erase.shape[:-2]]
-    tokens += [] if token_mask is None else [token_mask.shape[:-1]]
-    lead = torch.broadcast_shapes(memory, *tokens)
-    q = fold_tokens(query.to(exact), memory, lead, tail=1)
-    w = fold_tokens(write.to(exact), memory, lead, tail=1)
-    e = None if erase is None else fold_tokens(erase.to(exact), memory, lead, tail=1)
-    if token_mask is not None:
-        silent = ~fold_tokens(token_mask, memory, lead, tail=0).unsqueeze(-1)
-        q, w = q.masked_fill(silent, 0), w.masked_fill(silent, 0)
-        e = None if e is None else e.masked_fill(silent, 0)
+    def gates_of(q: Tensor, keys: Tensor, slot_mask: Tensor | None) -> Tensor:
+        return torch.sigmoid(scores(q, keys, slot_mask, scale))
 
-    a = torch.sigmoid(scores(q, keys, slot_mask, scale))
-    if token_mask is not None:
-        a = a.masked_fill(silent, 0)
-    v = values.to(exact).expand(*memory, *values.shape[-2:]).clone()  # with no tokens too, a result of its own
-    for t in range(a.shape[-2]):
-        gate = a[..., t, :].unsqueeze(-1)
-        e_t = erase_scale if e is None else e[..., t, :].unsqueeze(-2)
-        v = v * (1 - gate * e_t) + gate * w[..., t, :].unsqueeze(-2)
-    return v.to(values.dtype), torch.prod(1 - a, dim=-2)
+    return write_scores(values, keys, query, write, erase, slot_mask, token_mask, erase_scale, gates_of)
 
 
 OP = register(
@@ -148,25 +128,12 @@ def gated_write_(
         RuntimeError: a gradient is required. ValueError, TypeError: a shape, dtype or device does not fit.
     """
     tensors, params = _arguments("gated_write_", values, keys, query, write, erase, scale, slot_mask, token_mask)
-    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors):
-        raise RuntimeError("gated_write_: writes in place and has no gradient; use gated_write, or torch.no_grad()")
-    for name, other, tail in (("keys", keys, 2), ("slot_mask", slot_mask, 1)):
-        if isinstance(other, Tensor) and isinstance(values, Tensor):
-            lead, own = other.shape[: max(other.dim() - tail, 0)], values.shape[: max(values.dim() - 2, 0)]
-            if torch.broadcast_shapes(lead, own) != own:
-                raise ValueError(
-                    f"gated_write_: values must have the leading dimensions of {name}, {list(lead)}, got {list(own)}"
-                )
+    check_in_place("gated_write_", tensors, values, (("keys", keys, 2), ("slot_mask", slot_mask, 1)))
     retained = call(OP, tensors, params, backend, inplace=True)
     return (values, retained) if return_retained else values
 
 
 def _arguments(op, values, keys, query, write, erase, scale, slot_mask, token_mask):
-    vector = erase if isinstance(erase, Tensor) else None
-    if vector is None and not isinstance(erase, (int, float)):
-        raise TypeError(f"{op}: erase must be a number or a tensor [..., T, V], got {type(erase).__name__}")
-    amount = 1.0 if vector is not None else float(erase)
-    if not 0.0 <= amount <= 1.0:
-        raise ValueError(f"{op}: erase must be in [0, 1], got {amount}")
+    vector, amount = erase_options(op, erase)
     tensors = [values, keys, query, write, vector, stretch(slot_mask, keys), token_mask]
     return tensors, (default_scale(query, scale), amount)

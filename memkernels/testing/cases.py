@@ -17,7 +17,8 @@ SIZES = MappingProxyType({"T": 7, "N": 33, "K": 16, "V": 24, "k": 4, "S": 3})
 
 @dataclass(frozen=True)
 class Case:
-    """One situation. An op takes it when it has all of ``needs``: axes, arguments, options, results (as ``"-> read"``).
+    """One situation. An op takes it when it has all of ``needs``: axes, arguments, options, results (as ``"-> read"``),
+    or is itself named.
 
     sizes: axis -> size. tokens, memory: leading dimensions of the two sides; ``leads`` overrides them by argument.
     give: argument -> how it is filled where that is not the usual way (a function name of ``inputs.py``); optional
@@ -48,7 +49,9 @@ class Case:
 
 
 def _names(op: Op) -> set[str]:
-    names = {a.name for a in op.args} | {f"-> {o.name}" for o in op.outputs} | {name for name, _ in op.params}
+    names = (
+        {op.name} | {a.name for a in op.args} | {f"-> {o.name}" for o in op.outputs} | {name for name, _ in op.params}
+    )
     names |= {axis for a in op.args for axis in a.axes.split()} | {axis for o in op.outputs for axis in o.axes.split()}
     return names | ({"mixed"} if any(a.dtype == "content" for a in op.args) else set())
 
@@ -79,6 +82,7 @@ SHAPES = (
     Case(
         "65 tokens, just above a block", ("T", "N"), _sizes(T=65, N=257, K=24, V=40), tokens=(), memory=(), quick=True
     ),
+    Case("several panels of tokens", ("T", "N"), _sizes(T=300, N=200), tokens=(4,), memory=(4,)),
     Case("slots just above many blocks", ("T", "N"), _sizes(T=17, N=4100, K=16, V=16), tokens=(), memory=()),
     Case("odd widths", sizes=_sizes(K=40, V=72, T=9, N=50)),
     Case("wide keys", ("K",), _sizes(K=320, V=40)),
@@ -150,13 +154,14 @@ VALUES = (
         give={"query": "signs", "keys": "signs"},
         params={"sigmoid": True, "scale": 200.0},
     ),
-    Case(
+    Case(  # not for a softmax: scores of thousands leave it no digits for what slots that tie share
         "gates at 0 and 1",
-        ("values", "write", "query"),
+        ("gated_write",),
         _sizes(K=15),
         give={"query": "signs", "keys": "signs"},
         params={"scale": 200.0},
     ),
+    Case("weights of 0 and 1", ("weights", "write"), give={"weights": "bits"}, quick=True),
     Case(
         "one slot takes all",
         ("scale", "query"),
@@ -175,9 +180,20 @@ VALUES = (
     Case("erase tensor", ("erase",), give={"erase": "uniform"}, quick=True),
     Case(
         "erase tensor, both masks",
-        ("erase",),
+        ("erase", "slot_mask"),
         _sizes(T=19, N=70),
         give={"erase": "uniform", "slot_mask": "mask_empty", "token_mask": "token_mask"},
+    ),
+    Case(
+        "erase tensor, token mask",
+        ("erase", "token_mask"),
+        _sizes(T=205, N=70),
+        tokens=(),
+        memory=(),
+        give={"erase": "uniform", "token_mask": "token_mask"},
+    ),
+    Case(
+        "several chunks of tokens, token mask", ("token_mask",), _sizes(T=205, N=70), give={"token_mask": "token_mask"}
     ),
     Case("erase tensor, shared memory", ("erase",), tokens=(2, 3), memory=(3,), give={"erase": "uniform"}),
     Case("erase tensor, float32 content", ("erase",), give={"erase": "uniform"}, mixed=True),
@@ -218,6 +234,7 @@ GRADIENTS = (
     Case("gradient of the query only", ("query",), wants=("query",)),
     Case("gradient of the keys only", ("keys",), wants=("keys",)),
     Case("gradient of the values only", ("values",), wants=("values",)),
+    Case("gradient of the weights only", ("weights",), wants=("weights",)),
     Case("gradient of the mask only", ("slot_mask",), give={"slot_mask": "mask_float"}, wants=("slot_mask",)),
     Case("gradient of the write only", ("write",), wants=("write",)),
     Case("gradient of the erase only", ("erase",), give={"erase": "uniform"}, wants=("erase",)),

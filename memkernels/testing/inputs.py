@@ -53,9 +53,7 @@ def make(op: Op, case: Case, dtype: torch.dtype, device: str = "cpu") -> Inputs:
             continue
         lead = case.leads.get(arg.name, case.memory if arg.side == "memory" else case.tokens)
         shape = (*lead, *(axes[a] for a in arg.axes.split()))
-        kind = case.give.get(arg.name) or {"bool": "token_mask", "index": "index", "stats": "stats"}.get(
-            arg.dtype, "normal"
-        )
+        kind = case.give.get(arg.name) or _usual(op, arg)
         tensors.append(FILL[kind](shape, _dtype(arg, dtype, case), random, axes))
     _poison(op, case, tensors)
     params = tuple(_param(name, case, axes) for name, _ in op.params)
@@ -64,6 +62,13 @@ def make(op: Op, case: Case, dtype: torch.dtype, device: str = "cpu") -> Inputs:
         if arg.name == "lse":  # must belong to the query and keys, or the weights exp(s - lse) would mean nothing
             tensors[i] = _lse(op, tensors, dict(zip((n for n, _ in op.params), params)))
     return Inputs(tensors, params, seed)
+
+
+def _usual(op: Op, arg: Arg) -> str:
+    """How an argument is filled where the case does not say."""
+    if arg.name == "weights" and op.inplace:  # those of a write are shares
+        return "uniform"
+    return {"bool": "token_mask", "index": "index", "stats": "stats"}.get(arg.dtype, "normal")
 
 
 def _dtype(arg: Arg, dtype: torch.dtype, case: Case) -> torch.dtype:
@@ -179,6 +184,7 @@ FILL: dict[str, Callable[..., Tensor]] = {
     "uniform": lambda shape, dtype, random, axes: torch.rand(shape, generator=random).to(dtype),
     "zeros": lambda shape, dtype, random, axes: torch.zeros(shape, dtype=dtype),
     "ones": lambda shape, dtype, random, axes: torch.ones(shape, dtype=dtype),
+    "bits": lambda shape, dtype, random, axes: torch.randint(0, 2, shape, generator=random).to(dtype),
     "signs": lambda shape, dtype, random, axes: (torch.randint(0, 2, shape, generator=random) * 2 - 1).to(dtype),
     "integers": _rounded(1.0, 1.0),
     "grid": _rounded(1.0, 4.0),

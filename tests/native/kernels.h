@@ -9,9 +9,12 @@ void softmax_read(const Case& c);
 void address(const Case& c);
 void slot_usage(const Case& c);
 void gated_write(const Case& c);
+void softmax_write(const Case& c);
+void slot_write(const Case& c);
 void topk_search(const Case& c);
 void topk_read(const Case& c);
 void sparse_read(const Case& c);
+void sparse_write(const Case& c);
 void merge_reads(const Case& c);
 
 }  // namespace native

@@ -13,9 +13,12 @@ struct Family {
   void (*test)(const native::Case&);
 };
 constexpr Family kFamilies[] = {
-    {"softmax_read", native::softmax_read}, {"address", native::address},         {"slot_usage", native::slot_usage},
-    {"gated_write", native::gated_write},   {"topk_search", native::topk_search}, {"topk_read", native::topk_read},
-    {"sparse_read", native::sparse_read},   {"merge_reads", native::merge_reads},
+    {"softmax_read", native::softmax_read}, {"address", native::address},
+    {"slot_usage", native::slot_usage},     {"gated_write", native::gated_write},
+    {"topk_search", native::topk_search},   {"topk_read", native::topk_read},
+    {"slot_write", native::slot_write},     {"softmax_write", native::softmax_write},
+    {"sparse_read", native::sparse_read},   {"sparse_write", native::sparse_write},
+    {"merge_reads", native::merge_reads},
 };
 
 }  // namespace

@@ -1,0 +1,33 @@
+"""softmax_write: weights that each of T tokens shares out among N slots, added to what they hold or interpolated."""
+
+from __future__ import annotations
+
+from ..case import Case
+from .gated_write import backward_bytes, forward_bytes, make
+
+
+def forward_flops(s):
+    """Scores twice, for the sums and for the weights, then the weighted sum of the writes."""
+    return 2 * s["T"] * s["N"] * (2 * s["K"] + s["V"])
+
+
+def backward_flops(s):
+    """Scores twice, <d_values, write>, then d_query, d_keys, d_write."""
+    return 2 * s["T"] * s["N"] * (4 * s["K"] + 2 * s["V"])
+
+
+def _case(direction):
+    forward = direction == "forward"
+    return Case(
+        op="softmax_write",
+        sizes={"T": 512, "N": 4096, "K": 64, "V": 64},
+        quick={"T": 128, "N": 1024, "K": 64, "V": 64},
+        make=make,
+        flops=forward_flops if forward else backward_flops,
+        bytes=forward_bytes if forward else backward_bytes,
+        direction=direction,
+        grads=() if forward else ("values", "keys", "query", "write"),
+    )
+
+
+CASES = [_case("forward"), _case("backward")]

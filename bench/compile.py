@@ -1,0 +1,173 @@
+"""Compiles the Triton kernels that a call would launch, for an architecture, on a machine without a GPU.
+
+The launchers run on meta tensors. A stand-in for Triton's driver names the target, and every launch becomes a
+compilation with the very signature, constants and options that the launch would have. ``ptxas -v`` then tells what
+Triton does not: registers and spills.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from .launches import launcher, launches
+
+# Architecture -> what ptxas calls it, and the shared memory that one block may have, in bytes.
+TARGETS = {"80": ("sm_80", 163 << 10), "90": ("sm_90a", 227 << 10), "100": ("sm_100a", 227 << 10)}
+# Kernel -> its row of the table of configurations.
+ROWS = {
+    "softmax_read_kernel": "softmax_read",
+    "merge_kernel": "merge_reads",
+    "merge_backward_kernel": "merge_reads",
+    "delta_kernel": "row_dots",
+    "query_gradient_kernel": "query_gradient",
+    "slot_gradient_kernel": "slot_gradient",
+    "slot_usage_kernel": "slot_usage",
+    "address_kernel": "address",
+    "gated_write_kernel": "gated_write",
+    "write_merge_kernel": "write_merge",
+    "write_chunk_kernel": "write_gradient",
+    "write_carry_kernel": "write_carry",
+    "write_token_kernel": "write_gradient",
+    "write_slot_kernel": "write_gradient",
+    "write_scan_kernel": "write_scan",
+    "write_scan_backward_kernel": "write_scan",
+    "topk_search_kernel": "topk_search",
+    "rank_kernel": "topk_search",
+    "topk_merge_kernel": "topk_merge",
+    "sparse_read_kernel": "sparse_read",
+    "row_dot_kernel": "row_dot",
+    "segment_kernel": "segments",
+    "border_kernel": "segments",
+}
+# Rows of kernels with a matrix product, which 16-bit operands (and float32 ones as TF32) must do in the matrix unit.
+PRODUCTS = (
+    *("softmax_read", "query_gradient", "slot_gradient", "slot_usage", "address"),
+    *("gated_write", "write_gradient", "write_scan", "topk_search"),
+)
+INSTRUCTIONS = {"80": ("mma.sync",), "90": ("wgmma.mma_async", "mma.sync"), "100": ("tcgen05.mma", "mma.sync")}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One kernel as it would be launched, and what its machine code needs."""
+
+    kernel: str
+    arch: str
+    dtype: str
+    width: int
+    constants: str
+    registers: int
+    spills: int
+    shared: int
+    matrix: str
+
+    def faults(self) -> list[str]:
+        """What must not be; empty when all is well."""
+        found = []
+        if self.spills:
+            found.append(f"{self.spills} bytes spilled")
+        limit = TARGETS[self.arch][1]
+        if self.shared > limit:
+            found.append(f"{self.shared} bytes of shared memory, above {limit}")
+        if ROWS[self.kernel] in PRODUCTS and not self.matrix and self.dtype != "float32":
+            found.append("no matrix instruction")
+        return found
+
+    def __str__(self) -> str:
+        what = f"sm_{self.arch} {self.dtype} {self.width} {self.kernel} ({self.constants})"
+        needs = f"{self.registers} registers, {self.shared} bytes shared, {self.matrix or 'no matrix instruction'}"
+        return f"{what}: {needs}"
+
+
+class _Driver:
+    """What Triton asks of a driver when it compiles."""
+
+    def __init__(self, arch: str) -> None:
+        self.arch = int(arch)
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self) -> int:
+        return self.arch  # Triton keeps compiled kernels by device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@contextlib.contextmanager
+def recording(arch: str, found: list) -> Iterator[None]:
+    """Inside, launches on any device compile for ``arch`` instead, into ``found``: (kernel, constants, compiled)."""
+    launch = launcher("softmax_read").__globals__["launch"].__globals__
+    architecture, run = launch["architecture"], JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **constants):
+        found.append((self.__name__, constants, run(self, *args, grid=grid, warmup=True, **constants)))
+
+    triton.runtime.driver.set_active(_Driver(arch))
+    launch["architecture"], JITFunction.run = (lambda device: arch), compile_only
+    try:
+        yield
+    finally:
+        launch["architecture"], JITFunction.run = architecture, run
+        triton.runtime.driver._active = None
+
+
+@contextlib.contextmanager
+def _precision(name: str) -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(name)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def compiled(arch: str, dtype: str, width: int, only: tuple[str, ...] = ()) -> Iterator[Compiled]:
+    """Everything that ``launches`` (those named in ``only``, or all) run for one class. dtype: also ``"tf32"``."""
+    kind = torch.float32 if dtype == "tf32" else getattr(torch, dtype)
+    seen = set()
+    with _precision("high" if dtype == "tf32" else "highest"):
+        for one in launches(kind, width, "meta"):
+            if only and one.name not in only:
+                continue
+            found: list = []
+            with recording(arch, found):
+                one.run()
+            for name, constants, kernel in found:
+                if kernel.hash not in seen:
+                    seen.add(kernel.hash)
+                    yield _read(arch, dtype, width, name, constants, kernel)
+
+
+@functools.lru_cache(maxsize=4096)
+def _report(arch: str, ptx: str) -> tuple[int, int]:
+    """Registers and bytes spilled."""
+    tool = triton.knobs.nvidia.ptxas_blackwell if int(arch) >= 100 else triton.knobs.nvidia.ptxas
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        command = [tool.path, "-v", f"-arch={TARGETS[arch][0]}", file.name, "-o", "/dev/null"]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", text))
+    return max(int(n) for n in re.findall(r"Used (\d+) registers", text)), spills
+
+
+def _read(arch: str, dtype: str, width: int, name: str, constants: dict, kernel) -> Compiled:
+    ptx = kernel.asm["ptx"]
+    registers, spills = _report(arch, ptx)
+    matrix = next((word for word in INSTRUCTIONS[arch] if word in ptx), "")
+    kept = {k: v for k, v in constants.items() if k.startswith(("BLOCK", "num_", "KIND", "ERASE", "LIST", "PREC"))}
+    words = " ".join(f"{k.lower()}={v}" for k, v in kept.items())
+    return Compiled(name, arch, dtype, width, words, registers, spills, kernel.metadata.shared, matrix)

@@ -1,0 +1,138 @@
+"""Calls of the Triton backend that between them launch every kernel, for one dtype, row width and device.
+
+On the ``meta`` device nothing is computed: ``bench.compile`` compiles what would be launched. ``bench.tune`` runs the
+same calls on a GPU.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from memkernels import _triton
+
+TOKENS, SLOTS, FEW = 1024, 4096, 4
+SCALE = 0.125
+
+
+def launcher(operator: str) -> Callable:
+    """The launcher of one operator of the backend, as the dispatcher would call it."""
+    package = _triton.kernels()
+    file = dict(package.names())[operator]
+    return getattr(importlib.import_module(f"{package.__name__}.{file}"), operator)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One call. ``main``: the shape that a configuration is chosen for; others reach variants of the same kernels."""
+
+    name: str
+    run: Callable[[], object]
+    main: bool = False
+
+
+def launches(dtype: torch.dtype, width: int, device: str, tokens: int = TOKENS, slots: int = SLOTS) -> Iterator[Launch]:
+    """All calls for rows of ``width`` columns of ``dtype``."""
+
+    def new(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device).normal_() if device != "meta" else _meta(shape, dtype)
+
+    def _meta(shape, dtype):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def read(t: int, n: int, mask: Tensor | None, backward: bool) -> Callable:
+        q, k, v = new(2, t, width), new(2, n, width), new(2, n, width)
+
+        def run():
+            r, lse = launcher("softmax_read")(q, k, v, mask, SCALE)
+            if backward:
+                launcher("softmax_read_backward")(q, k, v, mask, r, lse, r, lse, SCALE, [True] * 4)
+
+        return run
+
+    def write(t: int, n: int, erase: float | Tensor, retained: bool) -> Callable:
+        q, k, v, w = new(2, t, width), new(2, n, width), new(2, n, width), new(2, t, width)
+        vector, number = (erase, 1.0) if isinstance(erase, Tensor) else (None, erase)
+
+        def run():
+            args = (v, k, q, w, vector, None, None)
+            out, kept = launcher("gated_write")(*args, SCALE, number)
+            d_kept = kept if retained else None
+            launcher("gated_write_backward")(*args, kept, out, d_kept, SCALE, number, [True] * 6)
+
+        return run
+
+    def address(sigmoid: bool) -> Callable:
+        q, k = new(2, tokens, width), new(2, slots, width)
+
+        def run():
+            w = launcher("address")(q, k, None, SCALE, sigmoid)
+            launcher("address_backward")(q, k, None, w, w, SCALE, sigmoid, [True] * 3)
+
+        return run
+
+    def usage() -> Callable:
+        q, k, lse = new(2, tokens, width), new(2, slots, width), new(2, tokens, dtype=torch.float32)
+
+        def run():
+            u = launcher("slot_usage")(q, k, lse, None, SCALE)
+            launcher("slot_usage_backward")(q, k, lse, None, u, SCALE, [True] * 4)
+
+        return run
+
+    def merge() -> Callable:
+        reads, lses = new(2, 3, tokens, width), new(2, 3, tokens, dtype=torch.float32)
+
+        def run():
+            r, lse = launcher("merge_reads")(reads, lses)
+            launcher("merge_reads_backward")(reads, lses, r, lse, [True] * 2)
+
+        return run
+
+    def topk(t: int, n: int, k: int) -> Callable:
+        q, keys, v, mask = new(2, t, width), new(2, n, width), new(2, n, width), new(2, n, dtype=torch.float32)
+
+        def run():
+            r, i, w = launcher("topk_read")(q, keys, v, mask, k, SCALE)
+            launcher("topk_read_backward")(q, keys, v, mask, i, w, r, w, k, SCALE, [True] * 4)
+            scores, i = launcher("topk_search")(q, keys, None, k, SCALE)
+            launcher("topk_search_backward")(q, keys, None, i, scores, k, SCALE, [True] * 3)
+
+        return run
+
+    def sparse() -> Callable:
+        v, w = new(2, slots, width), new(2, tokens, 32)
+        i = torch.zeros((2, tokens, 32), dtype=torch.int64, device=device)
+        if device != "meta":
+            i.random_(0, slots)
+
+        def run():
+            r = launcher("sparse_read")(v, i, w)
+            launcher("sparse_read_backward")(v, i, w, r, [True] * 2)
+
+        return run
+
+    mask = new(2, slots, dtype=torch.float32)
+    yield Launch("softmax_read", read(tokens, slots, None, True), main=True)
+    yield Launch("gated_write", write(tokens, slots, 1.0, False), main=True)
+    yield Launch("topk, k = 32", topk(tokens, slots, 32), main=True)
+    yield Launch("sparse_read", sparse(), main=True)
+    yield Launch("slot_usage", usage(), main=True)
+    yield Launch("address, softmax", address(False), main=True)
+    yield Launch("merge_reads", merge(), main=True)
+    yield Launch("gated_write, erase tensor", write(tokens, slots // 16, new(2, tokens, width), False), main=True)
+    yield Launch("softmax_read, mask", read(tokens, slots, mask, True))
+    yield Launch("softmax_read, few tokens", read(FEW, slots, None, True))
+    yield Launch("softmax_read, few slots", read(tokens, FEW, None, True))
+    yield Launch("address, sigmoid", address(True))
+    yield Launch("gated_write, erase 0", write(tokens, slots, 0.0, False))
+    yield Launch("gated_write, erase 0.5, retained", write(tokens, slots, 0.5, True))
+    yield Launch("gated_write, retained, few slots", write(tokens, FEW, 1.0, True))
+    yield Launch("gated_write, erase tensor, retained", write(FEW, slots, new(2, FEW, width), True))
+    yield Launch("topk, k = 8, few tokens", topk(FEW, slots, 8))
+    yield Launch("topk, k = 256", topk(tokens, slots, 256))
+    yield Launch("topk, k = 1000", topk(FEW, slots, 1000))

@@ -1,0 +1,157 @@
+"""Chooses launch configurations and rewrites ``triton_kernels/configs.json``.
+
+    python -m bench.tune                   # on a GPU: measures candidates, rewrites the rows of this GPU's architecture
+    python -m bench.tune --arithmetic      # without one: keeps a row that compiles well, else takes the next that does
+
+Measured: for every kernel, element width and row width, each candidate is timed in the calls of ``bench.launches`` that
+launch it, beside the present row, and the fastest becomes the row, marked "measured". Arithmetic: a row must compile
+without spills, within the shared memory of a block, and with matrix instructions where meant (``bench.compile``); a row
+that does not is replaced by the first smaller candidate that does. Measured rows are left alone there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import itertools
+import json
+import sys
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from memkernels import _triton
+
+from .compile import ROWS, TARGETS, compiled
+from .launches import Launch, launches
+from .timers import interleave
+
+WIDTHS = (64, 128, 256, 512)
+DTYPES = {16: ("bfloat16", "float16"), 32: ("float32", "tf32")}
+WORST = ("gated_write, erase 0.5, retained", "topk, k = 256")  # beside the main calls, what needs most registers
+GAIN = 0.98  # a candidate replaces the present row when it takes less than this share of its time
+
+configs = importlib.import_module(f"{_triton.kernels().__name__}.configs")
+
+
+def save() -> None:
+    """Write the table, one row a line."""
+    rows = [
+        {"kernel": k, "arch": a, "bits": b, "width": w, **dataclasses.asdict(c)}
+        for (k, a, b, w), c in sorted(configs.table().items(), key=lambda row: (row[0][0], row[0][1].zfill(12), row[0]))
+    ]
+    configs.TABLE.write_text("[\n" + ",\n".join(" " + json.dumps(row) for row in rows) + "\n]\n")
+
+
+def put(key: tuple, config: configs.Config) -> None:
+    """Use ``config`` from the next call on."""
+    configs.table()[key] = config
+    configs.find.cache_clear()
+
+
+def smaller(config: configs.Config, kernel: str) -> Iterator[configs.Config]:
+    """What to try where ``config`` does not fit: fewer stages, more warps, smaller blocks."""
+    tokens = dict.fromkeys(max(16, config.block_t // d) if config.block_t >= 16 else config.block_t for d in (1, 2, 4))
+    slots = dict.fromkeys(max(16, config.block_n // d) if config.block_n >= 16 else config.block_n for d in (1, 2, 4))
+    blocks = sorted(itertools.product(tokens, slots), key=lambda block: -block[0] * block[1])
+    if kernel == "write_gradient":  # its tokens are a chunk, which sets how much memory the backward pass takes
+        blocks = list(itertools.product(tokens, slots))
+    for t, n in blocks:
+        for warps in range(config.warps.bit_length() - 1, 5):
+            for stages in range(config.stages, 0, -1):
+                yield configs.Config(t, n, 1 << warps, stages, "arithmetic")
+
+
+def arithmetic(archs: Sequence[str], bits: Sequence[int], widths: Sequence[int], only: tuple[str, ...]) -> bool:
+    """Replace rows that do not compile well in the calls ``only`` (empty: all). True when none is left."""
+    well = True
+    for b, w, arch in itertools.product(bits, widths, archs):
+        untried: dict[tuple, Iterator] = {}
+        for dtype in DTYPES[b][:1] if only else DTYPES[b]:
+            while True:
+                faulty: dict[tuple, str] = {}
+                for one in compiled(arch, dtype, w, only):
+                    if one.faults():
+                        faulty[ROWS[one.kernel], arch, b, w] = str(one) + ": " + ", ".join(one.faults())
+                changed = False
+                for key, why in faulty.items():
+                    present = configs.table()[key]
+                    following = untried.setdefault(key, iter(dict.fromkeys(smaller(present, key[0]))))
+                    candidate = next((c for c in following if c != present), None)
+                    if candidate is None or present.source == "measured":
+                        print(f"no configuration fits: {why}", flush=True)
+                        well = False
+                    else:
+                        print(f"{why}\n    -> {candidate}", flush=True)
+                        put(key, candidate)
+                        changed = True
+                save()
+                if not changed:
+                    break
+    return well
+
+
+def candidates(config: configs.Config, kernel: str) -> Iterator[configs.Config]:
+    """What is measured beside ``config``."""
+    tokens = sorted({config.block_t, *((32, 64, 128) if config.block_t >= 16 and config.block_n >= 16 else ())})
+    slots = sorted({config.block_n, *((32, 64, 128) if config.block_n >= 16 else ())})
+    if kernel == "write_gradient":
+        tokens = [config.block_t]  # the chunk, which sets how much memory the backward pass takes
+    for t, n, warps, stages in itertools.product(tokens, slots, (4, 8), (1, 2, 3, 4)):
+        yield configs.Config(t, n, warps, stages, "measured")
+
+
+def seconds(calls: Sequence[Launch]) -> float:
+    """Time of the calls one after the other; infinite where one does not compile or fit."""
+    try:
+        for one in calls:
+            one.run()
+        torch.cuda.synchronize()
+    except Exception:  # out of shared memory or registers: not a candidate
+        return float("inf")
+    spread = interleave({"all": [lambda: [one.run() for one in calls]]}, "cuda", 0.1)["all"]
+    return spread.low
+
+
+def measured(bits: Sequence[int], widths: Sequence[int]) -> None:
+    """Time candidates on this GPU and keep the fastest."""
+    major, minor = torch.cuda.get_device_capability()
+    arch = configs.nearest(10 * major + minor)
+    for b, w in itertools.product(bits, widths):
+        calls = [one for one in launches(torch.bfloat16 if b == 16 else torch.float32, w, "cuda") if one.main]
+        for kernel in dict.fromkeys(ROWS.values()):
+            key = (kernel, arch, b, w)
+            present = configs.table()[key]
+            best, time = present, seconds(calls)
+            for candidate in candidates(present, kernel):
+                put(key, candidate)
+                if (now := seconds(calls)) < GAIN * time:
+                    best, time = candidate, now
+            put(key, dataclasses.replace(best, source="measured"))
+            print(f"{kernel} sm_{arch} {b} bits, width {w}: {best}, {time * 1e3:.3f} ms", flush=True)
+            save()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.tune", description=__doc__)
+    parser.add_argument("--arithmetic", action="store_true", help="choose by compilation, without a GPU")
+    parser.add_argument("--arch", nargs="+", choices=tuple(TARGETS), default=tuple(TARGETS), help="with --arithmetic")
+    parser.add_argument("--main", action="store_true", help="with --arithmetic: only the heaviest calls")
+    parser.add_argument("--bits", nargs="+", type=int, choices=(16, 32), default=(16, 32))
+    parser.add_argument("--width", nargs="+", type=int, choices=WIDTHS, default=WIDTHS)
+    options = parser.parse_args(arguments)
+    if options.arithmetic:
+        only = ()
+        if options.main:
+            only = (*(one.name for one in launches(torch.float32, 64, "meta") if one.main), *WORST)
+        return 0 if arithmetic(options.arch, options.bits, options.width, only) else 1
+    if not torch.cuda.is_available():
+        print("tune: no GPU is here; --arithmetic chooses by compilation", file=sys.stderr)
+        return 1
+    measured(options.bits, options.width)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

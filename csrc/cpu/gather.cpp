@@ -1,0 +1,146 @@
+// Scattered rows of any dtype, converted as they are loaded: their weighted sum stays in registers while the rows come in.
+#include "common/gather.h"
+
+namespace mk::MK_ISA {
+namespace {
+
+template <DType D>
+constexpr int kSize = D == DType::f32   ? 4
+                      : D == DType::f64 ? 8
+                                        : 2;
+
+// One register of numbers of dtype D.
+template <class F, DType D>
+MK_INLINE Vec<F> load_as(const char* p) {
+  if constexpr (D == DType::f32 || D == DType::f64) {
+    return load<F>(reinterpret_cast<const F*>(p));
+  } else {
+    [[maybe_unused]] const auto* h = reinterpret_cast<const uint16_t*>(p);
+#if defined(__AVX512F__)
+    const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    if constexpr (D == DType::f16) return (Vec<F>)_mm512_cvtph_ps(x);
+    else return (Vec<F>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16);
+#elif defined(__AVX2__)
+    const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    if constexpr (D == DType::f16) return (Vec<F>)_mm256_cvtph_ps(x);
+    else return (Vec<F>)_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16);
+#else
+    F lanes[kLanes<F>];
+    for (int i = 0; i < kLanes<F>; ++i) {
+      lanes[i] = D == DType::f16 ? half_to_float(h[i]) : from_bits(uint32_t(h[i]) << 16);
+    }
+    return load<F>(lanes);
+#endif
+  }
+}
+
+// Its first n lanes, the others zero; never reads past them.
+template <class F, DType D>
+MK_INLINE Vec<F> load_first_as(const char* p, int64_t n) {
+  if constexpr (D == DType::f32 || D == DType::f64) {
+    return load_first<F>(reinterpret_cast<const F*>(p), n);
+  } else {
+    alignas(64) uint16_t lanes[kLanes<F>] = {};
+    const auto* h = reinterpret_cast<const uint16_t*>(p);
+    for (int64_t i = 0; i < n; ++i) lanes[i] = h[i];
+    return load_as<F, D>(reinterpret_cast<const char*>(lanes));
+  }
+}
+
+// Calls body.template operator()<D>() with the dtype as a constant.
+template <class F, class Body>
+MK_INLINE void with_dtype(DType dtype, Body&& body) {
+  if constexpr (sizeof(F) == 8) {
+    body.template operator()<DType::f64>();
+  } else {
+    if (dtype == DType::f32) body.template operator()<DType::f32>();
+    else if (dtype == DType::bf16) body.template operator()<DType::bf16>();
+    else body.template operator()<DType::f16>();
+  }
+}
+
+// out[0..NV registers) = sum_j weights[j] * row_j at byte `offset`; the last register holds `live` lanes.
+template <class F, DType D, int NV, bool whole>
+inline void sum_block(const char* const* rows, const F* weights, int64_t n, int64_t offset, int64_t live, F* out) {
+  constexpr int bytes = kLanes<F> * kSize<D>;
+  Vec<F> acc[NV];
+#pragma GCC unroll 16
+  for (int i = 0; i < NV; ++i) acc[i] = fill<F>(0);
+  for (int64_t j = 0; j < n; ++j) {
+    const char* p = rows[j] + offset;
+    const char* ahead = rows[j + kAhead] + offset;
+#pragma GCC unroll 16
+    for (int i = 0; i < NV * bytes; i += 64) __builtin_prefetch(ahead + i);
+    const Vec<F> w = fill<F>(weights[j]);
+#pragma GCC unroll 16
+    for (int i = 0; i < NV; ++i) {
+      if (whole || i + 1 < NV) acc[i] += w * load_as<F, D>(p + i * bytes);
+      else acc[i] += w * load_first_as<F, D>(p + i * bytes, live);
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < NV; ++i) store<F>(out + i * kLanes<F>, acc[i]);
+}
+
+template <class F, DType D, int NV>
+inline int64_t sum_blocks(const char* const* rows, const F* weights, int64_t n, int64_t width, int64_t c, F* out) {
+  constexpr int64_t lanes = NV * kLanes<F>;
+  for (; c + lanes <= width; c += lanes) sum_block<F, D, NV, true>(rows, weights, n, c * kSize<D>, 0, out + c);
+  if constexpr (NV > 1) return sum_blocks<F, D, NV / 2>(rows, weights, n, width, c, out);
+  return c;
+}
+
+template <class F, DType D>
+inline void sum_of(const char* const* rows, const F* weights, int64_t n, int64_t width, F* out) {
+  constexpr int kWidest = MK_BYTES == 64 ? 16 : 8;
+  const int64_t c = sum_blocks<F, D, kWidest>(rows, weights, n, width, 0, out);
+  if (c < width) sum_block<F, D, 1, false>(rows, weights, n, c * kSize<D>, width - c, out + c);
+}
+
+template <class F, DType D>
+inline void products_of(const char* const* rows, int64_t n, int64_t width, const F* x, F* out) {
+  constexpr int W = kLanes<F>;
+  const int64_t whole = width / W * W;
+  for (int64_t j = 0; j < n; j += W) {
+    Vec<F> acc[W];
+    const char* p[W];
+    for (int i = 0; i < W; ++i) {
+      acc[i] = fill<F>(0);
+      p[i] = rows[least(j + i, n - 1)];
+    }
+    for (int64_t c = 0; c < whole; c += W) {
+      const Vec<F> xv = load<F>(x + c);
+#pragma GCC unroll 16
+      for (int i = 0; i < W; ++i) acc[i] += load_as<F, D>(p[i] + c * kSize<D>) * xv;
+    }
+    if (whole < width) {
+      const Vec<F> xv = load<F>(x + whole);
+      for (int i = 0; i < W; ++i) acc[i] += load_first_as<F, D>(p[i] + whole * kSize<D>, width - whole) * xv;
+    }
+    const Vec<F> s = sums<F>(acc);
+    if (j + W <= n) {
+      store<F>(out + j, s);
+    } else {
+      F lanes[W];
+      store<F>(lanes, s);
+      for (int64_t i = 0; j + i < n; ++i) out[j + i] = lanes[i];
+    }
+  }
+}
+
+}  // namespace
+
+void weighted_sum(DType dtype, const char* const* rows, const float* weights, int64_t n, int64_t width, float* out) {
+  with_dtype<float>(dtype, [&]<DType D>() { sum_of<float, D>(rows, weights, n, width, out); });
+}
+void row_products(DType dtype, const char* const* rows, int64_t n, int64_t width, const float* x, float* out) {
+  with_dtype<float>(dtype, [&]<DType D>() { products_of<float, D>(rows, n, width, x, out); });
+}
+void weighted_sum(DType dtype, const char* const* rows, const double* weights, int64_t n, int64_t width, double* out) {
+  with_dtype<double>(dtype, [&]<DType D>() { sum_of<double, D>(rows, weights, n, width, out); });
+}
+void row_products(DType dtype, const char* const* rows, int64_t n, int64_t width, const double* x, double* out) {
+  with_dtype<double>(dtype, [&]<DType D>() { products_of<double, D>(rows, n, width, x, out); });
+}
+
+}  // namespace mk::MK_ISA

@@ -1,0 +1,136 @@
+// The first pass of softmax_write: what makes the scores of every token a softmax. The write itself is that of gated_write.
+//
+//   top_t = max_i s[t, i],   left_t = rest_t / (1 + rest_t),   rest_t = sum of 2^(s[t, i] - top_t) over all slots but the first at top
+//
+// Leaving the largest slot out of the sum keeps 1 - a of a gate near 1 a sum of small numbers: 1 - 1 / (1 + rest) would cancel.
+// Slots are lanes, a tile of scores is compared with the token's maximum so far, which rarely moves. Parallel over batches, chunks
+// of tokens and ranges of slots, cut by shapes alone; ranges merge in order. Bound by the product, T N K multiply-adds.
+#include "common/write_tiles.h"
+
+namespace mk::MK_ISA {
+namespace {
+
+// One token over the slots seen so far.
+template <class F>
+struct Seen {
+  F top = -kInf<F>, rest = 0;
+  int64_t slot = -1;
+
+  // `rest` of a lower maximum, seen from a higher one. A maximum of -inf stands for no slot at all.
+  static F lowered(F rest, F from, F to) {
+    const F factor = exp2<F>(fill<F>(from - to))[0];
+    return from == -kInf<F> ? rest : factor * (rest + 1);
+  }
+  void merge(const Seen& other) {
+    if (other.top > top) {
+      rest = other.rest + lowered(rest, top, other.top);
+      top = other.top, slot = other.slot;
+    } else {
+      rest += lowered(other.rest, other.top, top);
+    }
+  }
+  SoftmaxRow<F> row() const {
+    if (top == kInf<F>) return {top, 0, 0, -1};  // as in PyTorch: NaN where the score is infinite, 0 elsewhere
+    if (rest != rest) return {0, rest, rest, -1};
+    if (top == -kInf<F>) return {0, 0, 0, -1};
+    return {top, 1 / (1 + rest), rest / (1 + rest), slot};
+  }
+};
+
+// Adds a row of scores to one token; `S` is scratch afterwards, lanes past the block hold -inf.
+template <class F>
+void add_row(F* S, int64_t lanes, const SlotBlock<F>& block, int64_t first, Seen<F>& seen) {
+  constexpr int W = kLanes<F>;
+  Vec<F> most = fill<F>(-kInf<F>);
+  for (int64_t l = 0; l < lanes; l += W) most = max<F>(load<F>(S + l), most);
+  Seen<F> here;
+  if (any<F>(most > seen.top)) {
+    here.top = largest<F>(most);
+    int64_t j = 0;
+    while (S[j] != here.top) ++j;
+    here.slot = first + block.place(j);
+    S[j] = -kInf<F>;
+    seen.merge(here);
+  }
+  const F base = seen.top == -kInf<F> ? F(0) : seen.top;
+  Vec<F> rest = fill<F>(0);
+  for (int64_t l = 0; l < lanes; l += W) rest += exp2<F>(load<F>(S + l) - base);
+  seen.rest += sum<F>(rest);
+}
+
+template <class F>
+void run(const GatedWrite& p, SoftmaxRow<F>* rows) {
+  constexpr int W = kLanes<F>;
+  constexpr int64_t kRangeSlots = 1024, kTasks = 64;
+  const int64_t batches = p.lead.batches(), tokens = p.lead.folded() * p.T, chunks = div_up(tokens, kChunkTokens);
+  if (batches * tokens == 0) return;
+  const int64_t ranges = most(1, least(div_up(p.N, kRangeSlots), div_up(kTasks, batches * chunks)));
+  const int64_t range = round_up(div_up(p.N, ranges), kSlotTile<F>);
+  const bool few = few_tokens<F>(tokens);
+  const int64_t size = few ? kSlotBlock : kSlotTile<F>, KP = Slots<F>::padded(p.K);
+  Buffer<Seen<F>> seen(batches * tokens * ranges);
+  Arena measure;
+  Slots<F>::buffers(measure, size, p.K, 0);
+  Tokens<F>::buffers(measure, p);
+  measure.take<F>((KP + 1) * kSlotTile<F> + kChunkTokens * size + (few ? W * KP : 0));
+  GatedWrite source = p;  // addresses alone: nothing of what is written is looked at
+  source.write = source.erase = View{};
+  parallel(batches * chunks * ranges, measure.used() + 12 * 64, [&](int64_t task, char* memory) {
+    FlushDenormals flush;
+    const int64_t batch = task / (chunks * ranges), c = task / ranges % chunks, r = task % ranges;
+    Arena arena(memory);
+    const Slots<F> slots(p.keys, View{}, p.mask, p.lead, batch, p.K, 0, few);
+    const auto buffers = Slots<F>::buffers(arena, size, p.K, 0);
+    const auto token_buffers = Tokens<F>::buffers(arena, p);
+    KeyLanes<F> lanes(arena, p.K);
+    F* S = arena.take<F>(kChunkTokens * size);
+    F* q = arena.take<F>(few ? W * KP : 0);
+    TokenChunk<F> chunk;
+    Tokens<F>(source, batch)
+        .load(c * kChunkTokens, least(kChunkTokens, tokens - c * kChunkTokens), token_buffers, chunk);
+    Seen<F> own[kChunkTokens];
+    for (int64_t t = 0; t < chunk.n && few; ++t) {
+      for (int64_t x = 0; x < KP; ++x) {
+        q[t * KP + x] = x < p.K ? F(p.scale * kLog2e) * chunk.query[t * chunk.qs + x] : F(0);
+      }
+    }
+    for (int64_t i = r * range; i < least((r + 1) * range, p.N); i += size) {
+      const SlotBlock<F> block = slots.load(i, least(size, least((r + 1) * range, p.N) - i), buffers);
+      if (block.n == 0) continue;
+      const int64_t L = round_up(block.n, W), ld = few ? kSlotBlock : L;
+      if (few) {
+        score_rows<F>(block, p.K, q, chunk.n, S);
+      } else {
+        lanes.pack(block, p.K, F(p.scale * kLog2e));
+        lanes.scores(chunk, p.K, S);
+      }
+      for (int64_t t = 0; t < chunk.n; ++t) {
+        F* s = S + t * ld;
+        for (int64_t l = 0; l < L && !few; l += W) store<F>(s + l, load<F>(s + l) + load<F>(lanes.mask + l));
+        for (int64_t j = block.n; j < L; ++j) s[j] = -kInf<F>;
+        add_row<F>(s, L, block, i, own[t]);
+      }
+    }
+    for (int64_t t = 0; t < chunk.n; ++t) {
+      seen.data()[(batch * tokens + chunk.t0 + chunk.token[t]) * ranges + r] = own[t];
+    }
+  });
+  parallel(batches * chunks, 0, [&](int64_t task, char*) {
+    const int64_t batch = task / chunks, t0 = task % chunks * kChunkTokens;
+    const TokenRows mask(p.token_mask, p.lead, batch, p.T);
+    for (int64_t t = t0; t < least(t0 + kChunkTokens, tokens); ++t) {
+      if (mask && *mask.row(t) == 0) continue;
+      const Seen<F>* parts = seen.data() + (batch * tokens + t) * ranges;
+      Seen<F> whole = parts[0];
+      for (int64_t r = 1; r < ranges; ++r) whole.merge(parts[r]);
+      rows[batch * tokens + t] = whole.row();
+    }
+  });
+}
+
+}  // namespace
+
+void softmax_rows(const GatedWrite& p, SoftmaxRow<float>* rows) { run<float>(p, rows); }
+void softmax_rows(const GatedWrite& p, SoftmaxRow<double>* rows) { run<double>(p, rows); }
+
+}  // namespace mk::MK_ISA

@@ -1,0 +1,46 @@
+"""Finds the Triton kernels and registers them; says in one sentence when it cannot. Triton itself is not imported."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+# Triton's interpreter runs the kernels on CPU tensors, for tests; Triton reads the variable when it is imported.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICES = ("cpu",) if INTERPRETED else ("cuda",)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def kernels():
+    """The package of the kernels; in a checkout that is not installed it lies beside this one."""
+    name = f"{__package__}.triton_kernels"
+    if importlib.util.find_spec(name) is None:
+        folder = Path(__file__).resolve().parent.parent / "triton_kernels"
+        found = importlib.util.spec_from_file_location(name, folder / "__init__.py", submodule_search_locations=[])
+        found.submodule_search_locations.append(str(folder))
+        sys.modules[name] = importlib.util.module_from_spec(found)
+        found.loader.exec_module(sys.modules[name])
+    return importlib.import_module(name)
+
+
+def _load() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install triton)"
+    if not INTERPRETED and torch.cuda.device_count() == 0:
+        return "there is no CUDA device here"
+    _libraries.append(kernels().register("cpu" if INTERPRETED else "cuda"))
+    return None
+
+
+_libraries: list[torch.library.Library] = []  # kernels live as long as this
+# Settled at import: a constant to torch.compile.
+_reason = _load()
+
+
+def missing() -> str | None:
+    """Why the operators of the ``triton`` backend are not there, or None when they are."""
+    return _reason

@@ -1,0 +1,78 @@
+"""What the writes share: the recurrence itself, their options, and what may be written in place."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..spec import fold_tokens, stats_dtype
+
+
+def fold(memory: tuple[int, ...], token_mask: Tensor | None, *tensors: Tensor | None):
+    """Token tensors ``[..., T, D]`` folded over what shares the memory, 0 for silent tokens, and which those are.
+
+    Returns ``[*tensors, silent]`` with silent ``[..., T', 1]``, True where a token writes nothing.
+    """
+    leads = [t.shape[:-2] for t in tensors if t is not None]
+    leads += [] if token_mask is None else [token_mask.shape[:-1]]
+    lead = torch.broadcast_shapes(memory, *leads)
+    folded = [None if t is None else fold_tokens(t, memory, lead, tail=1) for t in tensors]
+    if token_mask is None:
+        return [*folded, None]
+    silent = ~fold_tokens(token_mask, memory, lead, tail=0).unsqueeze(-1)
+    return [*(None if t is None else t.masked_fill(silent, 0) for t in folded), silent]
+
+
+def write_tokens(values: Tensor, a: Tensor, write: Tensor, erase: Tensor | None, erase_scale: float) -> Tensor:
+    """v_i <- v_i * (1 - a[t, i] * e_t) + a[t, i] * w_t for t = 1 .. T, in the dtype of ``a``.
+
+    values: ``[..., N, V]``, a: ``[..., T, N]``, write and erase: ``[..., T, V]``.
+    """
+    lead = torch.broadcast_shapes(values.shape[:-2], a.shape[:-2])
+    v = values.to(a.dtype).expand(*lead, *values.shape[-2:]).clone()  # with no tokens too, a result of its own
+    for t in range(a.shape[-2]):
+        gate = a[..., t, :].unsqueeze(-1)
+        e_t = erase_scale if erase is None else erase[..., t, :].unsqueeze(-2)
+        v = v * (1 - gate * e_t) + gate * write[..., t, :].unsqueeze(-2)
+    return v
+
+
+def write_scores(values, keys, query, write, erase, slot_mask, token_mask, erase_scale, gates_of):
+    """A write whose gates come from scores: ``gates_of(query, keys, slot_mask)``. Returns new values and retained."""
+    exact = stats_dtype(query.dtype)
+    mask_lead = () if slot_mask is None else slot_mask.shape[:-1]
+    memory = torch.broadcast_shapes(values.shape[:-2], keys.shape[:-2], mask_lead)
+    erase = None if erase is None else erase.to(exact)
+    q, w, e, silent = fold(memory, token_mask, query.to(exact), write.to(exact), erase)
+    a = gates_of(q, keys, slot_mask)
+    if silent is not None:
+        a = a.masked_fill(silent, 0)
+    a = a.expand(*memory, *a.shape[-2:])
+    return write_tokens(values, a, w, e, erase_scale).to(values.dtype), torch.prod(1 - a, dim=-2)
+
+
+def erase_options(op: str, erase: float | Tensor) -> tuple[Tensor | None, float]:
+    """``erase`` as the vector, or None, and the number that stands where there is no vector."""
+    if isinstance(erase, Tensor):
+        return erase, 1.0
+    if not isinstance(erase, (int, float)):
+        raise TypeError(f"{op}: erase must be a number or a tensor [..., T, V], got {type(erase).__name__}")
+    if not 0.0 <= erase <= 1.0:
+        raise ValueError(f"{op}: erase must be in [0, 1], got {float(erase)}")
+    return None, float(erase)
+
+
+def check_in_place(op: str, tensors, values: Tensor, others: tuple[tuple[str, Tensor | None, int], ...] = ()) -> None:
+    """Refuse to write ``values`` in place where a gradient is required or they lack leading dimensions.
+
+    others: (name, tensor, number of trailing axes) of the other tensors of the memory.
+    """
+    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors):
+        raise RuntimeError(f"{op}: writes in place and has no gradient; use {op[:-1]}, or torch.no_grad()")
+    for name, other, tail in others:
+        if isinstance(other, Tensor) and isinstance(values, Tensor):
+            lead, own = other.shape[: max(other.dim() - tail, 0)], values.shape[: max(values.dim() - 2, 0)]
+            if torch.broadcast_shapes(lead, own) != own:
+                raise ValueError(
+                    f"{op}: values must have the leading dimensions of {name}, {list(lead)}, got {list(own)}"
+                )

@@ -1,0 +1,126 @@
+"""sparse_write: tokens write into the few slots that they name.
+
+    v_i <- v_i * (1 - a * e_t) + a * w_t,   i = indices[t, j], a = weights[t, j],   for t = 1 .. T, j = 1 .. k, in order
+
+Sources: Rae et al. 2016, Scaling Memory-Augmented Neural Networks with Sparse Reads and Writes; Graves et al. 2014,
+Neural Turing Machines (erase and add).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..registration import call, register
+from ..spec import Arg, Op, Out, fold_tokens, stats_dtype
+from ._write import check_in_place, erase_options
+
+
+def reference(
+    values: Tensor, indices: Tensor, weights: Tensor, write: Tensor, erase: Tensor | None, erase_scale: float
+):
+    exact = stats_dtype(weights.dtype)
+    memory = values.shape[:-2]
+    tokens = [x.shape[:-2] for x in (indices, weights, write, erase) if x is not None]
+    lead = torch.broadcast_shapes(memory, *tokens)
+    index = fold_tokens(indices, memory, lead, tail=1)
+    a = fold_tokens(weights.to(exact), memory, lead, tail=1)
+    w = fold_tokens(write.to(exact), memory, lead, tail=1)
+    e = None if erase is None else fold_tokens(erase.to(exact), memory, lead, tail=1)
+    v = values.to(exact).clone()
+    if v.shape[-2] == 0 and bool((index == -1).all()):
+        return (v.to(values.dtype),)
+    for t in range(index.shape[-2]):
+        e_t = erase_scale if e is None else e[..., t, None, :]
+        for j in range(index.shape[-1]):
+            named = index[..., t, j, None, None]
+            at = named.masked_fill(named == -1, 0).expand(*memory, 1, v.shape[-1])
+            gate = a[..., t, j, None, None]
+            old = torch.gather(v, -2, at)
+            new = old * (1 - gate * e_t) + gate * w[..., t, None, :]
+            v = v.scatter(-2, at, torch.where(named == -1, old, new))
+    return (v.to(values.dtype),)
+
+
+OP = register(
+    Op(
+        name="sparse_write",
+        args=(
+            Arg("values", "N V", "memory", "content"),
+            Arg("indices", "T k", "tokens", "index"),
+            Arg("weights", "T k", "tokens", "lead"),
+            Arg("write", "T V", "tokens", "content"),
+            Arg("erase", "T V", "tokens", "content", optional=True),
+        ),
+        params=(("erase_scale", "float"),),
+        outputs=(Out("values", "N V", lead="memory", dtype="values"),),
+        reference=reference,
+        inplace="values",
+        equation="v_i <- v_i (1 - a e_t) + a w_t, i = indices[t, j], a = weights[t, j], in order",
+    )
+)
+
+
+def sparse_write(
+    values: Tensor,
+    indices: Tensor,
+    weights: Tensor,
+    write: Tensor,
+    *,
+    erase: float | Tensor = 1.0,
+    backend: str | None = None,
+) -> Tensor:
+    """Write T tokens into the slots that each of them names, exactly as if one after the other.
+
+    ``v_i <- v_i * (1 - a * e_t) + a * w_t`` with ``i = indices[t, j]``, ``a = weights[t, j]``, for t = 1 .. T and
+    j = 1 .. k.
+
+    Args:
+        values: ``[..., N, V]``, the memory: dtype of ``weights``, or float32 beside 16-bit weights. It is not modified.
+        indices: int64 ``[..., T, k]`` in ``[-1, N)``; -1 is ignored, duplicates are applied in order.
+        weights: ``a``, ``[..., T, k]``. write: ``[..., T, V]``, dtype of ``values``.
+        erase: 1.0 interpolates (``v + a (w - v)``), 0.0 adds (``v + a w``), a tensor ``[..., T, V]`` in the dtype of
+            ``values`` is the erase vector of the Neural Turing Machine.
+        backend: as in :func:`softmax_read`.
+
+    Returns:
+        the new values ``[..., N, V]`` in the dtype of ``values``: a copy. :func:`sparse_write_` makes none, and costs
+        the same for any N. Tokens of a leading dimension that the memory does not have are written in row-major order.
+        Differentiable in every float argument, twice.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype or device does not fit. RuntimeError: an index outside ``[-1, N)``.
+
+    Source: Rae et al. 2016, Scaling Memory-Augmented Neural Networks with Sparse Reads and Writes.
+    """
+    tensors, params = _arguments("sparse_write", values, indices, weights, write, erase)
+    result = call(OP, tensors, params, backend)
+    return result[0] if isinstance(result, tuple) else result
+
+
+def sparse_write_(
+    values: Tensor,
+    indices: Tensor,
+    weights: Tensor,
+    write: Tensor,
+    *,
+    erase: float | Tensor = 1.0,
+    backend: str | None = None,
+) -> Tensor:
+    """:func:`sparse_write` into ``values`` itself, for inference: only the rows that are named are touched.
+
+    Returns ``values``, the same object.
+
+    Raises:
+        RuntimeError: a gradient is required, or an index is outside ``[-1, N)``. ValueError, TypeError: a shape, dtype
+            or device does not fit.
+    """
+    tensors, params = _arguments("sparse_write_", values, indices, weights, write, erase)
+    check_in_place("sparse_write_", tensors, values)
+    call(OP, tensors, params, backend, inplace=True)
+    return values
+
+
+def _arguments(op, values, indices, weights, write, erase):
+    vector, amount = erase_options(op, erase)
+    return [values, indices, weights, write, vector], (amount,)

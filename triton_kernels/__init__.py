@@ -1,0 +1,61 @@
+"""Triton kernels of memkernels: every hot-path op on any GPU that Triton serves.
+
+Installed as ``memkernels.triton_kernels``; imports nothing of memkernels. :func:`register` adds the kernels to the
+operators ``memkernels_triton::<op>``, ``<op>_backward`` and ``<op>_``, whose schemas memkernels defines. Triton itself,
+and the file of an op, are imported at the first call of that op.
+
+One file per op: the kernels, then their launchers. ``tiles.py`` and ``score_gradients.py`` hold what kernels share,
+``layout.py`` and ``launch.py`` what launchers share, ``configs.json`` the launch configurations.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+import torch
+
+# operator -> the file of its launcher; the launcher has the operator's name (gated_write_ writes in place)
+OPERATORS = {
+    "address": "address",
+    "gated_write": "gated_write",
+    "merge_reads": "merge_reads",
+    "slot_usage": "slot_usage",
+    "softmax_read": "softmax_read",
+    "sparse_read": "sparse_read",
+    "topk_read": "topk_read",
+    "topk_search": "topk_search",
+}
+IN_PLACE = ("gated_write",)
+
+
+def names() -> list[tuple[str, str]]:
+    """Every operator, and the file of its launcher."""
+    pairs = [(f"{op}{suffix}", file) for op, file in OPERATORS.items() for suffix in ("", "_backward")]
+    return pairs + [(f"{op}_", OPERATORS[op]) for op in IN_PLACE]
+
+
+def register(device: str) -> torch.library.Library:
+    """Add the kernels to the operators on ``"cuda"``, or on ``"cpu"`` for Triton's interpreter.
+
+    The caller keeps the result alive: kernels leave with it.
+    """
+    library = torch.library.Library("memkernels_triton", "IMPL")
+    for name, file in names():
+        library.impl(name, _on_its_device(name, file), device.upper())
+    return library
+
+
+def _on_its_device(name: str, file: str):
+    """The launcher of ``name``, found at the first call and run with the device of its tensors current."""
+    found = []
+
+    def run(*arguments):
+        if not found:
+            found.append(getattr(importlib.import_module(f"{__name__}.{file}"), name))
+        device = next(x.device for x in arguments if isinstance(x, torch.Tensor))
+        if device.type == "cuda" and device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                return found[0](*arguments)
+        return found[0](*arguments)
+
+    return run

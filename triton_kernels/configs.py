@@ -1,0 +1,55 @@
+"""Launch configurations: the table ``configs.json`` by kernel, architecture, bits of an element and row width.
+
+Nothing is tuned when a kernel is called. Each row says how it was chosen: ``measured`` by ``python -m bench.tune`` on a
+device of that architecture, or ``arithmetic``, from registers and shared memory (docs/triton.md). The rows of
+``interpreter`` are small blocks, so that tests on small tensors cross block borders.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+TABLE = Path(__file__).with_name("configs.json")
+ARCHITECTURES = ("80", "90", "100")
+# Streaming multiprocessors of the largest device of each: what a split must fill.
+PROCESSORS = {"80": 108, "90": 132, "100": 148, "interpreter": 4}
+WIDTHS = (64, 128, 256, 512)  # a row width belongs to the first that holds it; 512 stands for everything wider
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tokens and slots of a block, warps of a program, stages of the software pipeline; how they were chosen."""
+
+    block_t: int
+    block_n: int
+    warps: int
+    stages: int
+    source: str
+
+
+@functools.cache
+def table() -> dict[tuple[str, str, int, int], Config]:
+    """(kernel, architecture, bits, width) -> configuration."""
+    rows = json.loads(TABLE.read_text())
+    names = ("block_t", "block_n", "warps", "stages", "source")
+    return {(r["kernel"], r["arch"], r["bits"], r["width"]): Config(*(r[n] for n in names)) for r in rows}
+
+
+def nearest(capability: int) -> str:
+    """The newest architecture of the table that is not newer than ``capability`` (8.0 as 80)."""
+    older = [a for a in ARCHITECTURES if int(a) <= capability]
+    if not older:
+        raise RuntimeError(f"the kernels need compute capability 8.0, this device has {capability / 10}")
+    return older[-1]
+
+
+@functools.cache
+def find(kernel: str, arch: str, bits: int, width) -> Config:
+    """The row for one kernel and ``width`` (of ``launch.width``)."""
+    reach = next((w for w in WIDTHS[:-1] if width.steps == 1 and width.block <= w), WIDTHS[-1])
+    if arch == "interpreter":
+        return table()[kernel, arch, 32, 64]
+    return table()[kernel, arch, bits, reach]

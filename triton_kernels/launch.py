@@ -1,0 +1,97 @@
+"""From a call to kernels on a device: architecture, configuration, blocks, splits, and the launch itself."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from . import configs
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+if INTERPRETED:
+    from .interpreter import repair
+
+    repair()
+# The widest row that one block holds, by bits of an element, and the blocks in which wider rows go. An exact float32
+# product keeps whole rows of both operands in registers, so its rows are shorter.
+WIDEST = {16: 256, 32: 128}
+STEP = {16: 128, 32: 64}
+
+
+@functools.cache
+def _capability(index: int) -> int:
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor
+
+
+def architecture(device: torch.device) -> str:
+    """The rows of the table that serve ``device``."""
+    if INTERPRETED:
+        return "interpreter"
+    return configs.nearest(_capability(device.index or 0))
+
+
+@dataclass(frozen=True)
+class Width:
+    """A row width in blocks."""
+
+    size: int
+    block: int
+    steps: int
+
+
+@functools.cache
+def _width(size: int, bits: int) -> Width:
+    if size <= WIDEST[bits]:
+        return Width(size, max(16, triton.next_power_of_2(size)), 1)
+    return Width(size, STEP[bits], triton.cdiv(size, STEP[bits]))
+
+
+def width(size: int, *tensors: Tensor | None) -> Width:
+    """Rows of ``size`` columns in a kernel on ``tensors``: blocks of a power of two, at least 16 as matrix
+    instructions need."""
+    return _width(size, _bits(tensors))
+
+
+def _bits(tensors: tuple) -> int:
+    return 32 if any(t is not None and t.dtype == torch.float32 for t in tensors) else 16
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the launcher of one kernel needs to know."""
+
+    config: configs.Config
+    processors: int
+
+    @property
+    def options(self) -> dict[str, int]:
+        return {"num_warps": self.config.warps, "num_stages": self.config.stages}
+
+    def cut(self, programs: int, size: int, block: int, least: int = 4) -> tuple[int, int]:
+        """Parts of a loop over ``size`` in blocks so that ``programs`` fill the processors: their count and length.
+
+        From shapes and the table alone, so that the same call adds in the same order on every run.
+        """
+        steps, parts = triton.cdiv(size, block), 1
+        if 0 < programs < self.processors:
+            parts = max(1, min(2 * self.processors // programs, steps // least, 128))
+        span = max(1, triton.cdiv(steps, parts)) * block
+        return max(1, triton.cdiv(size, span)), span
+
+
+def plan(kernel: str, device: torch.device, widest: int, *tensors: Tensor | None) -> Plan:
+    """The configuration of ``kernel`` for rows of ``widest`` columns and the dtypes of ``tensors``."""
+    arch = architecture(device)
+    row = configs.find(kernel, arch, _bits(tensors), width(widest, *tensors))
+    return Plan(row, configs.PROCESSORS[arch])
+
+
+def launch(kernel, programs: int, *arguments, plan: Plan, **constants) -> None:
+    """Run ``programs`` instances. No synchronisation, no allocation: a CUDA graph can capture it."""
+    if programs:
+        kernel[(programs,)](*arguments, **constants, **plan.options)

@@ -1,0 +1,308 @@
+"""From the gradient of scores, ds[t, i], to gradients of query, keys, values and mask, without [T, N] in memory.
+
+    dq_t = scale sum_i ds[t, i] k_i,     dk_i = scale sum_t ds[t, i] q_t,     dmask_i = sum_t ds[t, i]
+
+where ds is made on the fly, tile by tile, from what the op kept (KIND):
+
+    "read"      p = exp(s - lse_t),  ds = p (<dr_t, v_i> - delta_t),  and  dv_i = sum_t p[t, i] dr_t
+    "usage"     p = exp(s - lse_t),  ds = p du_i,                     and  dlse_t = -sum_i ds
+    "softmax"   ds = w (dw - delta_t)          from weights w and their gradient dw, [T, N] arguments of the op
+    "sigmoid"   ds = w (1 - w) dw
+    "given"     ds = dw
+
+Two kernels, because one sum runs over slots and the other over tokens: `query_gradient_kernel` keeps a block of tokens
+and streams slots; `slot_gradient_kernel` keeps a block of slots and streams tokens. Each computes ds again; no
+atomics, so the order of every sum is fixed. Where programs are too few for the device, the streamed axis is split and
+the float32 parts are added in their order. Rows wider than a block go to further programs.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import launch, plan, width
+from .layout import Call, Gradient, precision
+from .tiles import LOG2E, columns, dots, open_slots, product, put, slots, tile, tokens
+
+
+@triton.jit
+def delta_kernel(
+    a, b_rows, minus, out, T, D, B1, inner, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, D_STEPS: tl.constexpr
+):
+    """out_t = <a_t, b_t> - minus_t, float32."""
+    pid = tl.program_id(0)
+    blocks = tl.cdiv(T, BLOCK_T)
+    t = (pid % blocks) * BLOCK_T + tl.arange(0, BLOCK_T)
+    b = pid // blocks
+    ok = t < T
+    total = tl.zeros([BLOCK_T], tl.float32)
+    a_t, b_t = tokens(a, b, B1, t, inner), tokens(b_rows, b, B1, t, inner)
+    for step in range(D_STEPS):
+        x = tile(a_t, ok, D, step * BLOCK_D, BLOCK_D).to(tl.float32)
+        total += tl.sum(x * tile(b_t, ok, D, step * BLOCK_D, BLOCK_D).to(tl.float32), 1)
+    if minus is not None:
+        total -= tl.load(tokens(minus, b, B1, t, inner), mask=ok, other=0.0)
+    tl.store(tokens(out, b, B1, t, inner), total, mask=ok)
+
+
+@triton.jit
+def from_scores(s, lse, gradient, delta, live, KIND: tl.constexpr):
+    """p and ds of one tile, from scores in units of log2. lse, delta, gradient broadcast against s."""
+    p = tl.where(live, tl.exp2(s - lse), 0.0)
+    if KIND == "read":
+        return p, tl.where(live, p * (gradient - delta), 0.0)
+    else:
+        return p, tl.where(live, p * gradient, 0.0)
+
+
+@triton.jit
+def from_weights(w, dw, delta, live, KIND: tl.constexpr):
+    """ds of one tile, from weights and their gradient."""
+    if KIND == "softmax":
+        ds = w * (dw - delta)
+    elif KIND == "sigmoid":
+        ds = w * (1.0 - w) * dw
+    else:
+        ds = dw
+    return tl.where(live, ds, 0.0)
+
+
+@triton.jit
+def shifted_lse(lse, b, B1, t, inner, T):
+    """lse in units of log2; +inf, which no weight survives, past the end and where no slot was addressable."""
+    x = tl.load(tokens(lse, b, B1, t, inner), mask=t < T, other=float("inf")) * LOG2E
+    return tl.where(x == float("-inf"), float("inf"), x)
+
+
+@triton.jit
+def query_gradient_kernel(
+    q, k, v, mask, d_read, lse, delta, du, w, dw, d_q, d_lse, T, N, K, V, B1, inner,
+    parts, span, q_part, lse_part, scale,
+    KIND: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, K_STEPS: tl.constexpr,
+    BLOCK_V: tl.constexpr, V_STEPS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dq of one block of tokens and key columns, over the slots ``part * span ..`` of one batch."""
+    pid = tl.program_id(0)
+    blocks = tl.cdiv(T, BLOCK_T)
+    t = (pid % blocks) * BLOCK_T + tl.arange(0, BLOCK_T)
+    pid = pid // blocks
+    column = (pid % K_STEPS) * BLOCK_K
+    pid = pid // K_STEPS
+    part = pid % parts
+    b = pid // parts
+
+    t_ok = t < T
+    if KIND == "read" or KIND == "usage":
+        q_rows = tokens(q, b, B1, t, inner)
+        q0 = tile(q_rows, t_ok, K, 0, BLOCK_K)
+        lse_t = shifted_lse(lse, b, B1, t, inner, T)
+    if KIND == "read" or KIND == "softmax":
+        delta_t = tl.load(tokens(delta, b, B1, t, inner), mask=t_ok, other=0.0)
+    else:
+        delta_t = tl.zeros([BLOCK_T], tl.float32)
+    if KIND == "read":
+        dr_rows = tokens(d_read, b, B1, t, inner)
+        dr0 = tile(dr_rows, t_ok, V, 0, BLOCK_V)
+    acc = tl.zeros([BLOCK_T, BLOCK_K], tl.float32)
+    row_sum = tl.zeros([BLOCK_T], tl.float32)
+    for n0 in range(part * span, tl.minimum(N, (part + 1) * span), BLOCK_N):
+        n = n0 + tl.arange(0, BLOCK_N)
+        ok, bias = open_slots(mask, b, B1, n, N)
+        k_rows = slots(k, b, B1, n)
+        k0 = tile(k_rows, ok, K, 0, BLOCK_K)
+        live = t_ok[:, None] & ok[None, :]
+        if KIND == "read" or KIND == "usage":
+            s = dots(q0, q_rows, t_ok, k0, k_rows, ok, K, BLOCK_K, K_STEPS, PRECISION) * (scale * LOG2E)
+            if mask is not None:
+                s += (bias * LOG2E)[None, :]
+            if KIND == "read":
+                v_rows = slots(v, b, B1, n)
+                v0 = tile(v_rows, ok, V, 0, BLOCK_V)
+                dp = dots(dr0, dr_rows, t_ok, v0, v_rows, ok, V, BLOCK_V, V_STEPS, PRECISION)
+                _, ds = from_scores(s, lse_t[:, None], dp, delta_t[:, None], live, KIND)
+            else:
+                d_n = tl.load(slots(du, b, B1, n), mask=ok, other=0.0)
+                _, ds = from_scores(s, lse_t[:, None], d_n[None, :], delta_t[:, None], live, KIND)
+        else:
+            dw_tile = tl.load(tokens(dw, b, B1, t, inner)[:, None] + n[None, :], mask=live, other=0.0).to(tl.float32)
+            w_tile = dw_tile
+            if KIND != "given":
+                w_tile = tl.load(tokens(w, b, B1, t, inner)[:, None] + n[None, :], mask=live, other=0.0).to(tl.float32)
+            ds = from_weights(w_tile, dw_tile, delta_t[:, None], live, KIND)
+        row_sum += tl.sum(ds, 1)
+        if d_q is not None:
+            right = columns(k0, k_rows, ok, K, column, BLOCK_K, K_STEPS)
+            acc = product(ds.to(k0.dtype), right, acc, PRECISION)
+    offset = part.to(tl.int64)
+    if d_q is not None:
+        put(tokens(d_q, b, B1, t, inner) + offset * q_part, t_ok, K, column, acc * scale, BLOCK_K)
+    if d_lse is not None:
+        tl.store(tokens(d_lse, b, B1, t, inner) + offset * lse_part, -row_sum, mask=t_ok & (column == 0))
+
+
+@triton.jit
+def slot_gradient_kernel(
+    q, k, v, mask, d_read, lse, delta, du, w, dw, d_k, d_v, d_m, T, N, K, V, B1, inner,
+    parts, span, k_part, v_part, m_part, scale,
+    KIND: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, K_STEPS: tl.constexpr,
+    BLOCK_V: tl.constexpr, V_STEPS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dk, dv, dmask of one block of slots and columns, over the tokens ``part * span ..`` of one batch."""
+    pid = tl.program_id(0)
+    blocks = tl.cdiv(N, BLOCK_N)
+    n = (pid % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    pid = pid // blocks
+    MOST: tl.constexpr = K_STEPS if K_STEPS > V_STEPS else V_STEPS
+    step = pid % MOST
+    pid = pid // MOST
+    part = pid % parts
+    b = pid // parts
+
+    ok, bias = open_slots(mask, b, B1, n, N)
+    if KIND == "read" or KIND == "usage":
+        k_rows = slots(k, b, B1, n)
+        k0 = tile(k_rows, ok, K, 0, BLOCK_K)
+    if KIND == "usage":
+        d_n = tl.load(slots(du, b, B1, n), mask=ok, other=0.0)
+    if KIND == "read":
+        v_rows = slots(v, b, B1, n)
+        v0 = tile(v_rows, ok, V, 0, BLOCK_V)
+        dv_acc = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
+    dk_acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    total = tl.zeros([BLOCK_N], tl.float32)
+    for t0 in range(part * span, tl.minimum(T, (part + 1) * span), BLOCK_T):
+        t = t0 + tl.arange(0, BLOCK_T)
+        t_ok = t < T
+        q_rows = tokens(q, b, B1, t, inner)
+        q0 = tile(q_rows, t_ok, K, 0, BLOCK_K)
+        live = ok[:, None] & t_ok[None, :]
+        delta_t = tl.zeros([BLOCK_T], tl.float32)
+        if KIND == "read" or KIND == "softmax":
+            delta_t = tl.load(tokens(delta, b, B1, t, inner), mask=t_ok, other=0.0)
+        if KIND == "read" or KIND == "usage":
+            lse_t = shifted_lse(lse, b, B1, t, inner, T)
+            s = dots(k0, k_rows, ok, q0, q_rows, t_ok, K, BLOCK_K, K_STEPS, PRECISION) * (scale * LOG2E)
+            if mask is not None:
+                s += (bias * LOG2E)[:, None]
+            if KIND == "read":
+                dr_rows = tokens(d_read, b, B1, t, inner)
+                dr0 = tile(dr_rows, t_ok, V, 0, BLOCK_V)
+                dp = dots(v0, v_rows, ok, dr0, dr_rows, t_ok, V, BLOCK_V, V_STEPS, PRECISION)
+                p, ds = from_scores(s, lse_t[None, :], dp, delta_t[None, :], live, KIND)
+                if d_v is not None:
+                    right = columns(dr0, dr_rows, t_ok, V, step * BLOCK_V, BLOCK_V, V_STEPS)
+                    dv_acc = product(p.to(right.dtype), right, dv_acc, PRECISION)
+            else:
+                p, ds = from_scores(s, lse_t[None, :], d_n[:, None], delta_t[None, :], live, KIND)
+        else:
+            dw_tile = tl.load(tokens(dw, b, B1, t, inner)[None, :] + n[:, None], mask=live, other=0.0).to(tl.float32)
+            w_tile = dw_tile
+            if KIND != "given":
+                w_tile = tl.load(tokens(w, b, B1, t, inner)[None, :] + n[:, None], mask=live, other=0.0).to(tl.float32)
+            ds = from_weights(w_tile, dw_tile, delta_t[None, :], live, KIND)
+        total += tl.sum(ds, 1)
+        if d_k is not None:
+            right_q = columns(q0, q_rows, t_ok, K, step * BLOCK_K, BLOCK_K, K_STEPS)
+            dk_acc = product(ds.to(right_q.dtype), right_q, dk_acc, PRECISION)
+    offset = part.to(tl.int64)
+    if d_k is not None:
+        put(slots(d_k, b, B1, n) + offset * k_part, n < N, K, step * BLOCK_K, dk_acc * scale, BLOCK_K)
+    if d_v is not None:
+        put(slots(d_v, b, B1, n) + offset * v_part, n < N, V, step * BLOCK_V, dv_acc, BLOCK_V)
+    if d_m is not None:
+        tl.store(slots(d_m, b, B1, n) + offset * m_part, total.to(d_m[0].dtype.element_ty), mask=(n < N) & (step == 0))
+
+
+def row_dots(call: Call, a: Tensor, b: Tensor, minus: Tensor | None = None) -> Tensor:
+    """``<a_t, b_t> - minus_t`` of token rows ``[..., T, D]``: float32 ``[B0, B1, F, T]``."""
+    T, D = a.shape[-2:]
+    out = call.scratch(*call.batches, call.F, T)
+    p = plan("row_dots", call.device, D, a, b)
+    wide, count = width(D, a, b), call.F * T
+    launch(
+        delta_kernel, call.B * triton.cdiv(count, p.config.block_t),
+        call.rows(a), call.rows(b), call.numbers(minus), (out, *out.stride()),
+        count, D, call.batches[1], T if call.F > 1 else None,
+        plan=p, BLOCK_T=p.config.block_t, BLOCK_D=wide.block, D_STEPS=wide.steps,
+    )  # fmt: skip
+    return out
+
+
+class Parts:
+    """Where a kernel with a split loop writes: into ``target`` itself, or float32 parts that ``add`` sums in order."""
+
+    def __init__(self, call: Call, target: tuple | None, parts: int) -> None:
+        self.target, self.out, self.step, self.buffer = target, target, 0, None
+        if target is not None and parts > 1:
+            self.buffer = call.scratch(parts, *target[0].shape)
+            strides = self.buffer.stride()[1:5] if len(target) == 5 else target[1:]  # memory results are contiguous
+            self.out, self.step = (self.buffer, *strides), self.buffer.stride(0)
+
+    def add(self) -> None:
+        if self.buffer is not None:
+            self.target[0].copy_(self.buffer.sum(0))
+
+
+def score_gradients(
+    call: Call, kind: str, query: Tensor, keys: Tensor, slot_mask: Tensor | None, scale: float,
+    d_query: Gradient | None, d_keys: Gradient | None, d_mask: Gradient | None, *,
+    values: Tensor | None = None, d_values: Gradient | None = None, d_read: Tensor | None = None,
+    read: Tensor | None = None, lse: Tensor | None = None, d_lse: Tensor | Gradient | None = None,
+    d_usage: Tensor | None = None, weights: Tensor | None = None, d_weights: Tensor | tuple | None = None,
+):  # fmt: skip
+    """Run both kernels for one KIND.
+
+    d_lse: for "read" the gradient of lse, for "usage" where to put it. d_weights: for "given" as kernels take it.
+    """
+    T, K = query.shape[-2:]
+    N = keys.shape[-2]
+    V = values.shape[-1] if values is not None else 1
+    count, inner = call.F * T, T if call.F > 1 else None
+    wide_k, wide_v = width(K, query, values), width(V, query, values)
+    delta = None
+    if kind == "read":
+        delta = row_dots(call, d_read, read, d_lse)
+    elif kind == "softmax":
+        delta = row_dots(call, weights, d_weights)
+    sources = (
+        call.rows(query), call.slots(keys), call.slots(values), call.slot_numbers(slot_mask), call.rows(d_read),
+        call.numbers(lse), None if delta is None else (delta, *delta.stride()), call.slot_numbers(d_usage),
+        call.rows(weights), d_weights if isinstance(d_weights, tuple) else call.rows(d_weights),
+    )  # fmt: skip
+    constants = {
+        "KIND": kind, "BLOCK_K": wide_k.block, "K_STEPS": wide_k.steps, "BLOCK_V": wide_v.block,
+        "V_STEPS": wide_v.steps, "PRECISION": precision(query, query if values is None else values),
+    }  # fmt: skip
+    rows = (d_query.rows() if d_query is not None else None,)
+    d_lse_rows = None
+    if isinstance(d_lse, Gradient) and d_lse.wanted:
+        d_lse_rows = (d_lse.view, *d_lse.view.stride())
+    if rows[0] is not None or d_lse_rows is not None:
+        p = plan("query_gradient", call.device, max(K, V), query, values)
+        c = p.config
+        programs = call.B * triton.cdiv(count, c.block_t) * wide_k.steps
+        parts, span = p.cut(programs, N, c.block_n)
+        outs = [Parts(call, target, parts) for target in (rows[0], d_lse_rows)]
+        launch(
+            query_gradient_kernel, programs * parts, *sources, *(o.out for o in outs),
+            count, N, K, V, call.batches[1], inner, parts, span, *(o.step for o in outs), scale,
+            plan=p, BLOCK_T=c.block_t, BLOCK_N=c.block_n, **constants,
+        )  # fmt: skip
+        for o in outs:
+            o.add()
+    targets = [g.rows() if g is not None else None for g in (d_keys, d_values, d_mask)]
+    if any(target is not None for target in targets):
+        p = plan("slot_gradient", call.device, max(K, V), query, values)
+        c = p.config
+        programs = call.B * triton.cdiv(N, c.block_n) * max(wide_k.steps, wide_v.steps)
+        parts, span = p.cut(programs, count, c.block_t)
+        outs = [Parts(call, target, parts) for target in targets]
+        launch(
+            slot_gradient_kernel, programs * parts, *sources, *(o.out for o in outs),
+            count, N, K, V, call.batches[1], inner, parts, span, *(o.step for o in outs), scale,
+            plan=p, BLOCK_T=c.block_t, BLOCK_N=c.block_n, **constants,
+        )  # fmt: skip
+        for o in outs:
+            o.add()

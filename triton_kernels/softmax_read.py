@@ -1,0 +1,148 @@
+"""softmax_read on a GPU.
+
+    s[t, i] = scale <q_t, k_i> + mask_i,     p = softmax_i(s)
+    r_t = sum_i p[t, i] v_i,     lse_t = log sum_i exp(s[t, i])
+
+Forward: a program keeps a block of tokens and streams blocks of slots, with a running maximum m, sum l and accumulator
+(Dao 2023); [T, N] never leaves the chip. Where few tokens would leave processors idle, N is split: each part writes its
+own read and lse, and merge_reads joins the parts in their order. Values wider than one block go to further programs,
+which compute the scores again. With T tokens against N slots it reads the memory ceil(T / BLOCK_T) times; T up to a
+block is bound by bandwidth, more by the matrix unit.
+
+Backward: ds = p (<dr_t, v_i> - delta_t) with delta_t = <dr_t, r_t> - dlse_t; see score_gradients.py.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import launch, plan, width
+from .layout import Call, Gradient, precision
+from .merge_reads import merge_parts
+from .score_gradients import score_gradients
+from .tiles import LN2, LOG2E, dots, open_slots, product, put, slots, tile, tokens
+
+
+@triton.jit
+def softmax_read_kernel(
+    q, k, v, mask, read, lse, T, N, K, V, B1, inner, parts, span, read_part, lse_part, scale,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, K_STEPS: tl.constexpr,
+    BLOCK_V: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One block of tokens, one block of value columns, the slots ``part * span ..`` of one batch."""
+    pid = tl.program_id(0)
+    blocks = tl.cdiv(T, BLOCK_T)
+    t = (pid % blocks) * BLOCK_T + tl.arange(0, BLOCK_T)
+    pid = pid // blocks
+    column = (pid % tl.cdiv(V, BLOCK_V)) * BLOCK_V
+    pid = pid // tl.cdiv(V, BLOCK_V)
+    part = pid % parts
+    b = pid // parts
+
+    t_ok = t < T
+    q_rows = tokens(q, b, B1, t, inner)
+    q0 = tile(q_rows, t_ok, K, 0, BLOCK_K)
+    m = tl.full([BLOCK_T], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_T], tl.float32)
+    acc = tl.zeros([BLOCK_T, BLOCK_V], tl.float32)
+    for n0 in range(part * span, tl.minimum(N, (part + 1) * span), BLOCK_N):
+        n = n0 + tl.arange(0, BLOCK_N)
+        ok, bias = open_slots(mask, b, B1, n, N)
+        k_rows = slots(k, b, B1, n)
+        k0 = tile(k_rows, ok, K, 0, BLOCK_K)
+        s = dots(q0, q_rows, t_ok, k0, k_rows, ok, K, BLOCK_K, K_STEPS, PRECISION) * (scale * LOG2E)
+        if mask is not None:
+            s += (bias * LOG2E)[None, :]
+        s = tl.where(ok[None, :], s, float("-inf"))
+        highest = tl.maximum(m, tl.max(s, 1))
+        base = tl.where(highest == float("-inf"), 0.0, highest)
+        p = tl.exp2(s - base[:, None])
+        shrink = tl.exp2(m - base)
+        total = total * shrink + tl.sum(p, 1)
+        v0 = tile(slots(v, b, B1, n), ok, V, column, BLOCK_V)
+        acc = product(p.to(v0.dtype), v0, acc * shrink[:, None], PRECISION)
+        m = highest
+    nothing = total == 0  # no addressable slot; NaN is something
+    base = tl.where(m == float("-inf"), 0.0, m)
+    r = tl.where(nothing[:, None], 0.0, acc / tl.where(nothing, 1.0, total)[:, None])
+    put(tokens(read, b, B1, t, inner) + part.to(tl.int64) * read_part, t_ok, V, column, r, BLOCK_V)
+    if column == 0:
+        result = tl.where(nothing, float("-inf"), (base + tl.log2(total)) * LN2)
+        tl.store(tokens(lse, b, B1, t, inner) + part.to(tl.int64) * lse_part, result, mask=t_ok)
+
+
+def _call(op: str, query: Tensor, keys: Tensor, values: Tensor, slot_mask: Tensor | None, *more: tuple) -> Call:
+    T, K = query.shape[-2:]
+    N, V = values.shape[-2:]
+    memory = [("keys", keys, (N, K)), ("values", values, (N, V)), ("slot_mask", slot_mask, (N,))]
+    call = Call(op, [("query", query, (T, K)), *more], memory)
+    call.floats(query, keys, values)
+    call.mask(slot_mask)
+    return call
+
+
+def softmax_read(query: Tensor, keys: Tensor, values: Tensor, slot_mask: Tensor | None, scale: float):
+    """read ``[..., T, V]``, lse ``[..., T]``."""
+    call = _call("softmax_read", query, keys, values, slot_mask)
+    return _read(call, query, keys, values, slot_mask, scale)
+
+
+def softmax_lse(call: Call, query: Tensor, keys: Tensor, slot_mask: Tensor | None, scale: float) -> Tensor:
+    """The lse alone: a read of keys' first column, which costs what the scores cost."""
+    return _read(call, query, keys, keys[..., :1], slot_mask, scale)[1]
+
+
+def _read(call: Call, query: Tensor, keys: Tensor, values: Tensor, slot_mask: Tensor | None, scale: float):
+    T, K = query.shape[-2:]
+    N, V = values.shape[-2:]
+    read, read_view = call.token_result(T, V, dtype=query.dtype)
+    lse, lse_view = call.token_result(T, dtype=torch.float32)
+    wide_k, wide_v = width(K, query, values), width(V, query, values)
+    p = plan("softmax_read", call.device, max(K, V), query, values)
+    c, count, inner = p.config, call.F * T, T if call.F > 1 else None
+    programs = call.B * triton.cdiv(count, c.block_t) * max(1, triton.cdiv(V, wide_v.block))
+    parts, span = p.cut(programs, N, c.block_n)
+    if parts == 1:
+        outs = (read_view, *read_view.stride()[:4]), (lse_view, *lse_view.stride())
+        steps_between = (0, 0)
+    else:
+        part_reads = call.scratch(parts, *read_view.shape)
+        part_lses = call.scratch(parts, *lse_view.shape)
+        outs = (part_reads, *part_reads.stride()[1:5]), (part_lses, *part_lses.stride()[1:])
+        steps_between = part_reads.stride(0), part_lses.stride(0)
+    launch(
+        softmax_read_kernel, programs * parts,
+        call.rows(query), call.slots(keys), call.slots(values), call.slot_numbers(slot_mask), *outs,
+        count, N, K, V, call.batches[1], inner, parts, span, *steps_between, scale,
+        plan=p, BLOCK_T=c.block_t, BLOCK_N=c.block_n, BLOCK_K=wide_k.block, K_STEPS=wide_k.steps,
+        BLOCK_V=wide_v.block, PRECISION=precision(query, values),
+    )  # fmt: skip
+    if parts > 1:
+        merge_parts(call, part_reads, part_lses, read_view, lse_view, T, V)
+    return call.store(read, read_view), call.store(lse, lse_view)
+
+
+def softmax_read_backward(
+    query: Tensor, keys: Tensor, values: Tensor, slot_mask: Tensor | None, read: Tensor, lse: Tensor,
+    d_read: Tensor | None, d_lse: Tensor | None, scale: float, wants: list[bool],
+):  # fmt: skip
+    """Gradients of query, keys, values and a float mask."""
+    (T, K), (N, V) = query.shape[-2:], values.shape[-2:]
+    d_read = read.new_zeros(V).expand(read.shape) if d_read is None else d_read
+    more = [("read", read, (T, V)), ("d_read", d_read, (T, V)), ("lse", lse, (T,)), ("d_lse", d_lse, (T,))]
+    call = _call("softmax_read_backward", query, keys, values, slot_mask, *more)
+    call.require(len(wants) == 4, "wants must have 4 entries")
+    call.floats(read, d_read)
+    call.stats(lse, d_lse)
+    d_query = Gradient(call, query, wants[0], "tokens", T, K)
+    d_keys = Gradient(call, keys, wants[1], "memory", N, K)
+    d_values = Gradient(call, values, wants[2], "memory", N, V)
+    d_mask = Gradient(call, slot_mask, wants[3], "memory", N)
+    score_gradients(
+        call, "read", query, keys, slot_mask, scale, d_query, d_keys, d_mask,
+        values=values, d_values=d_values, d_read=d_read, read=read, lse=lse, d_lse=d_lse,
+    )  # fmt: skip
+    return d_query.result(), d_keys.result(), d_values.result(), d_mask.result()

@@ -1,0 +1,100 @@
+"""Pieces of kernels: where rows lie, tiles of rows, dot products over a width in blocks, masks.
+
+A tensor reaches a kernel as a tuple: the pointer, the strides of the two batch dimensions, then, of a token tensor, the
+strides of the folded dimension and of T; of a memory tensor, the stride of N. The last dimension is contiguous. Offsets
+are 64-bit; tokens and slots are counted in 32 bits.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def batch(x, b, B1):
+    """The pointer of batch ``b`` of tensor ``x``."""
+    return x[0] + (b // B1).to(tl.int64) * x[1] + (b % B1).to(tl.int64) * x[2]
+
+
+@triton.jit
+def tokens(x, b, B1, t, inner):
+    """Pointers of tokens ``t`` of batch ``b``. inner: T where leading dimensions are folded in front of it, or None."""
+    start = batch(x, b, B1)
+    if inner is None:
+        return start + t.to(tl.int64) * x[4]
+    else:
+        return start + (t // inner).to(tl.int64) * x[3] + (t % inner).to(tl.int64) * x[4]
+
+
+@triton.jit
+def slots(x, b, B1, n):
+    """Pointers of slots ``n`` of batch ``b``."""
+    return batch(x, b, B1) + n.to(tl.int64) * x[3]
+
+
+@triton.jit
+def tile(rows, ok, D, start, BLOCK: tl.constexpr):
+    """Columns ``start .. start + BLOCK`` of rows: [rows, BLOCK], zero where not ``ok`` or past ``D``."""
+    d = start + tl.arange(0, BLOCK)
+    return tl.load(rows[:, None] + d[None, :], mask=ok[:, None] & (d < D)[None, :], other=0.0)
+
+
+@triton.jit
+def put(rows, ok, D, start, x, BLOCK: tl.constexpr):
+    """Store [rows, BLOCK] into columns ``start .. start + BLOCK`` of rows, in the dtype of the memory."""
+    d = start + tl.arange(0, BLOCK)
+    tl.store(rows[:, None] + d[None, :], x.to(rows.dtype.element_ty), mask=ok[:, None] & (d < D)[None, :])
+
+
+@triton.jit
+def product(x, y, acc, PRECISION: tl.constexpr):
+    """acc + x @ y; operands of different dtypes meet in float32."""
+    if x.dtype != y.dtype:
+        x = x.to(tl.float32)
+        y = y.to(tl.float32)
+    return tl.dot(x, y, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def dots(x, x_rows, x_ok, y, y_rows, y_ok, D, BLOCK: tl.constexpr, STEPS: tl.constexpr, PRECISION: tl.constexpr):
+    """<x_i, y_j> in float32: [x rows, y rows]. x, y: the first BLOCK columns, already loaded; the rest is read here."""
+    acc = tl.zeros([x.shape[0], y.shape[0]], tl.float32)
+    acc = product(x, tl.trans(y), acc, PRECISION)
+    for step in range(1, STEPS):
+        more_x = tile(x_rows, x_ok, D, step * BLOCK, BLOCK)
+        more_y = tile(y_rows, y_ok, D, step * BLOCK, BLOCK)
+        acc = product(more_x, tl.trans(more_y), acc, PRECISION)
+    return acc
+
+
+@triton.jit
+def columns(first, rows, ok, D, start, BLOCK: tl.constexpr, STEPS: tl.constexpr):
+    """Columns from ``start`` of rows of which ``first`` is the first block: loaded only where they are not those."""
+    if STEPS == 1:
+        return first
+    else:
+        return tile(rows, ok, D, start, BLOCK)
+
+
+@triton.jit
+def open_slots(mask, b, B1, n, N):
+    """Which slots exist and may be addressed, and what the mask adds to their scores."""
+    ok = n < N
+    bias = tl.zeros(n.shape, tl.float32)
+    if mask is not None:
+        value = tl.load(slots(mask, b, B1, n), mask=ok, other=0)
+        if mask[0].dtype.element_ty == tl.uint8:
+            ok = ok & (value != 0)
+        else:
+            bias = value.to(tl.float32)
+            ok = ok & (bias != float("-inf"))
+    return ok, tl.where(ok, bias, 0.0)
+
+
+@triton.jit
+def sigmoid(x):
+    """1 / (1 + exp(-x)); exact at infinities, and 1 - sigmoid(x) is sigmoid(-x)."""
+    small = tl.exp2(-tl.abs(x) * LOG2E)
+    return tl.where(x >= 0, 1.0 / (1.0 + small), small / (1.0 + small))

@@ -1,0 +1,244 @@
+"""topk_search on a GPU: the k best-scoring slots of every token, exactly.
+
+    s[t, i] = scale <q_t, k_i> + mask_i
+
+k <= 256: a program keeps a block of tokens and streams blocks of slots. The scores of a block become ranks
+(topk_tiles.py); where none exceeds the worst of the list of its token, which is soon the rule, the block is done.
+Otherwise the best of the block are sorted and merged into the lists. Scores never leave the chip. Where tokens are
+few, N is split and a second kernel merges the lists of the parts, whose order cannot matter. That kernel also turns
+ranks into scores and indices, or for topk_read into weights.
+
+Larger k: ranks go to a workspace of bounded size, some tokens and some slots at a time, and torch.topk selects.
+
+Backward: the gradient of a score touches one key: a gather for the query, sums over sorted entries for keys and mask.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import launch, plan, width
+from .layout import Call, Gradient, precision
+from .segments import Segments
+from .sparse_read import check_indices, gather
+from .tiles import LOG2E, dots, open_slots, slots, tile, tokens
+from .topk_tiles import LOWEST, best_of, ranks, scored, scored_tensor
+
+LARGEST = 256  # neighbours that a list on the chip holds
+WORKSPACE = 1 << 25  # ranks in memory at a time, for larger k
+
+
+@triton.jit
+def score_ranks(
+    q0, q_rows, t_ok, k, mask, b, B1, n, N, K, scale,
+    BLOCK_K: tl.constexpr, K_STEPS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Ranks of slots ``n`` for a block of tokens."""
+    ok, bias = open_slots(mask, b, B1, n, N)
+    k_rows = slots(k, b, B1, n)
+    k0 = tile(k_rows, ok, K, 0, BLOCK_K)
+    s = dots(q0, q_rows, t_ok, k0, k_rows, ok, K, BLOCK_K, K_STEPS, PRECISION) * scale + bias[None, :]
+    return ranks(s, tl.broadcast_to(n[None, :], s.shape), tl.broadcast_to(ok[None, :], s.shape))
+
+
+@triton.jit
+def topk_search_kernel(
+    q, k, mask, lists, T, N, K, B1, inner, parts, span, scale,
+    LIST: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, K_STEPS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The best LIST ranks of a block of tokens among the slots ``part * span ..``: lists [parts, B, T, LIST]."""
+    pid = tl.program_id(0)
+    blocks = tl.cdiv(T, BLOCK_T)
+    t = (pid % blocks) * BLOCK_T + tl.arange(0, BLOCK_T)
+    pid = pid // blocks
+    part = pid % parts
+    b = pid // parts
+    t_ok = t < T
+    q_rows = tokens(q, b, B1, t, inner)
+    q0 = tile(q_rows, t_ok, K, 0, BLOCK_K)
+    best = tl.full([BLOCK_T, LIST], LOWEST, tl.int64)
+    worst = tl.full([BLOCK_T], LOWEST, tl.int64)
+    for n0 in range(part * span, tl.minimum(N, (part + 1) * span), BLOCK_N):
+        n = n0 + tl.arange(0, BLOCK_N)
+        rank = score_ranks(q0, q_rows, t_ok, k, mask, b, B1, n, N, K, scale, BLOCK_K, K_STEPS, PRECISION)
+        better = (rank > worst[:, None]) & t_ok[:, None]
+        if tl.max(tl.max(better.to(tl.int32), 1), 0) > 0:
+            if BLOCK_N == LIST:
+                best = best_of(best, tl.sort(rank, 1, descending=True))
+            else:
+                best = best_of(best, tl.topk(rank, LIST))
+            worst = tl.min(best, 1)
+    total = tl.num_programs(0) // (blocks * parts)
+    row = ((part.to(tl.int64) * total + b) * T + t) * LIST
+    tl.store(lists + row[:, None] + tl.arange(0, LIST)[None, :], best, mask=t_ok[:, None])
+
+
+@triton.jit
+def topk_merge_kernel(
+    lists, scores, indices, weights, T, B, B1, inner, k, parts, LIST: tl.constexpr, BLOCK_T: tl.constexpr
+):
+    """Merge the lists of all parts; write scores or weights, and indices."""
+    pid = tl.program_id(0)
+    blocks = tl.cdiv(T, BLOCK_T)
+    t = (pid % blocks) * BLOCK_T + tl.arange(0, BLOCK_T)
+    b = pid // blocks
+    t_ok = t < T
+    j = tl.arange(0, LIST)
+    rows = lists + ((b.to(tl.int64) * T + t) * LIST)[:, None] + j[None, :]
+    between = tl.full([], 1, tl.int64) * B * T * LIST
+    best = tl.load(rows, mask=t_ok[:, None], other=LOWEST)
+    for part in range(1, parts):
+        best = best_of(best, tl.load(rows + part * between, mask=t_ok[:, None], other=LOWEST))
+    score, index = scored(best)
+    inside = t_ok[:, None] & (j < k)[None, :]
+    tl.store(tokens(indices, b, B1, t, inner)[:, None] + j[None, :], index, mask=inside)
+    if scores is not None:
+        tl.store(
+            tokens(scores, b, B1, t, inner)[:, None] + j[None, :], score.to(scores[0].dtype.element_ty), mask=inside
+        )
+    if weights is not None:
+        score = tl.where((j < k)[None, :], score, float("-inf"))
+        m = tl.max(score, 1)
+        p = tl.exp2((score - tl.where(m == float("-inf"), 0.0, m)[:, None]) * LOG2E)
+        total = tl.sum(p, 1)
+        p = p / tl.where(total == 0, 1.0, total)[:, None]  # nothing chosen: 0
+        tl.store(tokens(weights, b, B1, t, inner)[:, None] + j[None, :], p, mask=inside)
+
+
+@triton.jit
+def rank_kernel(
+    q, k, mask, out, T, N, K, B1, inner, first_t, count_t, first_n, count_n, scale,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, K_STEPS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Ranks of ``count_t`` tokens on ``count_n`` slots: out [B, count_t, count_n]."""
+    pid = tl.program_id(0)
+    blocks = tl.cdiv(count_t, BLOCK_T)
+    own_t = (pid % blocks) * BLOCK_T + tl.arange(0, BLOCK_T)
+    pid = pid // blocks
+    own_n = (pid % tl.cdiv(count_n, BLOCK_N)) * BLOCK_N + tl.arange(0, BLOCK_N)
+    b = pid // tl.cdiv(count_n, BLOCK_N)
+    t = first_t + own_t
+    t_ok = own_t < count_t
+    q_rows = tokens(q, b, B1, t, inner)
+    q0 = tile(q_rows, t_ok, K, 0, BLOCK_K)
+    n = first_n + own_n
+    rank = score_ranks(q0, q_rows, t_ok, k, mask, b, B1, n, N, K, scale, BLOCK_K, K_STEPS, PRECISION)
+    row = (b.to(tl.int64) * count_t + own_t) * count_n
+    tl.store(out + row[:, None] + own_n[None, :], rank, mask=t_ok[:, None] & (own_n < count_n)[None, :])
+
+
+def _many(call: Call, query: Tensor, keys: Tensor, slot_mask: Tensor | None, k: int, scale: float) -> Tensor:
+    """The best k ranks ``[B, F * T, k]`` by way of a workspace, for k beyond LARGEST."""
+    (T, K), N, count = query.shape[-2:], keys.shape[-2], call.F * query.shape[-2]
+    best = torch.full((call.B, count, k), -(2**63), dtype=torch.int64, device=call.device)
+    p, wide = plan("topk_search", call.device, K, query, keys), width(K, query, keys)
+    sources = call.rows(query), call.slots(keys), call.slot_numbers(slot_mask)
+    step_n = min(N, max(4 * k, 8192))
+    step_t = max(1, WORKSPACE // max(1, call.B * step_n))
+    for t in range(0, count, step_t):
+        some_t = min(step_t, count - t)
+        for n in range(0, N, step_n):
+            some_n = min(step_n, N - n)
+            tiles = triton.cdiv(some_t, p.config.block_t) * triton.cdiv(some_n, p.config.block_n)
+            found = call.scratch(call.B, some_t, some_n, dtype=torch.int64)
+            launch(
+                rank_kernel, call.B * tiles, *sources, found, count, N, K, call.batches[1],
+                T if call.F > 1 else None, t, some_t, n, some_n, scale, plan=p, BLOCK_T=p.config.block_t,
+                BLOCK_N=p.config.block_n, BLOCK_K=wide.block, K_STEPS=wide.steps, PRECISION=precision(query),
+            )  # fmt: skip
+            found = torch.cat([best[:, t : t + some_t], found], -1)
+            best[:, t : t + some_t] = torch.topk(found, k, -1).values
+    return best
+
+
+def search(
+    call: Call, query: Tensor, keys: Tensor, slot_mask: Tensor | None, k: int, scale: float,
+    scores: Tensor | None, indices: Tensor, weights: Tensor | None,
+) -> None:  # fmt: skip
+    """Fill the views ``[B0, B1, F, T, k]`` of scores or weights, and of indices."""
+    call.require(k >= 1, "k must be at least 1")
+    (T, K), N, count = query.shape[-2:], keys.shape[-2], call.F * query.shape[-2]
+    if k > LARGEST:
+        score, index = scored_tensor(_many(call, query, keys, slot_mask, k, scale))
+        indices.copy_(index.view(indices.shape))
+        if scores is not None:
+            scores.copy_(score.view(scores.shape))
+        if weights is not None:
+            nothing = torch.isneginf(score).all(-1, keepdim=True)
+            weight = torch.softmax(score.masked_fill(nothing, 0), -1).masked_fill(nothing, 0)
+            weights.copy_(weight.view(weights.shape))
+        return
+    size = max(16, triton.next_power_of_2(k))
+    p, wide = plan("topk_search", call.device, K, query, keys), width(K, query, keys)
+    c, inner, block_n = p.config, T if call.F > 1 else None, max(p.config.block_n, size)
+    programs = call.B * triton.cdiv(count, c.block_t)
+    parts, span = p.cut(programs, N, block_n)
+    lists = call.scratch(parts, call.B, count, size, dtype=torch.int64)
+    launch(
+        topk_search_kernel, programs * parts, call.rows(query), call.slots(keys), call.slot_numbers(slot_mask), lists,
+        count, N, K, call.batches[1], inner, parts, span, scale, plan=p, LIST=size, BLOCK_T=c.block_t,
+        BLOCK_N=block_n, BLOCK_K=wide.block, K_STEPS=wide.steps, PRECISION=precision(query),
+    )  # fmt: skip
+    p = plan("topk_merge", call.device, 64, query)
+    launch(
+        topk_merge_kernel, call.B * triton.cdiv(count, p.config.block_t), lists,
+        *(None if x is None else (x, *x.stride()[:4]) for x in (scores, indices, weights)),
+        count, call.B, call.batches[1], inner, k, parts, plan=p, LIST=size, BLOCK_T=p.config.block_t,
+    )  # fmt: skip
+
+
+def _call(op: str, query: Tensor, keys: Tensor, slot_mask: Tensor | None, *more: tuple) -> Call:
+    (T, K), N = query.shape[-2:], keys.shape[-2]
+    call = Call(op, [("query", query, (T, K)), *more], [("keys", keys, (N, K)), ("slot_mask", slot_mask, (N,))])
+    call.floats(query, keys)
+    call.mask(slot_mask)
+    return call
+
+
+def topk_search(query: Tensor, keys: Tensor, slot_mask: Tensor | None, k: int, scale: float):
+    """scores ``[..., T, k]`` in the dtype of query, indices ``[..., T, k]``."""
+    call, T = _call("topk_search", query, keys, slot_mask), query.shape[-2]
+    call.require(k >= 1, "k must be at least 1")
+    scores, score_view = call.token_result(T, k, dtype=query.dtype)
+    indices, index_view = call.token_result(T, k, dtype=torch.int64)
+    search(call, query, keys, slot_mask, k, scale, score_view, index_view, None)
+    return call.store(scores, score_view), call.store(indices, index_view)
+
+
+def choice_gradients(
+    call: Call, query: Tensor, keys: Tensor, slot_mask: Tensor | None, indices: Tensor, ds: Tensor, scale: float,
+    wants: list[bool], segments: Segments | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of query, keys and mask from ``ds [B, F * T, k]``, float32, of the chosen scores."""
+    (T, K), N, k = query.shape[-2:], keys.shape[-2], indices.shape[-1]
+    d_query = Gradient(call, query, wants[0], "tokens", T, K)
+    d_keys = Gradient(call, keys, wants[1], "memory", N, K)
+    d_mask = Gradient(call, slot_mask, wants[2], "memory", N)
+    if d_query.wanted:
+        rows = (ds, call.batches[1] * call.F * T * k, call.F * T * k, T * k, k)
+        gather(call, keys, indices, rows, d_query.rows(), T, scale)
+    if d_keys.wanted or d_mask.wanted:
+        segments = segments or Segments(call, indices, N)
+        segments.sum(d_keys, ds, query, scale)
+        segments.sum(d_mask, ds, None, 1.0)
+    return d_query.result(), d_keys.result(), d_mask.result()
+
+
+def topk_search_backward(
+    query: Tensor, keys: Tensor, slot_mask: Tensor | None, indices: Tensor, d_scores: Tensor | None,
+    k: int, scale: float, wants: list[bool],
+):  # fmt: skip
+    """Gradients of query, keys and a float mask."""
+    T = query.shape[-2]
+    more = [("indices", indices, (T, k)), ("d_scores", d_scores, (T, k))]
+    call = _call("topk_search_backward", query, keys, slot_mask, *more)
+    call.require(len(wants) == 3, "wants must have 3 entries")
+    call.require(d_scores is not None, "d_scores must be given")
+    call.floats(d_scores)
+    check_indices(call, indices, keys.shape[-2])
+    ds = call.token_view(d_scores, 1).reshape(call.B, call.F * T, k).float().contiguous()
+    return choice_gradients(call, query, keys, slot_mask, indices, ds, scale, wants)

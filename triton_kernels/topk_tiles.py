@@ -1,0 +1,52 @@
+"""Ranks of scored slots as integers, lists of the best, and their merge.
+
+A scored slot is one int64, its rank: the score in the upper half, mapped so that integers compare as floats do, and the
+index in the lower, counted down. A larger rank is a better slot: higher score, then smaller index, and NaN above all.
+So ranks are a total order; parts merge to the same list in any order, and ties cannot break differently. A slot that
+may not be addressed, or scores -inf, has the lowest rank.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LOWEST = tl.constexpr(-(2**63))
+
+
+@triton.jit
+def ranks(s, n, ok):
+    """The ranks of scores ``s`` of slots ``n``."""
+    bits = tl.where(s == 0, 0.0, s).to(tl.int32, bitcast=True)  # the two zeros are one score
+    bits = tl.where(s != s, 0x7FC00000, bits)
+    order = tl.where(bits >= 0, bits, bits ^ 0x7FFFFFFF)
+    rank = (order.to(tl.int64) << 32) | (n ^ 0x7FFFFFFF).to(tl.int64)
+    return tl.where(ok & (s != float("-inf")), rank, LOWEST)
+
+
+@triton.jit
+def scored(rank):
+    """Score and index (int64) of a rank; -inf and -1 of the lowest."""
+    order = (rank >> 32).to(tl.int32)
+    bits = tl.where(order >= 0, order, order ^ 0x7FFFFFFF)
+    low = (rank & 0x7FFFFFFF).to(tl.int32)
+    some = rank != LOWEST
+    score = tl.where(some, bits.to(tl.float32, bitcast=True), float("-inf"))
+    return score, tl.where(some, low ^ 0x7FFFFFFF, -1).to(tl.int64)
+
+
+@triton.jit
+def best_of(a, b):
+    """The better half of two lists [rows, k] in descending order, in descending order: one step of a bitonic merge."""
+    return tl.bitonic_merge(tl.maximum(a, tl.flip(b, 1)), descending=True)
+
+
+def scored_tensor(rank: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`scored` of a tensor."""
+    order = (rank >> 32).to(torch.int32)
+    bits = torch.where(order >= 0, order, order ^ 0x7FFFFFFF)
+    some = rank != -(2**63)
+    score = torch.where(some, bits.view(torch.float32), -torch.inf)
+    return score, torch.where(some, 0x7FFFFFFF - (rank & 0x7FFFFFFF), -1)

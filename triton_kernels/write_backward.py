@@ -1,0 +1,289 @@
+"""gated_write on a GPU, backward, for an erase that is one number e. Letters as in gated_write.py; U is dV'.
+
+    c[t, i] = <w_t, U_i>,     p_0 = <v_i, U_i>,     p_t = f[t, i] p_{t-1} + a[t, i] c[t, i]
+    da[t, i] = R[t, i] (c[t, i] - e p_{t-1}),     ds = da a (1 - a),     dw_t = sum_i a R U_i,     dv_i = R[0] U_i
+    and with a gradient g of retained:     da[t, i] -= g_i prod_{u > t} (1 - a) prod_{u < t} (1 - a)
+
+p runs forward in t and R backward, both are one number per slot, and nothing divides by 1 - a. Three steps:
+
+1. `write_chunk_kernel`: for each chunk of tokens and block of slots, alone, the product F of f and the share G that the
+   chunk adds to p (and the product of 1 - a where it is another).
+2. `write_carry_kernel`: along the chunks, p at the start of each and R at its end, in place of G and F; then dv. These
+   N T / C numbers (C tokens a chunk) are all that is kept.
+3. Every tile of chunk and slots now stands alone: `write_token_kernel` keeps a chunk and streams slots (dq, dw),
+   `write_slot_kernel` keeps slots and streams chunks (dk, dmask). Fixed order, no atomics.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import launch, plan, width
+from .layout import Gradient, precision
+from .score_gradients import Parts
+from .tiles import columns, dots, open_slots, product, put, slots, tile, tokens
+from .write_tiles import (
+    Write,
+    gates,
+    key_scores,
+    multiply,
+    open_tokens,
+    prefix_products,
+    states_before,
+    suffix_products,
+)
+
+
+@triton.jit
+def write_chunk_kernel(
+    k, q, w, mask, token_mask, u, F, G, Q, erase, T, N, K, V, B1, inner, chunks, scale,
+    ERASE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, K_STEPS: tl.constexpr,
+    BLOCK_V: tl.constexpr, V_STEPS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """F, G, Q ``[B, chunks, N]`` of one chunk and block of slots."""
+    pid = tl.program_id(0)
+    blocks = tl.cdiv(N, BLOCK_N)
+    n = (pid % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    pid = pid // blocks
+    t = (pid % chunks) * BLOCK_T + tl.arange(0, BLOCK_T)
+    at = pid.to(tl.int64) * N + n
+    b = pid // chunks
+    ok, bias = open_slots(mask, b, B1, n, N)
+    k_rows, u_rows = slots(k, b, B1, n), slots(u, b, B1, n)
+    k0, u0 = tile(k_rows, ok, K, 0, BLOCK_K), tile(u_rows, ok, V, 0, BLOCK_V)
+    t_ok = open_tokens(token_mask, b, B1, t, inner, T)
+    s = key_scores(k0, k_rows, ok, bias, q, b, B1, t, t_ok, inner, K, scale, BLOCK_K, K_STEPS, PRECISION)
+    a, keep, f = gates(s, ok[:, None] & t_ok[None, :], erase, ERASE)
+    w_rows = tokens(w, b, B1, t, inner)
+    w0 = tile(w_rows, t_ok, V, 0, BLOCK_V)
+    c = dots(u0, u_rows, ok, w0, w_rows, t_ok, V, BLOCK_V, V_STEPS, PRECISION)
+    behind, total = suffix_products(f)
+    tl.store(F + at, total, mask=n < N)
+    tl.store(G + at, tl.sum(a * behind * c, 1), mask=n < N)
+    if Q is not None:
+        tl.store(Q + at, tl.reduce(keep, 1, multiply), mask=n < N)
+
+
+@triton.jit
+def write_carry_kernel(
+    v, u, F, G, Q, P, d_v, N, V, B1, chunks, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, V_STEPS: tl.constexpr
+):
+    """In place: G becomes p before each chunk, F becomes R behind it, Q the same of 1 - a; P: that before it."""
+    pid = tl.program_id(0)
+    blocks = tl.cdiv(N, BLOCK_N)
+    n = (pid % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    b = pid // blocks
+    ok = n < N
+    v_rows, u_rows = slots(v, b, B1, n), slots(u, b, B1, n)
+    p = tl.zeros([BLOCK_N], tl.float32)
+    for step in range(V_STEPS):
+        old = tile(v_rows, ok, V, step * BLOCK_V, BLOCK_V).to(tl.float32)
+        p += tl.sum(old * tile(u_rows, ok, V, step * BLOCK_V, BLOCK_V).to(tl.float32), 1)
+    before = tl.full([BLOCK_N], 1.0, tl.float32)
+    at = b.to(tl.int64) * chunks * N + n
+    for _ in range(chunks):
+        f = tl.load(F + at, mask=ok, other=1.0)
+        g = tl.load(G + at, mask=ok, other=0.0)
+        tl.store(G + at, p, mask=ok)
+        p = f * p + g
+        if P is not None:
+            tl.store(P + at, before, mask=ok)
+            if Q is not None:
+                before = before * tl.load(Q + at, mask=ok, other=1.0)
+            else:
+                before = before * f
+        at += N
+    after = tl.full([BLOCK_N], 1.0, tl.float32)
+    behind = tl.full([BLOCK_N], 1.0, tl.float32)
+    for _ in range(chunks):
+        at -= N
+        f = tl.load(F + at, mask=ok, other=1.0)
+        tl.store(F + at, after, mask=ok)
+        after = after * f
+        if Q is not None:
+            f = tl.load(Q + at, mask=ok, other=1.0)
+            tl.store(Q + at, behind, mask=ok)
+            behind = behind * f
+    if d_v is not None:
+        for step in range(V_STEPS):
+            x = tile(u_rows, ok, V, step * BLOCK_V, BLOCK_V).to(tl.float32) * after[:, None]
+            put(slots(d_v, b, B1, n), ok, V, step * BLOCK_V, x, BLOCK_V)
+
+
+@triton.jit
+def tile_gradient(s, c, live, at, n_ok, R, p, Q, P, g, erase, ERASE: tl.constexpr):
+    """a R and ds of one tile [slots, tokens]; R, p, Q, P at ``at`` are those of its chunk."""
+    a, keep, f = gates(s, live, erase, ERASE)
+    behind, _ = suffix_products(f)
+    share = behind * tl.load(R + at, mask=n_ok, other=0.0)[:, None]
+    da = c
+    if ERASE != "none":
+        before = states_before(f, a * c, tl.load(p + at, mask=n_ok, other=0.0))
+        da = c - erase * before
+    da = da * share
+    if g is not None:
+        if Q is not None:
+            past, _ = suffix_products(keep)
+            past = past * tl.load(Q + at, mask=n_ok, other=0.0)[:, None]
+        else:
+            past = share
+        da -= past * prefix_products(keep) * (tl.load(P + at, mask=n_ok, other=0.0) * g)[:, None]
+    return a * share, tl.where(live, da * a * keep, 0.0)
+
+
+@triton.jit
+def write_token_kernel(
+    k, q, w, mask, token_mask, u, R, p, Q, P, d_retained, d_q, d_w, erase, T, N, K, V, B1, inner, chunks,
+    parts, span, q_part, w_part, scale,
+    ERASE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, K_STEPS: tl.constexpr,
+    BLOCK_V: tl.constexpr, V_STEPS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dq and dw of one chunk and block of columns, over the slots ``part * span ..`` of one batch."""
+    pid = tl.program_id(0)
+    chunk = pid % chunks
+    t = chunk * BLOCK_T + tl.arange(0, BLOCK_T)
+    pid = pid // chunks
+    MOST: tl.constexpr = K_STEPS if K_STEPS > V_STEPS else V_STEPS
+    step = pid % MOST
+    pid = pid // MOST
+    part = pid % parts
+    b = pid // parts
+    t_ok = open_tokens(token_mask, b, B1, t, inner, T)
+    w_rows = tokens(w, b, B1, t, inner)
+    w0 = tile(w_rows, t_ok, V, 0, BLOCK_V)
+    dq = tl.zeros([BLOCK_T, BLOCK_K], tl.float32)
+    dw = tl.zeros([BLOCK_T, BLOCK_V], tl.float32)
+    for n0 in range(part * span, tl.minimum(N, (part + 1) * span), BLOCK_N):
+        n = n0 + tl.arange(0, BLOCK_N)
+        at = (b.to(tl.int64) * chunks + chunk) * N + n
+        ok, bias = open_slots(mask, b, B1, n, N)
+        k_rows, u_rows = slots(k, b, B1, n), slots(u, b, B1, n)
+        k0, u0 = tile(k_rows, ok, K, 0, BLOCK_K), tile(u_rows, ok, V, 0, BLOCK_V)
+        s = key_scores(k0, k_rows, ok, bias, q, b, B1, t, t_ok, inner, K, scale, BLOCK_K, K_STEPS, PRECISION)
+        c = dots(u0, u_rows, ok, w0, w_rows, t_ok, V, BLOCK_V, V_STEPS, PRECISION)
+        g = d_retained
+        if d_retained is not None:
+            g = tl.load(slots(d_retained, b, B1, n), mask=ok, other=0.0)
+        live = ok[:, None] & t_ok[None, :]
+        weights, ds = tile_gradient(s, c, live, at, ok, R, p, Q, P, g, erase, ERASE)
+        if d_q is not None:
+            right_k = columns(k0, k_rows, ok, K, step * BLOCK_K, BLOCK_K, K_STEPS)
+            dq = product(tl.trans(ds.to(right_k.dtype)), right_k, dq, PRECISION)
+        if d_w is not None:
+            right_u = columns(u0, u_rows, ok, V, step * BLOCK_V, BLOCK_V, V_STEPS)
+            dw = product(tl.trans(weights.to(right_u.dtype)), right_u, dw, PRECISION)
+    offset = part.to(tl.int64)
+    if d_q is not None:
+        put(tokens(d_q, b, B1, t, inner) + offset * q_part, t < T, K, step * BLOCK_K, dq * scale, BLOCK_K)
+    if d_w is not None:
+        put(tokens(d_w, b, B1, t, inner) + offset * w_part, t < T, V, step * BLOCK_V, dw, BLOCK_V)
+
+
+@triton.jit
+def write_slot_kernel(
+    k, q, w, mask, token_mask, u, R, p, Q, P, d_retained, d_k, d_m, erase, T, N, K, V, B1, inner, chunks,
+    parts, span, k_part, m_part, scale,
+    ERASE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, K_STEPS: tl.constexpr,
+    BLOCK_V: tl.constexpr, V_STEPS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dk and dmask of one block of slots and key columns, over the tokens ``part * span ..`` of one batch."""
+    pid = tl.program_id(0)
+    blocks = tl.cdiv(N, BLOCK_N)
+    n = (pid % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    pid = pid // blocks
+    step = pid % K_STEPS
+    pid = pid // K_STEPS
+    part = pid % parts
+    b = pid // parts
+    ok, bias = open_slots(mask, b, B1, n, N)
+    k_rows, u_rows = slots(k, b, B1, n), slots(u, b, B1, n)
+    k0, u0 = tile(k_rows, ok, K, 0, BLOCK_K), tile(u_rows, ok, V, 0, BLOCK_V)
+    g = d_retained
+    if d_retained is not None:
+        g = tl.load(slots(d_retained, b, B1, n), mask=ok, other=0.0)
+    dk = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    total = tl.zeros([BLOCK_N], tl.float32)
+    for t0 in range(part * span, tl.minimum(T, (part + 1) * span), BLOCK_T):
+        t = t0 + tl.arange(0, BLOCK_T)
+        at = (b.to(tl.int64) * chunks + t0 // BLOCK_T) * N + n
+        t_ok = open_tokens(token_mask, b, B1, t, inner, T)
+        q_rows, w_rows = tokens(q, b, B1, t, inner), tokens(w, b, B1, t, inner)
+        q0, w0 = tile(q_rows, t_ok, K, 0, BLOCK_K), tile(w_rows, t_ok, V, 0, BLOCK_V)
+        s = dots(k0, k_rows, ok, q0, q_rows, t_ok, K, BLOCK_K, K_STEPS, PRECISION) * scale + bias[:, None]
+        c = dots(u0, u_rows, ok, w0, w_rows, t_ok, V, BLOCK_V, V_STEPS, PRECISION)
+        live = ok[:, None] & t_ok[None, :]
+        _, ds = tile_gradient(s, c, live, at, ok, R, p, Q, P, g, erase, ERASE)
+        total += tl.sum(ds, 1)
+        if d_k is not None:
+            right = columns(q0, q_rows, t_ok, K, step * BLOCK_K, BLOCK_K, K_STEPS)
+            dk = product(ds.to(right.dtype), right, dk, PRECISION)
+    offset = part.to(tl.int64)
+    if d_k is not None:
+        put(slots(d_k, b, B1, n) + offset * k_part, n < N, K, step * BLOCK_K, dk * scale, BLOCK_K)
+    if d_m is not None:
+        rows = slots(d_m, b, B1, n) + offset * m_part
+        tl.store(rows, total.to(d_m[0].dtype.element_ty), mask=(n < N) & (step == 0))
+
+
+def backward(x: Write, values: Tensor, d_out: Tensor, d_retained: Tensor | None, wants: list[bool]):
+    """The six gradients of :func:`gated_write.gated_write_backward`."""
+    call, T, N, K, V = x.call, x.T, x.N, x.K, x.V
+    d_values = Gradient(call, values, wants[0], "memory", N, V)
+    d_keys = Gradient(call, x.keys, wants[1], "memory", N, K)
+    d_query = Gradient(call, x.query, wants[2], "tokens", T, K)
+    d_write = Gradient(call, x.write, wants[3], "tokens", T, V)
+    d_mask = Gradient(call, x.slot_mask, wants[5], "memory", N)
+    tensors = (x.query, values, d_out)
+    p = plan("write_gradient", call.device, max(K, V), *tensors)
+    c, wide_k, wide_v = p.config, width(K, *tensors), width(V, *tensors)
+    chunks, B1 = triton.cdiv(x.count, c.block_t), call.batches[1]
+    slot_blocks = triton.cdiv(N, c.block_n)
+    F, G = call.scratch(call.B, chunks, N), call.scratch(call.B, chunks, N)
+    own = d_retained is not None and x.erasing != "full"  # prod (1 - a) is not prod f
+    Q = call.scratch(call.B, chunks, N) if own else None
+    P = call.scratch(call.B, chunks, N) if d_retained is not None else None
+    u = call.slots(d_out)
+    sources = x.sources()
+    sizes = (x.count, N, K, V, B1, x.inner, chunks)
+    constants = {
+        "ERASE": x.erasing, "BLOCK_T": c.block_t, "BLOCK_N": c.block_n, "BLOCK_K": wide_k.block,
+        "K_STEPS": wide_k.steps, "BLOCK_V": wide_v.block, "V_STEPS": wide_v.steps, "PRECISION": precision(*tensors),
+    }  # fmt: skip
+    launch(
+        write_chunk_kernel, call.B * chunks * slot_blocks, *sources, u, F, G, Q, x.erase_scale, *sizes, x.scale,
+        plan=p, **constants,
+    )  # fmt: skip
+    carry = plan("write_carry", call.device, V, *tensors)
+    launch(
+        write_carry_kernel, call.B * triton.cdiv(N, carry.config.block_n),
+        call.slots(values), u, F, G, Q, P, d_values.rows(), N, V, B1, chunks,
+        plan=carry, BLOCK_N=carry.config.block_n, BLOCK_V=wide_v.block, V_STEPS=wide_v.steps,
+    )  # fmt: skip
+    state = (u, F, G, Q, P, call.slot_numbers(d_retained))
+    if d_query.wanted or d_write.wanted:
+        programs = call.B * chunks * max(wide_k.steps, wide_v.steps)
+        parts, span = p.cut(programs, N, c.block_n)
+        outs = [Parts(call, g.rows(), parts) for g in (d_query, d_write)]
+        launch(
+            write_token_kernel, programs * parts, *sources, *state, *(o.out for o in outs), x.erase_scale, *sizes,
+            parts, span, *(o.step for o in outs), x.scale, plan=p, **constants,
+        )  # fmt: skip
+        for o in outs:
+            o.add()
+    if d_keys.wanted or d_mask.wanted:
+        programs = call.B * slot_blocks * wide_k.steps
+        parts, span = p.cut(programs, x.count, c.block_t)
+        outs = [Parts(call, g.rows(), parts) for g in (d_keys, d_mask)]
+        launch(
+            write_slot_kernel, programs * parts, *sources, *state, *(o.out for o in outs), x.erase_scale, *sizes,
+            parts, span, *(o.step for o in outs), x.scale, plan=p, **constants,
+        )  # fmt: skip
+        for o in outs:
+            o.add()
+    nothing = torch.empty(0, dtype=values.dtype, device=call.device)
+    return (
+        d_values.result(), d_keys.result(), d_query.result(), d_write.result(), nothing, d_mask.result()
+    )  # fmt: skip

@@ -1,0 +1,126 @@
+"""What the kernels of gated_write share: gates of a tile [slots, tokens], products along the tokens, the arguments."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .layout import Call
+from .tiles import dots, sigmoid, tile, tokens
+
+
+@triton.jit
+def open_tokens(token_mask, b, B1, t, inner, stop):
+    """Which tokens exist and write."""
+    ok = t < stop
+    if token_mask is not None:
+        ok = ok & (tl.load(tokens(token_mask, b, B1, t, inner), mask=ok, other=0) != 0)
+    return ok
+
+
+@triton.jit
+def key_scores(
+    k0, k_rows, ok, bias, q, b, B1, t, t_ok, inner, K, scale,
+    BLOCK_K: tl.constexpr, K_STEPS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """s[i, t] = scale <k_i, q_t> + mask_i: [slots, tokens]."""
+    q_rows = tokens(q, b, B1, t, inner)
+    q0 = tile(q_rows, t_ok, K, 0, BLOCK_K)
+    return dots(k0, k_rows, ok, q0, q_rows, t_ok, K, BLOCK_K, K_STEPS, PRECISION) * scale + bias[:, None]
+
+
+@triton.jit
+def gates(s, live, erase, ERASE: tl.constexpr):
+    """a, 1 - a and f = 1 - erase a; 0, 1 and 1 where nothing is written."""
+    a = tl.where(live, sigmoid(s), 0.0)
+    keep = tl.where(live, sigmoid(-s), 1.0)
+    f = keep
+    if ERASE == "part":
+        f = keep + a * (1.0 - erase)
+    elif ERASE == "none":
+        f = tl.full(s.shape, 1.0, tl.float32)
+    return a, keep, f
+
+
+@triton.jit
+def multiply(x, y):
+    return x * y
+
+
+@triton.jit
+def _with_and_without(p, before_p, x, before_x):
+    """Products up to an element, with it and without it."""
+    return p * x, p * before_x
+
+
+@triton.jit
+def suffix_products(f):
+    """prod_{u > t} f[:, u] for every t, and the product over all t."""
+    _, behind = tl.associative_scan((f, tl.full(f.shape, 1.0, tl.float32)), 1, _with_and_without, reverse=True)
+    return behind, tl.reduce(f, 1, multiply)
+
+
+@triton.jit
+def prefix_products(f):
+    """prod_{u < t} f[:, u] for every t."""
+    _, before = tl.associative_scan((f, tl.full(f.shape, 1.0, tl.float32)), 1, _with_and_without)
+    return before
+
+
+@triton.jit
+def _compose(f, g, before_f, before_g, x, y, before_x, before_y):
+    """Maps p -> f p + g one after the other, with and without the last."""
+    return f * x, g * x + y, f * before_x, g * before_x + before_y
+
+
+@triton.jit
+def states_before(f, g, p):
+    """The state before each token of p_t = f_t p_{t-1} + g_t, where ``p`` comes before all of them."""
+    one, zero = tl.full(f.shape, 1.0, tl.float32), tl.zeros(f.shape, tl.float32)
+    _, _, before_f, before_g = tl.associative_scan((f, g, one, zero), 1, _compose)
+    return before_f * p[:, None] + before_g
+
+
+class Write:
+    """The arguments of one write, checked, and as the kernels take them."""
+
+    def __init__(
+        self, op: str, values: Tensor, keys: Tensor, query: Tensor, write: Tensor, erase: Tensor | None,
+        slot_mask: Tensor | None, token_mask: Tensor | None, scale: float, erase_scale: float,
+    ) -> None:  # fmt: skip
+        (self.T, self.K), (self.N, self.V) = query.shape[-2:], values.shape[-2:]
+        T, N, K, V = self.T, self.N, self.K, self.V
+        token_side = [("query", query, (T, K)), ("write", write, (T, V)), ("erase", erase, (T, V))]
+        token_side += [("token_mask", token_mask, (T,))]
+        memory_side = [("values", values, (N, V)), ("keys", keys, (N, K)), ("slot_mask", slot_mask, (N,))]
+        self.call = call = Call(op, token_side, memory_side)
+        call.floats(values, keys, query, write, erase)
+        call.mask(slot_mask)
+        call.require(token_mask is None or token_mask.element_size() == 1, "token_mask must be bool")
+        call.require(0 <= erase_scale <= 1, "erase must be in [0, 1]")
+        self.keys, self.query, self.write, self.erase = keys, query, write, erase
+        self.slot_mask, self.token_mask = slot_mask, token_mask
+        self.scale, self.erase_scale = scale, erase_scale
+        self.count, self.inner = call.F * T, T if call.F > 1 else None
+
+    @property
+    def erasing(self) -> str:
+        """Which form of f = 1 - erase a the kernels compute."""
+        return {1.0: "full", 0.0: "none"}.get(self.erase_scale, "part")
+
+    def sources(self) -> tuple:
+        """keys, query, write, slot_mask, token_mask."""
+        call = self.call
+        return (
+            call.slots(self.keys), call.rows(self.query), call.rows(self.write),
+            call.slot_numbers(self.slot_mask), call.numbers(self.token_mask),
+        )  # fmt: skip
+
+    def memory_rows(self, x: Tensor) -> tuple:
+        """A contiguous ``[B, N, V]`` for a kernel."""
+        return (x, self.call.batches[1] * self.N * self.V, self.N * self.V, self.V)
+
+    def memory_numbers(self, x: Tensor) -> tuple:
+        """A contiguous ``[B, N]`` for a kernel."""
+        return (x, self.call.batches[1] * self.N, self.N, 1)
