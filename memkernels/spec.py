@@ -5,15 +5,15 @@ An op module declares an :class:`Op`. Everything that can be derived from the de
 contract grid of ``testing.py`` and the op table of the documentation.
 
 Axes, the same letters everywhere: ``T`` tokens, ``N`` slots, ``K`` key width, ``V`` value width, ``k`` neighbours,
-``S`` parts to merge. Leading dimensions come before them and broadcast. A tensor belongs to the *tokens* or to the
-*memory*; a leading dimension that every memory tensor lacks (or has at size 1) is *shared*: its tokens are folded into
-``T`` in row-major order.
+``S`` parts to merge. A number (``2``) is a fixed size, a number and a letter (``3D``) a multiple. Leading dimensions
+come before them and broadcast. A tensor belongs to the *tokens* or to the *memory*; a leading dimension that every
+memory tensor lacks (or has at size 1) is *shared*: its tokens are folded into ``T`` in row-major order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -25,6 +25,33 @@ _NAMES = {d: str(d).removeprefix("torch.") for d in (*FLOATS, torch.bool, torch.
 def stats_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype sums are kept in: float64 for float64, float32 for everything else."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis of a declaration, ``"N"``, ``"2"`` or ``"3D"``: its size is ``factor`` times that of ``letter``."""
+
+    factor: int
+    letter: str
+
+    @classmethod
+    def parse(cls, text: str) -> Axis:
+        letter = text.lstrip("0123456789")
+        digits = text.removesuffix(letter)
+        return cls(int(digits) if digits else 1, letter)
+
+    def size(self, axes: Mapping[str, int]) -> int:
+        return self.factor * axes[self.letter] if self.letter else self.factor
+
+
+def sizes(names: str, axes: Mapping[str, int]) -> tuple[int, ...]:
+    """The shape that the axes ``names``, for instance ``"T 3D"``, have where ``axes`` gives each letter its size."""
+    return tuple(Axis.parse(name).size(axes) for name in names.split())
+
+
+def letters(names: str) -> set[str]:
+    """The letters of ``names``: those of ``"2 n h"`` are n and h."""
+    return {Axis.parse(name).letter for name in names.split()} - {""}
 
 
 @dataclass(frozen=True)
@@ -46,6 +73,10 @@ class Arg:
     dtype: str = "same"
     optional: bool = False
     stretch: bool = False
+    parsed: tuple[Axis, ...] = field(init=False, repr=False)  # ``axes``, read once: every call checks them
+
+    def __post_init__(self):
+        object.__setattr__(self, "parsed", tuple(map(Axis.parse, self.axes.split())))
 
     @property
     def is_float(self) -> bool:
@@ -111,7 +142,7 @@ class Layout:
             dtype = {"lead": self.dtype, "stats": stats_dtype(self.dtype), "index": torch.int64}[out.dtype]
         else:
             dtype = tensors[op.index(out.dtype)].dtype
-        return (*lead, *(self.axes[a] for a in out.axes.split())), dtype
+        return (*lead, *sizes(out.axes, self.axes)), dtype
 
 
 def _broadcast(op: Op, shapes: list[tuple[str, tuple[int, ...]]]) -> tuple[int, ...]:
@@ -130,7 +161,8 @@ def _broadcast(op: Op, shapes: list[tuple[str, tuple[int, ...]]]) -> tuple[int, 
 
 
 def _axes_text(arg: Arg, axes: dict[str, int]) -> str:
-    return "[..., " + ", ".join(f"{a}={axes[a]}" if a in axes else a for a in arg.axes.split()) + "]"
+    named = zip(arg.axes.split(), arg.parsed)
+    return "[..., " + ", ".join(f"{n}={a.size(axes)}" if a.letter in axes else n for n, a in named) + "]"
 
 
 def _check_dtype(op: Op, arg: Arg, tensor: Tensor, lead: Tensor, content: Tensor | None) -> None:
@@ -170,19 +202,18 @@ def check(op: Op, tensors: Sequence[Tensor | None], params: Sequence[object] = (
         _check_dtype(op, arg, tensor, tensor if lead is None else lead, content)
         if lead is not None and tensor.device != lead.device:
             raise ValueError(f"{op.name}: {arg.name} must be on {lead.device}, got {tensor.device}")
-        letters = arg.axes.split()
         shape = tuple(tensor.shape)
-        split = len(shape) - len(letters)
+        split = len(shape) - len(arg.parsed)
         fits = split >= 0
-        for i, letter in enumerate(letters if fits else ()):
+        for i, axis in enumerate(arg.parsed if fits else ()):
             size = shape[split + i]
-            stretched = arg.stretch and i == len(letters) - 1 and size == 1
-            if letter in axes and size != axes[letter] and not stretched:
+            stretched = arg.stretch and i == len(arg.parsed) - 1 and size == 1
+            if axis.letter and axis.letter not in axes:
+                axes[axis.letter] = size // axis.factor
+            if size != axis.size(axes) and not stretched:
                 fits = False
-            elif letter not in axes:
-                axes[letter] = size
         if not fits:
-            known = {a: n for a, n in axes.items() if any(a in b.axes.split() for b in op.args if b.name != arg.name)}
+            known = {a: n for a, n in axes.items() if any(a in letters(b.axes) for b in op.args if b.name != arg.name)}
             raise ValueError(f"{op.name}: {arg.name} must be {_axes_text(arg, known)}, got {list(shape)}")
         leads.append((arg.name, shape[:split]))
         if arg.side == "memory":

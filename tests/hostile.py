@@ -12,6 +12,7 @@ import torch
 from support import CASE, operator, subject
 
 from memkernels.registration import OPS
+from memkernels.spec import letters
 
 name, backend, direction = sys.argv[1:4]
 op = OPS[name]
@@ -63,28 +64,24 @@ def put(i: int, tensor) -> list:
 
 run(*[t if t is None else t.clone() for t in tensors], *params)  # the arguments as they are must be fine
 
-for i, (label, letters, t) in enumerate(zip(names, axes, tensors)):
+for i, (label, own, t) in enumerate(zip(names, axes, tensors)):
     if t is None:
         continue
-    shared = [
-        d for d, a in enumerate(letters) if any(a in b for j, b in enumerate(axes) if j != i and tensors[j] is not None)
-    ]
-    for d in shared:
-        dim = t.dim() - len(letters) + d
-        attempt(f"{label}: axis {letters[d]} shorter", put(i, t.narrow(dim, 0, t.shape[dim] - 1)))
-        attempt(f"{label}: axis {letters[d]} longer", put(i, torch.cat([t, t.narrow(dim, 0, 1)], dim)))
-        attempt(f"{label}: axis {letters[d]} empty", put(i, t.narrow(dim, 0, 0)))
+    others = set().union(*(letters(" ".join(b)) for j, b in enumerate(axes) if j != i and tensors[j] is not None))
+    for d in (d for d, a in enumerate(own) if letters(a) <= others):  # known from another argument, or a number
+        dim = t.dim() - len(own) + d
+        attempt(f"{label}: axis {own[d]} shorter", put(i, t.narrow(dim, 0, t.shape[dim] - 1)))
+        attempt(f"{label}: axis {own[d]} longer", put(i, torch.cat([t, t.narrow(dim, 0, 1)], dim)))
+        attempt(f"{label}: axis {own[d]} empty", put(i, t.narrow(dim, 0, 0)))
     attempt(f"{label}: no dimensions", put(i, torch.zeros((), dtype=t.dtype)))
-    attempt(
-        f"{label}: one dimension too few", put(i, t.flatten()[: t.shape[-1]] if len(letters) > 1 else t.flatten()[0])
-    )
+    attempt(f"{label}: one dimension too few", put(i, t.flatten()[: t.shape[-1]] if len(own) > 1 else t.flatten()[0]))
     attempt(
         f"{label}: 70 dimensions",
         put(
             i,
-            t.reshape([1] * 70 + list(t.shape)[-len(letters) :])
-            if t.dim() == len(letters)
-            else t[(0,) * (t.dim() - len(letters))].reshape([1] * 62 + list(t.shape)[-len(letters) :]),
+            t.reshape([1] * 70 + list(t.shape)[-len(own) :])
+            if t.dim() == len(own)
+            else t[(0,) * (t.dim() - len(own))].reshape([1] * 62 + list(t.shape)[-len(own) :]),
         ),
         must_raise=False,
     )

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from support import randn
 
 import memkernels as mk
+from memkernels.spec import Arg, Op, Out, check
 
 Q, KEYS, VALUES = randn(2, 5, 8).float(), randn(2, 9, 8).float(), randn(2, 9, 6).float()
 WRITE, LSE = randn(2, 5, 6).float(), randn(2, 5).float()
@@ -117,7 +120,7 @@ def test_an_index_out_of_range_is_refused(backend, wild):
 
 
 def test_an_unknown_backend_is_refused():
-    with pytest.raises(ValueError, match="backend must be one of auto, reference, cpu, triton, got 'tpu'"):
+    with pytest.raises(ValueError, match="backend must be one of auto, reference, cpu, cuda, triton, got 'tpu'"):
         mk.softmax_read(Q, KEYS, VALUES, backend="tpu")
 
 
@@ -137,3 +140,26 @@ def test_the_same_wrong_call_is_refused_every_time(backend):
     for _ in range(3):
         with pytest.raises(ValueError, match="keys must be"):
             mk.softmax_read(Q, KEYS[..., :4], VALUES, backend=backend)
+
+
+TWO_HALVES = Op(
+    name="halves",
+    args=(Arg("query", "T 2h", "tokens", "lead"), Arg("subkeys", "2 n h", "memory")),
+    outputs=(Out("halves", "T 2h"),),
+    reference=lambda query, subkeys: (query,),
+)
+
+
+@pytest.mark.parametrize(
+    "query, subkeys, sentence",
+    [
+        ((7, 9), (2, 3, 4), "halves: query must be [..., T, 2h=8], got [7, 9]"),
+        ((7, 8), (3, 3, 4), "halves: subkeys must be [..., 2, n, h=4], got [3, 3, 4]"),
+        ((7, 8), (2, 3, 5), "halves: subkeys must be [..., 2, n, h=4], got [2, 3, 5]"),
+    ],
+)
+def test_axes_that_are_numbers_or_multiples_are_checked(query, subkeys, sentence):
+    with pytest.raises(ValueError, match=f"^{re.escape(sentence)}$"):
+        check(TWO_HALVES, [torch.randn(query), torch.randn(subkeys)])
+    layout = check(TWO_HALVES, [torch.randn(5, 7, 8), torch.randn(2, 3, 4)])
+    assert layout.shape(TWO_HALVES, TWO_HALVES.outputs[0], ()) == ((5, 7, 8), torch.float32)

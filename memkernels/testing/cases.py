@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
-from ..spec import Op
+from ..spec import Op, letters
 
-SIZES = MappingProxyType({"T": 7, "N": 33, "K": 16, "V": 24, "k": 4, "S": 3})
+SIZES = MappingProxyType({"T": 7, "N": 33, "K": 16, "V": 24, "k": 4, "S": 3, "D": 20, "W": 50, "n": 6, "h": 8})
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def _names(op: Op) -> set[str]:
     names = (
         {op.name} | {a.name for a in op.args} | {f"-> {o.name}" for o in op.outputs} | {name for name, _ in op.params}
     )
-    names |= {axis for a in op.args for axis in a.axes.split()} | {axis for o in op.outputs for axis in o.axes.split()}
+    names = names.union(*(letters(a.axes) for a in op.args), *(letters(o.axes) for o in op.outputs))
     return names | ({"mixed"} if any(a.dtype == "content" for a in op.args) else set())
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..ops._formula import scores, softmax
-from ..spec import Arg, Op, stats_dtype
+from ..spec import Arg, Op, sizes, stats_dtype
 from .cases import SIZES, Case
 
 SIXTEEN_BIT = (torch.bfloat16, torch.float16)
@@ -52,7 +52,7 @@ def make(op: Op, case: Case, dtype: torch.dtype, device: str = "cpu") -> Inputs:
             tensors.append(None)
             continue
         lead = case.leads.get(arg.name, case.memory if arg.side == "memory" else case.tokens)
-        shape = (*lead, *(axes[a] for a in arg.axes.split()))
+        shape = (*lead, *sizes(arg.axes, axes))
         kind = case.give.get(arg.name) or _usual(op, arg)
         tensors.append(FILL[kind](shape, _dtype(arg, dtype, case), random, axes))
     _poison(op, case, tensors)
