@@ -1,6 +1,6 @@
-#include "binding.h"
-
 #include <torch/csrc/stable/ops.h>
+
+#include "binding.h"
 
 namespace mk {
 

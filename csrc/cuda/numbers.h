@@ -14,7 +14,7 @@ struct f16 {
 
 MK_DEVICE float to_float(float x) { return x; }
 MK_DEVICE float to_float(bf16 x) { return __uint_as_float(uint32_t(x.bits) << 16); }
-MK_DEVICE float to_float(f16 x) { return __half2float(__ushort_as_half(x.bits)); }
+MK_DEVICE float to_float(f16 x) { return half_to_float(x.bits); }
 
 template <class X>
 MK_DEVICE X from_float(float x);
@@ -30,7 +30,7 @@ MK_DEVICE bf16 from_float<bf16>(float x) {
 }
 template <>
 MK_DEVICE f16 from_float<f16>(float x) {
-  return {__half_as_ushort(__float2half_rn(x))};
+  return {half_from_float(x)};
 }
 
 // 16 bytes of X, as they are copied.

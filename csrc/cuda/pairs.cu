@@ -35,6 +35,20 @@ MK_DEVICE float of_token(const View& v, const Pairs& p, int64_t batch, int64_t t
   return *reinterpret_cast<const float*>(token_row(v, p.lead, v.batch(p.lead, batch), p.T, t));
 }
 
+// What the tile needs to know of token t, which is its row threadIdx.x.
+MK_DEVICE void look_up(Tile& tile, const Pairs& p, int64_t batch, int64_t t) {
+  const int64_t tokens = p.lead.folded() * p.T;
+  const int row = int(threadIdx.x);
+  const bool there = t < tokens;
+  auto row_of = [&](const View& v) -> char* {
+    return v && there ? token_row(v, p.lead, v.batch(p.lead, batch), p.T, t) : nullptr;
+  };
+  tile.weights[row] = row_of(p.weights), tile.d_weights[row] = row_of(p.d_weights);
+  const auto* lse = reinterpret_cast<const float*>(row_of(p.lse));
+  tile.lse[row] = lse == nullptr ? 0.f : *lse;
+  tile.terms[row] = p.terms != nullptr && there ? p.terms[batch * tokens + t] : 0.f;
+}
+
 // Fills tile.w and tile.ds; pairs that do not exist are 0. `by_slots`: slots run along the rows of a tile, for sums over tokens.
 template <bool by_slots>
 MK_DEVICE void weigh(Tile& tile, const Pairs& p, int64_t batch, int64_t t0, int64_t i0) {
@@ -42,36 +56,32 @@ MK_DEVICE void weigh(Tile& tile, const Pairs& p, int64_t batch, int64_t t0, int6
   const int64_t tokens = p.lead.folded() * p.T;
   const bool given = bool(p.weights);
   float s[2][4] = {}, dw[2][4] = {};
-  if (given) __syncthreads();  // the sums of the tile before are done
-  else score_pairs(tile, p, batch, t0, i0, s);
+  __syncthreads();  // the sums of the tile before are done
+  if (int(threadIdx.x) < kTile) look_up(tile, p, batch, t0 + threadIdx.x);
+  __syncthreads();
+  if (!given) score_pairs(tile, p, batch, t0, i0, s);
   if (p.rule == Rule::softmax && p.d_read && p.V > 0) {
     point(tile, p, batch, p.d_read, t0, p.values, i0);
     multiply_rows(tile, p.d_read.dtype, p.values.dtype, p.V, dw);
   }
 #pragma unroll
   for (int x = 0; x < 2; ++x) {
-    const int64_t t = t0 + ty + 16 * x;
-    const char *weights = nullptr, *d_weights = nullptr;
-    if (given && t < tokens) {
-      weights = token_row(p.weights, p.lead, p.weights.batch(p.lead, batch), p.T, t);
-      d_weights = token_row(p.d_weights, p.lead, p.d_weights.batch(p.lead, batch), p.T, t);
-    }
-    const float lse = !given && t < tokens ? of_token(p.lse, p, batch, t) : 0.f;
-    const float term = p.terms != nullptr && t < tokens ? p.terms[batch * tokens + t] : 0.f;
+    const int row = ty + 16 * x;
+    const float lse = tile.lse[row], term = tile.terms[row];
 #pragma unroll
     for (int y = 0; y < 4; ++y) {
       const int64_t i = i0 + tx + 8 * y;
       float w = 0, ds = 0;
-      if (t < tokens && i < p.N) {
-        w = given ? load(weights, p.weights.dtype, i) : softmax_weight(s[x][y], lse);
+      if (t0 + row < tokens && i < p.N) {
+        w = given ? load(tile.weights[row], p.weights.dtype, i) : softmax_weight(s[x][y], lse);
         float d = dw[x][y];
-        if (given) d = load(d_weights, p.d_weights.dtype, i);
+        if (given) d = load(tile.d_weights[row], p.d_weights.dtype, i);
         else if (p.rule == Rule::usage && p.d_usage)
           d = *reinterpret_cast<const float*>(p.d_usage.batch(p.lead, batch) + i * p.d_usage.row);
         ds = w == 0 ? 0.f : p.rule == Rule::sigmoid ? d * w * (1 - w) : w * (d + term);
       }
-      (by_slots ? tile.w[ty + 16 * x][tx + 8 * y] : tile.w[tx + 8 * y][ty + 16 * x]) = w;
-      (by_slots ? tile.ds[ty + 16 * x][tx + 8 * y] : tile.ds[tx + 8 * y][ty + 16 * x]) = ds;
+      (by_slots ? tile.w[row][tx + 8 * y] : tile.w[tx + 8 * y][row]) = w;
+      (by_slots ? tile.ds[row][tx + 8 * y] : tile.ds[tx + 8 * y][row]) = ds;
     }
   }
   __syncthreads();
@@ -104,11 +114,11 @@ MK_KERNEL(kPairThreads) sum_by_tokens(MK_PARAM(Pairs) p, MK_PARAM(Results) out, 
       for (int j = 0; j < kTile; ++j) total += tile.ds[j][threadIdx.x];
     }
   }
+  point(tile, p, part.batch, out.d_query, part.first, View{}, 0);
 #pragma unroll
   for (int r = 0; r < kTile; ++r) {
-    if (!out.d_query || column >= p.K || part.first + r >= tokens) continue;
-    char* row = token_row(out.d_query, p.lead, out.d_query.batch(p.lead, part.batch), p.T, part.first + r);
-    reinterpret_cast<float*>(row)[column] = float(p.scale) * acc[r];
+    if (tile.a_rows[r] == nullptr || column >= p.K) continue;
+    reinterpret_cast<float*>(tile.a_rows[r])[column] = float(p.scale) * acc[r];
   }
   if (out.d_lse && column < kTile && part.first + column < tokens) {
     char* row = token_row(out.d_lse, p.lead, out.d_lse.batch(p.lead, part.batch), p.T, part.first + column);
@@ -135,11 +145,12 @@ sum_by_slots(MK_PARAM(Pairs) p, MK_PARAM(Results) out, int64_t tiles, int64_t bl
       for (int j = 0; j < kTile; ++j) total += out.usage ? tile.w[j][threadIdx.x] : tile.ds[j][threadIdx.x];
     }
   }
+  if (result && column < (of_keys ? p.K : p.V)) {
+    char* row = result.batch(p.lead, part.batch) + part.first * result.row;
 #pragma unroll
-  for (int r = 0; r < kTile; ++r) {
-    if (!result || column >= (of_keys ? p.K : p.V) || part.first + r >= p.N) continue;
-    char* row = result.batch(p.lead, part.batch) + (part.first + r) * result.row;
-    reinterpret_cast<float*>(row)[column] = (of_keys ? float(p.scale) : 1.f) * acc[r];
+    for (int r = 0; r < kTile; ++r, row += result.row) {
+      if (part.first + r < p.N) reinterpret_cast<float*>(row)[column] = (of_keys ? float(p.scale) : 1.f) * acc[r];
+    }
   }
   const View& sums = out.usage ? out.usage : out.d_mask;
   if (sums && part.block == 0 && int(threadIdx.x) < kTile && part.first + threadIdx.x < p.N) {
@@ -150,14 +161,19 @@ sum_by_slots(MK_PARAM(Pairs) p, MK_PARAM(Results) out, int64_t tiles, int64_t bl
 MK_KERNEL(kPairThreads) write_weights(MK_PARAM(Pairs) p, MK_PARAM(Results) out, int64_t tiles, int64_t slot_tiles) {
   Tile& tile = *reinterpret_cast<Tile*>(shared_memory());
   const Part part(tiles, slot_tiles);
-  const int64_t i0 = part.block * kTile, tokens = p.lead.folded() * p.T;
+  const int64_t i0 = part.block * kTile;
   float s[2][4] = {};
   score_pairs(tile, p, part.batch, part.first, i0, s);
+  point(tile, p, part.batch, out.weights, part.first, View{}, 0);
+  if (int(threadIdx.x) < kTile) look_up(tile, p, part.batch, part.first + threadIdx.x);
+  __syncthreads();
+#pragma unroll
   for (int x = 0; x < 2; ++x) {
-    const int64_t t = part.first + int(threadIdx.x) / 8 + 16 * x;
-    if (t >= tokens) continue;
-    char* row = token_row(out.weights, p.lead, out.weights.batch(p.lead, part.batch), p.T, t);
-    const float lse = p.rule == Rule::sigmoid ? 0.f : of_token(p.lse, p, part.batch, t);
+    const int token = int(threadIdx.x) / 8 + 16 * x;
+    char* row = tile.a_rows[token];
+    if (row == nullptr) continue;
+    const float lse = tile.lse[token];
+#pragma unroll
     for (int y = 0; y < 4; ++y) {
       const int64_t i = i0 + int(threadIdx.x) % 8 + 8 * y;
       if (i >= p.N) continue;

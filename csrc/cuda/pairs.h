@@ -30,10 +30,13 @@ struct Pairs {
 struct Tile {
   float a[kTile][kTile + 1], b[kTile][kTile + 1];
   float w[kTile][kPitch], ds[kTile][kPitch];  // [slot][token] or [token][slot]
-  const char *a_rows[kTile], *b_rows[kTile];
+  char *a_rows[kTile], *b_rows[kTile];        // addresses are found by one warp: the divisions in them take long
+  // Of tokens: null and 0 beyond the last one, and where a rule does not need them.
+  const char *weights[kTile], *d_weights[kTile];
+  float lse[kTile], terms[kTile];
 };
 
-// s[x][y] += sum over columns of a[ty + 16 x] b[tx + 8 y], rows behind null pointers are zero. All threads; begins and ends with
+// s[x][y] += sum over columns of a[ty + 16 x] b[tx + 8 y]; rows behind null pointers are zero. All threads; begins and ends with
 // barriers around its use of the tile.
 MK_DEVICE void multiply_rows(Tile& tile, DType a_type, DType b_type, int64_t width, float (&s)[2][4]) {
   const int tid = int(threadIdx.x), tx = tid % 8, ty = tid / 8, lane = tid % kTile;

@@ -1,10 +1,9 @@
 // The GPU side of csrc/place.h. Under MK_SIMT the kernels run on the CPU (tests/simt), and so do their tensors.
-#include "binding.h"
-
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/ops.h>
 
+#include "binding.h"
 #include "chosen.h"
 
 #ifndef MK_SIMT
@@ -35,7 +34,7 @@ void Place::enter(const char* op, const char* name, const Tensor& t) {
     scope_ = std::make_shared<torch::stable::accelerator::DeviceGuard>(index);
   } else {
     check(index == torch::stable::accelerator::getCurrentDeviceIndex(), op, ": ", name,
-                    " must be on the device of the other arguments");
+          " must be on the device of the other arguments");
   }
 #endif
   entered_ = true;

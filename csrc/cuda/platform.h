@@ -9,7 +9,6 @@
 #ifdef MK_SIMT
 #include "simt.h"
 #else
-#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 // Two blocks to a processor is the least asked for: without a number the compiler keeps registers so few that it spills.
 #define MK_KERNEL(threads) __global__ void __launch_bounds__(threads, 2)
@@ -41,6 +40,18 @@ MK_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memo
 template <int pending>
 MK_DEVICE void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
+}
+
+// Half precision as bits: the toolkit's own header for it takes longer to compile than a kernel.
+MK_DEVICE float half_to_float(uint16_t bits) {
+  float x;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits));
+  return x;
+}
+MK_DEVICE uint16_t half_from_float(float x) {
+  uint16_t bits;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(x));
+  return bits;
 }
 
 #endif

@@ -98,15 +98,11 @@ inline unsigned atomicAdd(unsigned* at, unsigned x) {
   return was;
 }
 
-using __half = _Float16;
-inline __half __ushort_as_half(uint16_t x) { return std::bit_cast<_Float16>(x); }
-inline uint16_t __half_as_ushort(__half x) { return std::bit_cast<uint16_t>(x); }
-inline float __half2float(__half x) { return float(x); }
-inline __half __float2half_rn(float x) { return _Float16(x); }
-
 namespace mk::cuda {
 inline char* shared_memory() { return simt::shared(); }
 inline void copy16(void* to, const void* from, bool whole) { simt::copy(to, from, whole); }
+inline float half_to_float(uint16_t bits) { return float(std::bit_cast<_Float16>(bits)); }
+inline uint16_t half_from_float(float x) { return std::bit_cast<uint16_t>(_Float16(x)); }
 inline void commit_copies() { simt::commit(); }
 template <int pending>
 void wait_copies() {
