@@ -43,10 +43,11 @@ bench: .build/native
 sanitize: $(READY)
 	PYTHON=$(PY) tests/native/run
 
-# The CUDA backend: builds its library with nvcc, runs its kernels on the CPU. No GPU is needed.
+# The CUDA backend: builds and installs its library with nvcc, prints what it uses, runs its kernels on the CPU. No GPU is needed.
 cuda: $(READY)
 	MEMKERNELS_CUDA=1 $(PY) -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) --no-build-isolation --no-deps -e .
-	MEMKERNELS_CUDA=1 $(PY) -m pytest tests/test_cuda.py
+	$(PY) -m bench.cuda_check
+	$(PY) -m pytest tests/test_cuda.py tests/test_simt.py
 
 # On a machine with a GPU: no network, the interpreter's own torch, build, contract grid on the GPU.
 gpu-check:

@@ -93,4 +93,18 @@ MK_DEVICE float softmax_weight(float s, float lse) {
   return s == -kInfinity || lse == -kInfinity ? 0.f : exponential(s - lse);
 }
 
+// acc[r] += factors[j][r] x_j for the 32 rows j of a tile; x_j: this thread's column of rows[j], 0 behind null.
+MK_DEVICE void add_rows(const float (&factors)[kTile][kPitch], const char* const* rows, DType dtype, int64_t column,
+                        float (&acc)[kTile]) {
+  for (int j = 0; j < kTile; ++j) {
+    if (rows[j] == nullptr) continue;
+    const float x = load(rows[j], dtype, column);
+#pragma unroll
+    for (int r = 0; r < kTile; r += 4) {
+      const float4 f = *reinterpret_cast<const float4*>(&factors[j][r]);
+      acc[r] += f.x * x, acc[r + 1] += f.y * x, acc[r + 2] += f.z * x, acc[r + 3] += f.w * x;
+    }
+  }
+}
+
 }  // namespace mk::cuda
