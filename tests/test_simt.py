@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from cuda_support import broken, failures, grid, library, ops
@@ -16,17 +17,31 @@ pytestmark = [
 ]
 DTYPES = "float32,bfloat16,float16"
 ALL = ",".join(ops())
+SEEDS = ("2", "3", "4")
+# The whole grid where the CUDA build is asked for (make cuda).
+EXTENT = "full" if os.environ.get("MEMKERNELS_CUDA") == "1" else "quick"
+
+
+@pytest.fixture(scope="module")
+def runs():
+    """The grid of every op, and of all under every seed, as they run: a process each, as many as processors."""
+    built = library()
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        whole = {op: pool.submit(grid, built, op, DTYPES, EXTENT) for op in ops()}
+        seeded = {seed: pool.submit(grid, built, ALL, MEMKERNELS_SIMT_SEED=seed) for seed in SEEDS}
+        yield whole | seeded
+        pool.shutdown(cancel_futures=True)
 
 
 @pytest.mark.parametrize("op", ops())
-def test_kernels_equal_the_float64_reference(op):
-    assert not failures(grid(library(), op, DTYPES, "full"))
+def test_kernels_equal_the_float64_reference(op, runs):
+    assert not failures(runs[op].result())
 
 
-@pytest.mark.parametrize("seed", ["2", "3", "4"])
-def test_no_order_of_threads_changes_the_result(seed):
+@pytest.mark.parametrize("seed", SEEDS)
+def test_no_order_of_threads_changes_the_result(seed, runs):
     """Threads go on in another order for every seed; what is not ordered by a barrier would show."""
-    assert not failures(grid(library(), ALL, MEMKERNELS_SIMT_SEED=seed))
+    assert not failures(runs[seed].result())
 
 
 def under_address_sanitizer(built, op, dtypes="float32"):
@@ -78,6 +93,24 @@ FAULTS = {
         "mask_base == nullptr || first + slot < end ? mask_at(mask, mask_base, first + slot) : -kInfinity",
         "softmax_read.cu",
     ),
+    "removed barrier, write": (
+        "gated_write.cu",
+        "      if (tid == 0) tile.alive = alive;\n    }\n    __syncthreads();",
+        "      if (tid == 0) tile.alive = alive;\n    }",
+        "gated_write.cu",
+    ),
+    "a token beyond the last one writes": (
+        "gates.h",
+        "const bool on = writes && tile.open[slot];",
+        "const bool on = tile.open[slot];",
+        "gated_write.cu",
+    ),
+    "one token of a tile left out, gradient": (
+        "gated_write_backward.cu",
+        "for (int t = kTile; t-- > 0;) left *=",
+        "for (int t = kTile - 1; t-- > 0;) left *=",
+        "gated_write_backward.cu",
+    ),
     "queue one place off": (
         "topk_search.cu",
         "queue[queued[n] + __popc",
@@ -86,7 +119,13 @@ FAULTS = {
     ),
 }
 # The op whose grid notices it: one that the source serves.
-OP = {"softmax_read.cu": "softmax_read", "topk_search.cu": "topk_search", "pairs.cu": "slot_usage"}
+OP = {
+    "gated_write.cu": "gated_write",
+    "gated_write_backward.cu": "gated_write",
+    "pairs.cu": "slot_usage",
+    "softmax_read.cu": "softmax_read",
+    "topk_search.cu": "topk_search",
+}
 
 
 @pytest.mark.parametrize("fault", FAULTS)

@@ -28,5 +28,9 @@ void slot_usage(const Device&, const SlotUsage&);
 void slot_usage_backward(const Device&, const SlotUsageBackward&);
 void merge_reads(const Device&, const MergeReads&);
 void merge_reads_backward(const Device&, const MergeReadsBackward&);
+void gated_write(const Device&, const GatedWrite&);
+void gated_write_scan(const Device&, const GatedWrite&);
+void gated_write_backward(const Device&, const GatedWriteBackward&);
+void gated_write_scan_backward(const Device&, const GatedWriteBackward&);
 
 }  // namespace mk::cuda
