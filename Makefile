@@ -1,5 +1,5 @@
 # Each target sets up .venv when it is missing, or uses the interpreter given as PYTHON= without touching the network.
-#   make demo | test | lint | bench | sanitize | gpu-check | dev | clean
+#   make demo | test | lint | bench | sanitize | cuda | gpu-check | dev | clean
 
 ifdef PYTHON
   PY := $(PYTHON)
@@ -11,10 +11,12 @@ else
   PIP_FLAGS :=
 endif
 CLANG_FORMAT := $(PY) -c "import clang_format; clang_format.clang_format()"
-NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h) csrc/kernels.cmake CMakeLists.txt setup.py \
+NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cmake) csrc/kernels.cmake CMakeLists.txt setup.py \
 	pyproject.toml
 
-.PHONY: dev demo test lint format bench sanitize gpu-check clean
+SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu tests/*/*.cpp tests/*/*.h)
+
+.PHONY: dev demo test lint format bench sanitize cuda gpu-check clean
 
 dev: .build/native
 
@@ -27,12 +29,12 @@ test: .build/native
 lint: $(READY)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(CLANG_FORMAT) --dry-run --Werror $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h tests/native/*.cpp tests/native/*.h)
+	$(CLANG_FORMAT) --dry-run --Werror $(SOURCES)
 
 format: $(READY)
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
-	$(CLANG_FORMAT) -i $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h tests/native/*.cpp tests/native/*.h)
+	$(CLANG_FORMAT) -i $(SOURCES)
 
 bench: .build/native
 	$(PY) -m pytest bench --benchmark-enable --benchmark-only
@@ -40,6 +42,12 @@ bench: .build/native
 # C++ kernels without torch or Python, under AddressSanitizer + UBSan and under ThreadSanitizer.
 sanitize: $(READY)
 	PYTHON=$(PY) tests/native/run
+
+# The CUDA backend: builds and installs its library with nvcc, prints what it uses, runs its kernels on the CPU. No GPU is needed.
+cuda: $(READY)
+	MEMKERNELS_CUDA=1 $(PY) -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) --no-build-isolation --no-deps -e .
+	$(PY) -m bench.cuda_check
+	MEMKERNELS_CUDA=1 $(PY) -m pytest tests/test_cuda.py tests/test_simt.py
 
 # On a machine with a GPU: no network, the interpreter's own torch, build, contract grid on the GPU.
 gpu-check:

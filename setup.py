@@ -15,7 +15,10 @@ KERNELS = "memkernels.triton_kernels"
 
 
 class CMakeBuild(build_ext):
-    """Configure, build and install into the package: ``_host`` and ``_lib/libmemkernels_cpu.so``."""
+    """Configure, build and install into the package: ``_host`` and ``_lib/libmemkernels_cpu.so``.
+
+    With MEMKERNELS_CUDA=1 in the environment, and nvcc, also ``_lib/libmemkernels_cuda.so``.
+    """
 
     def build_extension(self, ext: Extension) -> None:
         package = Path(self.get_ext_fullpath(ext.name)).resolve().parent
@@ -23,6 +26,7 @@ class CMakeBuild(build_ext):
         build.mkdir(parents=True, exist_ok=True)
         cmake = _tool("cmake")
         configure = ["-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}", f"-DCMAKE_MAKE_PROGRAM={_tool('ninja')}"]
+        configure.append(f"-DMEMKERNELS_CUDA={'ON' if os.environ.get('MEMKERNELS_CUDA') == '1' else 'OFF'}")
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
         subprocess.run([cmake, "-S", ROOT, "-B", build, *configure], check=True)
         subprocess.run([cmake, "--build", build, "--parallel", jobs], check=True)

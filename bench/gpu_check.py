@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
+import os
 import re
 import subprocess
 import sys
@@ -24,7 +25,9 @@ def main() -> int:
     if not torch.cuda.is_available():
         print(f"gpu-check: no GPU that torch {torch.__version__} can use is here", file=sys.stderr)
         return 1
-    subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=ROOT, check=True)
+    # The CUDA library too, where nvcc is.
+    build = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    subprocess.run(build, cwd=ROOT, check=True, env={**os.environ, "MEMKERNELS_CUDA": "1"})
     subprocess.run([sys.executable, "-m", "memkernels", "info"], cwd=ROOT, check=True)
 
     from memkernels import testing

@@ -79,7 +79,7 @@ Five backward(const Tensor& query, const Tensor& keys, const Tensor& values, con
 }  // namespace
 }  // namespace mk
 
-STABLE_TORCH_LIBRARY_IMPL(memkernels_cpu, CPU, m) {
+MK_REGISTER(m) {
   m.impl("additive_read", TORCH_BOX(&mk::forward));
   m.impl("additive_read_backward", TORCH_BOX(&mk::backward));
 }

@@ -75,7 +75,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& query, const Tensor& k
 }  // namespace
 }  // namespace mk
 
-STABLE_TORCH_LIBRARY_IMPL(memkernels_cpu, CPU, m) {
+MK_REGISTER(m) {
   m.impl("address", TORCH_BOX(&mk::forward));
   m.impl("address_backward", TORCH_BOX(&mk::backward));
 }

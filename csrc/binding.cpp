@@ -1,7 +1,5 @@
 #include "binding.h"
 
-#include <cstring>
-
 namespace mk {
 
 DType dtype_of(const char* op, const char* name, const Tensor& t) {
@@ -18,10 +16,6 @@ DType dtype_of(const char* op, const char* name, const Tensor& t) {
   }
 }
 
-Tensor empty(const Sizes& sizes, ScalarType dtype) {
-  return torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(sizes.data(), sizes.size()), dtype);
-}
-
 int64_t size_at(const char* op, const char* name, const Tensor& t, int64_t d) {
   const int64_t rank = t.dim();
   check(d < 0 ? -d <= rank : d < rank, op, ": ", name, " has too few dimensions, ", rank);
@@ -30,7 +24,7 @@ int64_t size_at(const char* op, const char* name, const Tensor& t, int64_t d) {
 
 const Tensor& Arguments::add(const char* name, const Tensor& t, Side side, std::initializer_list<int64_t> tail) {
   const int64_t rank = t.dim(), n = int64_t(tail.size());
-  check(t.is_cpu(), op_, ": ", name, " must be on the CPU");
+  place_.enter(op_, name, t);
   check(rank >= n && rank - n <= kMaxLead, op_, ": ", name, " has ", rank, " dimensions");
   int64_t d = rank - n;
   for (int64_t wanted : tail) {
@@ -51,6 +45,7 @@ void Arguments::floats(std::initializer_list<const Tensor*> tensors) const {
     check(d <= DType::f64, op_, ": an argument that must be a float tensor is not");
     ++(d == DType::f64 ? doubles : singles);
   }
+  check(kDoubles || doubles == 0, op_, ": there is no kernel for float64");
   check(singles == 0 || doubles == 0, op_, ": float64 does not mix with other dtypes");
 }
 
@@ -133,8 +128,8 @@ Gradient::Gradient(Arguments& args, const Tensor* argument, bool wanted, Side si
   const auto own = argument->sizes();
   sizes_.assign(own.begin(), own.end());
   Sizes full = sizes_;
-  if (side == Side::tokens) {
-    full = args.sizes(Side::tokens, {});
+  if (side == Side::tokens || !kSumsInKernels) {
+    full = args.sizes(side, {});
     full.insert(full.end(), sizes_.end() - tail, sizes_.end());
   }
   sum_ = empty(full, stats_type(dtype_));
@@ -142,11 +137,22 @@ Gradient::Gradient(Arguments& args, const Tensor* argument, bool wanted, Side si
 }
 
 void Gradient::zero() {
-  if (sum_.has_value()) {
-    std::memset(sum_->data_ptr(), 0, size_t(sum_->numel()) * (sum_->scalar_type() == ScalarType::Double ? 8 : 4));
-  }
+  if (sum_.has_value()) torch::stable::zero_(*sum_);
 }
 
+#ifdef MK_CUDA
+// The sum over the leading dimensions that `sizes` lacks or has at 1.
+static void sum_into(const Tensor& from, int, const Sizes& sizes, Tensor& to) {
+  const int64_t extra = from.dim() - int64_t(sizes.size());
+  Sizes over;
+  for (int64_t d = 0; d < from.dim(); ++d) {
+    if (d < extra || (sizes[size_t(d - extra)] == 1 && from.size(d) != 1)) over.push_back(d);
+  }
+  const torch::headeronly::IntHeaderOnlyArrayRef dims(over.data(), over.size());
+  to = torch::stable::reshape(torch::stable::sum(from, dims, true),
+                              torch::headeronly::IntHeaderOnlyArrayRef(sizes.data(), sizes.size()));
+}
+#else
 namespace {
 
 // to[own place] = sum of from[place], in order, over the places that differ where `to` has size 1; both have `tail` last dimensions
@@ -174,15 +180,20 @@ void sum_places(const Tensor& from, int tail, Tensor& to) {
 
 }  // namespace
 
+static void sum_into(const Tensor& from, int tail, const Sizes& sizes, Tensor& to) {
+  to = empty(sizes, from.scalar_type());
+  if (to.scalar_type() == ScalarType::Double) sum_places<double>(from, tail, to);
+  else sum_places<float>(from, tail, to);
+}
+#endif
+
 Tensor Gradient::result() const {
   if (!sum_.has_value()) return nothing();
   Tensor out = *sum_;
   int64_t own = 1;
   for (int64_t s : sizes_) own *= s;
   if (out.numel() != own) {
-    out = empty(sizes_, sum_->scalar_type());
-    if (out.scalar_type() == ScalarType::Double) sum_places<double>(*sum_, tail_, out);
-    else sum_places<float>(*sum_, tail_, out);
+    sum_into(*sum_, tail_, sizes_, out);
   } else if (out.dim() != int64_t(sizes_.size())) {
     out = torch::stable::reshape(out, torch::headeronly::IntHeaderOnlyArrayRef(sizes_.data(), sizes_.size()));
   }

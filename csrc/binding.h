@@ -17,12 +17,13 @@
 
 #include "common/isa.h"
 #include "common/view.h"
+#include "place.h"
+
+// Adds kernels to the operators of this library's backend, on its device.
+#define MK_REGISTER_IN(library, key, m) STABLE_TORCH_LIBRARY_IMPL(library, key, m)
+#define MK_REGISTER(m) MK_REGISTER_IN(MK_LIBRARY, MK_KEY, m)
 
 namespace mk {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using Sizes = std::vector<int64_t>;
 
 enum class Side { tokens, memory };
 
@@ -40,8 +41,6 @@ void check(bool holds, const Parts&... parts) {
 
 DType dtype_of(const char* op, const char* name, const Tensor& t);
 
-// A fresh, uninitialised CPU tensor.
-Tensor empty(const Sizes& sizes, ScalarType dtype);
 inline Tensor nothing() { return empty({0}, ScalarType::Float); }
 inline ScalarType stats_type(ScalarType t) { return t == ScalarType::Double ? t : ScalarType::Float; }
 
@@ -84,6 +83,7 @@ class Arguments {
     int tail;
   };
   const char* op_;
+  Place place_;
   std::deque<Item> items_;  // does not move what add() returned
   Lead lead_;
   int64_t memory_[kMaxLead];
@@ -102,9 +102,9 @@ struct Scales {
 // A gradient kept in float (double): written by kernels, then handed out in the shape and dtype of its argument.
 class Gradient {
  public:
-  // Of an argument of the memory: kernels add over leading dimensions that it lacks. Of one of the tokens: it has all leading
-  // dimensions while kernels write, and result() sums those that the argument lacks. Not wanted: empty, without a view.
-  // `tail`: trailing dimensions, 2 for rows, 1 for numbers.
+  // Of an argument of the memory: kernels add over leading dimensions that it lacks (where kSumsInKernels; otherwise as the
+  // tokens). Of one of the tokens: it has all leading dimensions while kernels write, and result() sums those that the argument
+  // lacks. Not wanted: empty, without a view. `tail`: trailing dimensions, 2 for rows, 1 for numbers.
   Gradient(Arguments& args, const Tensor* argument, bool wanted, Side side, int tail);
   View view() const { return view_; }
   void zero();  // for calls in which no kernel runs

@@ -37,7 +37,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& logits, const Tensor& 
 }  // namespace
 }  // namespace mk
 
-STABLE_TORCH_LIBRARY_IMPL(memkernels_cpu, CPU, m) {
+MK_REGISTER(m) {
   m.impl("cache_logprobs", TORCH_BOX(&mk::forward));
   m.impl("cache_logprobs_backward", TORCH_BOX(&mk::backward));
 }

@@ -39,7 +39,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& logits, const Tensor& 
 }  // namespace
 }  // namespace mk
 
-STABLE_TORCH_LIBRARY_IMPL(memkernels_cpu, CPU, m) {
+MK_REGISTER(m) {
   m.impl("cache_nll", TORCH_BOX(&mk::forward));
   m.impl("cache_nll_backward", TORCH_BOX(&mk::backward));
 }

@@ -62,7 +62,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& inputs, const Tensor& 
 }  // namespace
 }  // namespace mk
 
-STABLE_TORCH_LIBRARY_IMPL(memkernels_cpu, CPU, m) {
+MK_REGISTER(m) {
   m.impl("cell_scan", TORCH_BOX(&mk::forward));
   m.impl("cell_scan_backward", TORCH_BOX(&mk::backward));
 }

@@ -59,7 +59,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& forget, const Tensor& 
 }  // namespace
 }  // namespace mk
 
-STABLE_TORCH_LIBRARY_IMPL(memkernels_cpu, CPU, m) {
+MK_REGISTER(m) {
   m.impl("gated_scan", TORCH_BOX(&mk::forward));
   m.impl("gated_scan_backward", TORCH_BOX(&mk::backward));
 }

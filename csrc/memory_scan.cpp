@@ -96,7 +96,7 @@ Six backward(const Tensor& values, const Tensor& keys, const Tensor& read_query,
 }  // namespace
 }  // namespace mk
 
-STABLE_TORCH_LIBRARY_IMPL(memkernels_cpu, CPU, m) {
+MK_REGISTER(m) {
   m.impl("memory_scan", TORCH_BOX(&mk::forward));
   m.impl("memory_scan_backward", TORCH_BOX(&mk::backward));
 }

@@ -67,7 +67,7 @@ Two backward(const Tensor& reads, const Tensor& lses, const std::optional<Tensor
 }  // namespace
 }  // namespace mk
 
-STABLE_TORCH_LIBRARY_IMPL(memkernels_cpu, CPU, m) {
+MK_REGISTER(m) {
   m.impl("merge_reads", TORCH_BOX(&mk::forward));
   m.impl("merge_reads_backward", TORCH_BOX(&mk::backward));
 }

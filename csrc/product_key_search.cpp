@@ -97,7 +97,7 @@ std::tuple<Tensor, Tensor> backward(const Tensor& query, const Tensor& subkeys, 
 }  // namespace
 }  // namespace mk
 
-STABLE_TORCH_LIBRARY_IMPL(memkernels_cpu, CPU, m) {
+MK_REGISTER(m) {
   m.impl("product_key_search", TORCH_BOX(&mk::forward));
   m.impl("product_key_search_backward", TORCH_BOX(&mk::backward));
 }

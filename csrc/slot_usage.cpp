@@ -69,7 +69,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& query, const T
 }  // namespace
 }  // namespace mk
 
-STABLE_TORCH_LIBRARY_IMPL(memkernels_cpu, CPU, m) {
+MK_REGISTER(m) {
   m.impl("slot_usage", TORCH_BOX(&mk::forward));
   m.impl("slot_usage_backward", TORCH_BOX(&mk::backward));
 }

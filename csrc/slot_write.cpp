@@ -86,7 +86,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& values, const 
 }  // namespace
 }  // namespace mk
 
-STABLE_TORCH_LIBRARY_IMPL(memkernels_cpu, CPU, m) {
+MK_REGISTER(m) {
   m.impl("slot_write", TORCH_BOX(&mk::forward));
   m.impl("slot_write_", TORCH_BOX(&mk::in_place));
   m.impl("slot_write_backward", TORCH_BOX(&mk::backward));

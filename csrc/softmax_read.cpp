@@ -118,9 +118,11 @@ Two backward_compressed(const Tensor& query, const Tensor& keys, const Tensor& v
 }  // namespace
 }  // namespace mk
 
-STABLE_TORCH_LIBRARY_IMPL(memkernels_cpu, CPU, m) {
+MK_REGISTER(m) {
   m.impl("softmax_read", TORCH_BOX(&mk::forward));
   m.impl("softmax_read_backward", TORCH_BOX(&mk::backward));
-  m.impl("softmax_read_compressed", TORCH_BOX(&mk::forward_compressed));
-  m.impl("softmax_read_compressed_backward", TORCH_BOX(&mk::backward_compressed));
+  if (mk::kCompressedSlots) {
+    m.impl("softmax_read_compressed", TORCH_BOX(&mk::forward_compressed));
+    m.impl("softmax_read_compressed_backward", TORCH_BOX(&mk::backward_compressed));
+  }
 }

@@ -89,9 +89,11 @@ Tensor backward_compressed(const Tensor& values, const Tensor& indices, const Te
 }  // namespace
 }  // namespace mk
 
-STABLE_TORCH_LIBRARY_IMPL(memkernels_cpu, CPU, m) {
+MK_REGISTER(m) {
   m.impl("sparse_read", TORCH_BOX(&mk::forward));
   m.impl("sparse_read_backward", TORCH_BOX(&mk::backward));
-  m.impl("sparse_read_compressed", TORCH_BOX(&mk::forward_compressed));
-  m.impl("sparse_read_compressed_backward", TORCH_BOX(&mk::backward_compressed));
+  if (mk::kCompressedSlots) {
+    m.impl("sparse_read_compressed", TORCH_BOX(&mk::forward_compressed));
+    m.impl("sparse_read_compressed_backward", TORCH_BOX(&mk::backward_compressed));
+  }
 }

@@ -91,7 +91,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& values, const 
 }  // namespace
 }  // namespace mk
 
-STABLE_TORCH_LIBRARY_IMPL(memkernels_cpu, CPU, m) {
+MK_REGISTER(m) {
   m.impl("sparse_write", TORCH_BOX(&mk::forward));
   m.impl("sparse_write_", TORCH_BOX(&mk::in_place));
   m.impl("sparse_write_backward", TORCH_BOX(&mk::backward));

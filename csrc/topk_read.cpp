@@ -124,9 +124,11 @@ std::tuple<Tensor, Tensor> backward_compressed(const Tensor& query, const Tensor
 }  // namespace
 }  // namespace mk
 
-STABLE_TORCH_LIBRARY_IMPL(memkernels_cpu, CPU, m) {
+MK_REGISTER(m) {
   m.impl("topk_read", TORCH_BOX(&mk::forward));
   m.impl("topk_read_backward", TORCH_BOX(&mk::backward));
-  m.impl("topk_read_compressed", TORCH_BOX(&mk::forward_compressed));
-  m.impl("topk_read_compressed_backward", TORCH_BOX(&mk::backward_compressed));
+  if (mk::kCompressedSlots) {
+    m.impl("topk_read_compressed", TORCH_BOX(&mk::forward_compressed));
+    m.impl("topk_read_compressed_backward", TORCH_BOX(&mk::backward_compressed));
+  }
 }

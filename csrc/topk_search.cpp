@@ -104,9 +104,11 @@ Two backward_compressed(const Tensor& query, const Tensor& keys, const std::opti
 }  // namespace
 }  // namespace mk
 
-STABLE_TORCH_LIBRARY_IMPL(memkernels_cpu, CPU, m) {
+MK_REGISTER(m) {
   m.impl("topk_search", TORCH_BOX(&mk::forward));
   m.impl("topk_search_backward", TORCH_BOX(&mk::backward));
-  m.impl("topk_search_compressed", TORCH_BOX(&mk::forward_compressed));
-  m.impl("topk_search_compressed_backward", TORCH_BOX(&mk::backward_compressed));
+  if (mk::kCompressedSlots) {
+    m.impl("topk_search_compressed", TORCH_BOX(&mk::forward_compressed));
+    m.impl("topk_search_compressed_backward", TORCH_BOX(&mk::backward_compressed));
+  }
 }

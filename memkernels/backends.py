@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from . import _native, _triton
+from . import _cuda, _native, _triton
 from .spec import FLOATS
 
 DIRECTIONS = ("forward", "backward")
@@ -62,6 +62,7 @@ def note_kernels(qualified: str) -> None:
 # In order of preference. "reference" is not a row: it is the formula itself and runs anywhere.
 BACKENDS: tuple[Backend, ...] = (
     Backend("cpu", ("cpu",), _native.missing),
+    Backend("cuda", _cuda.DEVICES, _cuda.missing, _cuda.DTYPES),
     Backend("triton", _triton.DEVICES, _triton.missing, _triton.DTYPES),
 )
 

@@ -19,8 +19,9 @@ PACKAGE = ROOT / "memkernels"
 LAYERS = {
     "_native": {"_host"},
     "spec": set(),
+    "_cuda": set(),
     "_triton": set(),
-    "backends": {"_native", "_triton", "spec"},
+    "backends": {"_cuda", "_native", "_triton", "spec"},
     "registration": {"spec", "backends"},
     "ops": {"spec", "registration"},
     "nn": {"", "ops", "spec", "backends"},

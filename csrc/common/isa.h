@@ -16,7 +16,11 @@ Isa isa();
 
 }  // namespace mk
 
-#ifdef MK_HAVE_avx2
+#if defined(MK_CUDA)
+// The same bindings over the kernels of csrc/cuda: cuda/launchers.h declares those.
+#define MK_DECLARE(signature)
+#define MK_CALL(function, ...) (mk::cuda::function(mk::Launching().device(), __VA_ARGS__))
+#elif defined(MK_HAVE_avx2)
 #define MK_DECLARE(signature) \
   namespace mk::baseline {    \
   signature;                  \

@@ -7,13 +7,20 @@
 
 #include <cstdint>
 
+// Parameters travel to the GPU as they are: what reads them runs on both sides.
+#ifdef __CUDACC__
+#define MK_BOTH __host__ __device__
+#else
+#define MK_BOTH
+#endif
+
 namespace mk {
 
 enum class DType : int8_t { f32, bf16, f16, f64, boolean, i64, i8, e4m3 };
 
 inline bool is_compressed(DType d) { return d == DType::i8 || d == DType::e4m3; }
 
-inline int64_t size_of(DType d) {
+MK_BOTH inline int64_t size_of(DType d) {
   switch (d) {
     case DType::f32: return 4;
     case DType::bf16:
@@ -32,11 +39,11 @@ struct Lead {
   int64_t size[kMaxLead];
   bool shared[kMaxLead];
 
-  int64_t batches() const { return product(false); }
-  int64_t folded() const { return product(true); }  // token rows per batch = folded() * T
+  MK_BOTH int64_t batches() const { return product(false); }
+  MK_BOTH int64_t folded() const { return product(true); }  // token rows per batch = folded() * T
 
  private:
-  int64_t product(bool which) const {
+  MK_BOTH int64_t product(bool which) const {
     int64_t n = 1;
     for (int d = 0; d < rank; ++d) n *= shared[d] == which ? size[d] : 1;
     return n;
@@ -50,10 +57,10 @@ struct View {
   int64_t row = 0;              // bytes from row to row
   int64_t lead[kMaxLead] = {};  // bytes per leading dimension, 0 where broadcast
 
-  explicit operator bool() const { return data != nullptr; }
+  MK_BOTH explicit operator bool() const { return data != nullptr; }
 
   // Where batch `b` begins.
-  char* batch(const Lead& l, int64_t b) const {
+  MK_BOTH char* batch(const Lead& l, int64_t b) const {
     char* p = data;
     for (int d = l.rank - 1; d >= 0; --d) {
       if (l.shared[d]) continue;
@@ -119,9 +126,9 @@ struct TokenRows {
   }
 };
 
-inline int64_t round_up(int64_t n, int64_t m) { return (n + m - 1) / m * m; }
-inline int64_t div_up(int64_t n, int64_t m) { return (n + m - 1) / m; }
-inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+MK_BOTH inline int64_t round_up(int64_t n, int64_t m) { return (n + m - 1) / m * m; }
+MK_BOTH inline int64_t div_up(int64_t n, int64_t m) { return (n + m - 1) / m; }
+MK_BOTH inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+MK_BOTH inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
 }  // namespace mk

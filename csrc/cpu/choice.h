@@ -11,8 +11,8 @@ struct Choice {
   int64_t T, k, N;
   View indices;
 
-  int64_t tokens() const { return lead.folded() * T; }  // of one batch
-  int64_t all_tokens() const { return lead.batches() * tokens(); }
+  MK_BOTH int64_t tokens() const { return lead.folded() * T; }  // of one batch
+  MK_BOTH int64_t all_tokens() const { return lead.batches() * tokens(); }
 };
 
 // A gradient of memory, written whole: contiguous [own leading dimensions, N, width], in all `rows` rows. `zero`: it is
@@ -22,7 +22,7 @@ struct MemoryGradient {
   int64_t rows = 0;
   bool zero = false;
 
-  explicit operator bool() const { return bool(view); }
+  MK_BOTH explicit operator bool() const { return bool(view); }
 };
 
 }  // namespace mk

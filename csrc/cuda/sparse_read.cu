@@ -1,0 +1,96 @@
+// sparse_read:  r_t = sum_j w[t, j] v_{i[t, j]};   backward: dw[t, j] = <dr_t, v_{i[t, j]}>,  dv_i = sum_{i[t, j] = i} w[t, j] dr_t
+//
+// Bound by bandwidth of scattered rows: a warp per token, 16 bytes per lane, several rows under way (cuda/gather.h). The gradient
+// of the values is summed row by row in the order of the tokens (cuda/segments.cu).
+#include "cuda/chosen.h"
+#include "cuda/gather.h"
+#include "cuda/launchers.h"
+#include "cuda/stream.h"
+
+namespace mk::cuda {
+namespace {
+
+constexpr int kWarps = kThreads / 32;
+
+// One warp's token.
+struct Token {
+  int64_t at, batch, t;
+  MK_DEVICE explicit Token(const Choice& c) {
+    at = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32;
+    batch = at / most(c.tokens(), 1), t = at % most(c.tokens(), 1);
+  }
+  MK_DEVICE char* row(const View& v, const Choice& c) const {
+    return token_row(v, c.lead, v.batch(c.lead, batch), c.T, t);
+  }
+};
+
+template <class X, int E>
+MK_KERNEL(kThreads)
+gather_rows(MK_PARAM(Gather) g) {
+  const Choice& c = g.choice;
+  const Token token(c);
+  if (token.at >= c.all_tokens()) return;
+  const auto* index = reinterpret_cast<const int64_t*>(token.row(c.indices, c));
+  const char* weights = token.row(g.weights, c);
+  char* out = token.row(g.out, c);
+  const RowSource rows{g.rows.batch(c.lead, token.batch), g.rows.row, c.N, g.width};
+  sum_rows<X, E>(
+      rows, int(c.k), [&](int j) { return index[j]; }, [&](int j) { return load(weights, g.weights.dtype, j); },
+      [&](int64_t column, float x) { store(out, g.out.dtype, column, g.factor * x); });
+}
+
+template <class X, int E>
+MK_KERNEL(kThreads)
+multiply_rows(MK_PARAM(Products) p) {
+  const Choice& c = p.choice;
+  const Token token(c);
+  if (token.at >= c.all_tokens()) return;
+  const auto* index = reinterpret_cast<const int64_t*>(token.row(c.indices, c));
+  const char* own = token.row(p.tokens, c);
+  char* out = token.row(p.out, c);
+  const RowSource rows{p.rows.batch(c.lead, token.batch), p.rows.row, c.N, p.width};
+  const int G = lanes_per_row(p.width / E), lane = int(threadIdx.x) & 31, group = lane / G, groups = 32 / G;
+  for (int j0 = 0; j0 < c.k; j0 += groups) {
+    const int j = j0 + group;
+    const int64_t row = j < c.k ? index[j] : -1;
+    const float x = multiply_row<X, E>(rows, row, G, [&](int64_t column) { return load(own, p.tokens.dtype, column); });
+    if (j < c.k && lane % G == 0) store(out, p.out.dtype, j, x);
+  }
+}
+
+// Calls body<X, E>(): the type of the rows, and how many numbers are loaded at once.
+template <class Body>
+void with_rows(const View& rows, const Lead& lead, int64_t width, Body&& body) {
+  const bool packs = in_packs(rows, lead, width);
+  with_type(rows.dtype, [&]<class X>() {
+    if (packs) body.template operator()<X, Pack<X>::size>();
+    else body.template operator()<X, 1>();
+  });
+}
+
+}  // namespace
+
+void gather_chosen(const Device& device, const char* name, const Gather& g) {
+  with_rows(g.rows, g.choice.lead, g.width, [&]<class X, int E>() {
+    launch(device, name, gather_rows<X, E>, div_up(g.choice.all_tokens(), kWarps), kThreads, 0, g);
+  });
+}
+
+void multiply_chosen(const Device& device, const char* name, const Products& p) {
+  with_rows(p.rows, p.choice.lead, p.width, [&]<class X, int E>() {
+    launch(device, name, multiply_rows<X, E>, div_up(p.choice.all_tokens(), kWarps), kThreads, 0, p);
+  });
+}
+
+void sparse_read(const Device& device, const SparseRead& p) {
+  gather_chosen(device, "sparse_read", {p.choice, p.V, p.values, p.weights, p.read, 1.f});
+}
+
+void sparse_read_backward(const Device& device, const SparseReadBackward& b) {
+  const SparseRead& p = b.forward;
+  const char* name = "sparse_read_backward";
+  if (b.d_weights) multiply_chosen(device, name, {p.choice, p.V, p.values, b.d_read, b.d_weights});
+  sum_chosen(device, name, {p.choice, p.V, b.d_values, b.d_read, p.weights, 1.f});
+}
+
+}  // namespace mk::cuda

@@ -1,0 +1,214 @@
+// topk_search: the k largest s[t, i] = scale <q_t, k_i> + mask_i of every token, best first, ties to the smaller index.
+//
+// Tokens stay, keys stream (cuda/stream.h). A warp keeps the list of a token, sorted, in shared memory; the k-th best is its
+// threshold. Of every 32 scores those above it go into a queue, their places by ballot and prefix; a full queue is sorted and merged
+// (bitonic), which raises the threshold. In ascending order every score survives: then the cost is one sort of 128 per 96 or more
+// scores, whatever N is.
+// Ranges of slots fill the chip. Each leaves its list in scratch memory; a block per token merges them. Keys of different slots are
+// different, so the result does not depend on the order of merging, nor on how the slots were split.
+#include "cuda/best.h"
+#include "cuda/chosen.h"
+#include "cuda/stream_plan.h"
+#include "cuda/topk_search.h"
+
+namespace mk::cuda {
+namespace {
+
+constexpr int kWarps = kThreads / 32;
+
+struct Searching {
+  TopkSearch p;
+  StreamPlan plan;
+  View weights;
+  int list, queue;  // lengths, powers of two; list >= k
+  int merging;      // warps that merge the lists of a token
+  Key* lists;       // [splits][rows][list]
+  int64_t rows;
+};
+
+template <class X, int Q>
+MK_KERNEL(kThreads)
+search_stream(MK_PARAM(Searching) r) {
+  const TopkSearch& p = r.p;
+  const StreamPlan& plan = r.plan;
+  const int S = plan.slots, tid = int(threadIdx.x), lane = tid & 31, warp = tid / 32;
+  int64_t at = blockIdx.x;
+  const int64_t split = at % plan.splits;
+  at /= plan.splits;
+  const int64_t t0 = at % plan.tiles * Q, batch = at / plan.tiles, tokens = p.lead.folded() * p.T;
+  const int64_t begin = split * plan.split_rows, end = least(p.N, begin + plan.split_rows);
+
+  char* buffers = shared_memory();
+  auto* lists = reinterpret_cast<Key*>(buffers + kStages * plan.stage_bytes);  // [Q]: list, then queue
+  const int both = r.list + r.queue;
+  auto* query = reinterpret_cast<float*>(lists + Q * both);
+  float* scores = query + Q * plan.padded;
+  for (int q = warp; q < Q; q += kWarps) clear_keys(lists + q * both, both);
+  load_queries<Q>(p.query, p.lead, batch, p.T, t0, tokens, p.K, plan.padded, query);
+
+  const char* keys = p.keys.batch(p.lead, batch);
+  const char* mask = p.mask ? p.mask.batch(p.lead, batch) : nullptr;
+  auto key_columns = [&](int part) { return int(least(kPart, p.K - part * kPart)); };
+  auto ask = [&](const Step& step) {
+    if (step.first < end) {
+      fetch<X>({keys + step.part * kPart * int64_t(sizeof(X)), p.keys.row, step.first, end, key_columns(step.part),
+                plan.key_packs},
+               S, p.mask, mask, buffers + step.buffer * plan.stage_bytes);
+    }
+    commit_copies();
+  };
+  Step ahead{begin};
+  for (int i = 0; i < kStages - 1; ++i, ahead.next(plan.key_parts, S)) ask(ahead);
+
+  float s[Q] = {};
+  int queued[(Q + kWarps - 1) / kWarps] = {};  // of this warp's tokens
+  for (Step step{begin}; step.first < end; step.next(plan.key_parts, S)) {
+    wait_copies<kStages - 2>();
+    __syncthreads();  // the part is there for all threads; buffer and scores of before are no longer used
+    ask(ahead);
+    ahead.next(plan.key_parts, S);
+    multiply<X, Q>(buffers + step.buffer * plan.stage_bytes, key_columns(step.part), query + step.part * kPart,
+                   plan.padded, S, s);
+    if (step.part + 1 < plan.key_parts) continue;
+    store_scores<Q>(s, float(p.scale), S, step.first, end, p.mask, mask, scores);
+    __syncthreads();
+#pragma unroll
+    for (int n = 0; n < (Q + kWarps - 1) / kWarps; ++n) {
+      const int q = n * kWarps + warp;
+      if (q >= Q || t0 + q >= tokens) continue;
+      Key *list = lists + q * both, *queue = list + r.list;
+      for (int i0 = 0; i0 < S; i0 += 32) {
+        const int i = i0 + lane;
+        const Key key = i < S ? key_of(scores[q * S + i], step.first + i) : 0;
+        const bool survives = key > list[p.k - 1];
+        const unsigned survivors = __ballot_sync(kAllLanes, survives);
+        if (survives) queue[queued[n] + __popc(survivors & ((1u << lane) - 1))] = key;
+        queued[n] += __popc(survivors);
+        __syncwarp();
+        if (queued[n] <= r.queue - 32) continue;
+        sort_keys(queue, r.queue);
+        merge_keys(list, queue, r.list);
+        clear_keys(queue, r.queue);
+        queued[n] = 0;
+        __syncwarp();
+      }
+    }
+  }
+  wait_copies<0>();
+  __syncthreads();
+  for (int q = warp; q < Q && t0 + q < tokens; q += kWarps) {
+    Key *list = lists + q * both, *queue = list + r.list;
+    sort_keys(queue, r.queue);
+    merge_keys(list, queue, r.list);
+    Key* out = r.lists + (split * r.rows + batch * tokens + t0 + q) * r.list;
+    for (int i = lane; i < r.list; i += 32) out[i] = list[i];
+  }
+}
+
+// One block per token: merges the lists of its ranges, then writes scores or weights, and indices.
+MK_KERNEL(kThreads) finish_search(MK_PARAM(Searching) r) {
+  const TopkSearch& p = r.p;
+  const int64_t token = blockIdx.x, tokens = p.lead.folded() * p.T, batch = token / tokens, t = token % tokens;
+  const int lane = int(threadIdx.x) & 31, warp = int(threadIdx.x) / 32;
+  auto* lists = reinterpret_cast<Key*>(shared_memory());  // [merging][list]
+  Key* list = lists + warp * r.list;
+  if (warp < r.merging) {
+    clear_keys(list, r.list);
+    __syncwarp();
+    for (int64_t i = warp; i < r.plan.splits; i += r.merging) {
+      merge_keys(list, r.lists + (i * r.rows + token) * r.list, r.list);
+    }
+  }
+  __syncthreads();
+  if (warp != 0) return;
+  for (int w = 1; w < r.merging; ++w) merge_keys(list, lists + w * r.list, r.list);
+  auto* indices = reinterpret_cast<int64_t*>(token_row(p.indices, p.lead, p.indices.batch(p.lead, batch), p.T, t));
+  const float top = list[0] == 0 ? 0.f : score_of(list[0]);
+  float sum = 0;
+  for (int j = lane; j < p.k; j += 32) {
+    const Key key = list[j];
+    indices[j] = key == 0 ? -1 : slot_of(key);
+    if (p.scores) {
+      store(token_row(p.scores, p.lead, p.scores.batch(p.lead, batch), p.T, t), p.scores.dtype, j,
+            key == 0 ? -kInfinity : score_of(key));
+    }
+    sum += key == 0 ? 0.f : exponential(score_of(key) - top);
+  }
+  if (p.scores) return;
+  sum = warp_sum(sum);
+  auto* weights = reinterpret_cast<float*>(token_row(r.weights, p.lead, r.weights.batch(p.lead, batch), p.T, t));
+  for (int j = lane; j < p.k; j += 32) {
+    const float e = list[j] == 0 ? 0.f : exponential(score_of(list[j]) - top);
+    weights[j] = list[j] == 0 || isinf(top) ? e : e / sum;  // beside an infinite score finite ones weigh nothing
+  }
+}
+
+template <class X, int Q>
+void run(const Device& device, const char* name, Searching r) {
+  const TopkSearch& p = r.p;
+  r.plan = plan_stream(device, {p.lead, p.T, p.N, p.K, p.keys, 0, 0, 1, Q});
+  r.rows = p.lead.batches() * p.lead.folded() * p.T;
+  r.lists = device.scratch<Key>(r.plan.splits * r.rows * r.list);
+  const int64_t shared = kStages * r.plan.stage_bytes +
+                         Q * ((r.list + r.queue) * int64_t(sizeof(Key)) + (r.plan.padded + r.plan.slots) * 4);
+  launch(device, name, search_stream<X, Q>, p.lead.batches() * r.plan.tiles * r.plan.splits, kThreads, shared, r);
+  launch(device, name, finish_search, r.rows, kThreads, r.merging * r.list * int64_t(sizeof(Key)), r);
+}
+
+// The gradient of scores that no slot has is nobody's.
+MK_KERNEL(kThreads) keep_chosen(MK_PARAM(Choice) c, MK_PARAM(View) d_scores, MK_PARAM(View) ds) {
+  const int64_t at = int64_t(blockIdx.x) * kThreads + threadIdx.x, tokens = c.tokens();
+  if (at >= c.all_tokens() * c.k) return;
+  const int64_t batch = at / c.k / tokens, t = at / c.k % tokens, j = at % c.k;
+  const char* index = token_row(c.indices, c.lead, c.indices.batch(c.lead, batch), c.T, t);
+  const char* from = token_row(d_scores, c.lead, d_scores.batch(c.lead, batch), c.T, t);
+  const bool chosen = reinterpret_cast<const int64_t*>(index)[j] >= 0;
+  store(token_row(ds, c.lead, ds.batch(c.lead, batch), c.T, t), ds.dtype, j,
+        chosen ? load(from, d_scores.dtype, j) : 0.f);
+}
+
+}  // namespace
+
+void search(const Device& device, const char* name, const TopkSearch& p, const View& weights) {
+  constexpr int kQueue = 128, kListsOfMany = 256, kMergeRoom = 48 << 10;
+  if (p.N >= 0xffffffff || p.k > 1 << 20) {
+    throw std::runtime_error(std::string(name) + ": 2^32 slots, or more than 2^20 neighbours, have no CUDA kernel");
+  }
+  Searching r{p, {}, weights, 32, 0, 0, nullptr, 0};
+  while (r.list < p.k) r.list *= 2;
+  r.queue = int(most(r.list, kQueue));
+  r.merging = int(most(1, least(kWarps, kMergeRoom / (r.list * int64_t(sizeof(Key))))));
+  const int queries = r.list <= kListsOfMany ? queries_at_once(p.lead.folded() * p.T, p.K) : 1;
+  with_queries(queries, [&]<int Q>() { with_type(p.keys.dtype, [&]<class X>() { run<X, Q>(device, name, r); }); });
+}
+
+View dense(const Device& device, const Choice& c) {
+  View v;
+  v.data = reinterpret_cast<char*>(device.scratch<float>(c.all_tokens() * c.k));
+  v.row = c.k * int64_t(sizeof(float));
+  int64_t stride = v.row * c.T;
+  for (int d = c.lead.rank - 1; d >= 0; --d) {
+    v.lead[d] = c.lead.size[d] == 1 ? 0 : stride;
+    stride *= c.lead.size[d];
+  }
+  return v;
+}
+
+void search_gradients(const Device& device, const char* name, const TopkSearchBackward& p, const View& ds) {
+  const float scale = float(p.scale);
+  if (p.d_query) gather_chosen(device, name, {p.choice, p.K, p.keys, ds, p.d_query, scale});
+  sum_chosen(device, name, {p.choice, p.K, p.d_keys, p.query, ds, scale});
+  sum_chosen(device, name, {p.choice, 1, p.d_mask, View{}, ds, 1.f});
+}
+
+void topk_search(const Device& device, const TopkSearch& p) { search(device, "topk_search", p, View{}); }
+
+void topk_search_backward(const Device& device, const TopkSearchBackward& p) {
+  const char* name = "topk_search_backward";
+  const View ds = dense(device, p.choice);
+  launch(device, name, keep_chosen, div_up(p.choice.all_tokens() * p.choice.k, kThreads), kThreads, 0, p.choice,
+         p.d_scores, ds);
+  search_gradients(device, name, p, ds);
+}
+
+}  // namespace mk::cuda

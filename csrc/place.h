@@ -1,0 +1,52 @@
+// Where a call runs: what the bindings ask of a device, the same question for every backend. csrc/place.cpp answers it for the
+// CPU, csrc/cuda/place.cpp for a GPU.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <memory>
+#include <vector>
+
+#ifdef MK_CUDA
+#include "cuda/launchers.h"
+#endif
+
+namespace mk {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Sizes = std::vector<int64_t>;
+
+// A fresh, uninitialised tensor on the device of the call.
+Tensor empty(const Sizes& sizes, ScalarType dtype);
+
+// Makes the device of the first tensor of a call the current one, until the call ends.
+class Place {
+ public:
+  void enter(const char* op, const char* name, const Tensor& t);
+
+ private:
+  bool entered_ = false;
+  std::shared_ptr<void> scope_;
+};
+
+#ifdef MK_CUDA
+constexpr bool kSumsInKernels = false, kDoubles = false, kCompressedSlots = false;
+
+// What launchers need of torch: the current stream, and scratch memory of torch's allocator that lives until the kernels are
+// in the stream.
+class Launching {
+ public:
+  Launching();
+  const cuda::Device& device() const { return device_; }
+
+ private:
+  static void* scratch(void* self, int64_t bytes);
+  cuda::Device device_;
+  std::vector<Tensor> memory_;
+};
+#else
+constexpr bool kSumsInKernels = true, kDoubles = true, kCompressedSlots = true;
+#endif
+
+}  // namespace mk

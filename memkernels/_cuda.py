@@ -1,0 +1,40 @@
+"""Finds and loads the library of the CUDA kernels where a GPU can run it; says in one sentence when it cannot."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+LIBRARY = Path(__file__).parent / "_lib" / "libmemkernels_cuda.so"
+# The same kernels compiled for the CPU by the tests (tests/simt): a path of their library.
+ON_HOST = os.environ.get("MEMKERNELS_CUDA_ON_HOST")
+DEVICES = ("cpu",) if ON_HOST else ("cuda",)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _load() -> str | None:
+    if ON_HOST:
+        torch.ops.load_library(ON_HOST)
+        return None
+    if not LIBRARY.exists():
+        return "its native library is not built (MEMKERNELS_CUDA=1 pip install . builds it where nvcc is)"
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    if torch.cuda.device_count() == 0:
+        return "there is no NVIDIA GPU here, or its driver is missing or too old for this torch"
+    try:
+        torch.ops.load_library(str(LIBRARY))
+    except OSError as error:
+        return f"its native library does not load with torch {torch.__version__}: {error}"
+    return torch.ops.memkernels_cuda.why_not() or None
+
+
+# Settled at import: a constant to torch.compile.
+_reason = _load()
+
+
+def missing() -> str | None:
+    """Why the operators of the ``cuda`` backend are not there, or None when they are."""
+    return _reason

@@ -1,0 +1,68 @@
+"""Builds the CUDA kernels for the CPU (tests/simt) and runs the contract grid on them."""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+from support import ROOT, run_python
+
+from bench.cuda_check import cmake, tool
+
+NAME = "libmemkernels_simt.so"
+GRID = """
+import json, sys
+from memkernels.testing import check
+rows = [r for op in sys.argv[1].split(",") for d in sys.argv[2].split(",")
+        for r in check(op, "cuda", d, quick=sys.argv[3] == "quick")]
+print(json.dumps([len(rows), [str(r) for r in rows if not r.passed]]))
+"""
+
+
+def ops() -> list[str]:
+    """The ops that have CUDA kernels, as the build lists them."""
+    text = (ROOT / "csrc" / "cuda" / "sources.cmake").read_text()
+    return text.split("set(CUDA_OPS ")[1].split(")")[0].split()
+
+
+@functools.cache
+def library(sanitize: str = "") -> Path:
+    """The kernels for the CPU. Built once, and again only where sources changed."""
+    folder = ROOT / "build" / f"simt{'-' + sanitize if sanitize else ''}"
+    cmake(ROOT / "tests" / "simt", folder, "memkernels_simt", f"-DMEMKERNELS_SANITIZE={sanitize}")
+    return folder / NAME
+
+
+def broken(folder: Path, file: str, old: str, new: str, kernel: str, sanitize: str = "") -> Path:
+    """The library with one fault: ``old`` in ``file`` replaced by ``new``, seen by the source of ``kernel`` alone."""
+    built = library(sanitize).parent
+    shutil.copytree(ROOT / "csrc", folder / "csrc")
+    changed = folder / "csrc" / "cuda" / file
+    text = changed.read_text()
+    assert text.count(old) == 1, f"{file} must contain the text of this fault once: {old!r}"
+    changed.write_text(text.replace(old, new))
+    command = [tool("ninja"), "-t", "commands", "memkernels_simt"]
+    commands = subprocess.run(command, cwd=built, capture_output=True, text=True, check=True).stdout.splitlines()
+    compile_one = next(c for c in commands if c.endswith(f"/cuda/{kernel}"))
+    intact, part = compile_one.split(" -o ")[1].split()[0], folder / "broken.o"
+    compile_one = compile_one.split(" -MD ")[0].replace(str(ROOT / "csrc"), str(folder / "csrc"))
+    link = commands[-1].replace(f"-o {NAME}", f"-o {folder / NAME}").replace(intact, str(part))
+    for command in (f"{compile_one} -o {part} -c {folder / 'csrc' / 'cuda' / kernel}", link):
+        subprocess.run(command, shell=True, cwd=built, check=True)
+    return folder / NAME
+
+
+def grid(built: Path, op: str, dtypes: str = "float32", extent: str = "quick", **environment: str):
+    """Runs the grid in a process of its own."""
+    environment = {"MEMKERNELS_CUDA_ON_HOST": str(built), "OMP_NUM_THREADS": "1", **environment}
+    return run_python(GRID, op, dtypes, extent, timeout=1800, **environment)
+
+
+def failures(done) -> list[str]:
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    rows, failed = json.loads(done.stdout.splitlines()[-1])
+    assert rows
+    return failed

@@ -1,0 +1,141 @@
+"""The CUDA kernels without a GPU and without nvcc: their own source on the CPU, over the machine in tests/simt."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from cuda_support import broken, failures, grid, library, ops
+
+pytestmark = [
+    pytest.mark.skipif(platform.machine() != "x86_64", reason="the SIMT machine switches fibers on x86-64 only"),
+    pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler here"),
+]
+DTYPES = "float32,bfloat16,float16"
+ALL = ",".join(ops())
+SEEDS = ("2", "3", "4")
+# The whole grid where the CUDA build is asked for (make cuda).
+EXTENT = "full" if os.environ.get("MEMKERNELS_CUDA") == "1" else "quick"
+
+
+@pytest.fixture(scope="module")
+def runs():
+    """The grid of every op, and of all under every seed, as they run: a process each, as many as processors."""
+    built = library()
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        whole = {op: pool.submit(grid, built, op, DTYPES, EXTENT) for op in ops()}
+        seeded = {seed: pool.submit(grid, built, ALL, MEMKERNELS_SIMT_SEED=seed) for seed in SEEDS}
+        yield whole | seeded
+        pool.shutdown(cancel_futures=True)
+
+
+@pytest.mark.parametrize("op", ops())
+def test_kernels_equal_the_float64_reference(op, runs):
+    assert not failures(runs[op].result())
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_no_order_of_threads_changes_the_result(seed, runs):
+    """Threads go on in another order for every seed; what is not ordered by a barrier would show."""
+    assert not failures(runs[seed].result())
+
+
+def under_address_sanitizer(built, op, dtypes="float32"):
+    command = [os.environ.get("CXX", "c++"), "-print-file-name=libasan.so"]
+    runtime = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    options = "detect_leaks=0:detect_stack_use_after_return=0"
+    return grid(built, op, dtypes, LD_PRELOAD=runtime, ASAN_OPTIONS=options)
+
+
+def test_no_address_is_wrong():
+    assert not failures(under_address_sanitizer(library("address"), ALL, DTYPES))
+
+
+# file, text, text with the fault, source that sees it
+FAULTS = {
+    "removed barrier, read": (
+        "softmax_read.cu",
+        "      __syncthreads();\n      soften<Q>",
+        "      soften<Q>",
+        "softmax_read.cu",
+    ),
+    "removed barrier, search": (
+        "topk_search.cu",
+        "    __syncthreads();\n#pragma unroll\n    for (int n",
+        "#pragma unroll\n    for (int n",
+        "topk_search.cu",
+    ),
+    "removed barrier, all pairs": (
+        "pairs.h",
+        "    }\n    __syncthreads();\n#pragma unroll 8",
+        "    }\n#pragma unroll 8",
+        "pairs.cu",
+    ),
+    "wait for too few copies": (
+        "softmax_read.cu",
+        "wait_copies<kStages - 2>();\n    __syncthreads();",
+        "wait_copies<kStages>();\n    __syncthreads();",
+        "softmax_read.cu",
+    ),
+    "one slot too many": (
+        "softmax_read.cu",
+        "least(p.N, begin + plan.split_rows)",
+        "least(p.N, begin + plan.split_rows + 1)",
+        "softmax_read.cu",
+    ),
+    "unmasked tail": (
+        "stream.h",
+        "first + slot < end ? mask_at(mask, mask_base, first + slot) : -kInfinity",
+        "mask_base == nullptr || first + slot < end ? mask_at(mask, mask_base, first + slot) : -kInfinity",
+        "softmax_read.cu",
+    ),
+    "removed barrier, write": (
+        "gated_write.cu",
+        "      if (tid == 0) tile.alive = alive;\n    }\n    __syncthreads();",
+        "      if (tid == 0) tile.alive = alive;\n    }",
+        "gated_write.cu",
+    ),
+    "a token beyond the last one writes": (
+        "gates.h",
+        "const bool on = writes && tile.open[slot];",
+        "const bool on = tile.open[slot];",
+        "gated_write.cu",
+    ),
+    "one token of a tile left out, gradient": (
+        "gated_write_backward.cu",
+        "for (int t = kTile; t-- > 0;) left *=",
+        "for (int t = kTile - 1; t-- > 0;) left *=",
+        "gated_write_backward.cu",
+    ),
+    "queue one place off": (
+        "topk_search.cu",
+        "queue[queued[n] + __popc",
+        "queue[queued[n] + 1 + __popc",
+        "topk_search.cu",
+    ),
+}
+# The op whose grid notices it: one that the source serves.
+OP = {
+    "gated_write.cu": "gated_write",
+    "gated_write_backward.cu": "gated_write",
+    "pairs.cu": "slot_usage",
+    "softmax_read.cu": "softmax_read",
+    "topk_search.cu": "topk_search",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_seeded_fault_is_noticed(fault, tmp_path):
+    *change, kernel = FAULTS[fault]
+    assert failures(grid(broken(tmp_path, *change, kernel), OP[kernel])), fault
+
+
+def test_a_seeded_overrun_is_noticed_by_the_address_sanitizer(tmp_path):
+    old, new = (f"(Q * r.plan.padded + Q * r.plan.slots + {n} * Q) * 4" for n in (3, 2))
+    built = broken(tmp_path, "softmax_read.cu", old, new, "softmax_read.cu", "address")
+    done = under_address_sanitizer(built, "softmax_read")
+    assert done.returncode != 0 and "heap-buffer-overflow" in done.stderr, done.stderr[-2000:]
