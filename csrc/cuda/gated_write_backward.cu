@@ -24,7 +24,8 @@ struct Gradients {
 
 struct WeighTile {
   GateTile gates;
-  float w[kTile][kPitch], ds[kTile][kPitch];  // a R and ds, [slot][token] or [token][slot]
+  // a R and ds, [slot][token] or [token][slot]; read four at a time.
+  alignas(16) float w[kTile][kPitch], ds[kTile][kPitch];
 };
 
 // Where the numbers of slot i between tiles of tokens lie; `n` counts tiles.

@@ -75,14 +75,14 @@ MK_KERNEL(kPairThreads) keep_states(MK_PARAM(Scan) s) {
 #pragma unroll
   for (int r = 0; r < kTile; ++r) v[r] = at.mine && at.first + r < p.N ? tile.rows.w[r][tid] : 0.f;
   for (int64_t n = 0; n < s.token_tiles; ++n) {
-    float* row = s.states + ((at.batch * s.token_tiles + n) * p.N + at.first) * p.V + at.column;
+    // By way of shared memory, a column of a thread's own: an address per slot would take more registers than v itself.
 #pragma unroll
-    for (int r = 0; r < kTile; ++r, row += p.V) {
-      if (at.mine && at.first + r < p.N) *row = v[r];
-    }
+    for (int r = 0; r < kTile; ++r) tile.rows.w[r][tid] = v[r];
+    float* row = s.states + ((at.batch * s.token_tiles + n) * p.N + at.first) * p.V + at.column;
+#pragma unroll 1
+    for (int r = 0; at.mine && r < kTile && at.first + r < p.N; ++r) row[r * p.V] = tile.rows.w[r][tid];
     open_gates(tile.gates, s.w, at.batch, n * kTile, at.first, nullptr);
     load_rows(tile, s.w, at.column, at.mine);
-#pragma unroll 1  // two tokens at once take registers enough for a block less
     for (int t = 0; t < kTile; ++t) {
       const float w = tile.rows.w[t][tid], e = tile.rows.e[t][tid];
 #pragma unroll
