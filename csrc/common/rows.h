@@ -41,24 +41,51 @@ MK_INLINE uint16_t float_to_bf16(float f) {
   return uint16_t((u & 0x7fffffff) > 0x7f800000 ? (u >> 16 | 0x40) : rounded);
 }
 
-// float8 e4m3fn: no infinity, +-127 is NaN. A denormal is a multiple of 2^-9, taken apart so that flushing them changes nothing.
-MK_INLINE float e4m3_to_float(uint8_t b) {
-  const uint32_t rest = b & 0x7f, sign = uint32_t(b & 0x80) << 24;
-  const uint32_t normal = (rest << 20) + (uint32_t(120) << 23), tiny = to_bits(float(int32_t(rest)) * 0.001953125f);
-  const uint32_t magnitude = rest == 0x7f ? 0x7fc00000u : rest < 8 ? tiny : normal;
-  return from_bits(sign | magnitude);
+// One register of 8-bit numbers as float: int8, or float8 e4m3fn, which has no infinity and whose largest magnitude is NaN.
+template <DType D>
+MK_INLINE Vec<float> load_compressed(const char* p) {
+  using Lanes = Ints<float>;
+#if defined(__AVX512F__)
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  const auto x = (Lanes)(D == DType::i8 ? _mm512_cvtepi8_epi32(bytes) : _mm512_cvtepu8_epi32(bytes));
+#elif defined(__AVX2__)
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+  const auto x = (Lanes)(D == DType::i8 ? _mm256_cvtepi8_epi32(bytes) : _mm256_cvtepu8_epi32(bytes));
+#else
+  Lanes x;
+  for (int i = 0; i < kLanes<float>; ++i) x[i] = D == DType::i8 ? int8_t(p[i]) : uint8_t(p[i]);
+#endif
+  if constexpr (D == DType::i8) {
+    return __builtin_convertvector(x, Vec<float>);
+  } else {
+    const Lanes rest = x & 0x7f, sign = (x & 0x80) << 24, normal = (rest << 20) + (120 << 23), nan = x * 0 + 0x7fc00000;
+    // A denormal is a multiple of 2^-9: as a product it is right where denormal floats count as 0.
+    const auto tiny = (Lanes)(__builtin_convertvector(rest, Vec<float>) * 0x1p-9f);
+    return (Vec<float>)(sign | (rest == 0x7f ? nan : rest < 8 ? tiny : normal));
+  }
 }
 
 // dst[0..n) = factor * src[0..n), of 8-bit numbers
+template <class F, DType D>
+inline void read_compressed(const char* src, int64_t n, F factor, F* __restrict dst) {
+  constexpr int W = kLanes<float>;
+  for (int64_t i = 0; i < n; i += W) {
+    const int64_t live = least(W, n - i);
+    if (sizeof(F) == 4 && live == W) {
+      store<float>(reinterpret_cast<float*>(dst + i), float(factor) * load_compressed<D>(src + i));
+      continue;
+    }
+    char bytes[W] = {};
+    std::memcpy(bytes, src + i, size_t(live));
+    float lanes[W];
+    store<float>(lanes, load_compressed<D>(bytes));
+    for (int64_t l = 0; l < live; ++l) dst[i + l] = factor * F(lanes[l]);
+  }
+}
 template <class F>
 inline void read_compressed_row(const char* src, DType dtype, int64_t n, F factor, F* __restrict dst) {
-  if (dtype == DType::i8) {
-    const auto* p = reinterpret_cast<const int8_t*>(src);
-    for (int64_t i = 0; i < n; ++i) dst[i] = factor * F(p[i]);
-  } else {
-    const auto* p = reinterpret_cast<const uint8_t*>(src);
-    for (int64_t i = 0; i < n; ++i) dst[i] = factor * F(e4m3_to_float(p[i]));
-  }
+  if (dtype == DType::i8) read_compressed<F, DType::i8>(src, n, factor, dst);
+  else read_compressed<F, DType::e4m3>(src, n, factor, dst);
 }
 
 // dst[0..n) = src[0..n)

@@ -16,9 +16,13 @@ MK_INLINE Vec<F> load_as(const char* p) {
   if constexpr (D == DType::f32 || D == DType::f64) {
     return load<F>(reinterpret_cast<const F*>(p));
   } else if constexpr (D == DType::i8 || D == DType::e4m3) {
-    F lanes[kLanes<F>];
-    read_compressed_row<F>(p, D, kLanes<F>, F(1), lanes);
-    return load<F>(lanes);
+    if constexpr (sizeof(F) == 4) {
+      return load_compressed<D>(p);
+    } else {
+      F lanes[kLanes<F>];
+      read_compressed<F, D>(p, kLanes<F>, F(1), lanes);
+      return load<F>(lanes);
+    }
   } else {
     [[maybe_unused]] const auto* h = reinterpret_cast<const uint16_t*>(p);
 #if defined(__AVX512F__)
