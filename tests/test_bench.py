@@ -54,7 +54,6 @@ GOALS = {
     ("sparse_read", "forward", "float32", "T=4096 N=2^20 V=256"): "bandwidth embedding_bag",
     ("sparse_read", "backward", "float32", "T=4096 N=2^20 V=256"): "embedding_bag",
     ("gated_scan", "forward", "float32", "B=8 T=2048 D=512"): "bandwidth",
-    ("cell_scan", "forward", "float32", "B=32 T=256 D=256"): "loop",
     ("cell_scan", "forward", "float32", "B=1 T=256 D=256"): "loop",
     ("memory_scan", "forward", "float32", "T=2048 N=64 K=V=64"): "loop eager",
     ("memory_scan", "forward", "float32", "T=2048 N=256 K=V=64"): "loop eager",

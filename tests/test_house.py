@@ -103,8 +103,8 @@ SIGNATURES["softmax_write"] = SIGNATURES["softmax_write_"] = SIGNATURES["gated_w
 SIGNATURES["sparse_write"] = "(values, indices, weights, write, *, erase=1.0)"
 SIGNATURES["sparse_write_"] = SIGNATURES["sparse_write"]
 SIGNATURES["slot_write_"] = SIGNATURES["slot_write"]
-SIGNATURES["gated_scan"] = "(forget, update, initial=None, *)"
-SIGNATURES["cell_scan"] = "(inputs, weight, initial=None, *)"
+SIGNATURES["gated_scan"] = "(forget, update, initial=None)"
+SIGNATURES["cell_scan"] = "(inputs, weight, initial=None)"
 SIGNATURES["memory_scan"] = "(values, keys, read_query, write_query, write, *, scale=None, slot_mask=None, "
 SIGNATURES["memory_scan"] += "token_mask=None, read_first=False)"
 SIGNATURES["product_key_search"] = "(query, subkeys, k, *, scale=None)"

@@ -34,7 +34,7 @@ def _case(b, d, direction, *goals):
 
 
 CASES = [
-    _case(32, 256, "forward", ratio(2, "loop")),
+    _case(32, 256, "forward"),
     _case(1, 256, "forward", ratio(2, "loop")),
     _case(32, 256, "backward"),
 ]

@@ -25,7 +25,8 @@ struct Shape {
   int64_t D, DP, L, streams, rows, groups;
 
   explicit Shape(const CellScan& p) : D(p.D), DP(Slots<F>::padded(p.D)), L(3 * DP), streams(p.lead.folded()) {
-    rows = least(kRows, most(1, div_up(streams, kLeastGroups)));
+    const int64_t even = most(1, div_up(streams, kLeastGroups));
+    rows = even <= kRows / 2 ? even : kRows;  // a tile more that is not full costs as much as a full one
     groups = div_up(streams, rows);
   }
 };
