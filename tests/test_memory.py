@@ -62,7 +62,8 @@ def extra(op: str, backend: str, direction: str, *options: str, t: int = T, n: i
     return int(done.stdout)
 
 
-CALLS = [(op,) for op in ("softmax_read", "slot_usage", "topk_search", "topk_read", "gated_write", "memory_scan")]
+READS = ("softmax_read", "additive_read", "slot_usage", "topk_search", "topk_read")
+CALLS = [(op,) for op in (*READS, "gated_write", "memory_scan")]
 CALLS += [(op, *erase) for op in ("slot_write", "softmax_write") for erase in ((), ("erase tensor",))]
 CALLS.append(("gated_write", "erase tensor"))
 

@@ -27,8 +27,8 @@ MK_INLINE Vec<F> load_or_least(const F* x, int64_t j, int64_t count) {
   return load<F>(lanes);
 }
 
-// A log-sum-exp as it grows, a sum per lane: exp(x - m) with a reference m that is only moved when a number exceeds it by more than
-// kSlack, so that the stream from memory meets no second pass and hardly ever a rescaling.
+// A log-sum-exp as it grows, a sum per lane: exp(x - m) with a reference m that is only moved when a number exceeds it
+// by more than kSlack, so that the stream from memory meets no second pass and hardly ever a rescaling.
 template <class F>
 struct LogSum {
   static constexpr int kSlack = 5;
@@ -100,7 +100,8 @@ struct Entries {
   bool empty() const { return total == 0; }
 };
 
-// One word of the mixture: log p, the shares of the model and of the cache in p, and d log p / d mix. All but log p are 0 where p is.
+// One word of the mixture: log p, the shares of the model and of the cache in p, and d log p / d mix. All but log p are
+// 0 where p is.
 template <class F>
 struct Word {
   F log_p, own, cache, d_mix;

@@ -1,12 +1,13 @@
-// A softmax-weighted sum of values of which only (m, l, acc) is kept: the reference of the exponents, the sum of the exponentials, the
-// sum of exponentials times values. Scores are in units of log2.
+// A softmax-weighted sum of values of which only (m, l, acc) is kept: the reference of the exponents, the sum of the
+// exponentials, the sum of exponentials times values. Scores are in units of log2.
 #pragma once
 
 #include "common/scores.h"
 
 namespace mk::MK_ISA {
 
-// A reference for exponents that is only moved when a score exceeds it by more than 2^8: rescaling is rare, sums stay finite.
+// A reference for exponents that is only moved when a score exceeds it by more than 2^8: rescaling is rare, sums stay
+// finite.
 constexpr int kSlack = 8;
 
 // What one tile of tokens has of one range of slots: m, l [lanes] and acc.
@@ -15,8 +16,8 @@ struct Partial {
   F *m, *l, *acc;
 };
 
-// The softmax of one block of slots for n tokens, in place: rows of S, padded to whole registers with -inf, become exp2(S - m); the
-// row of acc of a token (VP numbers) is rescaled when m moves.
+// The softmax of one block of slots for n tokens, in place: rows of S, padded to whole registers with -inf, become
+// exp2(S - m); the row of acc of a token (VP numbers) is rescaled when m moves.
 template <class F>
 inline void exponential_rows(F* S, int64_t slots, int64_t n, int64_t VP, Partial<F> out) {
   constexpr int W = kLanes<F>;
@@ -43,8 +44,8 @@ inline void exponential_rows(F* S, int64_t slots, int64_t n, int64_t VP, Partial
   }
 }
 
-// Sums the ranges of one token in order: row[0..V) is its read, the result its lse (natural). acc of range r at parts[r].acc + at +
-// v * stride.
+// Sums the ranges of one token in order: row[0..V) is its read, the result its lse (natural). acc of range r at
+// parts[r].acc + at + v * stride.
 template <class F>
 inline F merge_ranges(const Partial<F>* parts, int64_t ranges, int64_t lane, int64_t at, int64_t stride, int64_t V,
                       F* row) {

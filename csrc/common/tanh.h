@@ -18,8 +18,9 @@ MK_INLINE Vec<F> reciprocal(Vec<F> x) {
 }
 
 // tanh(x), exactly +-1 far out, NaN for NaN; relative error 3e-7 (float), 1e-15 (double), down to the smallest x.
-// float: x P(x^2) / Q(x^2), fitted to tanh(x) / x on [0, 9.02] by least squares, reweighted until the error is level (2e-8).
-// double: |x| < 1/2 by eight terms of Lambert's continued fraction, where 1 - exp(-2 |x|) would lose digits; beyond by that.
+// float: x P(x^2) / Q(x^2), fitted to tanh(x) / x on [0, 9.02] by least squares, reweighted until the error is level
+// (2e-8). double: |x| < 1/2 by eight terms of Lambert's continued fraction, where 1 - exp(-2 |x|) would lose digits;
+// beyond by that.
 template <class F>
 MK_INLINE Vec<F> tanh(Vec<F> x) {
   const Vec<F> y = x * x;

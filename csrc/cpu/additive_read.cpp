@@ -1,13 +1,13 @@
 // additive_read forward:  r_t = sum_i p[t, i] v_i,  p = softmax(s),  s[t, i] = sum_a u_a tanh(q_ta + k_ia) + mask_i
 //
-// T N K hyperbolic tangents are nearly all of the work: bound by arithmetic, a score costs K / lanes of them. Lanes run along K,
-// whatever the number of tokens, so nothing is packed and one layout serves a decoder's single token and a whole sequence; the
-// sums over lanes are taken 16 scores at a time. Blocks of 96 slots stream past a tile of tokens with the online softmax of
-// common/online_softmax.h; the read is one product of the weights and the values per block, from L1. Nothing of size T N K is
-// ever kept.
+// T N K hyperbolic tangents are nearly all of the work: bound by arithmetic, a score costs K / lanes of them. Lanes run
+// along K, whatever the number of tokens, so nothing is packed and one layout serves a decoder's single token and a
+// whole sequence; the sums over lanes are taken 16 scores at a time. Blocks of 96 slots stream past a tile of tokens
+// with the online softmax of common/online_softmax.h; the read is one product of the weights and the values per block,
+// from L1. Nothing of size T N K is ever kept.
 //
-// Parallel over batches, tiles of tokens and ranges of slots. Their numbers depend on shapes alone, and ranges merge in order, so the
-// bits do not depend on threads.
+// Parallel over batches, tiles of tokens and ranges of slots. Their numbers depend on shapes alone, and ranges merge in
+// order, so the bits do not depend on threads.
 #include "cpu/additive_read.h"
 
 #include "common/additive_scores.h"

@@ -1,16 +1,18 @@
-// additive_read backward. With p = exp(s - lse), dP[t, i] = <dr_t, v_i>, delta_t = <dr_t, r_t> - dlse_t, h = tanh(q_ta + k_ia):
+// additive_read backward. With p = exp(s - lse), dP[t, i] = <dr_t, v_i>, delta_t = <dr_t, r_t> - dlse_t, h = tanh(q_ta
+// + k_ia):
 //
 //   ds = p * (dP - delta),  dh = ds u (1 - h^2),  dq_ta = sum_i dh,  dk_ia = sum_t dh,  du_a = sum_ti ds h,
 //   dv = P^T dR,  dmask_i = sum_t ds
 //
-// Each h is computed once: for one token and a block of slots it waits in cache ([96, K]) until ds is known. Lanes run along K, so no
-// sum crosses them but that of the score.
+// Each h is computed once: for one token and a block of slots it waits in cache ([96, K]) until ds is known. Lanes run
+// along K, so no sum crosses them but that of the score.
 //
-// Chunks of slots are the tasks. Each owns its rows of dk, dv and dmask and adds a partial dq and du; the partial sums are then
-// added in the order of the chunks. delta is taken from the read where that is exact. One that was rounded to 16 bits is not good
-// enough: unlike keys, u (1 - h^2) has one sign, so that an error of delta does not average out in dq. Then a pass over the scores
-// sums delta_t = sum_i p dP - dlse_t first. Tokens come in panels, so that partial results stay within kPartialBytes. With many
-// batches these run in parallel instead, unless they share memory. The gradient of u is kept per batch and added last.
+// Chunks of slots are the tasks. Each owns its rows of dk, dv and dmask and adds a partial dq and du; the partial sums
+// are then added in the order of the chunks. delta is taken from the read where that is exact. One that was rounded to
+// 16 bits is not good enough: unlike keys, u (1 - h^2) has one sign, so that an error of delta does not average out in
+// dq. Then a pass over the scores sums delta_t = sum_i p dP - dlse_t first. Tokens come in panels, so that partial
+// results stay within kPartialBytes. With many batches these run in parallel instead, unless they share memory. The
+// gradient of u is kept per batch and added last.
 #include "common/additive_scores.h"
 #include "common/score_gradients.h"
 #include "cpu/additive_read.h"

@@ -1,11 +1,14 @@
-// cache_logprobs:  log p[t, w],  p = (1 - mix) own + mix cached,  own = softmax(z),  cached_w = sum_{j: token_j = w} softmax(c)_j
+// cache_logprobs:  log p[t, w],  p = (1 - mix) own + mix cached
+//   own = softmax(z),  cached_w = sum_{j: token_j = w} softmax(c)_j
 //
-// Tokens run in parallel. All words are written as if no entry named them, log own + log(1 - mix); then the words of the entries, whose
-// shares have been added up in the order of the entries, are written again. Bound by reading the logits twice (the second time from
-// cache) and writing the result. The shares lie in a row of W numbers per thread of which only those of the entries are touched.
+// Tokens run in parallel. All words are written as if no entry named them, log own + log(1 - mix); then the words of
+// the entries, whose shares have been added up in the order of the entries, are written again. Bound by reading the
+// logits twice (the second time from cache) and writing the result. The shares lie in a row of W numbers per thread of
+// which only those of the entries are touched.
 //
 // Backward: with g_w = d_w * (share of the model in p_w) and h_w = d_w * (share of the cache),
-//   dz = g - own sum(g),  dc_j = (h / cached)_{token_j} softmax(c)_j - softmax(c)_j sum(h),  d mix = sum_w d_w (cached - own) / p
+//   dz = g - own sum(g),  dc_j = (h / cached)_{token_j} softmax(c)_j - softmax(c)_j sum(h),
+//   d mix = sum_w d_w (cached - own) / p
 // g is d but for the words of the entries.
 #include "common/cache_mix.h"
 

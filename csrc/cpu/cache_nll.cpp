@@ -1,11 +1,12 @@
-// cache_nll:  nll_t = -log p_t,  p_t = (1 - mix) own + mix cached,  own = exp(z_y - lse),  cached = sum_{j: token_j = y} softmax(c)_j
+// cache_nll:  nll_t = -log p_t,  p_t = (1 - mix) own + mix cached
+//   own = exp(z_y - lse),  cached = sum_{j: token_j = y} softmax(c)_j
 //
-// Tokens run in parallel. Forward: one pass over the logits for lse (a block at a time, largest number and exponentials from L1), one
-// over the entries: bound by reading the logits. Backward, with g = -d nll / p:
-//
-//   dz_w = g (1 - mix) own ([w = y] - softmax(z)_w),  dc_j = g mix softmax(c)_j ([token_j = y] - cached),  d mix = g (cached - own)
-//
-// one pass that reads every logit and writes its gradient, with lse as saved. No distribution over words is ever in memory.
+// Tokens run in parallel. Forward: one pass over the logits for lse, one over the entries: bound by reading the logits.
+// Backward, with g = -d nll / p:
+//   dz_w = g (1 - mix) own ([w = y] - softmax(z)_w),  dc_j = g mix softmax(c)_j ([token_j = y] - cached),
+//   d mix = g (cached - own)
+// in one pass that reads every logit and writes its gradient, with lse as saved. No distribution over words is ever in
+// memory.
 #include "common/cache_mix.h"
 
 namespace mk::MK_ISA {

@@ -1,17 +1,19 @@
-// product_key_search:  the k largest of s[t, i n + j] = a[t, i] + b[t, j],  a = scale <q_t[:h], c_i>,  b = scale <q_t[h:], d_j>
+// product_key_search:  the k largest of s[t, i n + j] = a[t, i] + b[t, j]
+//   a[t, i] = scale <q_t[:h], c_i>,  b[t, j] = scale <q_t[h:], d_j>
 //
-// Both lists are searched at once, as two batches of one search (common/search.h): 2 n dot products of half the width instead of
-// n * n. Then tokens run in parallel, and each enumerates its pairs in order: bound by the search where n is large, by the heap
-// where k is.
+// Both lists are searched at once, as two batches of one search (common/search.h): 2 n dot products of half the width
+// instead of n * n. Then tokens run in parallel, and each enumerates its pairs in order: bound by the search where n is
+// large, by the heap where k is.
 //
-// The pairs of the sorted halves (x, y counted from the best) form a matrix whose sums fall along rows and columns. A heap holds the
-// best unseen pair of every row that has been opened; row x + 1 is opened when (x, 0) leaves. So about k pairs are looked at, all of
-// them with (x + 1)(y + 1) <= k.
-// Ties: pairs are ordered by (a + b exactly, as a rounded sum and what rounding lost; then slot number). In that order a pair comes
-// after its neighbours to the left and above: if their exact sums are equal, so are the two scores in which they differ, and of
-// equal scores the search ranks the smaller index first. The heap therefore yields the k best of all pairs in this order, and no
-// slot behind the first min(k, n) of a half is among them, since k pairs come before it. Infinite scores and NaN, where sums
-// say nothing of their terms, come first or are left out as they should be, but in no order among themselves.
+// The pairs of the sorted halves (x, y counted from the best) form a matrix whose sums fall along rows and columns. A
+// heap holds the best unseen pair of every row that has been opened; row x + 1 is opened when (x, 0) leaves. So about k
+// pairs are looked at, all of them with (x + 1)(y + 1) <= k.
+//
+// Ties: pairs are ordered by (a + b exactly, as a rounded sum and what rounding lost; then slot number). In that order a pair comes after its neighbours to the left and above:
+// if their exact sums are equal, so are the two scores in which they differ, and of equal scores the search ranks the
+// smaller index first. The heap therefore yields the k best of all pairs in this order, and no slot behind the first
+// min(k, n) of a half is among them, since k pairs come before it. Infinite scores and NaN, where sums say nothing of
+// their terms, come first or are left out as they should be, but in no order among themselves.
 #include "cpu/product_key_search.h"
 
 #include "common/board.h"
@@ -53,7 +55,8 @@ struct Pair {
   }
 };
 
-// The best pairs of a token, at most k, best first: done(j, score, slot). Returns how many there are. Room for k rows in the heap.
+// The best pairs of a token, at most k, best first: done(j, score, slot). Returns how many there are. Room for k rows
+// in the heap.
 template <class F, class Done>
 int64_t best_pairs(const Half<F>& a, const Half<F>& b, int64_t n, int64_t k, Pair<F>* heap, Done&& done) {
   if (a.n == 0 || b.n == 0) return 0;

@@ -1,8 +1,9 @@
-// topk_search, topk_read, sparse_read: what touches k slots of a token.
+// topk_search, topk_read, product_key_search: what touches k slots of a token.
 #include <algorithm>
 #include <cmath>
 #include <numeric>
 
+#include "cpu/product_key_search.h"
 #include "cpu/topk_read.h"
 #include "kernels.h"
 
@@ -162,6 +163,65 @@ void topk_read(const Case& c) {
           {"d_mask", &d.mask, &d.want_mask},
           {"d_values", &dv, &want_dv}},
          [&] { MK_CALL(topk_read_backward, b); });
+}
+
+// The half is one leading dimension more, of size 2. Scores are exact in float.
+void product_key_search(const Case& c) {
+  Random random(c.seed);
+  const int64_t n = c.N % 19, h = c.K;
+  mk::Lead lead = c.lead;
+  const uint32_t half = 1u << lead.rank;
+  lead.size[lead.rank] = 2, lead.shared[lead.rank++] = false;
+  const double scale = 0.5;
+  const Layout results(lead, c.all, c.T, c.k), rows(lead, c.all | half, c.T, h);
+  const Tensor query = quarters(c.dtype, Layout(lead, c.query | half, c.T, h), random, c.gap);
+  const Tensor subkeys = quarters(c.dtype, Layout(lead, c.keys | half, n, h), random, c.gap);
+  const Tensor d_scores = uniform(c.dtype, results, random, -1, 1, c.gap);
+  const Wide q = query.wide(), k = subkeys.wide(), ds = d_scores.wide();
+  Wide want_scores(results, -kInfinity), want_indices(results, -1);
+  Wide want_dq = gradient(random, rows), want_dk = gradient(random, subkeys.layout());
+  std::vector<double> s(size_t(n * n));
+  std::vector<int64_t> order(size_t(n * n));
+  for (int64_t place = 0; place < rows.places(); place += 2) {
+    for (int64_t t = 0; t < c.T; ++t) {
+      for (int64_t i = 0; i < n * n; ++i) {
+        s[size_t(i)] = scale * (dot(q.row(place, t), k.row(place, i / n), h) +
+                                dot(q.row(place + 1, t), k.row(place + 1, i % n), h));
+      }
+      std::iota(order.begin(), order.end(), 0);
+      std::stable_sort(order.begin(), order.end(), [&](int64_t i, int64_t j) { return s[size_t(i)] > s[size_t(j)]; });
+      for (int64_t j = 0; j < std::min(c.k, n * n); ++j) {
+        const int64_t slot = order[size_t(j)];
+        want_scores.row(place, t)[j] = s[size_t(slot)];
+        want_indices.row(place, t)[j] = double(slot);
+        for (int64_t of = 0; of < 2; ++of) {
+          const int64_t row = of == 0 ? slot / n : slot % n;
+          const double d = scale * ds.row(place, t)[j];
+          if (want_dq) add(d, k.row(place + of, row), h, want_dq.row(place + of, t));
+          if (want_dk) add(d, q.row(place + of, t), h, want_dk.row(place + of, row));
+        }
+      }
+    }
+  }
+  Tensor scores(c.dtype, results), indices(DType::i64, results);
+  const mk::TopkSearch halves{lead, c.T, n, h, std::min(c.k, n), query.view(), subkeys.view(), {}, {}, {}, scale};
+  const mk::ProductKeySearch p{halves, c.k, scores.view(), indices.view()};
+  verify(c, "product_key_search", {{"scores", &scores, &want_scores}, {"indices", &indices, &want_indices}},
+         [&] { MK_CALL(product_key_search, p); });
+
+  const Tensor found(DType::i64, want_indices);
+  Tensor dq(query.layout().has == rows.has ? c.dtype : c.stats(), want_dq), dk(c.dtype, want_dk);
+  const mk::ProductKeySearchBackward b{{{lead, c.T, c.k, n, found.view()},
+                                        h,
+                                        query.view(),
+                                        subkeys.view(),
+                                        d_scores.view(),
+                                        dq.view(),
+                                        whole(dk),
+                                        {},
+                                        scale}};
+  verify(c, "product_key_search_backward", {{"d_query", &dq, &want_dq}, {"d_subkeys", &dk, &want_dk}},
+         [&] { MK_CALL(product_key_search_backward, b); });
 }
 
 }  // namespace native

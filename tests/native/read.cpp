@@ -1,7 +1,8 @@
-// softmax_read, address, slot_usage: what weighs every slot.
+// softmax_read, additive_read, address, slot_usage: what weighs every slot.
 #include <algorithm>
 #include <cmath>
 
+#include "cpu/additive_read.h"
 #include "cpu/address.h"
 #include "cpu/slot_usage.h"
 #include "cpu/softmax_read.h"
@@ -113,6 +114,84 @@ void softmax_read(const Case& c) {
       c, "softmax_read_backward",
       {{"d_query", &dq, &want_dq}, {"d_keys", &dk, &want_dk}, {"d_values", &dv, &want_dv}, {"d_mask", &dm, &want_dm}},
       [&] { MK_CALL(softmax_read_backward, b); });
+}
+
+void additive_read(const Case& c) {
+  Scored in(c);
+  Tensor values = uniform(c.content, c.of(c.values, c.N, c.V), in.random, -1, 1, c.gap);
+  poison_empty(in.m, values);
+  const Tensor vector = uniform(c.dtype, c.of(in.random.one_in(2) ? c.keys : 0, 1, c.K), in.random, -1, 1);
+  const Wide v = values.wide(), u = vector.wide();
+  Wide want_read(c.tokens(c.V)), want_lse(c.tokens(1));
+  std::vector<double> s(size_t(c.T * c.N));
+  auto hidden = [&](int64_t place, int64_t t, int64_t i, int64_t a) {
+    return std::tanh(in.q.row(place, t)[a] + in.k.row(place, i)[a]);
+  };
+  auto score = [&](int64_t place) {
+    for (int64_t t = 0; t < c.T; ++t) {
+      for (int64_t i = 0; i < c.N; ++i) {
+        double& x = s[size_t(t * c.N + i)];
+        x = in.m ? *in.m.row(place, i) : 0;
+        for (int64_t a = 0; x != -kInfinity && a < c.K; ++a) x += u.row(place, 0)[a] * hidden(place, t, i, a);
+      }
+    }
+  };
+  for (int64_t place = 0; place < c.places(); ++place) {
+    score(place);
+    for (int64_t t = 0; t < c.T; ++t) {
+      const double lse = *want_lse.row(place, t) = log_sum(s.data() + t * c.N, c.N);
+      for (int64_t i = 0; i < c.N; ++i) {
+        const double p = share(s[size_t(t * c.N + i)], lse);
+        if (p != 0) add(p, v.row(place, i), c.V, want_read.row(place, t));
+      }
+    }
+  }
+  Tensor read(c.dtype, c.tokens(c.V)), lse(c.stats(), c.tokens(1));
+  const mk::AdditiveRead p{
+      c.lead,         c.T,         c.N,       c.K, c.V, in.query.view(), in.keys.view(), values.view(), vector.view(),
+      in.mask.view(), read.view(), lse.view()};
+  verify(c, "additive_read", {{"read", &read, &want_read}, {"lse", &lse, &want_lse}},
+         [&] { MK_CALL(additive_read, p); });
+  if (c.places() * c.T * c.N == 0) return;
+
+  const Tensor saved_read(c.dtype, want_read), saved_lse(c.stats(), want_lse);
+  const Tensor d_read = uniform(c.dtype, c.tokens(c.V), in.random, -1, 1, c.gap);
+  const Tensor d_lse = in.random.one_in(2) ? Tensor() : uniform(c.stats(), c.tokens(1), in.random, -1, 1);
+  const Wide dr = d_read.wide(), dl = d_lse.wide();
+  Wide dq = gradient(in.random, c.tokens(c.K)), dk = gradient(in.random, in.keys.layout());
+  Wide dv = gradient(in.random, values.layout()), du = gradient(in.random, vector.layout());
+  Wide dm = gradient(in.random, in.mask);
+  for (int64_t place = 0; place < c.places(); ++place) {
+    score(place);
+    for (int64_t t = 0; t < c.T; ++t) {
+      const double delta = dot(dr.row(place, t), want_read.row(place, t), c.V) - (dl ? *dl.row(place, t) : 0);
+      for (int64_t i = 0; i < c.N; ++i) {
+        const double w = share(s[size_t(t * c.N + i)], *want_lse.row(place, t));
+        if (w == 0) continue;
+        const double ds = w * (dot(dr.row(place, t), v.row(place, i), c.V) - delta);
+        if (dv) add(w, dr.row(place, t), c.V, dv.row(place, i));
+        if (dm) *dm.row(place, i) += ds;
+        for (int64_t a = 0; a < c.K; ++a) {
+          const double h = hidden(place, t, i, a), g = ds * u.row(place, 0)[a] * (1 - h * h);
+          if (dq) dq.row(place, t)[a] += g;
+          if (dk) dk.row(place, i)[a] += g;
+          if (du) du.row(place, 0)[a] += ds * h;
+        }
+      }
+    }
+  }
+  Tensor d_query(c.stats(), dq), d_keys(c.stats(), dk), d_values(c.stats(), dv), d_vector(c.stats(), du);
+  Tensor d_mask(c.stats(), dm);
+  mk::AdditiveReadBackward b{
+      p, d_read.view(), d_lse.view(), d_query.view(), d_keys.view(), d_values.view(), d_vector.view(), d_mask.view()};
+  b.forward.read = saved_read.view(), b.forward.lse = saved_lse.view();
+  verify(c, "additive_read_backward",
+         {{"d_query", &d_query, &dq},
+          {"d_keys", &d_keys, &dk},
+          {"d_values", &d_values, &dv},
+          {"d_vector", &d_vector, &du},
+          {"d_mask", &d_mask, &dm}},
+         [&] { MK_CALL(additive_read_backward, b); });
 }
 
 void address(const Case& c) {
