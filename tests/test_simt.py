@@ -101,14 +101,14 @@ FAULTS = {
     ),
     "a token beyond the last one writes": (
         "gates.h",
-        "const bool on = writes && tile.open[slot];",
-        "const bool on = tile.open[slot];",
+        "if (writes && tile.open[slot]) {",
+        "if (tile.open[slot]) {",
         "gated_write.cu",
     ),
-    "one token of a tile left out, gradient": (
+    "one token off, gradient of a write": (
         "gated_write_backward.cu",
-        "for (int t = kTile; t-- > 0;) left *=",
-        "for (int t = kTile - 1; t-- > 0;) left *=",
+        "c = gates.pairs.a[t][slot]",
+        "c = gates.pairs.a[t == 0 ? 0 : t - 1][slot]",
         "gated_write_backward.cu",
     ),
     "queue one place off": (
