@@ -34,7 +34,9 @@ ROWS = {
     "slot_gradient_kernel": "slot_gradient",
     "slot_usage_kernel": "slot_usage",
     "address_kernel": "address",
-    "gated_write_kernel": "gated_write",
+    "softmax_norm_kernel": "softmax_norm",
+    "norm_merge_kernel": "softmax_norm",
+    "write_kernel": "write",
     "write_merge_kernel": "write_merge",
     "write_chunk_kernel": "write_gradient",
     "write_carry_kernel": "write_carry",
@@ -46,6 +48,8 @@ ROWS = {
     "rank_kernel": "topk_search",
     "topk_merge_kernel": "topk_merge",
     "sparse_read_kernel": "sparse_read",
+    "sparse_write_kernel": "sparse_write",
+    "sparse_write_backward_kernel": "sparse_write",
     "row_dot_kernel": "row_dot",
     "segment_kernel": "segments",
     "border_kernel": "segments",
@@ -53,7 +57,7 @@ ROWS = {
 # Rows of kernels with a matrix product, which 16-bit operands (and float32 ones as TF32) must do in the matrix unit.
 PRODUCTS = (
     *("softmax_read", "query_gradient", "slot_gradient", "slot_usage", "address"),
-    *("gated_write", "write_gradient", "write_scan", "topk_search"),
+    *("softmax_norm", "write", "write_gradient", "write_scan", "topk_search"),
 )
 INSTRUCTIONS = {"80": ("mma.sync",), "90": ("wgmma.mma_async", "mma.sync"), "100": ("tcgen05.mma", "mma.sync")}
 
@@ -72,6 +76,12 @@ class Compiled:
     shared: int
     matrix: str
 
+    @property
+    def multiplies(self) -> bool:
+        """Whether this kernel has a matrix product: gates that are given need none where tokens are scanned."""
+        scans = ROWS[self.kernel] == "write_scan" and "gate=given" in self.constants
+        return ROWS[self.kernel] in PRODUCTS and self.kernel != "norm_merge_kernel" and not scans
+
     def faults(self) -> list[str]:
         """What must not be; empty when all is well."""
         found = []
@@ -80,7 +90,7 @@ class Compiled:
         limit = TARGETS[self.arch][1]
         if self.shared > limit:
             found.append(f"{self.shared} bytes of shared memory, above {limit}")
-        if ROWS[self.kernel] in PRODUCTS and not self.matrix and self.dtype != "float32":
+        if self.multiplies and not self.matrix and self.dtype != "float32":
             found.append("no matrix instruction")
         return found
 
@@ -168,6 +178,7 @@ def _read(arch: str, dtype: str, width: int, name: str, constants: dict, kernel)
     ptx = kernel.asm["ptx"]
     registers, spills = _report(arch, ptx)
     matrix = next((word for word in INSTRUCTIONS[arch] if word in ptx), "")
-    kept = {k: v for k, v in constants.items() if k.startswith(("BLOCK", "num_", "KIND", "ERASE", "LIST", "PREC"))}
+    told = ("BLOCK", "num_", "KIND", "GATE", "ERASE", "LIST", "PREC")
+    kept = {k: v for k, v in constants.items() if k.startswith(told)}
     words = " ".join(f"{k.lower()}={v}" for k, v in kept.items())
     return Compiled(name, arch, dtype, width, words, registers, spills, kernel.metadata.shared, matrix)
