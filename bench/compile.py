@@ -75,6 +75,7 @@ class Compiled:
     spills: int
     shared: int
     matrix: str
+    row: tuple[str, str, int, int]  # of the table of configurations
 
     @property
     def multiplies(self) -> bool:
@@ -149,6 +150,8 @@ def compiled(arch: str, dtype: str, width: int, only: tuple[str, ...] = ()) -> I
     kind = torch.float32 if dtype == "tf32" else getattr(torch, dtype)
     seen = set()
     with _precision("high" if dtype == "tf32" else "highest"):
+        scope = launcher("softmax_read").__globals__["launch"].__globals__
+        reach = scope["configs"].reach(scope["width"](width, torch.empty(0, dtype=kind)))
         for one in launches(kind, width, "meta"):
             if only and one.name not in only:
                 continue
@@ -158,7 +161,9 @@ def compiled(arch: str, dtype: str, width: int, only: tuple[str, ...] = ()) -> I
             for name, constants, kernel in found:
                 if kernel.hash not in seen:
                     seen.add(kernel.hash)
-                    yield _read(arch, dtype, width, name, constants, kernel)
+                    # lists are merged by rows of one width, whatever that of the keys is
+                    own = (ROWS[name], arch, 8 * kind.itemsize, 64 if name == "topk_merge_kernel" else reach)
+                    yield _read(arch, dtype, width, name, constants, kernel, own)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -174,11 +179,11 @@ def _report(arch: str, ptx: str) -> tuple[int, int]:
     return max(int(n) for n in re.findall(r"Used (\d+) registers", text)), spills
 
 
-def _read(arch: str, dtype: str, width: int, name: str, constants: dict, kernel) -> Compiled:
+def _read(arch: str, dtype: str, width: int, name: str, constants: dict, kernel, row: tuple) -> Compiled:
     ptx = kernel.asm["ptx"]
     registers, spills = _report(arch, ptx)
     matrix = next((word for word in INSTRUCTIONS[arch] if word in ptx), "")
     told = ("BLOCK", "num_", "KIND", "GATE", "ERASE", "LIST", "PREC")
     kept = {k: v for k, v in constants.items() if k.startswith(told)}
     words = " ".join(f"{k.lower()}={v}" for k, v in kept.items())
-    return Compiled(name, arch, dtype, width, words, registers, spills, kernel.metadata.shared, matrix)
+    return Compiled(name, arch, dtype, width, words, registers, spills, kernel.metadata.shared, matrix, row)

@@ -169,5 +169,6 @@ def launches(dtype: torch.dtype, width: int, device: str, tokens: int = TOKENS, 
     yield Launch("slot_write, erase tensor", given(tokens, slots // 16, vector))
     yield Launch("sparse_write, erase tensor", scatter(vector))
     yield Launch("topk, k = 8, few tokens", topk(FEW, slots, 8))
+    yield Launch("topk, k = 128", topk(tokens, slots, 128))
     yield Launch("topk, k = 256", topk(tokens, slots, 256))
     yield Launch("topk, k = 1000", topk(FEW, slots, 1000))

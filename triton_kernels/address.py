@@ -16,7 +16,7 @@ from .launch import launch, plan, width
 from .layout import Call, Gradient, precision
 from .score_gradients import score_gradients
 from .softmax_read import softmax_lse
-from .tiles import LOG2E, dots, open_slots, sigmoid, slots, tile, tokens
+from .tiles import LOG2E, dots, open_slots, sigmoid, slot_block, token_block, tokens
 
 
 @triton.jit
@@ -33,8 +33,8 @@ def address_kernel(
     b = pid // tl.cdiv(N, BLOCK_N)
     t_ok = t < T
     ok, bias = open_slots(mask, b, B1, n, N)
-    q_rows, k_rows = tokens(q, b, B1, t, inner), slots(k, b, B1, n)
-    q0, k0 = tile(q_rows, t_ok, K, 0, BLOCK_K), tile(k_rows, ok, K, 0, BLOCK_K)
+    q_rows, q0 = token_block(q, b, B1, t, inner, t_ok, K, BLOCK_K)
+    k_rows, k0 = slot_block(k, b, B1, n, ok, K, BLOCK_K)
     s = dots(q0, q_rows, t_ok, k0, k_rows, ok, K, BLOCK_K, K_STEPS, PRECISION) * scale + bias[None, :]
     if SIGMOID:
         weights = sigmoid(s)

@@ -19,7 +19,7 @@ from torch import Tensor
 from . import write as dense
 from .launch import launch, plan, width
 from .layout import precision
-from .tiles import LOG2E, dots, open_slots, slots, tile, tokens
+from .tiles import LOG2E, dots, open_slots, slot_block, token_block
 from .write_tiles import Write
 
 
@@ -47,16 +47,14 @@ def softmax_norm_kernel(
     part = pid % parts
     b = pid // parts
     t_ok = t < T
-    q_rows = tokens(q, b, B1, t, inner)
-    q0 = tile(q_rows, t_ok, K, 0, BLOCK_K)
+    q_rows, q0 = token_block(q, b, B1, t, inner, t_ok, K, BLOCK_K)
     highest = tl.full([BLOCK_T], float("-inf"), tl.float32)
     others = tl.zeros([BLOCK_T], tl.float32)
     slot = tl.full([BLOCK_T], -1, tl.int32)
     for n0 in range(part * span, tl.minimum(N, (part + 1) * span), BLOCK_N):
         n = n0 + tl.arange(0, BLOCK_N)
         ok, bias = open_slots(mask, b, B1, n, N)
-        k_rows = slots(k, b, B1, n)
-        k0 = tile(k_rows, ok, K, 0, BLOCK_K)
+        k_rows, k0 = slot_block(k, b, B1, n, ok, K, BLOCK_K)
         s = dots(q0, q_rows, t_ok, k0, k_rows, ok, K, BLOCK_K, K_STEPS, PRECISION) * scale + bias[None, :]
         s = tl.where(ok[None, :], s, float("-inf"))
         number = tl.where(s == s, s, float("-inf"))  # NaN reaches the sum alone

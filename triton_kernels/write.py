@@ -23,8 +23,8 @@ from torch import Tensor
 from . import write_backward, write_scan
 from .launch import launch, plan, width
 from .layout import precision
-from .tiles import open_slots, product, put, slots, tile, tokens
-from .write_tiles import Write, gates, multiply, open_tokens, slot_keys, suffix_products
+from .tiles import open_slots, product, put, slot_block, slots, tile, tokens
+from .write_tiles import Write, gates, multiply, open_tokens, suffix_products
 
 
 @triton.jit
@@ -44,7 +44,7 @@ def write_kernel(
     part = pid % parts
     b = pid // parts
     ok, bias = open_slots(mask, b, B1, n, N)
-    k_rows, k0 = slot_keys(k, b, B1, n, ok, K, BLOCK_K)
+    k_rows, k0 = slot_block(k, b, B1, n, ok, K, BLOCK_K)
     acc = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
     after = tl.full([BLOCK_N], 1.0, tl.float32)  # R behind the chunk
     kept = tl.full([BLOCK_N], 1.0, tl.float32)  # prod (1 - a)

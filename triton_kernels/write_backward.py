@@ -23,17 +23,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import launch, plan, width
+from .launch import launch, launch_in_parts, plan, width
 from .layout import Gradient, precision
-from .score_gradients import Parts
-from .tiles import columns, dots, open_slots, product, put, slots, tile, tokens
+from .tiles import columns, dots, open_slots, product, put, slot_block, slots, tile, token_block, tokens
 from .write_tiles import (
     Write,
     gates,
     multiply,
     open_tokens,
     prefix_products,
-    slot_keys,
     states_before,
     suffix_products,
 )
@@ -54,16 +52,14 @@ def write_chunk_kernel(
     at = pid.to(tl.int64) * N + n
     b = pid // chunks
     ok, bias = open_slots(mask, b, B1, n, N)
-    k_rows, k0 = slot_keys(k, b, B1, n, ok, K, BLOCK_K)
-    u_rows = slots(u, b, B1, n)
-    u0 = tile(u_rows, ok, V, 0, BLOCK_V)
+    k_rows, k0 = slot_block(k, b, B1, n, ok, K, BLOCK_K)
+    u_rows, u0 = slot_block(u, b, B1, n, ok, V, BLOCK_V)
     t_ok = open_tokens(token_mask, b, B1, t, inner, T)
     a, keep, f = gates(
         k0, k_rows, ok, bias, q, norm, b, B1, n, t, t_ok, T, inner, K, scale, erase,
         GATE, ERASE, BLOCK_K, K_STEPS, PRECISION,
     )  # fmt: skip
-    w_rows = tokens(w, b, B1, t, inner)
-    w0 = tile(w_rows, t_ok, V, 0, BLOCK_V)
+    w_rows, w0 = token_block(w, b, B1, t, inner, t_ok, V, BLOCK_V)
     c = dots(u0, u_rows, ok, w0, w_rows, t_ok, V, BLOCK_V, V_STEPS, PRECISION)
     behind, total = suffix_products(f)
     tl.store(F + at, total, mask=n < N)
@@ -140,25 +136,22 @@ def tile_gradient(a, keep, f, c, at, n_ok, R, p, Q, P, g, erase, ERASE: tl.const
 
 @triton.jit
 def source_gradient(a, keep, da, delta, b, B1, t, t_ok, inner, live, GATE: tl.constexpr):
-    """From da to the gradient of what a gate is made of: ds, or da itself where gates are given."""
+    """From da to ds."""
     if GATE == "sigmoid":
         da = da * a * keep
-    elif GATE == "softmax":
+    else:
         da = a * (da - tl.load(tokens(delta, b, B1, t, inner), mask=t_ok, other=0.0)[None, :])
     return tl.where(live, da, 0.0)
 
 
 @triton.jit
 def write_token_kernel(
-    k, q, w, mask, token_mask, norm, u, R, p, Q, P, d_retained, delta, d_q, d_w, d_delta, erase,
+    k, q, w, mask, token_mask, norm, u, R, p, Q, P, d_retained, delta, d_a, d_q, d_w, d_delta, erase,
     T, N, K, V, B1, inner, chunks, parts, span, q_part, w_part, delta_part, scale,
     GATE: tl.constexpr, ERASE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     K_STEPS: tl.constexpr, BLOCK_V: tl.constexpr, V_STEPS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq, dw and delta of one chunk and block of columns, over the slots ``part * span ..`` of one batch.
-
-    d_q: of gates that are given, their gradient [T, N].
-    """
+    """da of given gates, dq, dw and delta of one chunk and block of columns, over the slots ``part * span ..``."""
     pid = tl.program_id(0)
     chunk = pid % chunks
     t = chunk * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -169,8 +162,7 @@ def write_token_kernel(
     part = pid % parts
     b = pid // parts
     t_ok = open_tokens(token_mask, b, B1, t, inner, T)
-    w_rows = tokens(w, b, B1, t, inner)
-    w0 = tile(w_rows, t_ok, V, 0, BLOCK_V)
+    w_rows, w0 = token_block(w, b, B1, t, inner, t_ok, V, BLOCK_V)
     dq = tl.zeros([BLOCK_T, BLOCK_K], tl.float32)
     dw = tl.zeros([BLOCK_T, BLOCK_V], tl.float32)
     total = tl.zeros([BLOCK_T], tl.float32)
@@ -178,9 +170,8 @@ def write_token_kernel(
         n = n0 + tl.arange(0, BLOCK_N)
         at = (b.to(tl.int64) * chunks + chunk) * N + n
         ok, bias = open_slots(mask, b, B1, n, N)
-        k_rows, k0 = slot_keys(k, b, B1, n, ok, K, BLOCK_K)
-        u_rows = slots(u, b, B1, n)
-        u0 = tile(u_rows, ok, V, 0, BLOCK_V)
+        k_rows, k0 = slot_block(k, b, B1, n, ok, K, BLOCK_K)
+        u_rows, u0 = slot_block(u, b, B1, n, ok, V, BLOCK_V)
         a, keep, f = gates(
             k0, k_rows, ok, bias, q, norm, b, B1, n, t, t_ok, T, inner, K, scale, erase,
             GATE, ERASE, BLOCK_K, K_STEPS, PRECISION,
@@ -193,11 +184,11 @@ def write_token_kernel(
         live = ok[:, None] & t_ok[None, :]
         if d_delta is not None:
             total += tl.sum(tl.where(live, a * da, 0.0), 0)
-        if d_q is not None and GATE == "given":
-            result = source_gradient(a, keep, da, delta, b, B1, t, t_ok, inner, live, GATE)
-            places = tokens(d_q, b, B1, t, inner)[None, :] + n[:, None]
-            tl.store(places, result.to(d_q[0].dtype.element_ty), mask=ok[:, None] & (t < T)[None, :] & (step == 0))
-        elif d_q is not None:
+        if d_a is not None:
+            places = tokens(d_a, b, B1, t, inner)[None, :] + n[:, None]
+            result = tl.where(live, da, 0.0).to(d_a[0].dtype.element_ty)
+            tl.store(places, result, mask=ok[:, None] & (t < T)[None, :] & (step == 0))
+        if d_q is not None:
             ds = source_gradient(a, keep, da, delta, b, B1, t, t_ok, inner, live, GATE)
             right_k = columns(k0, k_rows, ok, K, step * BLOCK_K, BLOCK_K, K_STEPS)
             dq = product(tl.trans(ds.to(right_k.dtype)), right_k, dq, PRECISION)
@@ -205,7 +196,7 @@ def write_token_kernel(
             right_u = columns(u0, u_rows, ok, V, step * BLOCK_V, BLOCK_V, V_STEPS)
             dw = product(tl.trans(weights.to(right_u.dtype)), right_u, dw, PRECISION)
     offset = part.to(tl.int64)
-    if d_q is not None and GATE != "given":
+    if d_q is not None:
         put(tokens(d_q, b, B1, t, inner) + offset * q_part, t < T, K, step * BLOCK_K, dq * scale, BLOCK_K)
     if d_w is not None:
         put(tokens(d_w, b, B1, t, inner) + offset * w_part, t < T, V, step * BLOCK_V, dw, BLOCK_V)
@@ -230,9 +221,8 @@ def write_slot_kernel(
     part = pid % parts
     b = pid // parts
     ok, bias = open_slots(mask, b, B1, n, N)
-    k_rows, k0 = slot_keys(k, b, B1, n, ok, K, BLOCK_K)
-    u_rows = slots(u, b, B1, n)
-    u0 = tile(u_rows, ok, V, 0, BLOCK_V)
+    k_rows, k0 = slot_block(k, b, B1, n, ok, K, BLOCK_K)
+    u_rows, u0 = slot_block(u, b, B1, n, ok, V, BLOCK_V)
     g = d_retained
     if d_retained is not None:
         g = tl.load(slots(d_retained, b, B1, n), mask=ok, other=0.0)
@@ -242,8 +232,7 @@ def write_slot_kernel(
         t = t0 + tl.arange(0, BLOCK_T)
         at = (b.to(tl.int64) * chunks + t0 // BLOCK_T) * N + n
         t_ok = open_tokens(token_mask, b, B1, t, inner, T)
-        w_rows = tokens(w, b, B1, t, inner)
-        w0 = tile(w_rows, t_ok, V, 0, BLOCK_V)
+        w_rows, w0 = token_block(w, b, B1, t, inner, t_ok, V, BLOCK_V)
         a, keep, f = gates(
             k0, k_rows, ok, bias, q, norm, b, B1, n, t, t_ok, T, inner, K, scale, erase,
             GATE, ERASE, BLOCK_K, K_STEPS, PRECISION,
@@ -300,33 +289,26 @@ def backward(x: Write, values: Tensor, d_out: Tensor, d_retained: Tensor | None,
     )  # fmt: skip
     state = (u, F, G, Q, P, call.slot_numbers(d_retained))
 
-    def run(kernel, programs: int, size: int, block: int, delta: tuple | None, *targets: tuple | None) -> None:
-        """One of the two last kernels, its loop over ``size`` cut into parts."""
-        parts, span = p.cut(programs, size, block)
-        # what every part stores in places of its own needs no buffers
-        outs = [Parts(call, one, 1 if one is not None and one is gate_rows else parts) for one in targets]
-        launch(
-            kernel, programs * parts, *sources, *state, delta, *(o.out for o in outs), x.erase_scale, *sizes,
-            parts, span, *(o.step for o in outs), x.scale, plan=p, **constants,
-        )  # fmt: skip
-        for o in outs:
-            o.add()
-
-    gate_rows = d_query.rows() if x.gate == "given" and d_query.wanted else None
-    of_scores = d_query.wanted or d_keys.wanted or d_mask.wanted
     by_token = (write_token_kernel, call.B * chunks * max(wide_k.steps, wide_v.steps), N, c.block_n)
     by_slot = (write_slot_kernel, call.B * slot_blocks * wide_k.steps, x.count, c.block_t)
+
+    def run(which: tuple, before: tuple, *targets: tuple | None) -> None:
+        launch_in_parts(
+            call, *which, (*sources, *state, *before), targets, (x.erase_scale, *sizes), x.scale, plan=p, **constants
+        )  # fmt: skip
+
+    of_gates, of_query = (d_query.rows(), None) if x.gate == "given" else (None, d_query.rows())
     delta = None
-    if x.gate == "softmax" and of_scores:
+    if x.gate == "softmax" and (d_query.wanted or d_keys.wanted or d_mask.wanted):
         sums = call.scratch(*call.batches, call.F, T)
         delta = (sums, *sums.stride())
-        run(*by_token, None, None, d_write.rows(), delta)
+        run(by_token, (None, None), None, d_write.rows(), delta)
         if d_query.wanted:
-            run(*by_token, delta, d_query.rows(), None, None)
+            run(by_token, (delta, None), of_query, None, None)
     elif d_query.wanted or d_write.wanted:
-        run(*by_token, None, gate_rows or d_query.rows(), d_write.rows(), None)
+        run(by_token, (None, of_gates), of_query, d_write.rows(), None)
     if d_keys.wanted or d_mask.wanted:
-        run(*by_slot, delta, d_keys.rows(), d_mask.rows())
+        run(by_slot, (delta,), d_keys.rows(), d_mask.rows())
     nothing = torch.empty(0, dtype=values.dtype, device=call.device)
     return (
         d_values.result(), d_keys.result(), d_query.result(), d_write.result(), nothing, d_mask.result()

@@ -28,8 +28,8 @@ from torch import Tensor
 from .launch import Plan, Width, launch, plan, width
 from .layout import Gradient, precision
 from .score_gradients import score_gradients
-from .tiles import open_slots, put, slots, tile, tokens
-from .write_tiles import Write, gates, multiply, open_tokens, prefix_products, slot_keys, suffix_products
+from .tiles import open_slots, put, slot_block, slots, tile, tokens
+from .write_tiles import Write, gates, multiply, open_tokens, prefix_products, suffix_products
 
 WORKSPACE = 1 << 25  # float32 numbers of the backward pass, for one group of slots
 
@@ -64,7 +64,7 @@ def write_scan_kernel(
     b = pid // tl.cdiv(V, BLOCK_V)
     exists = n < N
     ok, bias = open_slots(mask, b, B1, n, N)
-    k_rows, k0 = slot_keys(k, b, B1, n, ok, K, BLOCK_K)
+    k_rows, k0 = slot_block(k, b, B1, n, ok, K, BLOCK_K)
     x = tile(slots(v, b, B1, n), exists, V, column, BLOCK_V).to(tl.float32)
     kept = tl.full([BLOCK_N], 1.0, tl.float32)
     at = b.to(tl.int64) * tl.cdiv(T, BLOCK_T) * N + n
@@ -114,7 +114,7 @@ def write_scan_backward_kernel(
     exists = n < N
     d = column + tl.arange(0, BLOCK_V)
     ok, bias = open_slots(mask, b, B1, n, N)
-    k_rows, k0 = slot_keys(k, b, B1, n, ok, K, BLOCK_K)
+    k_rows, k0 = slot_block(k, b, B1, n, ok, K, BLOCK_K)
     grad = tile(slots(u, b, B1, n), exists, V, column, BLOCK_V).to(tl.float32)
     after = tl.full([BLOCK_N], 1.0, tl.float32)  # prod (1 - a) behind the chunk
     chunks = tl.cdiv(T, BLOCK_T)

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .layout import Call
-from .tiles import LOG2E, dots, sigmoid, slots, tile, tokens
+from .tiles import LOG2E, dots, sigmoid, tile, tokens
 
 
 @triton.jit
@@ -22,16 +22,6 @@ def open_tokens(token_mask, b, B1, t, inner, stop):
     if token_mask is not None:
         ok = ok & (tl.load(tokens(token_mask, b, B1, t, inner), mask=ok, other=0) != 0)
     return ok
-
-
-@triton.jit
-def slot_keys(k, b, B1, n, ok, K, BLOCK_K: tl.constexpr):
-    """Rows of the keys of slots ``n``, and their first columns."""
-    if k is None:  # gates are given, and nothing looks at these
-        return n, n
-    else:
-        rows = slots(k, b, B1, n)
-        return rows, tile(rows, ok, K, 0, BLOCK_K)
 
 
 @triton.jit
