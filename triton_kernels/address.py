@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import launch, plan, width
+from .launch import launch, plan, summed
 from .layout import Call, Gradient, precision
 from .score_gradients import score_gradients
 from .softmax_read import softmax_lse
@@ -61,7 +61,7 @@ def address(query: Tensor, keys: Tensor, slot_mask: Tensor | None, scale: float,
     out, view = call.token_result(T, N, dtype=query.dtype)
     lse = None if sigmoid else softmax_lse(call, query, keys, slot_mask, scale)
     p = plan("address", call.device, K, query)
-    c, wide, count = p.config, width(K, query), call.F * T
+    c, wide, count = p.config, summed(K, query), call.F * T
     launch(
         address_kernel, call.B * triton.cdiv(count, c.block_t) * triton.cdiv(N, c.block_n),
         call.rows(query), call.slots(keys), call.slot_numbers(slot_mask), call.numbers(lse),

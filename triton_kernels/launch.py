@@ -20,10 +20,11 @@ if INTERPRETED:
     repair()
 # The widest row that one block holds, by bits of an element, and the blocks in which wider rows go. An exact float32
 # product has no matrix instruction and keeps whole rows of both operands in registers, so its rows are shorter: at 128
-# columns hardly any block fits without spills.
+# columns hardly any block fits without spills, and what is only summed over goes in short blocks.
 WIDEST = {16: 256, 32: 128}
 WIDEST_EXACT = 64
 STEP = {16: 128, 32: 64}
+SUMMED_EXACT = 16
 
 
 @functools.cache
@@ -58,8 +59,18 @@ def _width(size: int, bits: int, exact: bool) -> Width:
 def width(size: int, *tensors: Tensor | None) -> Width:
     """Rows of ``size`` columns in a kernel on ``tensors``: blocks of a power of two, at least 16 as matrix
     instructions need."""
-    size_of = bits(*tensors)
-    return _width(size, size_of, size_of == 32 and torch.get_float32_matmul_precision() == "highest")
+    return _width(size, bits(*tensors), _exact(tensors))
+
+
+def summed(size: int, *tensors: Tensor | None) -> Width:
+    """The same for columns that a kernel sums over and does not write: every block costs no more than its loads."""
+    if _exact(tensors):
+        return Width(size, SUMMED_EXACT, max(1, triton.cdiv(size, SUMMED_EXACT)))
+    return width(size, *tensors)
+
+
+def _exact(tensors: tuple) -> bool:
+    return bits(*tensors) == 32 and torch.get_float32_matmul_precision() == "highest"
 
 
 def bits(*tensors: Tensor | None) -> int:

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import launch_in_parts, plan, width
+from .launch import launch_in_parts, plan, summed
 from .layout import Call, Gradient, precision
 from .score_gradients import score_gradients, shifted_lse
 from .tiles import LOG2E, dots, open_slots, slot_block, slots, token_block
@@ -61,7 +61,7 @@ def slot_usage(query: Tensor, keys: Tensor, lse: Tensor, slot_mask: Tensor | Non
     (T, K), N = query.shape[-2:], keys.shape[-2]
     usage = call.memory_result(N, dtype=torch.float32)
     p = plan("slot_usage", call.device, K, query)
-    c, wide, count = p.config, width(K, query), call.F * T
+    c, wide, count = p.config, summed(K, query), call.F * T
     launch_in_parts(
         call, slot_usage_kernel, call.B * triton.cdiv(N, c.block_n), count, c.block_t,
         (call.rows(query), call.slots(keys), call.slot_numbers(slot_mask), call.numbers(lse)),

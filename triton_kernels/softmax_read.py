@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import launch, plan, width
+from .launch import launch, plan, summed, width
 from .layout import Call, Gradient, precision
 from .merge_reads import merge_parts
 from .score_gradients import score_gradients
@@ -98,7 +98,7 @@ def _read(call: Call, query: Tensor, keys: Tensor, values: Tensor, slot_mask: Te
     N, V = values.shape[-2:]
     read, read_view = call.token_result(T, V, dtype=query.dtype)
     lse, lse_view = call.token_result(T, dtype=torch.float32)
-    wide_k, wide_v = width(K, query, values), width(V, query, values)
+    wide_k, wide_v = summed(K, query, values), width(V, query, values)
     p = plan("softmax_read", call.device, max(K, V), query, values)
     c, count, inner = p.config, call.F * T, T if call.F > 1 else None
     programs = call.B * triton.cdiv(count, c.block_t) * max(1, triton.cdiv(V, wide_v.block))

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import bits, launch, plan, width
+from .launch import bits, launch, plan, summed
 from .layout import Call, Gradient, precision
 from .segments import Segments
 from .sparse_read import check_indices, gather
@@ -132,7 +132,7 @@ def _many(call: Call, query: Tensor, keys: Tensor, slot_mask: Tensor | None, k: 
     """The best k ranks ``[B, F * T, k]`` by way of a workspace, for k beyond LARGEST."""
     (T, K), N, count = query.shape[-2:], keys.shape[-2], call.F * query.shape[-2]
     best = torch.full((call.B, count, k), -(2**63), dtype=torch.int64, device=call.device)
-    p, wide = plan("topk_search", call.device, K, query, keys), width(K, query, keys)
+    p, wide = plan("topk_search", call.device, K, query, keys), summed(K, query, keys)
     sources = call.rows(query), call.slots(keys), call.slot_numbers(slot_mask)
     step_n = min(N, max(4 * k, 8192))
     step_t = max(1, WORKSPACE // max(1, call.B * step_n))
@@ -170,7 +170,7 @@ def search(
             weights.copy_(weight.view(weights.shape))
         return
     size = max(16, triton.next_power_of_2(k))
-    p, wide = plan("topk_search", call.device, K, query, keys), width(K, query, keys)
+    p, wide = plan("topk_search", call.device, K, query, keys), summed(K, query, keys)
     c, inner, block_n = p.config, T if call.F > 1 else None, max(p.config.block_n, size)
     programs = call.B * triton.cdiv(count, c.block_t)
     parts, span = p.cut(programs, N, block_n)

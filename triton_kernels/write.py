@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import write_backward, write_scan
-from .launch import launch, plan, width
+from .launch import launch, plan, summed, width
 from .layout import precision
 from .tiles import open_slots, product, put, slot_block, slots, tile, tokens
 from .write_tiles import Write, gates, multiply, open_tokens, suffix_products
@@ -113,7 +113,7 @@ def _write(x: Write, values: Tensor, out: tuple, retained: tuple | None) -> None
     """Fill ``out`` and ``retained`` (memory tensors of kernels); ``out`` may be ``values``."""
     call, N, K, V = x.call, x.N, x.K, x.V
     tensors = (x.query, values)
-    wide_k, wide_v = width(K, *tensors), width(V, *tensors)
+    wide_k, wide_v = summed(K, *tensors), width(V, *tensors)
     p = plan("write", call.device, max(K, V), *tensors)
     c, columns = p.config, triton.cdiv(V, wide_v.block)
     programs = call.B * triton.cdiv(N, c.block_n) * columns
