@@ -34,7 +34,9 @@ ROWS = {
     "slot_gradient_kernel": "slot_gradient",
     "slot_usage_kernel": "slot_usage",
     "address_kernel": "address",
-    "gated_write_kernel": "gated_write",
+    "softmax_norm_kernel": "softmax_norm",
+    "norm_merge_kernel": "softmax_norm",
+    "write_kernel": "write",
     "write_merge_kernel": "write_merge",
     "write_chunk_kernel": "write_gradient",
     "write_carry_kernel": "write_carry",
@@ -46,6 +48,8 @@ ROWS = {
     "rank_kernel": "topk_search",
     "topk_merge_kernel": "topk_merge",
     "sparse_read_kernel": "sparse_read",
+    "sparse_write_kernel": "sparse_write",
+    "sparse_write_backward_kernel": "sparse_write",
     "row_dot_kernel": "row_dot",
     "segment_kernel": "segments",
     "border_kernel": "segments",
@@ -53,7 +57,7 @@ ROWS = {
 # Rows of kernels with a matrix product, which 16-bit operands (and float32 ones as TF32) must do in the matrix unit.
 PRODUCTS = (
     *("softmax_read", "query_gradient", "slot_gradient", "slot_usage", "address"),
-    *("gated_write", "write_gradient", "write_scan", "topk_search"),
+    *("softmax_norm", "write", "write_gradient", "write_scan", "topk_search"),
 )
 INSTRUCTIONS = {"80": ("mma.sync",), "90": ("wgmma.mma_async", "mma.sync"), "100": ("tcgen05.mma", "mma.sync")}
 
@@ -71,6 +75,13 @@ class Compiled:
     spills: int
     shared: int
     matrix: str
+    row: tuple[str, str, int, int]  # of the table of configurations
+
+    @property
+    def multiplies(self) -> bool:
+        """Whether this kernel has a matrix product: gates that are given need none where tokens are scanned."""
+        scans = ROWS[self.kernel] == "write_scan" and "gate=given" in self.constants
+        return ROWS[self.kernel] in PRODUCTS and self.kernel != "norm_merge_kernel" and not scans
 
     def faults(self) -> list[str]:
         """What must not be; empty when all is well."""
@@ -80,7 +91,7 @@ class Compiled:
         limit = TARGETS[self.arch][1]
         if self.shared > limit:
             found.append(f"{self.shared} bytes of shared memory, above {limit}")
-        if ROWS[self.kernel] in PRODUCTS and not self.matrix and self.dtype != "float32":
+        if self.multiplies and not self.matrix and self.dtype != "float32":
             found.append("no matrix instruction")
         return found
 
@@ -139,6 +150,8 @@ def compiled(arch: str, dtype: str, width: int, only: tuple[str, ...] = ()) -> I
     kind = torch.float32 if dtype == "tf32" else getattr(torch, dtype)
     seen = set()
     with _precision("high" if dtype == "tf32" else "highest"):
+        scope = launcher("softmax_read").__globals__["launch"].__globals__
+        reach = scope["configs"].reach(scope["width"](width, torch.empty(0, dtype=kind)))
         for one in launches(kind, width, "meta"):
             if only and one.name not in only:
                 continue
@@ -148,7 +161,9 @@ def compiled(arch: str, dtype: str, width: int, only: tuple[str, ...] = ()) -> I
             for name, constants, kernel in found:
                 if kernel.hash not in seen:
                     seen.add(kernel.hash)
-                    yield _read(arch, dtype, width, name, constants, kernel)
+                    # lists are merged by rows of one width, whatever that of the keys is
+                    own = (ROWS[name], arch, 8 * kind.itemsize, 64 if name == "topk_merge_kernel" else reach)
+                    yield _read(arch, dtype, width, name, constants, kernel, own)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -164,10 +179,11 @@ def _report(arch: str, ptx: str) -> tuple[int, int]:
     return max(int(n) for n in re.findall(r"Used (\d+) registers", text)), spills
 
 
-def _read(arch: str, dtype: str, width: int, name: str, constants: dict, kernel) -> Compiled:
+def _read(arch: str, dtype: str, width: int, name: str, constants: dict, kernel, row: tuple) -> Compiled:
     ptx = kernel.asm["ptx"]
     registers, spills = _report(arch, ptx)
     matrix = next((word for word in INSTRUCTIONS[arch] if word in ptx), "")
-    kept = {k: v for k, v in constants.items() if k.startswith(("BLOCK", "num_", "KIND", "ERASE", "LIST", "PREC"))}
+    told = ("BLOCK", "num_", "KIND", "GATE", "ERASE", "LIST", "PREC")
+    kept = {k: v for k, v in constants.items() if k.startswith(told)}
     words = " ".join(f"{k.lower()}={v}" for k, v in kept.items())
-    return Compiled(name, arch, dtype, width, words, registers, spills, kernel.metadata.shared, matrix)
+    return Compiled(name, arch, dtype, width, words, registers, spills, kernel.metadata.shared, matrix, row)

@@ -44,6 +44,10 @@ def launches(dtype: torch.dtype, width: int, device: str, tokens: int = TOKENS, 
     def _meta(shape, dtype):
         return torch.empty(shape, dtype=dtype, device="meta")
 
+    def named() -> Tensor:
+        i = torch.zeros((2, tokens, 32), dtype=torch.int64, device=device)
+        return i if device == "meta" else i.random_(0, slots)
+
     def read(t: int, n: int, mask: Tensor | None, backward: bool) -> Callable:
         q, k, v = new(2, t, width), new(2, n, width), new(2, n, width)
 
@@ -54,15 +58,38 @@ def launches(dtype: torch.dtype, width: int, device: str, tokens: int = TOKENS, 
 
         return run
 
-    def write(t: int, n: int, erase: float | Tensor, retained: bool) -> Callable:
+    def form(erase: float | Tensor) -> tuple[Tensor | None, float]:
+        return (erase, 1.0) if isinstance(erase, Tensor) else (None, erase)
+
+    def write(t: int, n: int, erase: float | Tensor, retained: bool, op: str = "gated_write") -> Callable:
         q, k, v, w = new(2, t, width), new(2, n, width), new(2, n, width), new(2, t, width)
-        vector, number = (erase, 1.0) if isinstance(erase, Tensor) else (None, erase)
+        vector, number = form(erase)
 
         def run():
             args = (v, k, q, w, vector, None, None)
-            out, kept = launcher("gated_write")(*args, SCALE, number)
+            out, kept = launcher(op)(*args, SCALE, number)
             d_kept = kept if retained else None
-            launcher("gated_write_backward")(*args, kept, out, d_kept, SCALE, number, [True] * 6)
+            launcher(f"{op}_backward")(*args, kept, out, d_kept, SCALE, number, [True] * 6)
+
+        return run
+
+    def given(t: int, n: int, erase: float | Tensor) -> Callable:
+        a, v, w = new(2, t, n), new(2, n, width), new(2, t, width)
+        vector, number = form(erase)
+
+        def run():
+            out = launcher("slot_write")(v, a, w, vector, None, number)
+            launcher("slot_write_backward")(v, a, w, vector, None, out, number, [True] * 4)
+
+        return run
+
+    def scatter(erase: float | Tensor) -> Callable:
+        v, a, w, i = new(2, slots, width), new(2, tokens, 32), new(2, tokens, width), named()
+        vector, number = form(erase)
+
+        def run():
+            out = launcher("sparse_write")(v, i, a, w, vector, number)
+            launcher("sparse_write_backward")(v, i, a, w, vector, out, number, [True] * 4)
 
         return run
 
@@ -105,10 +132,7 @@ def launches(dtype: torch.dtype, width: int, device: str, tokens: int = TOKENS, 
         return run
 
     def sparse() -> Callable:
-        v, w = new(2, slots, width), new(2, tokens, 32)
-        i = torch.zeros((2, tokens, 32), dtype=torch.int64, device=device)
-        if device != "meta":
-            i.random_(0, slots)
+        v, w, i = new(2, slots, width), new(2, tokens, 32), named()
 
         def run():
             r = launcher("sparse_read")(v, i, w)
@@ -125,6 +149,9 @@ def launches(dtype: torch.dtype, width: int, device: str, tokens: int = TOKENS, 
     yield Launch("address, softmax", address(False), main=True)
     yield Launch("merge_reads", merge(), main=True)
     yield Launch("gated_write, erase tensor", write(tokens, slots // 16, new(2, tokens, width), False), main=True)
+    yield Launch("softmax_write", write(tokens, slots, 1.0, False, "softmax_write"), main=True)
+    yield Launch("slot_write", given(tokens, slots, 1.0), main=True)
+    yield Launch("sparse_write", scatter(1.0), main=True)
     yield Launch("softmax_read, mask", read(tokens, slots, mask, True))
     yield Launch("softmax_read, few tokens", read(FEW, slots, None, True))
     yield Launch("softmax_read, few slots", read(tokens, FEW, None, True))
@@ -133,6 +160,15 @@ def launches(dtype: torch.dtype, width: int, device: str, tokens: int = TOKENS, 
     yield Launch("gated_write, erase 0.5, retained", write(tokens, slots, 0.5, True))
     yield Launch("gated_write, retained, few slots", write(tokens, FEW, 1.0, True))
     yield Launch("gated_write, erase tensor, retained", write(FEW, slots, new(2, FEW, width), True))
+    yield Launch("softmax_write, erase 0, few tokens", write(FEW, slots, 0.0, False, "softmax_write"))
+    yield Launch("softmax_write, erase 0.5, retained", write(tokens, slots, 0.5, True, "softmax_write"))
+    vector = new(2, tokens, width)
+    yield Launch("softmax_write, erase tensor, retained", write(tokens, slots // 16, vector, True, "softmax_write"))
+    yield Launch("slot_write, erase 0", given(tokens, slots, 0.0))
+    yield Launch("slot_write, erase 0.5, few slots", given(tokens, FEW, 0.5))
+    yield Launch("slot_write, erase tensor", given(tokens, slots // 16, vector))
+    yield Launch("sparse_write, erase tensor", scatter(vector))
     yield Launch("topk, k = 8, few tokens", topk(FEW, slots, 8))
+    yield Launch("topk, k = 128", topk(tokens, slots, 128))
     yield Launch("topk, k = 256", topk(tokens, slots, 256))
     yield Launch("topk, k = 1000", topk(FEW, slots, 1000))

@@ -29,7 +29,8 @@ from .timers import interleave
 
 WIDTHS = (64, 128, 256, 512)
 DTYPES = {16: ("bfloat16", "float16"), 32: ("float32", "tf32")}
-WORST = ("gated_write, erase 0.5, retained", "topk, k = 256")  # beside the main calls, what needs most registers
+# Beside the main calls, what needs most registers.
+WORST = ("gated_write, erase 0.5, retained", "softmax_write, erase 0.5, retained", "topk, k = 128", "topk, k = 256")
 GAIN = 0.98  # a candidate replaces the present row when it takes less than this share of its time
 
 configs = importlib.import_module(f"{_triton.kernels().__name__}.configs")
@@ -65,31 +66,37 @@ def smaller(config: configs.Config, kernel: str) -> Iterator[configs.Config]:
 
 def arithmetic(archs: Sequence[str], bits: Sequence[int], widths: Sequence[int], only: tuple[str, ...]) -> bool:
     """Replace rows that do not compile well in the calls ``only`` (empty: all). True when none is left."""
-    well = True
+    names = only or tuple(one.name for one in launches(torch.float32, 64, "meta"))
+    stuck: set[tuple] = set()
     for b, w, arch in itertools.product(bits, widths, archs):
         untried: dict[tuple, Iterator] = {}
         for dtype in DTYPES[b][:1] if only else DTYPES[b]:
-            while True:
-                faulty: dict[tuple, str] = {}
-                for one in compiled(arch, dtype, w, only):
-                    if one.faults():
-                        faulty[ROWS[one.kernel], arch, b, w] = str(one) + ": " + ", ".join(one.faults())
-                changed = False
-                for key, why in faulty.items():
-                    present = configs.table()[key]
-                    following = untried.setdefault(key, iter(dict.fromkeys(smaller(present, key[0]))))
-                    candidate = next((c for c in following if c != present), None)
-                    if candidate is None or present.source == "measured":
-                        print(f"no configuration fits: {why}", flush=True)
-                        well = False
-                    else:
-                        print(f"{why}\n    -> {candidate}", flush=True)
-                        put(key, candidate)
-                        changed = True
+            # A row that one call needs smaller is smaller for all others too: until a whole round changes nothing.
+            while any(_fitted(name, arch, dtype, w, untried, stuck) for name in names):
                 save()
-                if not changed:
-                    break
-    return well
+    return not stuck
+
+
+def _fitted(name: str, arch: str, dtype: str, width: int, untried: dict[tuple, Iterator], stuck: set[tuple]) -> bool:
+    """Replace the rows of one call until it compiles well or nothing smaller is left; whether any was replaced."""
+    changed = False
+    while True:
+        faulty = {found.row: found for found in compiled(arch, dtype, width, (name,)) if found.faults()}
+        faulty = {key: found for key, found in faulty.items() if key not in stuck}
+        if not faulty:
+            return changed
+        for key, found in faulty.items():
+            present = configs.table()[key]
+            following = untried.setdefault(key, iter(dict.fromkeys(smaller(present, key[0]))))
+            candidate = next((c for c in following if c != present), None)
+            why = f"{found}: {', '.join(found.faults())}"
+            if candidate is None or present.source == "measured":
+                print(f"no configuration fits: {why}", flush=True)
+                stuck.add(key)
+            else:
+                print(f"{why}\n    -> {candidate}", flush=True)
+                put(key, candidate)
+                changed = True
 
 
 def candidates(config: configs.Config, kernel: str) -> Iterator[configs.Config]:

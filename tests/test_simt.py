@@ -18,8 +18,10 @@ pytestmark = [
 DTYPES = "float32,bfloat16,float16"
 ALL = ",".join(ops())
 SEEDS = ("2", "3", "4")
-# The whole grid where the CUDA build is asked for (make cuda).
-EXTENT = "full" if os.environ.get("MEMKERNELS_CUDA") == "1" else "quick"
+# The whole grid, and a second build under the address sanitizer, where the CUDA build is asked for (make cuda).
+WHOLE = os.environ.get("MEMKERNELS_CUDA") == "1"
+EXTENT = "full" if WHOLE else "quick"
+sanitized = pytest.mark.skipif(not WHOLE, reason="make cuda builds the kernels under the address sanitizer")
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +53,7 @@ def under_address_sanitizer(built, op, dtypes="float32"):
     return grid(built, op, dtypes, LD_PRELOAD=runtime, ASAN_OPTIONS=options)
 
 
+@sanitized
 def test_no_address_is_wrong():
     assert not failures(under_address_sanitizer(library("address"), ALL, DTYPES))
 
@@ -134,6 +137,7 @@ def test_a_seeded_fault_is_noticed(fault, tmp_path):
     assert failures(grid(broken(tmp_path, *change, kernel), OP[kernel])), fault
 
 
+@sanitized
 def test_a_seeded_overrun_is_noticed_by_the_address_sanitizer(tmp_path):
     old, new = (f"(Q * r.plan.padded + Q * r.plan.slots + {n} * Q) * 4" for n in (3, 2))
     built = broken(tmp_path, "softmax_read.cu", old, new, "softmax_read.cu", "address")

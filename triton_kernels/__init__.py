@@ -4,8 +4,9 @@ Installed as ``memkernels.triton_kernels``; imports nothing of memkernels. :func
 operators ``memkernels_triton::<op>``, ``<op>_backward`` and ``<op>_``, whose schemas memkernels defines. Triton itself,
 and the file of an op, are imported at the first call of that op.
 
-One file per op: the kernels, then their launchers. ``tiles.py`` and ``score_gradients.py`` hold what kernels share,
-``layout.py`` and ``launch.py`` what launchers share, ``configs.json`` the launch configurations.
+One file per op: the kernels, then their launchers; dense writes share theirs in ``write.py`` and the files it names.
+``tiles.py`` and ``score_gradients.py`` hold what kernels share, ``layout.py`` and ``launch.py`` what launchers share,
+``configs.json`` the launch configurations.
 """
 
 from __future__ import annotations
@@ -20,12 +21,15 @@ OPERATORS = {
     "gated_write": "gated_write",
     "merge_reads": "merge_reads",
     "slot_usage": "slot_usage",
+    "slot_write": "slot_write",
     "softmax_read": "softmax_read",
+    "softmax_write": "softmax_write",
     "sparse_read": "sparse_read",
+    "sparse_write": "sparse_write",
     "topk_read": "topk_read",
     "topk_search": "topk_search",
 }
-IN_PLACE = ("gated_write",)
+IN_PLACE = ("gated_write", "slot_write", "softmax_write", "sparse_write")
 
 
 def names() -> list[tuple[str, str]]:

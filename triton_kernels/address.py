@@ -12,11 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import launch, plan, width
+from .launch import launch, plan, summed
 from .layout import Call, Gradient, precision
 from .score_gradients import score_gradients
 from .softmax_read import softmax_lse
-from .tiles import LOG2E, dots, open_slots, sigmoid, slots, tile, tokens
+from .tiles import LOG2E, dots, open_slots, sigmoid, slot_block, token_block, tokens
 
 
 @triton.jit
@@ -33,8 +33,8 @@ def address_kernel(
     b = pid // tl.cdiv(N, BLOCK_N)
     t_ok = t < T
     ok, bias = open_slots(mask, b, B1, n, N)
-    q_rows, k_rows = tokens(q, b, B1, t, inner), slots(k, b, B1, n)
-    q0, k0 = tile(q_rows, t_ok, K, 0, BLOCK_K), tile(k_rows, ok, K, 0, BLOCK_K)
+    q_rows, q0 = token_block(q, b, B1, t, inner, t_ok, K, BLOCK_K)
+    k_rows, k0 = slot_block(k, b, B1, n, ok, K, BLOCK_K)
     s = dots(q0, q_rows, t_ok, k0, k_rows, ok, K, BLOCK_K, K_STEPS, PRECISION) * scale + bias[None, :]
     if SIGMOID:
         weights = sigmoid(s)
@@ -61,7 +61,7 @@ def address(query: Tensor, keys: Tensor, slot_mask: Tensor | None, scale: float,
     out, view = call.token_result(T, N, dtype=query.dtype)
     lse = None if sigmoid else softmax_lse(call, query, keys, slot_mask, scale)
     p = plan("address", call.device, K, query)
-    c, wide, count = p.config, width(K, query), call.F * T
+    c, wide, count = p.config, summed(K, query), call.F * T
     launch(
         address_kernel, call.B * triton.cdiv(count, c.block_t) * triton.cdiv(N, c.block_n),
         call.rows(query), call.slots(keys), call.slot_numbers(slot_mask), call.numbers(lse),

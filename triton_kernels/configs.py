@@ -16,7 +16,8 @@ TABLE = Path(__file__).with_name("configs.json")
 ARCHITECTURES = ("80", "90", "100")
 # Streaming multiprocessors of the largest device of each: what a split must fill.
 PROCESSORS = {"80": 108, "90": 132, "100": 148, "interpreter": 4}
-WIDTHS = (64, 128, 256, 512)  # a row width belongs to the first that holds it; 512 stands for everything wider
+# A row width belongs to the first that holds it; 512 stands for everything that goes in several blocks.
+WIDTHS = (64, 128, 256, 512)
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,14 @@ def nearest(capability: int) -> str:
     return older[-1]
 
 
+def reach(width) -> int:
+    """Which of WIDTHS serves ``width`` (of ``launch.width``)."""
+    return next((w for w in WIDTHS[:-1] if width.steps == 1 and width.block <= w), WIDTHS[-1])
+
+
 @functools.cache
 def find(kernel: str, arch: str, bits: int, width) -> Config:
     """The row for one kernel and ``width`` (of ``launch.width``)."""
-    reach = next((w for w in WIDTHS[:-1] if width.steps == 1 and width.block <= w), WIDTHS[-1])
     if arch == "interpreter":
         return table()[kernel, arch, 32, 64]
-    return table()[kernel, arch, bits, reach]
+    return table()[kernel, arch, bits, reach(width)]

@@ -10,30 +10,31 @@ import numpy as np
 from triton.runtime import interpreter
 
 
+def _combine(self, operands, left, right):
+    """``combine_fn`` of two lists of arrays."""
+    both = [self.to_tensor(a, x.dtype) for arrays in (left, right) for a, x in zip(arrays, operands)]
+    result = self.combine_fn.fn(*both)
+    return [x.handle.data for x in (result if isinstance(result, tuple) else (result,))]
+
+
 def _scan(self, operands):
-    """A generic scan that combines whole slices along the axis."""
+    """A generic scan in steps of doubling length, the whole tile at a time: a tile must keep its size."""
     arrays = [np.moveaxis(x.handle.data, self.axis, 0) for x in operands]
-    results = [np.empty_like(a) for a in arrays]
-    state = None
-    for i in range(arrays[0].shape[0]):
-        here = tuple(self.to_tensor(a[i].copy(), x.dtype) for a, x in zip(arrays, operands))
-        state = here if state is None else self.combine_fn.fn(*state, *here)
-        state = state if isinstance(state, tuple) else (state,)
-        for result, value in zip(results, state):
-            result[i] = value.handle.data
-    return [self.to_tensor(np.moveaxis(r, 0, self.axis), x.dtype) for r, x in zip(results, operands)]
+    step = 1
+    while step < len(arrays[0]):
+        joined = _combine(self, operands, [np.roll(a, step, 0) for a in arrays], arrays)
+        arrays = [np.concatenate([a[:step], j[step:]]) for a, j in zip(arrays, joined)]
+        step *= 2
+    return [self.to_tensor(np.moveaxis(a, 0, self.axis), x.dtype) for a, x in zip(arrays, operands)]
 
 
 def _reduce(self, operands):
-    """A generic reduction that combines whole slices along the axis."""
+    """A generic reduction by halves (lengths are powers of two), neighbours first, so that order is kept."""
     operands, axis = self.unravel(operands, self.axis)
     arrays = [np.moveaxis(x.handle.data, axis, 0) for x in operands]
-    state = None
-    for i in range(arrays[0].shape[0]):
-        here = tuple(self.to_tensor(a[i].copy(), x.dtype) for a, x in zip(arrays, operands))
-        state = here if state is None else self.combine_fn.fn(*state, *here)
-        state = state if isinstance(state, tuple) else (state,)
-    results = [x.handle.data for x in state]
+    while len(arrays[0]) > 1:
+        arrays = _combine(self, operands, [a[0::2] for a in arrays], [a[1::2] for a in arrays])
+    results = [a[0] for a in arrays]
     if self.keep_dims:
         results = [np.expand_dims(r, axis) for r in results]
     return [self.to_tensor(r, x.dtype) for r, x in zip(results, operands)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,7 @@ import triton
 from torch import Tensor
 
 from . import configs
+from .layout import Call
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 if INTERPRETED:
@@ -17,9 +19,12 @@ if INTERPRETED:
 
     repair()
 # The widest row that one block holds, by bits of an element, and the blocks in which wider rows go. An exact float32
-# product keeps whole rows of both operands in registers, so its rows are shorter.
+# product has no matrix instruction and keeps whole rows of both operands in registers, so its rows are shorter: at 128
+# columns hardly any block fits without spills, and what is only summed over goes in short blocks.
 WIDEST = {16: 256, 32: 128}
+WIDEST_EXACT = 64
 STEP = {16: 128, 32: 64}
+SUMMED_EXACT = 16
 
 
 @functools.cache
@@ -45,8 +50,8 @@ class Width:
 
 
 @functools.cache
-def _width(size: int, bits: int) -> Width:
-    if size <= WIDEST[bits]:
+def _width(size: int, bits: int, exact: bool) -> Width:
+    if size <= (WIDEST_EXACT if exact else WIDEST[bits]):
         return Width(size, max(16, triton.next_power_of_2(size)), 1)
     return Width(size, STEP[bits], triton.cdiv(size, STEP[bits]))
 
@@ -54,10 +59,22 @@ def _width(size: int, bits: int) -> Width:
 def width(size: int, *tensors: Tensor | None) -> Width:
     """Rows of ``size`` columns in a kernel on ``tensors``: blocks of a power of two, at least 16 as matrix
     instructions need."""
-    return _width(size, _bits(tensors))
+    return _width(size, bits(*tensors), _exact(tensors))
 
 
-def _bits(tensors: tuple) -> int:
+def summed(size: int, *tensors: Tensor | None) -> Width:
+    """The same for columns that a kernel sums over and does not write: every block costs no more than its loads."""
+    if _exact(tensors):
+        return Width(size, SUMMED_EXACT, max(1, triton.cdiv(size, SUMMED_EXACT)))
+    return width(size, *tensors)
+
+
+def _exact(tensors: tuple) -> bool:
+    return bits(*tensors) == 32 and torch.get_float32_matmul_precision() == "highest"
+
+
+def bits(*tensors: Tensor | None) -> int:
+    """Bits of an element, as the table of configurations has them."""
     return 32 if any(t is not None and t.dtype == torch.float32 for t in tensors) else 16
 
 
@@ -87,7 +104,7 @@ class Plan:
 def plan(kernel: str, device: torch.device, widest: int, *tensors: Tensor | None) -> Plan:
     """The configuration of ``kernel`` for rows of ``widest`` columns and the dtypes of ``tensors``."""
     arch = architecture(device)
-    row = configs.find(kernel, arch, _bits(tensors), width(widest, *tensors))
+    row = configs.find(kernel, arch, bits(*tensors), width(widest, *tensors))
     return Plan(row, configs.PROCESSORS[arch])
 
 
@@ -95,3 +112,37 @@ def launch(kernel, programs: int, *arguments, plan: Plan, **constants) -> None:
     """Run ``programs`` instances. No synchronisation, no allocation: a CUDA graph can capture it."""
     if programs:
         kernel[(programs,)](*arguments, **constants, **plan.options)
+
+
+class _Parts:
+    """Where a kernel with a split loop writes: into ``target`` itself, or float32 parts that ``add`` sums in order."""
+
+    def __init__(self, call: Call, target: tuple | None, parts: int) -> None:
+        self.target, self.out, self.step, self.buffer = target, target, 0, None
+        if target is not None and parts > 1:
+            self.buffer = call.scratch(parts, *target[0].shape)
+            strides = self.buffer.stride()[1:5] if len(target) == 5 else target[1:]  # memory results are contiguous
+            self.out, self.step = (self.buffer, *strides), self.buffer.stride(0)
+
+    def add(self) -> None:
+        if self.buffer is not None:
+            self.target[0].copy_(self.buffer.sum(0))
+
+
+def launch_in_parts(
+    call: Call, kernel, programs: int, size: int, block: int, before: tuple, targets: Sequence[tuple | None],
+    between: tuple, scale: float, *, plan: Plan, **constants,
+) -> None:  # fmt: skip
+    """Run ``programs`` instances whose loop over ``size`` is cut into parts, and add what the parts give to targets.
+
+    The kernel takes ``before``, a place for every target, ``between``, the count and length of parts, the step between
+    the parts of every target, and ``scale``.
+    """
+    parts, span = plan.cut(programs, size, block)
+    outs = [_Parts(call, target, parts) for target in targets]
+    launch(
+        kernel, programs * parts, *before, *(o.out for o in outs), *between, parts, span, *(o.step for o in outs),
+        scale, plan=plan, **constants,
+    )  # fmt: skip
+    for o in outs:
+        o.add()

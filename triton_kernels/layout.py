@@ -8,8 +8,9 @@ dimensions that do not merge, cost a copy.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -89,9 +90,18 @@ class Call:
         x = x.reshape(*(lead[d] for d in self.kept), *rest)  # dimensions that the memory lacks have size 1: dropped
         return x.expand(*(self.whole[d] for d in self.kept), *rest).reshape(*self.batches, *rest)
 
-    def in_place(self, x: Tensor) -> bool:
-        """Whether kernels can write memory rows ``[..., N, D]`` where they lie: their view needs no copy."""
-        return x.numel() == 0 or self.slots(x)[0].data_ptr() == x.data_ptr()
+    @contextlib.contextmanager
+    def target(self, values: Tensor) -> Iterator[Tensor]:
+        """Memory rows ``[..., N, D]`` as kernels may write them: ``values``, or a copy that is copied back."""
+        own = tuple(values.shape[:-2]) == tuple(self.memory)
+        self.require(own, "values must have all leading dimensions of the memory")
+        spread = any(size > 1 and stride == 0 for size, stride in zip(values.shape, values.stride()))
+        self.require(not spread, "values must not be expanded")
+        lie = values.numel() == 0 or self.slots(values)[0].data_ptr() == values.data_ptr()
+        target = values if lie else values.contiguous()
+        yield target
+        if target is not values:
+            values.copy_(target)
 
     def rows(self, x: Tensor | None) -> tuple | None:
         """Token rows ``[..., T, D]`` for a kernel: ``(tensor, stride of B0, of B1, of F, of T)``."""

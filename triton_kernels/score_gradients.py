@@ -22,9 +22,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import launch, plan, width
+from .launch import launch, launch_in_parts, plan, width
 from .layout import Call, Gradient, precision
-from .tiles import LOG2E, columns, dots, open_slots, product, put, slots, tile, tokens
+from .tiles import LOG2E, columns, dots, open_slots, product, put, slot_block, slots, tile, token_block, tokens
 
 
 @triton.jit
@@ -95,31 +95,27 @@ def query_gradient_kernel(
 
     t_ok = t < T
     if KIND == "read" or KIND == "usage":
-        q_rows = tokens(q, b, B1, t, inner)
-        q0 = tile(q_rows, t_ok, K, 0, BLOCK_K)
+        q_rows, q0 = token_block(q, b, B1, t, inner, t_ok, K, BLOCK_K)
         lse_t = shifted_lse(lse, b, B1, t, inner, T)
     if KIND == "read" or KIND == "softmax":
         delta_t = tl.load(tokens(delta, b, B1, t, inner), mask=t_ok, other=0.0)
     else:
         delta_t = tl.zeros([BLOCK_T], tl.float32)
     if KIND == "read":
-        dr_rows = tokens(d_read, b, B1, t, inner)
-        dr0 = tile(dr_rows, t_ok, V, 0, BLOCK_V)
+        dr_rows, dr0 = token_block(d_read, b, B1, t, inner, t_ok, V, BLOCK_V)
     acc = tl.zeros([BLOCK_T, BLOCK_K], tl.float32)
     row_sum = tl.zeros([BLOCK_T], tl.float32)
     for n0 in range(part * span, tl.minimum(N, (part + 1) * span), BLOCK_N):
         n = n0 + tl.arange(0, BLOCK_N)
         ok, bias = open_slots(mask, b, B1, n, N)
-        k_rows = slots(k, b, B1, n)
-        k0 = tile(k_rows, ok, K, 0, BLOCK_K)
+        k_rows, k0 = slot_block(k, b, B1, n, ok, K, BLOCK_K)
         live = t_ok[:, None] & ok[None, :]
         if KIND == "read" or KIND == "usage":
             s = dots(q0, q_rows, t_ok, k0, k_rows, ok, K, BLOCK_K, K_STEPS, PRECISION) * (scale * LOG2E)
             if mask is not None:
                 s += (bias * LOG2E)[None, :]
             if KIND == "read":
-                v_rows = slots(v, b, B1, n)
-                v0 = tile(v_rows, ok, V, 0, BLOCK_V)
+                v_rows, v0 = slot_block(v, b, B1, n, ok, V, BLOCK_V)
                 dp = dots(dr0, dr_rows, t_ok, v0, v_rows, ok, V, BLOCK_V, V_STEPS, PRECISION)
                 _, ds = from_scores(s, lse_t[:, None], dp, delta_t[:, None], live, KIND)
             else:
@@ -162,21 +158,18 @@ def slot_gradient_kernel(
 
     ok, bias = open_slots(mask, b, B1, n, N)
     if KIND == "read" or KIND == "usage":
-        k_rows = slots(k, b, B1, n)
-        k0 = tile(k_rows, ok, K, 0, BLOCK_K)
+        k_rows, k0 = slot_block(k, b, B1, n, ok, K, BLOCK_K)
     if KIND == "usage":
         d_n = tl.load(slots(du, b, B1, n), mask=ok, other=0.0)
     if KIND == "read":
-        v_rows = slots(v, b, B1, n)
-        v0 = tile(v_rows, ok, V, 0, BLOCK_V)
+        v_rows, v0 = slot_block(v, b, B1, n, ok, V, BLOCK_V)
         dv_acc = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
     dk_acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     total = tl.zeros([BLOCK_N], tl.float32)
     for t0 in range(part * span, tl.minimum(T, (part + 1) * span), BLOCK_T):
         t = t0 + tl.arange(0, BLOCK_T)
         t_ok = t < T
-        q_rows = tokens(q, b, B1, t, inner)
-        q0 = tile(q_rows, t_ok, K, 0, BLOCK_K)
+        q_rows, q0 = token_block(q, b, B1, t, inner, t_ok, K, BLOCK_K)
         live = ok[:, None] & t_ok[None, :]
         delta_t = tl.zeros([BLOCK_T], tl.float32)
         if KIND == "read" or KIND == "softmax":
@@ -187,8 +180,7 @@ def slot_gradient_kernel(
             if mask is not None:
                 s += (bias * LOG2E)[:, None]
             if KIND == "read":
-                dr_rows = tokens(d_read, b, B1, t, inner)
-                dr0 = tile(dr_rows, t_ok, V, 0, BLOCK_V)
+                dr_rows, dr0 = token_block(d_read, b, B1, t, inner, t_ok, V, BLOCK_V)
                 dp = dots(v0, v_rows, ok, dr0, dr_rows, t_ok, V, BLOCK_V, V_STEPS, PRECISION)
                 p, ds = from_scores(s, lse_t[None, :], dp, delta_t[None, :], live, KIND)
                 if d_v is not None:
@@ -230,21 +222,6 @@ def row_dots(call: Call, a: Tensor, b: Tensor, minus: Tensor | None = None) -> T
     return out
 
 
-class Parts:
-    """Where a kernel with a split loop writes: into ``target`` itself, or float32 parts that ``add`` sums in order."""
-
-    def __init__(self, call: Call, target: tuple | None, parts: int) -> None:
-        self.target, self.out, self.step, self.buffer = target, target, 0, None
-        if target is not None and parts > 1:
-            self.buffer = call.scratch(parts, *target[0].shape)
-            strides = self.buffer.stride()[1:5] if len(target) == 5 else target[1:]  # memory results are contiguous
-            self.out, self.step = (self.buffer, *strides), self.buffer.stride(0)
-
-    def add(self) -> None:
-        if self.buffer is not None:
-            self.target[0].copy_(self.buffer.sum(0))
-
-
 def score_gradients(
     call: Call, kind: str, query: Tensor, keys: Tensor, slot_mask: Tensor | None, scale: float,
     d_query: Gradient | None, d_keys: Gradient | None, d_mask: Gradient | None, *,
@@ -275,34 +252,24 @@ def score_gradients(
         "KIND": kind, "BLOCK_K": wide_k.block, "K_STEPS": wide_k.steps, "BLOCK_V": wide_v.block,
         "V_STEPS": wide_v.steps, "PRECISION": precision(query, query if values is None else values),
     }  # fmt: skip
-    rows = (d_query.rows() if d_query is not None else None,)
+    sizes = (count, N, K, V, call.batches[1], inner)
+    d_q = d_query.rows() if d_query is not None else None
     d_lse_rows = None
     if isinstance(d_lse, Gradient) and d_lse.wanted:
         d_lse_rows = (d_lse.view, *d_lse.view.stride())
-    if rows[0] is not None or d_lse_rows is not None:
+    if d_q is not None or d_lse_rows is not None:
         p = plan("query_gradient", call.device, max(K, V), query, values)
         c = p.config
-        programs = call.B * triton.cdiv(count, c.block_t) * wide_k.steps
-        parts, span = p.cut(programs, N, c.block_n)
-        outs = [Parts(call, target, parts) for target in (rows[0], d_lse_rows)]
-        launch(
-            query_gradient_kernel, programs * parts, *sources, *(o.out for o in outs),
-            count, N, K, V, call.batches[1], inner, parts, span, *(o.step for o in outs), scale,
-            plan=p, BLOCK_T=c.block_t, BLOCK_N=c.block_n, **constants,
+        launch_in_parts(
+            call, query_gradient_kernel, call.B * triton.cdiv(count, c.block_t) * wide_k.steps, N, c.block_n,
+            sources, (d_q, d_lse_rows), sizes, scale, plan=p, BLOCK_T=c.block_t, BLOCK_N=c.block_n, **constants,
         )  # fmt: skip
-        for o in outs:
-            o.add()
     targets = [g.rows() if g is not None else None for g in (d_keys, d_values, d_mask)]
     if any(target is not None for target in targets):
         p = plan("slot_gradient", call.device, max(K, V), query, values)
         c = p.config
         programs = call.B * triton.cdiv(N, c.block_n) * max(wide_k.steps, wide_v.steps)
-        parts, span = p.cut(programs, count, c.block_t)
-        outs = [Parts(call, target, parts) for target in targets]
-        launch(
-            slot_gradient_kernel, programs * parts, *sources, *(o.out for o in outs),
-            count, N, K, V, call.batches[1], inner, parts, span, *(o.step for o in outs), scale,
+        launch_in_parts(
+            call, slot_gradient_kernel, programs, count, c.block_t, sources, targets, sizes, scale,
             plan=p, BLOCK_T=c.block_t, BLOCK_N=c.block_n, **constants,
         )  # fmt: skip
-        for o in outs:
-            o.add()

@@ -12,10 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import launch, plan, width
+from .launch import launch_in_parts, plan, summed
 from .layout import Call, Gradient, precision
-from .score_gradients import Parts, score_gradients, shifted_lse
-from .tiles import LOG2E, dots, open_slots, slots, tile, tokens
+from .score_gradients import score_gradients, shifted_lse
+from .tiles import LOG2E, dots, open_slots, slot_block, slots, token_block
 
 
 @triton.jit
@@ -31,14 +31,12 @@ def slot_usage_kernel(
     part = pid % parts
     b = pid // parts
     ok, bias = open_slots(mask, b, B1, n, N)
-    k_rows = slots(k, b, B1, n)
-    k0 = tile(k_rows, ok, K, 0, BLOCK_K)
+    k_rows, k0 = slot_block(k, b, B1, n, ok, K, BLOCK_K)
     total = tl.zeros([BLOCK_N], tl.float32)
     for t0 in range(part * span, tl.minimum(T, (part + 1) * span), BLOCK_T):
         t = t0 + tl.arange(0, BLOCK_T)
         t_ok = t < T
-        q_rows = tokens(q, b, B1, t, inner)
-        q0 = tile(q_rows, t_ok, K, 0, BLOCK_K)
+        q_rows, q0 = token_block(q, b, B1, t, inner, t_ok, K, BLOCK_K)
         s = dots(k0, k_rows, ok, q0, q_rows, t_ok, K, BLOCK_K, K_STEPS, PRECISION) * (scale * LOG2E)
         if mask is not None:
             s += (bias * LOG2E)[:, None]
@@ -63,18 +61,14 @@ def slot_usage(query: Tensor, keys: Tensor, lse: Tensor, slot_mask: Tensor | Non
     (T, K), N = query.shape[-2:], keys.shape[-2]
     usage = call.memory_result(N, dtype=torch.float32)
     p = plan("slot_usage", call.device, K, query)
-    c, wide, count = p.config, width(K, query), call.F * T
-    programs = call.B * triton.cdiv(N, c.block_n)
-    parts, span = p.cut(programs, count, c.block_t)
-    out = Parts(call, (usage, call.batches[1] * N, N, 1), parts)
-    launch(
-        slot_usage_kernel, programs * parts,
-        call.rows(query), call.slots(keys), call.slot_numbers(slot_mask), call.numbers(lse), out.out,
-        count, N, K, call.batches[1], T if call.F > 1 else None, parts, span, out.step, scale,
+    c, wide, count = p.config, summed(K, query), call.F * T
+    launch_in_parts(
+        call, slot_usage_kernel, call.B * triton.cdiv(N, c.block_n), count, c.block_t,
+        (call.rows(query), call.slots(keys), call.slot_numbers(slot_mask), call.numbers(lse)),
+        ((usage, call.batches[1] * N, N, 1),), (count, N, K, call.batches[1], T if call.F > 1 else None), scale,
         plan=p, BLOCK_T=c.block_t, BLOCK_N=c.block_n, BLOCK_K=wide.block, K_STEPS=wide.steps,
         PRECISION=precision(query),
     )  # fmt: skip
-    out.add()
     return usage
 
 

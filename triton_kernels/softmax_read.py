@@ -19,11 +19,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import launch, plan, width
+from .launch import launch, plan, summed, width
 from .layout import Call, Gradient, precision
 from .merge_reads import merge_parts
 from .score_gradients import score_gradients
-from .tiles import LN2, LOG2E, dots, open_slots, product, put, slots, tile, tokens
+from .tiles import LN2, LOG2E, dots, open_slots, product, put, slot_block, slots, tile, token_block, tokens
 
 
 @triton.jit
@@ -43,16 +43,14 @@ def softmax_read_kernel(
     b = pid // parts
 
     t_ok = t < T
-    q_rows = tokens(q, b, B1, t, inner)
-    q0 = tile(q_rows, t_ok, K, 0, BLOCK_K)
+    q_rows, q0 = token_block(q, b, B1, t, inner, t_ok, K, BLOCK_K)
     m = tl.full([BLOCK_T], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_T], tl.float32)
     acc = tl.zeros([BLOCK_T, BLOCK_V], tl.float32)
     for n0 in range(part * span, tl.minimum(N, (part + 1) * span), BLOCK_N):
         n = n0 + tl.arange(0, BLOCK_N)
         ok, bias = open_slots(mask, b, B1, n, N)
-        k_rows = slots(k, b, B1, n)
-        k0 = tile(k_rows, ok, K, 0, BLOCK_K)
+        k_rows, k0 = slot_block(k, b, B1, n, ok, K, BLOCK_K)
         s = dots(q0, q_rows, t_ok, k0, k_rows, ok, K, BLOCK_K, K_STEPS, PRECISION) * (scale * LOG2E)
         if mask is not None:
             s += (bias * LOG2E)[None, :]
@@ -100,7 +98,7 @@ def _read(call: Call, query: Tensor, keys: Tensor, values: Tensor, slot_mask: Te
     N, V = values.shape[-2:]
     read, read_view = call.token_result(T, V, dtype=query.dtype)
     lse, lse_view = call.token_result(T, dtype=torch.float32)
-    wide_k, wide_v = width(K, query, values), width(V, query, values)
+    wide_k, wide_v = summed(K, query, values), width(V, query, values)
     p = plan("softmax_read", call.device, max(K, V), query, values)
     c, count, inner = p.config, call.F * T, T if call.F > 1 else None
     programs = call.B * triton.cdiv(count, c.block_t) * max(1, triton.cdiv(V, wide_v.block))

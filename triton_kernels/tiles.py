@@ -49,6 +49,23 @@ def put(rows, ok, D, start, x, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def slot_block(x, b, B1, n, ok, D, BLOCK: tl.constexpr):
+    """Rows of slots ``n`` of memory ``x``, and their first BLOCK columns."""
+    if x is None:  # what a variant of a kernel does without: nothing looks at these
+        return n, n
+    else:
+        rows = slots(x, b, B1, n)
+        return rows, tile(rows, ok, D, 0, BLOCK)
+
+
+@triton.jit
+def token_block(x, b, B1, t, inner, ok, D, BLOCK: tl.constexpr):
+    """Rows of tokens ``t``, and their first BLOCK columns."""
+    rows = tokens(x, b, B1, t, inner)
+    return rows, tile(rows, ok, D, 0, BLOCK)
+
+
+@triton.jit
 def product(x, y, acc, PRECISION: tl.constexpr):
     """acc + x @ y; operands of different dtypes meet in float32."""
     if x.dtype != y.dtype:

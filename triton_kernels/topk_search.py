@@ -2,8 +2,8 @@
 
     s[t, i] = scale <q_t, k_i> + mask_i
 
-k <= 256: a program keeps a block of tokens and streams blocks of slots. The scores of a block become ranks
-(topk_tiles.py); where none exceeds the worst of the list of its token, which is soon the rule, the block is done.
+k <= 256 (float32: 128): a program keeps a block of tokens and streams blocks of slots. The scores of a block become
+ranks (topk_tiles.py); where none exceeds the worst of the list of its token, which is soon the rule, the block is done.
 Otherwise the best of the block are sorted and merged into the lists. Scores never leave the chip. Where tokens are
 few, N is split and a second kernel merges the lists of the parts, whose order cannot matter. That kernel also turns
 ranks into scores and indices, or for topk_read into weights.
@@ -20,14 +20,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import launch, plan, width
+from .launch import bits, launch, plan, summed
 from .layout import Call, Gradient, precision
 from .segments import Segments
 from .sparse_read import check_indices, gather
-from .tiles import LOG2E, dots, open_slots, slots, tile, tokens
+from .tiles import LOG2E, dots, open_slots, slot_block, token_block, tokens
 from .topk_tiles import LOWEST, best_of, ranks, scored, scored_tensor
 
-LARGEST = 256  # neighbours that a list on the chip holds
+LARGEST = {16: 256, 32: 128}  # neighbours that a list on the chip holds, by bits of an element: more would spill
 WORKSPACE = 1 << 25  # ranks in memory at a time, for larger k
 
 
@@ -38,8 +38,7 @@ def score_ranks(
 ):  # fmt: skip
     """Ranks of slots ``n`` for a block of tokens."""
     ok, bias = open_slots(mask, b, B1, n, N)
-    k_rows = slots(k, b, B1, n)
-    k0 = tile(k_rows, ok, K, 0, BLOCK_K)
+    k_rows, k0 = slot_block(k, b, B1, n, ok, K, BLOCK_K)
     s = dots(q0, q_rows, t_ok, k0, k_rows, ok, K, BLOCK_K, K_STEPS, PRECISION) * scale + bias[None, :]
     return ranks(s, tl.broadcast_to(n[None, :], s.shape), tl.broadcast_to(ok[None, :], s.shape))
 
@@ -58,8 +57,7 @@ def topk_search_kernel(
     part = pid % parts
     b = pid // parts
     t_ok = t < T
-    q_rows = tokens(q, b, B1, t, inner)
-    q0 = tile(q_rows, t_ok, K, 0, BLOCK_K)
+    q_rows, q0 = token_block(q, b, B1, t, inner, t_ok, K, BLOCK_K)
     best = tl.full([BLOCK_T, LIST], LOWEST, tl.int64)
     worst = tl.full([BLOCK_T], LOWEST, tl.int64)
     for n0 in range(part * span, tl.minimum(N, (part + 1) * span), BLOCK_N):
@@ -123,8 +121,7 @@ def rank_kernel(
     b = pid // tl.cdiv(count_n, BLOCK_N)
     t = first_t + own_t
     t_ok = own_t < count_t
-    q_rows = tokens(q, b, B1, t, inner)
-    q0 = tile(q_rows, t_ok, K, 0, BLOCK_K)
+    q_rows, q0 = token_block(q, b, B1, t, inner, t_ok, K, BLOCK_K)
     n = first_n + own_n
     rank = score_ranks(q0, q_rows, t_ok, k, mask, b, B1, n, N, K, scale, BLOCK_K, K_STEPS, PRECISION)
     row = (b.to(tl.int64) * count_t + own_t) * count_n
@@ -135,7 +132,7 @@ def _many(call: Call, query: Tensor, keys: Tensor, slot_mask: Tensor | None, k: 
     """The best k ranks ``[B, F * T, k]`` by way of a workspace, for k beyond LARGEST."""
     (T, K), N, count = query.shape[-2:], keys.shape[-2], call.F * query.shape[-2]
     best = torch.full((call.B, count, k), -(2**63), dtype=torch.int64, device=call.device)
-    p, wide = plan("topk_search", call.device, K, query, keys), width(K, query, keys)
+    p, wide = plan("topk_search", call.device, K, query, keys), summed(K, query, keys)
     sources = call.rows(query), call.slots(keys), call.slot_numbers(slot_mask)
     step_n = min(N, max(4 * k, 8192))
     step_t = max(1, WORKSPACE // max(1, call.B * step_n))
@@ -162,7 +159,7 @@ def search(
     """Fill the views ``[B0, B1, F, T, k]`` of scores or weights, and of indices."""
     call.require(k >= 1, "k must be at least 1")
     (T, K), N, count = query.shape[-2:], keys.shape[-2], call.F * query.shape[-2]
-    if k > LARGEST:
+    if k > LARGEST[bits(query, keys)]:
         score, index = scored_tensor(_many(call, query, keys, slot_mask, k, scale))
         indices.copy_(index.view(indices.shape))
         if scores is not None:
@@ -173,7 +170,7 @@ def search(
             weights.copy_(weight.view(weights.shape))
         return
     size = max(16, triton.next_power_of_2(k))
-    p, wide = plan("topk_search", call.device, K, query, keys), width(K, query, keys)
+    p, wide = plan("topk_search", call.device, K, query, keys), summed(K, query, keys)
     c, inner, block_n = p.config, T if call.F > 1 else None, max(p.config.block_n, size)
     programs = call.B * triton.cdiv(count, c.block_t)
     parts, span = p.cut(programs, N, block_n)

@@ -1,8 +1,9 @@
-"""gated_write on a GPU, backward, for an erase that is one number e. Letters as in gated_write.py; U is dV'.
+"""Dense writes on a GPU, backward, for an erase that is one number e. Letters as in write.py; U is dV'.
 
     c[t, i] = <w_t, U_i>,     p_0 = <v_i, U_i>,     p_t = f[t, i] p_{t-1} + a[t, i] c[t, i]
-    da[t, i] = R[t, i] (c[t, i] - e p_{t-1}),     ds = da a (1 - a),     dw_t = sum_i a R U_i,     dv_i = R[0] U_i
+    da[t, i] = R[t, i] (c[t, i] - e p_{t-1}),     dw_t = sum_i a R U_i,     dv_i = R[0] U_i
     and with a gradient g of retained:     da[t, i] -= g_i prod_{u > t} (1 - a) prod_{u < t} (1 - a)
+    ds = da a (1 - a) of a sigmoid,  ds = a (da - delta_t) with delta_t = sum_i a da of a softmax
 
 p runs forward in t and R backward, both are one number per slot, and nothing divides by 1 - a. Three steps:
 
@@ -10,8 +11,9 @@ p runs forward in t and R backward, both are one number per slot, and nothing di
    chunk adds to p (and the product of 1 - a where it is another).
 2. `write_carry_kernel`: along the chunks, p at the start of each and R at its end, in place of G and F; then dv. These
    N T / C numbers (C tokens a chunk) are all that is kept.
-3. Every tile of chunk and slots now stands alone: `write_token_kernel` keeps a chunk and streams slots (dq, dw),
-   `write_slot_kernel` keeps slots and streams chunks (dk, dmask). Fixed order, no atomics.
+3. Every tile of chunk and slots now stands alone: `write_token_kernel` keeps a chunk and streams slots (dw, and dq or
+   the gradient of gates that are given), `write_slot_kernel` keeps slots and streams chunks (dk, dmask). Fixed order,
+   no atomics. For a softmax `write_token_kernel` runs twice: the first time sums delta, which both kernels then need.
 """
 
 from __future__ import annotations
@@ -21,14 +23,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import launch, plan, width
+from .launch import launch, launch_in_parts, plan, width
 from .layout import Gradient, precision
-from .score_gradients import Parts
-from .tiles import columns, dots, open_slots, product, put, slots, tile, tokens
+from .tiles import columns, dots, open_slots, product, put, slot_block, slots, tile, token_block, tokens
 from .write_tiles import (
     Write,
     gates,
-    key_scores,
     multiply,
     open_tokens,
     prefix_products,
@@ -39,9 +39,9 @@ from .write_tiles import (
 
 @triton.jit
 def write_chunk_kernel(
-    k, q, w, mask, token_mask, u, F, G, Q, erase, T, N, K, V, B1, inner, chunks, scale,
-    ERASE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, K_STEPS: tl.constexpr,
-    BLOCK_V: tl.constexpr, V_STEPS: tl.constexpr, PRECISION: tl.constexpr,
+    k, q, w, mask, token_mask, norm, u, F, G, Q, erase, T, N, K, V, B1, inner, chunks, scale,
+    GATE: tl.constexpr, ERASE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    K_STEPS: tl.constexpr, BLOCK_V: tl.constexpr, V_STEPS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """F, G, Q ``[B, chunks, N]`` of one chunk and block of slots."""
     pid = tl.program_id(0)
@@ -52,13 +52,14 @@ def write_chunk_kernel(
     at = pid.to(tl.int64) * N + n
     b = pid // chunks
     ok, bias = open_slots(mask, b, B1, n, N)
-    k_rows, u_rows = slots(k, b, B1, n), slots(u, b, B1, n)
-    k0, u0 = tile(k_rows, ok, K, 0, BLOCK_K), tile(u_rows, ok, V, 0, BLOCK_V)
+    k_rows, k0 = slot_block(k, b, B1, n, ok, K, BLOCK_K)
+    u_rows, u0 = slot_block(u, b, B1, n, ok, V, BLOCK_V)
     t_ok = open_tokens(token_mask, b, B1, t, inner, T)
-    s = key_scores(k0, k_rows, ok, bias, q, b, B1, t, t_ok, inner, K, scale, BLOCK_K, K_STEPS, PRECISION)
-    a, keep, f = gates(s, ok[:, None] & t_ok[None, :], erase, ERASE)
-    w_rows = tokens(w, b, B1, t, inner)
-    w0 = tile(w_rows, t_ok, V, 0, BLOCK_V)
+    a, keep, f = gates(
+        k0, k_rows, ok, bias, q, norm, b, B1, n, t, t_ok, T, inner, K, scale, erase,
+        GATE, ERASE, BLOCK_K, K_STEPS, PRECISION,
+    )  # fmt: skip
+    w_rows, w0 = token_block(w, b, B1, t, inner, t_ok, V, BLOCK_V)
     c = dots(u0, u_rows, ok, w0, w_rows, t_ok, V, BLOCK_V, V_STEPS, PRECISION)
     behind, total = suffix_products(f)
     tl.store(F + at, total, mask=n < N)
@@ -114,9 +115,8 @@ def write_carry_kernel(
 
 
 @triton.jit
-def tile_gradient(s, c, live, at, n_ok, R, p, Q, P, g, erase, ERASE: tl.constexpr):
-    """a R and ds of one tile [slots, tokens]; R, p, Q, P at ``at`` are those of its chunk."""
-    a, keep, f = gates(s, live, erase, ERASE)
+def tile_gradient(a, keep, f, c, at, n_ok, R, p, Q, P, g, erase, ERASE: tl.constexpr):
+    """a R and da of one tile [slots, tokens]; R, p, Q, P at ``at`` are those of its chunk."""
     behind, _ = suffix_products(f)
     share = behind * tl.load(R + at, mask=n_ok, other=0.0)[:, None]
     da = c
@@ -131,17 +131,27 @@ def tile_gradient(s, c, live, at, n_ok, R, p, Q, P, g, erase, ERASE: tl.constexp
         else:
             past = share
         da -= past * prefix_products(keep) * (tl.load(P + at, mask=n_ok, other=0.0) * g)[:, None]
-    return a * share, tl.where(live, da * a * keep, 0.0)
+    return a * share, da
+
+
+@triton.jit
+def source_gradient(a, keep, da, delta, b, B1, t, t_ok, inner, live, GATE: tl.constexpr):
+    """From da to ds."""
+    if GATE == "sigmoid":
+        da = da * a * keep
+    else:
+        da = a * (da - tl.load(tokens(delta, b, B1, t, inner), mask=t_ok, other=0.0)[None, :])
+    return tl.where(live, da, 0.0)
 
 
 @triton.jit
 def write_token_kernel(
-    k, q, w, mask, token_mask, u, R, p, Q, P, d_retained, d_q, d_w, erase, T, N, K, V, B1, inner, chunks,
-    parts, span, q_part, w_part, scale,
-    ERASE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, K_STEPS: tl.constexpr,
-    BLOCK_V: tl.constexpr, V_STEPS: tl.constexpr, PRECISION: tl.constexpr,
+    k, q, w, mask, token_mask, norm, u, R, p, Q, P, d_retained, delta, d_a, d_q, d_w, d_delta, erase,
+    T, N, K, V, B1, inner, chunks, parts, span, q_part, w_part, delta_part, scale,
+    GATE: tl.constexpr, ERASE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    K_STEPS: tl.constexpr, BLOCK_V: tl.constexpr, V_STEPS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq and dw of one chunk and block of columns, over the slots ``part * span ..`` of one batch."""
+    """da of given gates, dq, dw and delta of one chunk and block of columns, over the slots ``part * span ..``."""
     pid = tl.program_id(0)
     chunk = pid % chunks
     t = chunk * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -152,24 +162,34 @@ def write_token_kernel(
     part = pid % parts
     b = pid // parts
     t_ok = open_tokens(token_mask, b, B1, t, inner, T)
-    w_rows = tokens(w, b, B1, t, inner)
-    w0 = tile(w_rows, t_ok, V, 0, BLOCK_V)
+    w_rows, w0 = token_block(w, b, B1, t, inner, t_ok, V, BLOCK_V)
     dq = tl.zeros([BLOCK_T, BLOCK_K], tl.float32)
     dw = tl.zeros([BLOCK_T, BLOCK_V], tl.float32)
+    total = tl.zeros([BLOCK_T], tl.float32)
     for n0 in range(part * span, tl.minimum(N, (part + 1) * span), BLOCK_N):
         n = n0 + tl.arange(0, BLOCK_N)
         at = (b.to(tl.int64) * chunks + chunk) * N + n
         ok, bias = open_slots(mask, b, B1, n, N)
-        k_rows, u_rows = slots(k, b, B1, n), slots(u, b, B1, n)
-        k0, u0 = tile(k_rows, ok, K, 0, BLOCK_K), tile(u_rows, ok, V, 0, BLOCK_V)
-        s = key_scores(k0, k_rows, ok, bias, q, b, B1, t, t_ok, inner, K, scale, BLOCK_K, K_STEPS, PRECISION)
+        k_rows, k0 = slot_block(k, b, B1, n, ok, K, BLOCK_K)
+        u_rows, u0 = slot_block(u, b, B1, n, ok, V, BLOCK_V)
+        a, keep, f = gates(
+            k0, k_rows, ok, bias, q, norm, b, B1, n, t, t_ok, T, inner, K, scale, erase,
+            GATE, ERASE, BLOCK_K, K_STEPS, PRECISION,
+        )  # fmt: skip
         c = dots(u0, u_rows, ok, w0, w_rows, t_ok, V, BLOCK_V, V_STEPS, PRECISION)
         g = d_retained
         if d_retained is not None:
             g = tl.load(slots(d_retained, b, B1, n), mask=ok, other=0.0)
+        weights, da = tile_gradient(a, keep, f, c, at, ok, R, p, Q, P, g, erase, ERASE)
         live = ok[:, None] & t_ok[None, :]
-        weights, ds = tile_gradient(s, c, live, at, ok, R, p, Q, P, g, erase, ERASE)
+        if d_delta is not None:
+            total += tl.sum(tl.where(live, a * da, 0.0), 0)
+        if d_a is not None:
+            places = tokens(d_a, b, B1, t, inner)[None, :] + n[:, None]
+            result = tl.where(live, da, 0.0).to(d_a[0].dtype.element_ty)
+            tl.store(places, result, mask=ok[:, None] & (t < T)[None, :] & (step == 0))
         if d_q is not None:
+            ds = source_gradient(a, keep, da, delta, b, B1, t, t_ok, inner, live, GATE)
             right_k = columns(k0, k_rows, ok, K, step * BLOCK_K, BLOCK_K, K_STEPS)
             dq = product(tl.trans(ds.to(right_k.dtype)), right_k, dq, PRECISION)
         if d_w is not None:
@@ -180,14 +200,16 @@ def write_token_kernel(
         put(tokens(d_q, b, B1, t, inner) + offset * q_part, t < T, K, step * BLOCK_K, dq * scale, BLOCK_K)
     if d_w is not None:
         put(tokens(d_w, b, B1, t, inner) + offset * w_part, t < T, V, step * BLOCK_V, dw, BLOCK_V)
+    if d_delta is not None:
+        tl.store(tokens(d_delta, b, B1, t, inner) + offset * delta_part, total, mask=(t < T) & (step == 0))
 
 
 @triton.jit
 def write_slot_kernel(
-    k, q, w, mask, token_mask, u, R, p, Q, P, d_retained, d_k, d_m, erase, T, N, K, V, B1, inner, chunks,
-    parts, span, k_part, m_part, scale,
-    ERASE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, K_STEPS: tl.constexpr,
-    BLOCK_V: tl.constexpr, V_STEPS: tl.constexpr, PRECISION: tl.constexpr,
+    k, q, w, mask, token_mask, norm, u, R, p, Q, P, d_retained, delta, d_k, d_m, erase,
+    T, N, K, V, B1, inner, chunks, parts, span, k_part, m_part, scale,
+    GATE: tl.constexpr, ERASE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    K_STEPS: tl.constexpr, BLOCK_V: tl.constexpr, V_STEPS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk and dmask of one block of slots and key columns, over the tokens ``part * span ..`` of one batch."""
     pid = tl.program_id(0)
@@ -199,8 +221,8 @@ def write_slot_kernel(
     part = pid % parts
     b = pid // parts
     ok, bias = open_slots(mask, b, B1, n, N)
-    k_rows, u_rows = slots(k, b, B1, n), slots(u, b, B1, n)
-    k0, u0 = tile(k_rows, ok, K, 0, BLOCK_K), tile(u_rows, ok, V, 0, BLOCK_V)
+    k_rows, k0 = slot_block(k, b, B1, n, ok, K, BLOCK_K)
+    u_rows, u0 = slot_block(u, b, B1, n, ok, V, BLOCK_V)
     g = d_retained
     if d_retained is not None:
         g = tl.load(slots(d_retained, b, B1, n), mask=ok, other=0.0)
@@ -210,15 +232,18 @@ def write_slot_kernel(
         t = t0 + tl.arange(0, BLOCK_T)
         at = (b.to(tl.int64) * chunks + t0 // BLOCK_T) * N + n
         t_ok = open_tokens(token_mask, b, B1, t, inner, T)
-        q_rows, w_rows = tokens(q, b, B1, t, inner), tokens(w, b, B1, t, inner)
-        q0, w0 = tile(q_rows, t_ok, K, 0, BLOCK_K), tile(w_rows, t_ok, V, 0, BLOCK_V)
-        s = dots(k0, k_rows, ok, q0, q_rows, t_ok, K, BLOCK_K, K_STEPS, PRECISION) * scale + bias[:, None]
+        w_rows, w0 = token_block(w, b, B1, t, inner, t_ok, V, BLOCK_V)
+        a, keep, f = gates(
+            k0, k_rows, ok, bias, q, norm, b, B1, n, t, t_ok, T, inner, K, scale, erase,
+            GATE, ERASE, BLOCK_K, K_STEPS, PRECISION,
+        )  # fmt: skip
         c = dots(u0, u_rows, ok, w0, w_rows, t_ok, V, BLOCK_V, V_STEPS, PRECISION)
+        _, da = tile_gradient(a, keep, f, c, at, ok, R, p, Q, P, g, erase, ERASE)
         live = ok[:, None] & t_ok[None, :]
-        _, ds = tile_gradient(s, c, live, at, ok, R, p, Q, P, g, erase, ERASE)
+        ds = source_gradient(a, keep, da, delta, b, B1, t, t_ok, inner, live, GATE)
         total += tl.sum(ds, 1)
         if d_k is not None:
-            right = columns(q0, q_rows, t_ok, K, step * BLOCK_K, BLOCK_K, K_STEPS)
+            right = tile(tokens(q, b, B1, t, inner), t_ok, K, step * BLOCK_K, BLOCK_K)
             dk = product(ds.to(right.dtype), right, dk, PRECISION)
     offset = part.to(tl.int64)
     if d_k is not None:
@@ -229,11 +254,11 @@ def write_slot_kernel(
 
 
 def backward(x: Write, values: Tensor, d_out: Tensor, d_retained: Tensor | None, wants: list[bool]):
-    """The six gradients of :func:`gated_write.gated_write_backward`."""
+    """The six gradients of :func:`write.backward`."""
     call, T, N, K, V = x.call, x.T, x.N, x.K, x.V
     d_values = Gradient(call, values, wants[0], "memory", N, V)
     d_keys = Gradient(call, x.keys, wants[1], "memory", N, K)
-    d_query = Gradient(call, x.query, wants[2], "tokens", T, K)
+    d_query = Gradient(call, x.query, wants[2], "tokens", T, N if x.gate == "given" else K)
     d_write = Gradient(call, x.write, wants[3], "tokens", T, V)
     d_mask = Gradient(call, x.slot_mask, wants[5], "memory", N)
     tensors = (x.query, values, d_out)
@@ -249,7 +274,7 @@ def backward(x: Write, values: Tensor, d_out: Tensor, d_retained: Tensor | None,
     sources = x.sources()
     sizes = (x.count, N, K, V, B1, x.inner, chunks)
     constants = {
-        "ERASE": x.erasing, "BLOCK_T": c.block_t, "BLOCK_N": c.block_n, "BLOCK_K": wide_k.block,
+        "GATE": x.gate, "ERASE": x.erasing, "BLOCK_T": c.block_t, "BLOCK_N": c.block_n, "BLOCK_K": wide_k.block,
         "K_STEPS": wide_k.steps, "BLOCK_V": wide_v.block, "V_STEPS": wide_v.steps, "PRECISION": precision(*tensors),
     }  # fmt: skip
     launch(
@@ -263,26 +288,27 @@ def backward(x: Write, values: Tensor, d_out: Tensor, d_retained: Tensor | None,
         plan=carry, BLOCK_N=carry.config.block_n, BLOCK_V=wide_v.block, V_STEPS=wide_v.steps,
     )  # fmt: skip
     state = (u, F, G, Q, P, call.slot_numbers(d_retained))
-    if d_query.wanted or d_write.wanted:
-        programs = call.B * chunks * max(wide_k.steps, wide_v.steps)
-        parts, span = p.cut(programs, N, c.block_n)
-        outs = [Parts(call, g.rows(), parts) for g in (d_query, d_write)]
-        launch(
-            write_token_kernel, programs * parts, *sources, *state, *(o.out for o in outs), x.erase_scale, *sizes,
-            parts, span, *(o.step for o in outs), x.scale, plan=p, **constants,
+
+    by_token = (write_token_kernel, call.B * chunks * max(wide_k.steps, wide_v.steps), N, c.block_n)
+    by_slot = (write_slot_kernel, call.B * slot_blocks * wide_k.steps, x.count, c.block_t)
+
+    def run(which: tuple, before: tuple, *targets: tuple | None) -> None:
+        launch_in_parts(
+            call, *which, (*sources, *state, *before), targets, (x.erase_scale, *sizes), x.scale, plan=p, **constants
         )  # fmt: skip
-        for o in outs:
-            o.add()
+
+    of_gates, of_query = (d_query.rows(), None) if x.gate == "given" else (None, d_query.rows())
+    delta = None
+    if x.gate == "softmax" and (d_query.wanted or d_keys.wanted or d_mask.wanted):
+        sums = call.scratch(*call.batches, call.F, T)
+        delta = (sums, *sums.stride())
+        run(by_token, (None, None), None, d_write.rows(), delta)
+        if d_query.wanted:
+            run(by_token, (delta, None), of_query, None, None)
+    elif d_query.wanted or d_write.wanted:
+        run(by_token, (None, of_gates), of_query, d_write.rows(), None)
     if d_keys.wanted or d_mask.wanted:
-        programs = call.B * slot_blocks * wide_k.steps
-        parts, span = p.cut(programs, x.count, c.block_t)
-        outs = [Parts(call, g.rows(), parts) for g in (d_keys, d_mask)]
-        launch(
-            write_slot_kernel, programs * parts, *sources, *state, *(o.out for o in outs), x.erase_scale, *sizes,
-            parts, span, *(o.step for o in outs), x.scale, plan=p, **constants,
-        )  # fmt: skip
-        for o in outs:
-            o.add()
+        run(by_slot, (delta,), d_keys.rows(), d_mask.rows())
     nothing = torch.empty(0, dtype=values.dtype, device=call.device)
     return (
         d_values.result(), d_keys.result(), d_query.result(), d_write.result(), nothing, d_mask.result()

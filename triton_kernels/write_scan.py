@@ -1,9 +1,9 @@
-"""gated_write on a GPU for an erase tensor, the form of the Neural Turing Machine, forward and backward.
+"""Dense writes on a GPU for an erase tensor, the form of the Neural Turing Machine, forward and backward.
 
     v[i, j] <- v[i, j] (1 - a[t, i] e[t, j]) + a[t, i] w[t, j]          for t = 1 .. T
 
 The factor depends on slot and column, so no product of matrices has these weights: a program keeps a block of slots and
-columns of v in registers and goes through the tokens. Gates come from the matrix unit, a chunk of tokens at a time.
+columns of v in registers and goes through the tokens. Gates are made, or read, a chunk of tokens at a time.
 Bound by arithmetic in registers, 3 T N V, and by latency along T.
 
 Backward, with u = dv running from the last token to the first:
@@ -13,8 +13,9 @@ Backward, with u = dv running from the last token to the first:
     u <- u (1 - a e)
 
 The forward pass, run again, stores v at the start of every chunk; a chunk then replays its tokens into a workspace and
-walks back. Slots go in groups that bound the memory of all this. ds reaches queries, keys and mask through
-score_gradients.py.
+walks back. Slots go in groups that bound the memory of all this. Of gates that are given da is the gradient; ds reaches
+queries, keys and mask through score_gradients.py. A softmax needs delta_t = sum_i a da of all slots first: where there
+is more than one group, the groups are gone through twice.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ from torch import Tensor
 from .launch import Plan, Width, launch, plan, width
 from .layout import Gradient, precision
 from .score_gradients import score_gradients
-from .tiles import open_slots, put, slots, tile, tokens
-from .write_tiles import Write, gates, key_scores, multiply, open_tokens, prefix_products, suffix_products
+from .tiles import open_slots, put, slot_block, slots, tile, tokens
+from .write_tiles import Write, gates, multiply, open_tokens, prefix_products, suffix_products
 
 WORKSPACE = 1 << 25  # float32 numbers of the backward pass, for one group of slots
 
@@ -50,8 +51,8 @@ def token_row(x, b, B1, t0, i, t_ok, inner, D, column, BLOCK_T: tl.constexpr, BL
 
 @triton.jit
 def write_scan_kernel(
-    v, k, q, w, mask, token_mask, e, out, retained, states, prefix, T, N, K, V, B1, inner, scale,
-    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, K_STEPS: tl.constexpr,
+    v, k, q, w, mask, token_mask, norm, e, out, retained, states, prefix, T, N, K, V, B1, inner, scale,
+    GATE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, K_STEPS: tl.constexpr,
     BLOCK_V: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """All tokens for one block of slots and columns; ``states``, ``prefix``: v and prod (1 - a) before each chunk."""
@@ -63,16 +64,17 @@ def write_scan_kernel(
     b = pid // tl.cdiv(V, BLOCK_V)
     exists = n < N
     ok, bias = open_slots(mask, b, B1, n, N)
-    k_rows = slots(k, b, B1, n)
-    k0 = tile(k_rows, ok, K, 0, BLOCK_K)
+    k_rows, k0 = slot_block(k, b, B1, n, ok, K, BLOCK_K)
     x = tile(slots(v, b, B1, n), exists, V, column, BLOCK_V).to(tl.float32)
     kept = tl.full([BLOCK_N], 1.0, tl.float32)
     at = b.to(tl.int64) * tl.cdiv(T, BLOCK_T) * N + n
     for t0 in range(0, T, BLOCK_T):
         t = t0 + tl.arange(0, BLOCK_T)
         t_ok = open_tokens(token_mask, b, B1, t, inner, T)
-        s = key_scores(k0, k_rows, ok, bias, q, b, B1, t, t_ok, inner, K, scale, BLOCK_K, K_STEPS, PRECISION)
-        a, keep, _ = gates(s, ok[:, None] & t_ok[None, :], 1.0, "full")
+        a, keep, _ = gates(
+            k0, k_rows, ok, bias, q, norm, b, B1, n, t, t_ok, T, inner, K, scale, 1.0,
+            GATE, "full", BLOCK_K, K_STEPS, PRECISION,
+        )  # fmt: skip
         if states is not None:
             put(states + at * V, exists, V, column, x, BLOCK_V)
             tl.store(prefix + at, kept, mask=exists)
@@ -85,18 +87,21 @@ def write_scan_kernel(
         at += N
     if out is not None:
         put(slots(out, b, B1, n), exists, V, column, x, BLOCK_V)
-        if column == 0:
+        if retained is not None and column == 0:
             tl.store(slots(retained, b, B1, n), kept, mask=exists)
 
 
 @triton.jit
 def write_scan_backward_kernel(
-    k, q, w, mask, token_mask, e, u, states, prefix, replay, d_retained, d_v, ds, dw, de,
+    k, q, w, mask, token_mask, norm, e, u, states, prefix, replay, d_retained, d_v, a_out, ds, dw, de,
     T, N, K, V, B1, inner, B, scale,
-    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, K_STEPS: tl.constexpr,
+    GATE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, K_STEPS: tl.constexpr,
     BLOCK_V: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """All tokens, last to first. ds [column blocks, B, T, N]; dw, de [slot blocks, B, T, V]: parts, to be added."""
+    """All tokens, last to first. ds [column blocks, B, T, N]; dw, de [slot blocks, B, T, V]: parts, to be added.
+
+    ds: of gates that are given da, of a softmax a da; then a_out [B, T, N] is a.
+    """
     pid = tl.program_id(0)
     own = replay + pid.to(tl.int64) * BLOCK_T * BLOCK_N * BLOCK_V
     blocks = tl.cdiv(N, BLOCK_N)
@@ -109,23 +114,24 @@ def write_scan_backward_kernel(
     exists = n < N
     d = column + tl.arange(0, BLOCK_V)
     ok, bias = open_slots(mask, b, B1, n, N)
-    k_rows = slots(k, b, B1, n)
-    k0 = tile(k_rows, ok, K, 0, BLOCK_K)
+    k_rows, k0 = slot_block(k, b, B1, n, ok, K, BLOCK_K)
     grad = tile(slots(u, b, B1, n), exists, V, column, BLOCK_V).to(tl.float32)
     after = tl.full([BLOCK_N], 1.0, tl.float32)  # prod (1 - a) behind the chunk
     chunks = tl.cdiv(T, BLOCK_T)
-    inside = tl.arange(0, BLOCK_N)[:, None] * BLOCK_V + tl.arange(0, BLOCK_V)[None, :]
+    cell = tl.arange(0, BLOCK_N)[:, None] * BLOCK_V + tl.arange(0, BLOCK_V)[None, :]
     for c in range(chunks):
         t0 = (chunks - 1 - c) * BLOCK_T
         at = (b.to(tl.int64) * chunks + chunks - 1 - c) * N + n
         t = t0 + tl.arange(0, BLOCK_T)
         t_ok = open_tokens(token_mask, b, B1, t, inner, T)
-        s = key_scores(k0, k_rows, ok, bias, q, b, B1, t, t_ok, inner, K, scale, BLOCK_K, K_STEPS, PRECISION)
-        a, keep, _ = gates(s, ok[:, None] & t_ok[None, :], 1.0, "full")
+        a, keep, _ = gates(
+            k0, k_rows, ok, bias, q, norm, b, B1, n, t, t_ok, T, inner, K, scale, 1.0,
+            GATE, "full", BLOCK_K, K_STEPS, PRECISION,
+        )  # fmt: skip
         x = tile(states + at * V, exists, V, column, BLOCK_V)
         count = tl.minimum(BLOCK_T, T - t0)
         for i in range(count):
-            tl.store(own + i * BLOCK_N * BLOCK_V + inside, x)
+            tl.store(own + i * BLOCK_N * BLOCK_V + cell, x)
             a_i = at_token(a, i, BLOCK_T)[:, None]
             e_i = token_row(e, b, B1, t0, i, t_ok, inner, V, column, BLOCK_T, BLOCK_V)[None, :]
             w_i = token_row(w, b, B1, t0, i, t_ok, inner, V, column, BLOCK_T, BLOCK_V)[None, :]
@@ -134,7 +140,7 @@ def write_scan_backward_kernel(
         da = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
         for back in range(count):
             i = count - 1 - back
-            x = tl.load(own + i * BLOCK_N * BLOCK_V + inside)
+            x = tl.load(own + i * BLOCK_N * BLOCK_V + cell)
             a_i = at_token(a, i, BLOCK_T)[:, None]
             e_i = token_row(e, b, B1, t0, i, t_ok, inner, V, column, BLOCK_T, BLOCK_V)[None, :]
             w_i = token_row(w, b, B1, t0, i, t_ok, inner, V, column, BLOCK_T, BLOCK_V)[None, :]
@@ -153,9 +159,14 @@ def write_scan_backward_kernel(
             da -= g[:, None] * others
             after = after * total
         live = ok[:, None] & t_ok[None, :]
-        result = tl.where(live, da * a * keep, 0.0)
+        inside = exists[:, None] & (t < T)[None, :]
+        if GATE == "sigmoid":
+            da = da * a * keep
+        elif GATE == "softmax":
+            da = da * a
+            tl.store(a_out + ((b.to(tl.int64) * T + t) * N)[None, :] + n[:, None], a, mask=inside & (column == 0))
         rows = ((step.to(tl.int64) * B + b) * T + t) * N
-        tl.store(ds + rows[None, :] + n[:, None], result, mask=exists[:, None] & (t < T)[None, :])
+        tl.store(ds + rows[None, :] + n[:, None], tl.where(live, da, 0.0), mask=inside)
     if d_v is not None:
         put(slots(d_v, b, B1, n), exists, V, column, grad, BLOCK_V)
 
@@ -165,8 +176,8 @@ def _plan(x: Write, values: Tensor) -> tuple[Plan, Width, dict]:
     p = plan("write_scan", x.call.device, max(x.K, x.V), *tensors)
     wide_k, wide_v = width(x.K, *tensors), width(x.V, *tensors)
     constants = {
-        "BLOCK_T": p.config.block_t, "BLOCK_N": p.config.block_n, "BLOCK_K": wide_k.block, "K_STEPS": wide_k.steps,
-        "BLOCK_V": wide_v.block, "PRECISION": precision(*tensors),
+        "GATE": x.gate, "BLOCK_T": p.config.block_t, "BLOCK_N": p.config.block_n, "BLOCK_K": wide_k.block,
+        "K_STEPS": wide_k.steps, "BLOCK_V": wide_v.block, "PRECISION": precision(*tensors),
     }  # fmt: skip
     return p, wide_v, constants
 
@@ -185,62 +196,102 @@ def forward(
     )  # fmt: skip
 
 
-def _group(x: Write, values: Tensor, u: Tensor, d_retained: Tensor | None, wants: list[bool]) -> list[Tensor]:
-    """The six gradients of one group of slots."""
-    call, T, N, V = x.call, x.T, x.N, x.V
+def _slots(x: Write, values: Tensor, first: int, count: int) -> Write:
+    """The write of slots ``first .. first + count`` alone."""
+    n = slice(first, first + count)
+    part = Write(
+        x.call.op, x.gate, values[..., n, :], None if x.keys is None else x.keys[..., n, :],
+        x.query[..., n] if x.gate == "given" else x.query, x.write, x.erase,
+        None if x.slot_mask is None else x.slot_mask[..., n], x.token_mask, x.scale, x.erase_scale,
+    )  # fmt: skip
+    if x.norm is not None:
+        top, rest, best = x.norm
+        part.norm = (top, rest, best - first)
+    return part
+
+
+def _sweep(x: Write, values: Tensor, u: Tensor, d_retained: Tensor | None, d_values: Gradient):
+    """ds ``[B, F * T, N]`` as the kernel leaves it, a of a softmax, dw and de ``[B, F * T, V]``; fills ``d_values``."""
+    call, count, N, V = x.call, x.count, x.N, x.V
     p, wide_v, constants = _plan(x, values)
-    count, c = x.count, p.config
+    c = p.config
     chunks, blocks, columns = triton.cdiv(count, c.block_t), triton.cdiv(N, c.block_n), triton.cdiv(V, wide_v.block)
     programs = call.B * blocks * columns
     states, prefix = call.scratch(call.B, chunks, N, V), call.scratch(call.B, chunks, N)
     forward(x, values, None, None, states, prefix)
     replay = call.scratch(programs, c.block_t, c.block_n, wide_v.block)
-    ds = call.scratch(columns, call.B, count, N)
+    ds, a = call.scratch(columns, call.B, count, N), None
+    if x.gate == "softmax":
+        a = call.scratch(call.B, count, N)
     dw, de = call.scratch(blocks, call.B, count, V), call.scratch(blocks, call.B, count, V)
-    d_values = Gradient(call, values, wants[0], "memory", N, V)
     launch(
         write_scan_backward_kernel, programs, *x.sources(), call.rows(x.erase), call.slots(u), states, prefix, replay,
-        call.slot_numbers(d_retained), d_values.rows(), ds, dw, de, count, N, x.K, V, call.batches[1], x.inner, call.B,
-        x.scale, plan=p, **constants,
+        call.slot_numbers(d_retained), d_values.rows(), a, ds, dw, de, count, N, x.K, V, call.batches[1], x.inner,
+        call.B, x.scale, plan=p, **constants,
     )  # fmt: skip
+    return ds.sum(0), a, dw.sum(0), de.sum(0)
+
+
+def _group(x: Write, swept: tuple, d_values: Gradient, wants: list[bool]) -> list[Tensor]:
+    """The six gradients of one group of slots; of a softmax, ``swept`` has ds itself by now."""
+    call, T, N, V = x.call, x.T, x.N, x.V
+    ds, _, dw, de = swept
     d_keys = Gradient(call, x.keys, wants[1], "memory", N, x.K)
-    d_query = Gradient(call, x.query, wants[2], "tokens", T, x.K)
+    d_query = Gradient(call, x.query, wants[2], "tokens", T, N if x.gate == "given" else x.K)
     d_write = Gradient(call, x.write, wants[3], "tokens", T, V)
     d_erase = Gradient(call, x.erase, wants[4], "tokens", T, V)
     d_mask = Gradient(call, x.slot_mask, wants[5], "memory", N)
-    ds = ds.sum(0).view(*call.batches, call.F, T, N)
-    query = x.query
-    if x.token_mask is not None:  # a silent token may hold anything
-        query = torch.where(x.token_mask.unsqueeze(-1), query, 0)
-    score_gradients(
-        call, "given", query, x.keys, x.slot_mask, x.scale, d_query, d_keys, d_mask,
-        d_weights=(ds, *ds.stride()[:4]),
-    )  # fmt: skip
-    for gradient, parts in ((d_write, dw), (d_erase, de)):
+    ds = ds.view(*call.batches, call.F, T, N)
+    if x.gate == "given":
+        parts = ((d_query, ds),)
+    else:
+        parts = ()
+        query = x.query
+        if x.token_mask is not None:  # a silent token may hold anything
+            query = torch.where(x.token_mask.unsqueeze(-1), query, 0)
+        score_gradients(
+            call, "given", query, x.keys, x.slot_mask, x.scale, d_query, d_keys, d_mask,
+            d_weights=(ds, *ds.stride()[:4]),
+        )  # fmt: skip
+    for gradient, part in (*parts, (d_write, dw), (d_erase, de)):
         if gradient.wanted:
-            gradient.view.copy_(parts.sum(0).view(gradient.view.shape))
+            gradient.view.copy_(part.view(gradient.view.shape))
     return [g.result() for g in (d_values, d_keys, d_query, d_write, d_erase, d_mask)]
 
 
 def backward(x: Write, values: Tensor, d_out: Tensor, d_retained: Tensor | None, wants: list[bool]):
-    """The six gradients of :func:`gated_write.gated_write_backward`."""
+    """The six gradients of :func:`write.backward`."""
     N, c = x.N, _plan(x, values)[0].config
     chunks = triton.cdiv(x.count, c.block_t)
-    slot = x.V * (chunks + c.block_t) + x.count * (2 * x.V // c.block_n + 1)
+    slot = x.V * (chunks + c.block_t) + x.count * (2 * x.V // c.block_n + 1 + (x.gate == "softmax"))
     group = max(c.block_n, WORKSPACE // max(1, x.call.B * slot) // c.block_n * c.block_n)
-    results = []
-    for first in range(0, max(N, 1), group):
+    starts = range(0, max(N, 1), group)
+
+    def sweep(first: int):
         n = slice(first, first + group)
-        mask = None if x.slot_mask is None else x.slot_mask[..., n]
-        part = Write(
-            x.call.op, values[..., n, :], x.keys[..., n, :], x.query, x.write, x.erase, mask, x.token_mask,
-            x.scale, x.erase_scale,
-        )  # fmt: skip
+        part = _slots(x, values, first, group)
+        d_values = Gradient(part.call, values[..., n, :], wants[0], "memory", part.N, x.V)
         retained = None if d_retained is None else d_retained[..., n]
-        results.append(_group(part, values[..., n, :], d_out[..., n, :], retained, wants))
+        return part, _sweep(part, values[..., n, :], d_out[..., n, :], retained, d_values), d_values
+
+    delta, only = 0.0, None
+    if x.gate == "softmax":
+        for first in starts:
+            only = sweep(first)
+            delta = delta + only[1][0].sum(-1, keepdim=True)
+        if len(starts) > 1:
+            only = None
+    results = []
+    for first in starts:
+        part, swept, d_values = only or sweep(first)
+        if x.gate == "softmax":
+            swept = (swept[0] - swept[1] * delta, *swept[1:])
+        results.append(_group(part, swept, d_values, wants))
     if len(results) == 1:
         return tuple(results[0])
     d_values, d_keys, d_query, d_write, d_erase, d_mask = zip(*results)
     joined = [torch.cat(d, -2) if d[0].dim() > 1 else d[0] for d in (d_values, d_keys)]
     summed = [sum((g.float() for g in d[1:]), d[0].float()).to(d[0].dtype) for d in (d_query, d_write, d_erase)]
+    if x.gate == "given" and wants[2]:
+        summed[0] = torch.cat(d_query, -1)
     return (*joined, *summed, torch.cat(d_mask, -1))

@@ -1,4 +1,9 @@
-"""What the kernels of gated_write share: gates of a tile [slots, tokens], products along the tokens, the arguments."""
+"""What the kernels of dense writes share: gates of a tile [slots, tokens], products along the tokens, the arguments.
+
+Gates are sigmoids of scores, a softmax of scores over the slots, or given (GATE). The softmax is normalised by numbers
+per token that a first pass took (softmax_norm.py): the highest score, its slot, and the sum of exp(s - top) over all
+other slots.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .layout import Call
-from .tiles import dots, sigmoid, tile, tokens
+from .tiles import LOG2E, dots, sigmoid, tile, tokens
 
 
 @triton.jit
@@ -20,26 +25,40 @@ def open_tokens(token_mask, b, B1, t, inner, stop):
 
 
 @triton.jit
-def key_scores(
-    k0, k_rows, ok, bias, q, b, B1, t, t_ok, inner, K, scale,
-    BLOCK_K: tl.constexpr, K_STEPS: tl.constexpr, PRECISION: tl.constexpr,
+def gates(
+    k0, k_rows, ok, bias, q, norm, b, B1, n, t, t_ok, T, inner, K, scale, erase,
+    GATE: tl.constexpr, ERASE: tl.constexpr, BLOCK_K: tl.constexpr, K_STEPS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """s[i, t] = scale <k_i, q_t> + mask_i: [slots, tokens]."""
+    """a, 1 - a and f = 1 - erase a of a tile [slots, tokens]; 0, 1 and 1 where nothing is written.
+
+    q: the token rows that gates come from, queries or the gates themselves. No gate near 1 is subtracted from 1.
+    """
+    live = ok[:, None] & t_ok[None, :]
     q_rows = tokens(q, b, B1, t, inner)
-    q0 = tile(q_rows, t_ok, K, 0, BLOCK_K)
-    return dots(k0, k_rows, ok, q0, q_rows, t_ok, K, BLOCK_K, K_STEPS, PRECISION) * scale + bias[:, None]
-
-
-@triton.jit
-def gates(s, live, erase, ERASE: tl.constexpr):
-    """a, 1 - a and f = 1 - erase a; 0, 1 and 1 where nothing is written."""
-    a = tl.where(live, sigmoid(s), 0.0)
-    keep = tl.where(live, sigmoid(-s), 1.0)
+    if GATE == "given":
+        a = tl.load(q_rows[None, :] + n[:, None], mask=live, other=0.0).to(tl.float32)
+        keep = 1.0 - a
+    else:
+        q0 = tile(q_rows, t_ok, K, 0, BLOCK_K)
+        s = dots(k0, k_rows, ok, q0, q_rows, t_ok, K, BLOCK_K, K_STEPS, PRECISION) * scale + bias[:, None]
+        if GATE == "softmax":
+            at = b.to(tl.int64) * T + t
+            top = tl.load(norm[0] + at, mask=t_ok, other=0.0)[None, :]
+            rest = tl.load(norm[1] + at, mask=t_ok, other=0.0)[None, :]
+            highest = n[:, None] == tl.load(norm[2] + at, mask=t_ok, other=-1)[None, :]
+            p = tl.where(highest, 1.0, tl.exp2((s - top) * LOG2E))
+            a = p / (1.0 + rest)
+            keep = tl.where(highest, rest, 1.0 + rest - p) / (1.0 + rest)
+        else:
+            a = sigmoid(s)
+            keep = sigmoid(-s)
+        a = tl.where(live, a, 0.0)
+        keep = tl.where(live, keep, 1.0)
     f = keep
     if ERASE == "part":
         f = keep + a * (1.0 - erase)
     elif ERASE == "none":
-        f = tl.full(s.shape, 1.0, tl.float32)
+        f = tl.full(a.shape, 1.0, tl.float32)
     return a, keep, f
 
 
@@ -83,17 +102,24 @@ def states_before(f, g, p):
 
 
 class Write:
-    """The arguments of one write, checked, and as the kernels take them."""
+    """The arguments of one write, checked, and as the kernels take them.
+
+    keys: None where ``query`` holds the gates, ``[..., T, N]``. norm: of a softmax, what its first pass took.
+    """
+
+    norm: tuple[Tensor, Tensor, Tensor] | None = None
 
     def __init__(
-        self, op: str, values: Tensor, keys: Tensor, query: Tensor, write: Tensor, erase: Tensor | None,
-        slot_mask: Tensor | None, token_mask: Tensor | None, scale: float, erase_scale: float,
+        self, op: str, gate: str, values: Tensor, keys: Tensor | None, query: Tensor, write: Tensor,
+        erase: Tensor | None, slot_mask: Tensor | None, token_mask: Tensor | None, scale: float, erase_scale: float,
     ) -> None:  # fmt: skip
-        (self.T, self.K), (self.N, self.V) = query.shape[-2:], values.shape[-2:]
-        T, N, K, V = self.T, self.N, self.K, self.V
-        token_side = [("query", query, (T, K)), ("write", write, (T, V)), ("erase", erase, (T, V))]
-        token_side += [("token_mask", token_mask, (T,))]
-        memory_side = [("values", values, (N, V)), ("keys", keys, (N, K)), ("slot_mask", slot_mask, (N,))]
+        self.gate = gate
+        (self.T, width), (self.N, self.V) = query.shape[-2:], values.shape[-2:]
+        self.K = 1 if keys is None else width
+        T, N, V = self.T, self.N, self.V
+        given = ("weights", query, (T, N)) if keys is None else ("query", query, (T, self.K))
+        token_side = [given, ("write", write, (T, V)), ("erase", erase, (T, V)), ("token_mask", token_mask, (T,))]
+        memory_side = [("values", values, (N, V)), ("keys", keys, (N, self.K)), ("slot_mask", slot_mask, (N,))]
         self.call = call = Call(op, token_side, memory_side)
         call.floats(values, keys, query, write, erase)
         call.mask(slot_mask)
@@ -110,11 +136,11 @@ class Write:
         return {1.0: "full", 0.0: "none"}.get(self.erase_scale, "part")
 
     def sources(self) -> tuple:
-        """keys, query, write, slot_mask, token_mask."""
+        """keys, query, write, slot_mask, token_mask, norm."""
         call = self.call
         return (
             call.slots(self.keys), call.rows(self.query), call.rows(self.write),
-            call.slot_numbers(self.slot_mask), call.numbers(self.token_mask),
+            call.slot_numbers(self.slot_mask), call.numbers(self.token_mask), self.norm,
         )  # fmt: skip
 
     def memory_rows(self, x: Tensor) -> tuple:
