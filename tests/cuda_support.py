@@ -37,7 +37,7 @@ def library(sanitize: str = "") -> Path:
 
 
 def broken(folder: Path, file: str, old: str, new: str, kernel: str, sanitize: str = "") -> Path:
-    """The library with one fault: ``old`` in ``file`` replaced by ``new``, seen by the source of ``kernel`` alone."""
+    """The library with one fault: ``old`` in ``file`` replaced by ``new`` where the source of ``kernel`` is compiled."""
     built = library(sanitize).parent
     shutil.copytree(ROOT / "csrc", folder / "csrc")
     changed = folder / "csrc" / "cuda" / file
@@ -49,7 +49,8 @@ def broken(folder: Path, file: str, old: str, new: str, kernel: str, sanitize: s
     compile_one = next(c for c in commands if c.endswith(f"/cuda/{kernel}"))
     intact, part = compile_one.split(" -o ")[1].split()[0], folder / "broken.o"
     compile_one = compile_one.split(" -MD ")[0].replace(str(ROOT / "csrc"), str(folder / "csrc"))
-    link = commands[-1].replace(f"-o {NAME}", f"-o {folder / NAME}").replace(intact, str(part))
+    # First among the objects: of an inline function that several sources have, the linker keeps the first.
+    link = commands[-1].replace(intact, "").replace(f"-o {NAME}", f"-o {folder / NAME} {part}")
     for command in (f"{compile_one} -o {part} -c {folder / 'csrc' / 'cuda' / kernel}", link):
         subprocess.run(command, shell=True, cwd=built, check=True)
     return folder / NAME

@@ -133,8 +133,10 @@ OP = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_seeded_fault_is_noticed(fault, tmp_path):
+    """Under one order of the threads or another: a missing barrier need not show in each."""
     *change, kernel = FAULTS[fault]
-    assert failures(grid(broken(tmp_path, *change, kernel), OP[kernel])), fault
+    built = broken(tmp_path, *change, kernel)
+    assert any(failures(grid(built, OP[kernel], MEMKERNELS_SIMT_SEED=seed)) for seed in ("1", *SEEDS)), fault
 
 
 @sanitized
