@@ -18,10 +18,11 @@ pytestmark = [
 DTYPES = "float32,bfloat16,float16"
 ALL = ",".join(ops())
 SEEDS = ("2", "3", "4")
-# The whole grid, and a second build under the address sanitizer, where the CUDA build is asked for (make cuda).
+# Where the CUDA build is asked for (make cuda): the whole grid, faults seeded to be noticed, and a second build under the
+# address sanitizer.
 WHOLE = os.environ.get("MEMKERNELS_CUDA") == "1"
 EXTENT = "full" if WHOLE else "quick"
-sanitized = pytest.mark.skipif(not WHOLE, reason="make cuda builds the kernels under the address sanitizer")
+whole = pytest.mark.skipif(not WHOLE, reason="make cuda seeds faults and builds under the address sanitizer")
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +54,7 @@ def under_address_sanitizer(built, op, dtypes="float32"):
     return grid(built, op, dtypes, LD_PRELOAD=runtime, ASAN_OPTIONS=options)
 
 
-@sanitized
+@whole
 def test_no_address_is_wrong():
     assert not failures(under_address_sanitizer(library("address"), ALL, DTYPES))
 
@@ -131,6 +132,7 @@ OP = {
 }
 
 
+@whole
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_seeded_fault_is_noticed(fault, tmp_path):
     """Under one order of the threads or another: a missing barrier need not show in each."""
@@ -139,7 +141,7 @@ def test_a_seeded_fault_is_noticed(fault, tmp_path):
     assert any(failures(grid(built, OP[kernel], MEMKERNELS_SIMT_SEED=seed)) for seed in ("1", *SEEDS)), fault
 
 
-@sanitized
+@whole
 def test_a_seeded_overrun_is_noticed_by_the_address_sanitizer(tmp_path):
     old, new = (f"(Q * r.plan.padded + Q * r.plan.slots + {n} * Q) * 4" for n in (3, 2))
     built = broken(tmp_path, "softmax_read.cu", old, new, "softmax_read.cu", "address")
