@@ -37,7 +37,7 @@ def library(sanitize: str = "") -> Path:
 
 
 def broken(folder: Path, file: str, old: str, new: str, kernel: str, sanitize: str = "") -> Path:
-    """The library with one fault: ``old`` in ``file`` replaced by ``new`` where the source of ``kernel`` is compiled."""
+    """The library with one fault: ``old`` in ``file`` is ``new`` where the source of ``kernel`` is compiled."""
     built = library(sanitize).parent
     shutil.copytree(ROOT / "csrc", folder / "csrc")
     changed = folder / "csrc" / "cuda" / file

@@ -18,8 +18,8 @@ pytestmark = [
 DTYPES = "float32,bfloat16,float16"
 ALL = ",".join(ops())
 SEEDS = ("2", "3", "4")
-# Where the CUDA build is asked for (make cuda): the whole grid, faults seeded to be noticed, and a second build under the
-# address sanitizer.
+# Where the CUDA build is asked for (make cuda): the whole grid, faults seeded to be noticed, and a second build under
+# the address sanitizer.
 WHOLE = os.environ.get("MEMKERNELS_CUDA") == "1"
 EXTENT = "full" if WHOLE else "quick"
 whole = pytest.mark.skipif(not WHOLE, reason="make cuda seeds faults and builds under the address sanitizer")
