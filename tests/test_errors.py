@@ -158,7 +158,7 @@ def test_an_index_out_of_range_is_refused(backend, wild):
 
 
 def test_an_unknown_backend_is_refused():
-    with pytest.raises(ValueError, match="backend must be one of auto, reference, cpu, cuda, triton, got 'tpu'"):
+    with pytest.raises(ValueError, match="backend must be one of auto, reference, cpu, triton, cuda, got 'tpu'"):
         mk.softmax_read(Q, KEYS, VALUES, backend="tpu")
 
 
