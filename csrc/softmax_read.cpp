@@ -50,17 +50,13 @@ Two run(const Tensor& query, const Tensor& keys, const Tensor& values, const std
   return {read, lse};
 }
 
-// Which gradients are wanted: compressed slots have none.
-struct Wants {
-  bool query, keys, values, mask;
-};
-
 Four run_backward(const Tensor& query, const Tensor& keys, const Tensor& values, const std::optional<Tensor>& slot_mask,
                   const Scales& scales, const Tensor& read, const Tensor& lse, const std::optional<Tensor>& d_read,
-                  const std::optional<Tensor>& d_lse, double scale, const Wants& wants) {
+                  const std::optional<Tensor>& d_lse, double scale, const std::vector<bool>& wants) {
   SoftmaxReadBackward p;
   SoftmaxRead& f = p.forward;
   Inputs in("softmax_read_backward", query, keys, values, slot_mask, scales, scale, f);
+  in.args.require(wants.size() == 4, "wants must have 4 entries");
   // Gradients that nobody has are zero.
   const Tensor zeros = d_read.has_value() ? *d_read : torch::stable::new_zeros(read, read.sizes());
   const Tensor* r = &in.args.add("read", read, Side::tokens, {f.T, f.V});
@@ -72,10 +68,10 @@ Four run_backward(const Tensor& query, const Tensor& keys, const Tensor& values,
   in.fill(f);
   f.read = in.args.view(r, 2), f.lse = in.args.view(l, 1);
   p.d_read = in.args.view(dr, 2), p.d_lse = in.args.view(dl, 1);
-  Gradient d_query(in.args, in.query, wants.query, Side::tokens, 2);
-  Gradient d_keys(in.args, in.keys, wants.keys, Side::memory, 2);
-  Gradient d_values(in.args, in.values, wants.values, Side::memory, 2);
-  Gradient d_mask(in.args, in.mask, wants.mask, Side::memory, 1);
+  Gradient d_query(in.args, in.query, wants[0], Side::tokens, 2);
+  Gradient d_keys(in.args, in.keys, wants[1], Side::memory, 2);
+  Gradient d_values(in.args, in.values, wants[2], Side::memory, 2);
+  Gradient d_mask(in.args, in.mask, wants[3], Side::memory, 1);
   p.d_query = d_query.view(), p.d_keys = d_keys.view(), p.d_values = d_values.view(), p.d_mask = d_mask.view();
   if (f.lead.batches() * f.lead.folded() * f.T * f.N == 0) {
     for (Gradient* g : {&d_query, &d_keys, &d_values, &d_mask}) g->zero();
@@ -93,9 +89,7 @@ Two forward(const Tensor& query, const Tensor& keys, const Tensor& values, const
 Four backward(const Tensor& query, const Tensor& keys, const Tensor& values, const std::optional<Tensor>& slot_mask,
               const Tensor& read, const Tensor& lse, const std::optional<Tensor>& d_read,
               const std::optional<Tensor>& d_lse, double scale, const std::vector<bool>& wants) {
-  check(wants.size() == 4, "softmax_read_backward: wants must have 4 entries");
-  return run_backward(query, keys, values, slot_mask, {}, read, lse, d_read, d_lse, scale,
-                      {wants[0], wants[1], wants[2], wants[3]});
+  return run_backward(query, keys, values, slot_mask, {}, read, lse, d_read, d_lse, scale, wants);
 }
 
 Two forward_compressed(const Tensor& query, const Tensor& keys, const Tensor& values,

@@ -50,16 +50,12 @@ Three run(const Tensor& query, const Tensor& keys, const Tensor& values, const s
   return {read, indices, weights};
 }
 
-// Which gradients are wanted: compressed slots have none.
-struct Wants {
-  bool query, keys, values, mask;
-};
-
 Four run_backward(const Tensor& query, const Tensor& keys, const Tensor& values, const std::optional<Tensor>& slot_mask,
                   const Scales& scales, const Tensor& indices, const Tensor& weights,
                   const std::optional<Tensor>& d_read, const std::optional<Tensor>& d_weights, int64_t k, double scale,
-                  const Wants& wants) {
+                  const std::vector<bool>& wants) {
   Inputs in("topk_read_backward", query, keys, values, slot_mask, scales);
+  in.args.require(wants.size() == 4, "wants must have 4 entries");
   TopkReadBackward p;
   TopkSearchBackward& s = p.search;
   Choice& c = s.choice;
@@ -81,9 +77,9 @@ Four run_backward(const Tensor& query, const Tensor& keys, const Tensor& values,
   p.values = in.args.slot_view(in.values, in.value_scale);
   p.weights = in.args.view(w, 2), p.d_read = in.args.view(dr, 2), p.d_weights = in.args.view(dw, 2);
   const bool masked = in.mask != nullptr && in.mask->scalar_type() != ScalarType::Bool;
-  const Gradient d_query(in.args, in.query, wants.query, Side::tokens, 2);
-  const ChosenGradient d_keys(in.args, in.keys, wants.keys, 2), d_values(in.args, in.values, wants.values, 2);
-  const ChosenGradient d_mask(in.args, in.mask, wants.mask && masked, 1);
+  const Gradient d_query(in.args, in.query, wants[0], Side::tokens, 2);
+  const ChosenGradient d_keys(in.args, in.keys, wants[1], 2), d_values(in.args, in.values, wants[2], 2);
+  const ChosenGradient d_mask(in.args, in.mask, wants[3] && masked, 1);
   s.d_query = d_query.view(), s.d_keys = d_keys.out(), s.d_mask = d_mask.out(), p.d_values = d_values.out();
   MK_CALL(topk_read_backward, p);
   return {d_query.result(), d_keys.result(), d_values.result(), d_mask.result()};
@@ -97,9 +93,7 @@ Three forward(const Tensor& query, const Tensor& keys, const Tensor& values, con
 Four backward(const Tensor& query, const Tensor& keys, const Tensor& values, const std::optional<Tensor>& slot_mask,
               const Tensor& indices, const Tensor& weights, const std::optional<Tensor>& d_read,
               const std::optional<Tensor>& d_weights, int64_t k, double scale, const std::vector<bool>& wants) {
-  check(wants.size() == 4, "topk_read_backward: wants must have 4 entries");
-  return run_backward(query, keys, values, slot_mask, {}, indices, weights, d_read, d_weights, k, scale,
-                      {wants[0], wants[1], wants[2], wants[3]});
+  return run_backward(query, keys, values, slot_mask, {}, indices, weights, d_read, d_weights, k, scale, wants);
 }
 
 Three forward_compressed(const Tensor& query, const Tensor& keys, const Tensor& values,

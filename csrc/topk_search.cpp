@@ -44,15 +44,11 @@ Two run(const Tensor& query, const Tensor& keys, const std::optional<Tensor>& sl
   return {scores, indices};
 }
 
-// Which gradients are wanted: compressed keys have none.
-struct Wants {
-  bool query, keys, mask;
-};
-
 Three run_backward(const Tensor& query, const Tensor& keys, const std::optional<Tensor>& slot_mask,
                    const std::optional<Tensor>& key_scale, const Tensor& indices, const std::optional<Tensor>& d_scores,
-                   int64_t k, double scale, const Wants& wants) {
+                   int64_t k, double scale, const std::vector<bool>& wants) {
   Inputs in("topk_search_backward", query, keys, slot_mask, key_scale);
+  in.args.require(wants.size() == 3, "wants must have 3 entries");
   in.args.require(d_scores.has_value(), "d_scores must be given");
   TopkSearchBackward p;
   Choice& c = p.choice;
@@ -68,8 +64,8 @@ Three run_backward(const Tensor& query, const Tensor& keys, const std::optional<
   p.query = in.args.view(in.query, 2), p.keys = in.args.slot_view(in.keys, in.key_scale);
   p.d_scores = in.args.view(ds, 2);
   const bool masked = in.mask != nullptr && in.mask->scalar_type() != ScalarType::Bool;
-  const Gradient d_query(in.args, in.query, wants.query, Side::tokens, 2);
-  const ChosenGradient d_keys(in.args, in.keys, wants.keys, 2), d_mask(in.args, in.mask, wants.mask && masked, 1);
+  const Gradient d_query(in.args, in.query, wants[0], Side::tokens, 2);
+  const ChosenGradient d_keys(in.args, in.keys, wants[1], 2), d_mask(in.args, in.mask, wants[2] && masked, 1);
   p.d_query = d_query.view(), p.d_keys = d_keys.out(), p.d_mask = d_mask.out();
   MK_CALL(topk_search_backward, p);
   return {d_query.result(), d_keys.result(), d_mask.result()};
@@ -81,9 +77,7 @@ Two forward(const Tensor& query, const Tensor& keys, const std::optional<Tensor>
 
 Three backward(const Tensor& query, const Tensor& keys, const std::optional<Tensor>& slot_mask, const Tensor& indices,
                const std::optional<Tensor>& d_scores, int64_t k, double scale, const std::vector<bool>& wants) {
-  check(wants.size() == 3, "topk_search_backward: wants must have 3 entries");
-  return run_backward(query, keys, slot_mask, std::nullopt, indices, d_scores, k, scale,
-                      {wants[0], wants[1], wants[2]});
+  return run_backward(query, keys, slot_mask, std::nullopt, indices, d_scores, k, scale, wants);
 }
 
 Two forward_compressed(const Tensor& query, const Tensor& keys, const std::optional<Tensor>& slot_mask,

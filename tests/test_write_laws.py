@@ -153,12 +153,16 @@ def test_a_middle_dimension_may_be_the_shared_one(backend):
         )
 
 
-def test_open_and_closed_gates_are_exact(backend):
-    """A gate of exactly 1 replaces, of exactly 0 keeps; gradients stay finite."""
+@pytest.mark.parametrize("erase", [1.0, "tensor of ones"])
+def test_open_and_closed_gates_are_exact(backend, erase):
+    """A gate of exactly 1 that erases all replaces, of exactly 0 keeps; gradients stay finite."""
     values, keys, query, write = (x.requires_grad_() for x in case(dtype=torch.float32))
     mask = torch.zeros(N)
     mask[:10], mask[10:20] = torch.inf, -torch.inf
-    new, retained = mk.gated_write(values, keys, query, write, slot_mask=mask, return_retained=True, backend=backend)
+    e = torch.ones_like(write) if isinstance(erase, str) else erase
+    new, retained = mk.gated_write(
+        values, keys, query, write, erase=e, slot_mask=mask, return_retained=True, backend=backend
+    )
     assert torch.equal(new[:10], write[-1:].expand(10, V)) and torch.equal(new[10:20], values[10:20])
     assert (retained[:10] == 0).all() and (retained[10:20] == 1).all()
     for gradient in torch.autograd.grad(new.sum() + retained.sum(), (values, keys, query, write)):

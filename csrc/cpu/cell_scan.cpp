@@ -11,6 +11,7 @@
 
 #include "common/parallel.h"
 #include "common/scores.h"
+#include "common/tanh.h"
 
 namespace mk::MK_ISA {
 namespace {
@@ -30,12 +31,6 @@ struct Shape {
     groups = div_up(streams, rows);
   }
 };
-
-template <class F>
-Vec<F> tanh2(Vec<F> t) {  // from x * log2(e)
-  const Vec<F> e = exp2<F>(F(2) * (t > 0 ? -t : t)), y = (F(1) - e) / (F(1) + e);
-  return t > 0 ? y : -y;
-}
 
 // One block of D numbers per gate, each padded to whole registers.
 template <class F>
@@ -114,7 +109,7 @@ void forward(const CellScan& p) {
           Vec<F> f, i, rest;
           sigmoid2<F>(unit * load<F>(gate + d), f, rest);
           sigmoid2<F>(unit * load<F>(gate + s.DP + d), i, rest);
-          store<F>(state + d, f * load<F>(state + d) + i * tanh2<F>(unit * load<F>(gate + 2 * s.DP + d)));
+          store<F>(state + d, f * load<F>(state + d) + i * tanh<F>(load<F>(gate + 2 * s.DP + d)));
         }
         write_row<F>(state, s.D, states.dtype, states.row((first + r) * p.T + t));
       }
@@ -143,7 +138,7 @@ void step_back(const Shape<F>& s, const F* dh, const F* before, F* z, F* g) {
     Vec<F> f, f_rest, i, i_rest;
     sigmoid2<F>(unit * load<F>(z + x), f, f_rest);
     sigmoid2<F>(unit * load<F>(z + s.DP + x), i, i_rest);
-    const Vec<F> c = tanh2<F>(unit * load<F>(z + 2 * s.DP + x)), all = load<F>(g + x) + load<F>(dh + x);
+    const Vec<F> c = tanh<F>(load<F>(z + 2 * s.DP + x)), all = load<F>(g + x) + load<F>(dh + x);
     store<F>(z + x, all * load<F>(before + x) * (f * f_rest));
     store<F>(z + s.DP + x, all * c * (i * i_rest));
     store<F>(z + 2 * s.DP + x, all * i * ((F(1) - c) * (F(1) + c)));

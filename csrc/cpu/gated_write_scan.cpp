@@ -4,7 +4,7 @@
 //
 // The factor depends on slot, token and column, so there is no matrix product: rows of slots stay in registers and tokens stream past
 // them. Gates come from the same tiles as in the closed form. Parallel over batches and blocks of slots; per step and register of
-// columns one load each of w and e serves four slots, bound by two dependent multiply-adds.
+// columns one load each of w and e serves four slots. v + a (w - e v) would be one operation less, but not exact where a = e = 1.
 //
 // Backward, g = dV' walking from the last token, v_{t-1} recomputed per chunk from values kept at chunk boundaries:
 //   dw_t = sum_i a g,  de_t = -sum_i a g v_{t-1},  da = sum_j g (w - e v_{t-1}),  g <- g (1 - a e),  dV = g in the end
@@ -26,7 +26,10 @@ void advance(const TokenChunk<F>& c, const F* gates, int64_t L, int64_t column, 
     for (int j = 0; j < NV; ++j) {
       const Vec<F> w = load<F>(c.write + t * c.ws + column + j * W), e = load<F>(c.erase + t * c.es + column + j * W);
 #pragma GCC unroll 4
-      for (int s = 0; s < S; ++s) v[s][j] += gates[t * L + s] * (w - e * v[s][j]);
+      for (int s = 0; s < S; ++s) {
+        const Vec<F> a = fill<F>(gates[t * L + s]);
+        v[s][j] = a * w + (F(1) - a * e) * v[s][j];
+      }
     }
   }
   for (int s = 0; s < S; ++s) {
@@ -208,7 +211,7 @@ class Group {
           const Vec<F> a = fill<F>(A[t * L + j]);
           for (int64_t x = 0; x < VP_; x += W) {
             const Vec<F> e = load<F>(chunk.erase + t * chunk.es + x), w = load<F>(chunk.write + t * chunk.ws + x);
-            store<F>(v + x, load<F>(v + x) + a * (w - e * load<F>(v + x)));
+            store<F>(v + x, a * w + (F(1) - a * e) * load<F>(v + x));
           }
         }
         F* g = grad + j * VP_;

@@ -63,7 +63,10 @@ write_slots(MK_PARAM(Writing) w, MK_PARAM(Written) to, int64_t tiles, int64_t bl
       const float x = load(tile.pairs.a_rows[j], w.write.dtype, column),
                   e = load(tile.erase_rows[j], w.erase.dtype, column);
 #pragma unroll
-      for (int r = 0; r < kTile; ++r) acc[r] += tile.pairs.w[j][r] * (x - e * acc[r]);
+      for (int r = 0; r < kTile; ++r) {
+        const float a = tile.pairs.w[j][r];
+        acc[r] = a * x + (1.f - a * e) * acc[r];
+      }
     }
     if (!tile.alive) break;
   }

@@ -86,7 +86,10 @@ MK_KERNEL(kPairThreads) keep_states(MK_PARAM(Scan) s) {
     for (int t = 0; t < kTile; ++t) {
       const float w = tile.rows.w[t][tid], e = tile.rows.e[t][tid];
 #pragma unroll
-      for (int r = 0; r < kTile; ++r) v[r] += tile.gates.pairs.w[t][r] * (w - e * v[r]);
+      for (int r = 0; r < kTile; ++r) {
+        const float a = tile.gates.pairs.w[t][r];
+        v[r] = a * w + (1.f - a * e) * v[r];
+      }
     }
   }
 }
