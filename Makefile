@@ -24,7 +24,7 @@ demo: .build/native
 	$(PY) -m memkernels demo
 
 test: .build/native
-	$(PY) -m pytest tests
+	$(PY) -m pytest -n auto --maxprocesses=8 --dist loadfile tests/test_triton.py tests  # the longest file first
 
 lint: $(READY)
 	$(PY) -m ruff check .

@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import os
+
+# Files of tests run side by side, a worker for each processor. A second thread of each would only wait for the first;
+# what depends on the number of threads sets it.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import hypothesis
 import pytest
 from support import BACKENDS, NATIVE

@@ -241,6 +241,32 @@ def test_ties_go_to_the_smaller_index_across_blocks(backend, dtype, slots):
     assert indices.tolist() == [order[:4]] * 3
 
 
+@pytest.mark.parametrize("order", ["random", "ascending", "one value"])
+@pytest.mark.parametrize("open_slots", [1.0, 0.2])
+@pytest.mark.parametrize("k", [1, 7, 64, 200, 600])
+@pytest.mark.parametrize("t", [3, 70])
+def test_search_is_a_stable_sort_whatever_waits_or_passes_first(t, k, open_slots, order):
+    """Whole numbers: scores and their many ties are exact, so the order of all k is known. Sizes about those at which
+    scores wait for a first threshold, buffers of candidates fill, and rows are sorted together."""
+    for n in (95, 97, 700, 2100):
+        generator = torch.Generator().manual_seed(n)
+        query = torch.randint(-2, 3, (t, 3), generator=generator).float()
+        keys = torch.randint(-4, 5, (n, 3), generator=generator).float()
+        if order == "ascending":
+            query, keys = torch.ones(t, 3), torch.arange(float(n))[:, None].expand(n, 3) / 64
+        elif order == "one value":
+            keys = keys[:1].expand(n, 3)
+        mask = torch.rand(n, generator=generator) < open_slots
+        scores = (query @ keys.T).masked_fill(~mask, -torch.inf)
+        wanted, at = scores.sort(dim=-1, descending=True, stable=True)
+        closed = wanted == -torch.inf
+        got, indices = mk.topk_search(query, keys, k, scale=1.0, slot_mask=mask, backend="cpu")
+        m = min(k, n)
+        assert torch.equal(got[:, :m], wanted[:, :m])
+        assert torch.equal(indices[:, :m], at.masked_fill(closed, -1)[:, :m])
+        assert (indices[:, m:] == -1).all()
+
+
 def test_cosine_and_l2_search_are_recipes(backend):
     query, (keys, _) = tokens()[0], memory()
     near = mk.topk_search(query, keys, 4, scale=2.0, slot_mask=-(keys**2).sum(-1), backend=backend)[1]
