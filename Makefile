@@ -16,6 +16,9 @@ NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csr
 
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu tests/*/*.cpp tests/*/*.h)
 
+# Files of tests run side by side where pytest-xdist is installed, the longest first.
+SIDE_BY_SIDE := -n auto --maxprocesses=8 --dist loadfile
+
 .PHONY: dev demo test lint format bench sanitize cuda gpu-check clean
 
 dev: .build/native
@@ -24,7 +27,7 @@ demo: .build/native
 	$(PY) -m memkernels demo
 
 test: .build/native
-	$(PY) -m pytest -n auto --maxprocesses=8 --dist loadfile tests/test_triton.py tests  # the longest file first
+	$(PY) -m pytest $$($(PY) -c "import xdist" 2>/dev/null && echo $(SIDE_BY_SIDE)) tests/test_triton.py tests
 
 lint: $(READY)
 	$(PY) -m ruff check .

@@ -81,7 +81,7 @@ print("RESULT" + json.dumps(result))
 
 
 def result_of(code: str, *args: str) -> object:
-    done = run_python(code, *args, timeout=900, **INTERPRETER)
+    done = run_python(code, *args, timeout=1800, **INTERPRETER)
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(done.stdout.rsplit("RESULT", 1)[1])
 
