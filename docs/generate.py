@@ -105,9 +105,18 @@ def report(pictures_to: Path) -> str:
 def ladder(before: str) -> str:
     """Steps of optimisation, kept or not, with the ratio that each gave."""
     recorded = json.loads(LADDER.read_text())
-    rows = ["| step | case | gain | kept |", "| --- | --- | --- | --- |"]
-    rows += [f"| {r['step']} | {r['case']} | {r['gain']} | {'yes' if r['kept'] else 'no'} |" for r in recorded["steps"]]
-    return f"{recorded['device']}, {recorded['date']}: {recorded['method']}.\n\n" + "\n".join(rows) + "\n"
+
+    def table(steps: list[dict]) -> str:
+        rows = ["| step | case | gain | kept |", "| --- | --- | --- | --- |"]
+        rows += [f"| {r['step']} | {r['case']} | {r['gain']} | {'yes' if r['kept'] else 'no'} |" for r in steps]
+        return "\n".join(rows) + "\n"
+
+    text = f"{recorded['device']}, {recorded['date']}: {recorded['method']}.\n\n{table(recorded['steps'])}"
+    measured = recorded.get("measured", [])
+    for device in dict.fromkeys(r["device"] for r in measured):
+        text += f"\n{device}: measured by `python -m bench.step`.\n\n"
+        text += table([r for r in measured if r["device"] == device])
+    return text
 
 
 def limits(before: str) -> str:
