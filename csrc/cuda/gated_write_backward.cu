@@ -128,8 +128,7 @@ MK_DEVICE void weigh(WeighTile& tile, const Writing& w, const Gradients& g, int6
       const float da = writes ? r * (c - w.erase_scale * share) : 0.f;
       (by_slots ? tile.w[t][slot] : tile.w[slot][t]) = a * r;
       const float delta = writes && deltas != nullptr ? deltas[t] : 0.f;
-      (by_slots ? tile.ds[t][slot] : tile.ds[slot][t]) =
-          writes ? score_gradient(w, a, keep, da, faded, delta) : 0.f;
+      (by_slots ? tile.ds[t][slot] : tile.ds[slot][t]) = writes ? score_gradient(w, a, keep, da, faded, delta) : 0.f;
       share = left_by(a, keep, w.erase_scale) * share + a * c;
     }
   }

@@ -190,7 +190,7 @@ MK_KERNEL(kWriteThreads) add_products(MK_PARAM(Walk) w, MK_PARAM(WalkBack) b, in
   store(row_of(b.d_weights), b.d_weights.dtype, place % c.k, sum);
 }
 
-// All rows of one tensor into another of the same dtype, both [lead, N, V]: a warp per row, X at a time.
+// All rows of one tensor into another of the same dtype, both [lead, N, V]: a warp per row, an X at a time.
 template <class X>
 MK_KERNEL(kWriteThreads)
 copy_rows(MK_PARAM(Lead) lead, int64_t N, int64_t units, MK_PARAM(View) from, MK_PARAM(View) to) {
@@ -206,10 +206,13 @@ void copy_memory(const Device& device, const char* name, const SparseWrite& p, c
   const int64_t N = p.choice.N, blocks = div_up(lead.batches() * N, kWarps);
   if (blocks == 0) return;
   const bool packs = in_packs(from, lead, p.V) && in_packs(to, lead, p.V);
-  with_type(from.dtype, [&]<class X>() {
-    if (packs) launch(device, name, copy_rows<Pack<X>>, blocks, kWriteThreads, 0, lead, N, p.V / Pack<X>::size, from, to);
-    else launch(device, name, copy_rows<X>, blocks, kWriteThreads, 0, lead, N, p.V, from, to);
-  });
+  auto copy = [&]<class X>(X) {
+    const int64_t units = p.V * size_of(from.dtype) / int64_t(sizeof(X));
+    launch(device, name, copy_rows<X>, blocks, kWriteThreads, 0, lead, N, units, from, to);
+  };
+  if (packs) copy(float4{});
+  else if (size_of(from.dtype) == 4) copy(float{});
+  else copy(uint16_t{});
 }
 
 Walk walk_of(const Device& device, const char* name, const SparseWrite& p) {
