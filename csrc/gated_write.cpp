@@ -108,9 +108,7 @@ struct Write {
 };
 
 using Gated = Write<Gate::sigmoid>;
-#ifndef MK_CUDA  // the CUDA kernels have no softmax over the slots
 using Soft = Write<Gate::softmax>;
-#endif
 
 }  // namespace
 }  // namespace mk
@@ -119,9 +117,7 @@ MK_REGISTER(m) {
   m.impl("gated_write", TORCH_BOX(&mk::Gated::forward));
   m.impl("gated_write_", TORCH_BOX(&mk::Gated::in_place));
   m.impl("gated_write_backward", TORCH_BOX(&mk::Gated::backward));
-#ifndef MK_CUDA
   m.impl("softmax_write", TORCH_BOX(&mk::Soft::forward));
   m.impl("softmax_write_", TORCH_BOX(&mk::Soft::in_place));
   m.impl("softmax_write_backward", TORCH_BOX(&mk::Soft::backward));
-#endif
 }

@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import functools
 import json
+import os
+import platform
 import shutil
 import subprocess
 from pathlib import Path
 
+import pytest
 from support import ROOT, run_python
 
 from bench.cuda_check import cmake, tool
 
 NAME = "libmemkernels_simt.so"
+# Where the CUDA build is asked for (make cuda), tests are larger, seed faults, and build under the address sanitizer.
+WHOLE = os.environ.get("MEMKERNELS_CUDA") == "1"
+whole = pytest.mark.skipif(not WHOLE, reason="make cuda seeds faults and builds under the address sanitizer")
+can_run = [
+    pytest.mark.skipif(platform.machine() != "x86_64", reason="the SIMT machine switches fibers on x86-64 only"),
+    pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler here"),
+]
 GRID = """
 import json, sys
 from memkernels.testing import check
@@ -58,8 +68,20 @@ def broken(folder: Path, file: str, old: str, new: str, kernel: str, sanitize: s
 
 def grid(built: Path, op: str, dtypes: str = "float32", extent: str = "quick", **environment: str):
     """Runs the grid in a process of its own."""
+    return on_host(built, GRID, op, dtypes, extent, **environment)
+
+
+def asan_environment() -> dict[str, str]:
+    """What a process needs that loads a library built under the address sanitizer."""
+    command = [os.environ.get("CXX", "c++"), "-print-file-name=libasan.so"]
+    runtime = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    return {"LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0"}
+
+
+def on_host(built: Path, code: str, *args: str, **environment: str):
+    """Runs ``code`` where the CUDA backend is ``built``, in a process of its own."""
     environment = {"MEMKERNELS_CUDA_ON_HOST": str(built), "OMP_NUM_THREADS": "1", **environment}
-    return run_python(GRID, op, dtypes, extent, timeout=1800, **environment)
+    return run_python(code, *args, timeout=1800, **environment)
 
 
 def failures(done) -> list[str]:

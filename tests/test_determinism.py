@@ -35,13 +35,19 @@ def runs() -> list:
     return found
 
 
-def evaluate(op: str, case: Case, dtype: torch.dtype, backend: str):
-    """A function that runs forward and backward once and returns all results as bytes."""
+def evaluate(op: str, case: Case, dtype: torch.dtype, backend: str, offset: int = 0):
+    """A function that runs forward and backward once and returns all results as bytes.
+
+    offset: how many numbers lie before each tensor in its memory.
+    """
     s = Subject(OPS[op], case, dtype, "cpu")
     run = operator(backend, op)
 
+    def moved(t: torch.Tensor) -> torch.Tensor:
+        return torch.empty(t.numel() + offset, dtype=t.dtype)[offset:].view(t.shape).copy_(t)
+
     def once() -> list[bytes]:
-        tensors = [t if t is None else t.detach() for t in s.inputs.tensors]
+        tensors = [t if t is None else (moved(t) if offset else t).detach() for t in s.inputs.tensors]
         leaves = [tensors[i].requires_grad_() for i in s.wanting]
         results = run(*tensors, *s.inputs.params)
         results = list(results) if isinstance(results, (tuple, list)) else [results]
@@ -95,17 +101,5 @@ def test_same_bits_from_several_python_threads_at_once(native, op):
 @pytest.mark.parametrize("op", OPS)
 def test_same_bits_wherever_the_memory_lies(native, op):
     """Kernels may not depend on the alignment of a pointer."""
-    s = Subject(OPS[op], CASE["usual"], torch.float32, "cpu")
-    run = operator(native, op)
-
-    def results(offset: int):
-        moved = []
-        for t in s.inputs.tensors:
-            if t is not None:
-                room = torch.empty(t.numel() + offset, dtype=t.dtype)
-                t = room[offset:].view(t.shape).copy_(t)
-            moved.append(t)
-        out = run(*moved, *s.inputs.params)
-        return [bits(x) for x in (out if isinstance(out, (tuple, list)) else [out])]
-
-    assert results(0) == results(1) == results(3)
+    wanted, *others = (evaluate(op, CASE["usual"], torch.float32, native, offset)() for offset in (0, 1, 3))
+    assert all(found == wanted for found in others)

@@ -3,26 +3,16 @@
 from __future__ import annotations
 
 import os
-import platform
-import shutil
-import subprocess
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from cuda_support import broken, failures, grid, library, ops
+from cuda_support import WHOLE, asan_environment, broken, can_run, failures, grid, library, ops, whole
 
-pytestmark = [
-    pytest.mark.skipif(platform.machine() != "x86_64", reason="the SIMT machine switches fibers on x86-64 only"),
-    pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler here"),
-]
+pytestmark = can_run
 DTYPES = "float32,bfloat16,float16"
 ALL = ",".join(ops())
 SEEDS = ("2", "3", "4")
-# Where the CUDA build is asked for (make cuda): the whole grid, faults seeded to be noticed, and a second build under
-# the address sanitizer.
-WHOLE = os.environ.get("MEMKERNELS_CUDA") == "1"
 EXTENT = "full" if WHOLE else "quick"
-whole = pytest.mark.skipif(not WHOLE, reason="make cuda seeds faults and builds under the address sanitizer")
 
 
 @pytest.fixture(scope="module")
@@ -48,10 +38,7 @@ def test_no_order_of_threads_changes_the_result(seed, runs):
 
 
 def under_address_sanitizer(built, op, dtypes="float32"):
-    command = [os.environ.get("CXX", "c++"), "-print-file-name=libasan.so"]
-    runtime = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    options = "detect_leaks=0:detect_stack_use_after_return=0"
-    return grid(built, op, dtypes, LD_PRELOAD=runtime, ASAN_OPTIONS=options)
+    return grid(built, op, dtypes, **asan_environment())
 
 
 @whole
@@ -115,6 +102,30 @@ FAULTS = {
         "c = gates.pairs.a[t == 0 ? 0 : t - 1][slot]",
         "gated_write_backward.cu",
     ),
+    "the first slot is the largest, softmax": (
+        "softmax_write.cu",
+        "if (higher) top = other.top, slot = other.slot;",
+        "if (higher) top = other.top, slot = slot < 0 ? other.slot : slot;",
+        "softmax_write.cu",
+    ),
+    "no delta, gradient of a softmax": (
+        "gates.h",
+        "(keep > 0 ? faded / keep : 0.f) - delta)",
+        "(keep > 0 ? faded / keep : 0.f))",
+        "gated_write_backward.cu",
+    ),
+    "entries in another order": (
+        "sparse_write.cu",
+        "const Entry e(own, j);\n      float x[kEach], erase[kEach];",
+        "const Entry e(own, n - 1 - j);\n      float x[kEach], erase[kEach];",
+        "sparse_write.cu",
+    ),
+    "the last entries of a slot are forgotten": (
+        "sparse_write.cu",
+        "if (n < 32) return i + n;",
+        "return i + n;",
+        "sparse_write.cu",
+    ),
     "queue one place off": (
         "topk_search.cu",
         "queue[queued[n] + __popc",
@@ -122,12 +133,15 @@ FAULTS = {
         "topk_search.cu",
     ),
 }
-# The op whose grid notices it: one that the source serves.
+# The op whose grid notices it: one that the source serves, or the one that the fault names.
 OP = {
+    "no delta, gradient of a softmax": "softmax_write",
     "gated_write.cu": "gated_write",
     "gated_write_backward.cu": "gated_write",
     "pairs.cu": "slot_usage",
     "softmax_read.cu": "softmax_read",
+    "softmax_write.cu": "softmax_write",
+    "sparse_write.cu": "sparse_write",
     "topk_search.cu": "topk_search",
 }
 
@@ -138,7 +152,8 @@ def test_a_seeded_fault_is_noticed(fault, tmp_path):
     """Under one order of the threads or another: a missing barrier need not show in each."""
     *change, kernel = FAULTS[fault]
     built = broken(tmp_path, *change, kernel)
-    assert any(failures(grid(built, OP[kernel], MEMKERNELS_SIMT_SEED=seed)) for seed in ("1", *SEEDS)), fault
+    op = OP.get(fault) or OP[kernel]
+    assert any(failures(grid(built, op, MEMKERNELS_SIMT_SEED=seed)) for seed in ("1", *SEEDS)), fault
 
 
 @whole

@@ -1,4 +1,4 @@
-// What the ops on chosen slots share: rows are gathered, multiplied, and summed back.
+// What the ops on chosen slots share: rows are gathered, multiplied, summed back, and written in the order of the slots.
 #pragma once
 
 #include "cpu/choice.h"
@@ -34,5 +34,15 @@ struct ChosenSum {
   float factor;
 };
 void sum_chosen(const Device& device, const char* name, const ChosenSum& s);
+
+// The entries (t, j) of all batches, sorted by the row that they name; those of one row stay in the order of the tokens.
+struct SortedEntries {
+  uint32_t* rows;    // entries that name no slot have row `end` and come last
+  uint32_t* places;  // (batch * tokens + t) * k + j
+  int64_t count, end;
+};
+// `result`: batches share rows where they share its memory, of `rows` rows. Null: batch b has the rows from b N on. (segments.cu)
+SortedEntries sort_entries(const Device& device, const char* name, const Choice& choice, const View& result,
+                           int64_t rows);
 
 }  // namespace mk::cuda

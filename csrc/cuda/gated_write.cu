@@ -1,4 +1,4 @@
-// gated_write and slot_write:  v_i <- v_i (1 - a[t, i] e_t) + a[t, i] w_t  for t = 1 .. T,   retained_i = prod_t (1 - a[t, i])
+// gated_write, softmax_write and slot_write:  v_i <- v_i (1 - a[t, i] e_t) + a[t, i] w_t  for t = 1 .. T,   retained_i = prod_t (1 - a[t, i])
 //
 // A number e: every slot evolves alone, so with R[t, i] = prod_{u > t} (1 - e a[u, i])
 //   v' = R[0] v + sum_t (a[t] R[t]) w_t
@@ -91,9 +91,10 @@ write_slots(MK_PARAM(Writing) w, MK_PARAM(Written) to, int64_t tiles, int64_t bl
 
 template <bool vector>
 void write(const Device& device, const GatedWrite& g) {
+  const char* name = name_of(g);
   const int64_t tiles = div_up(g.N, kTile), blocks = most(1, div_up(g.V, kPairThreads));
-  launch(device, "gated_write", write_slots<vector>, g.lead.batches() * tiles * blocks, kPairThreads, sizeof(GateTile),
-         writing_of(g), Written{g.out, g.retained}, tiles, blocks);
+  launch(device, name, write_slots<vector>, g.lead.batches() * tiles * blocks, kPairThreads, sizeof(GateTile),
+         writing_of(device, name, g), Written{g.out, g.retained}, tiles, blocks);
 }
 
 }  // namespace

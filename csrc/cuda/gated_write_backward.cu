@@ -4,7 +4,9 @@
 //   dv = R[0] U,   dw_t = sum_i a R u_i,   ds[t, i] = R[t] (c[t] - e p_{t-1}) a (1 - a) - g_i retained_i a,   g = d retained
 //   dq = scale ds k,   dk = scale ds^T q,   dmask_i = sum_t ds
 //
-// Gates that are given have da[t, i] = R[t] (c[t] - e p_{t-1}) in the place of ds.
+// Gates that are given have da[t, i] = R[t] (c[t] - e p_{t-1}) in the place of ds. Those of a softmax have
+//
+//   x[t, i] = da[t, i] - g_i retained_i / (1 - a),   delta_t = sum_i a x,   ds = a (x - delta_t)
 //
 // R runs from the last token to the first and p the other way. Two sweeps over the tokens, one block per 32 slots, keep both where
 // tiles of 32 tokens meet: 2 N T / 32 numbers. Every tile is then known by itself, and sums over slots and over tokens are taken as
@@ -20,6 +22,7 @@ struct Gradients {
   View d_query, d_write, d_weights;  // by tokens
   float *lefts, *shares;             // [batches][tiles of tokens][N]: R after a tile, p before it
   int64_t token_tiles, slot_tiles;
+  const float* deltas;  // [batches][tokens], of a softmax
 };
 
 struct WeighTile {
@@ -103,6 +106,7 @@ MK_DEVICE void weigh(WeighTile& tile, const Writing& w, const Gradients& g, int6
   if (slot < kTile) {
     const bool open = gates.open[slot];
     const int64_t i = i0 + slot;
+    const float* deltas = g.deltas == nullptr ? nullptr : g.deltas + batch * p.lead.folded() * p.T + n * kTile;
     float left = 1, share = 0, faded = 0;  // faded: g retained
     if (open) {
       left = g.lefts[between(g, p, batch, n, i)], share = g.shares[between(g, p, batch, n, i)];
@@ -123,11 +127,30 @@ MK_DEVICE void weigh(WeighTile& tile, const Writing& w, const Gradients& g, int6
       const bool writes = open && gates.pairs.a_rows[t] != nullptr;
       const float da = writes ? r * (c - w.erase_scale * share) : 0.f;
       (by_slots ? tile.w[t][slot] : tile.w[slot][t]) = a * r;
-      (by_slots ? tile.ds[t][slot] : tile.ds[slot][t]) = p.weights ? da : da * a * keep - faded * a;
+      const float delta = writes && deltas != nullptr ? deltas[t] : 0.f;
+      (by_slots ? tile.ds[t][slot] : tile.ds[slot][t]) = writes ? score_gradient(w, a, keep, da, faded, delta) : 0.f;
       share = left_by(a, keep, w.erase_scale) * share + a * c;
     }
   }
   __syncthreads();
+}
+
+// delta of every token: the sum of its ds as they are without it. One block per 32 tokens.
+MK_KERNEL(kPairThreads) sum_deltas(MK_PARAM(Writing) w, MK_PARAM(Gradients) g, float* deltas) {
+  WeighTile& tile = *reinterpret_cast<WeighTile*>(shared_memory());
+  const Pairs& p = w.pairs;
+  const int tid = int(threadIdx.x);
+  const int64_t n = blockIdx.x % g.token_tiles, batch = blockIdx.x / g.token_tiles;
+  const int64_t tokens = p.lead.folded() * p.T, t = n * kTile + tid;
+  float total = 0;
+  for (int64_t i0 = 0; i0 < p.N; i0 += kTile) {
+    __syncthreads();  // the tile of before is no longer used
+    find_open(tile.gates, w, batch, i0);
+    __syncthreads();
+    weigh<false>(tile, w, g, batch, n, i0);
+    for (int r = 0; tid < kTile && r < kTile; ++r) total += tile.ds[r][tid];
+  }
+  if (tid < kTile && t < tokens) deltas[batch * tokens + t] = total;
 }
 
 // Blocks of columns of K come first, then those of V.
@@ -196,9 +219,9 @@ MK_KERNEL(kPairThreads) write_by_slots(MK_PARAM(Writing) w, MK_PARAM(Gradients) 
 }  // namespace
 
 void gated_write_backward(const Device& device, const GatedWriteBackward& b) {
-  constexpr const char* kName = "gated_write_backward";
   const GatedWrite& f = b.forward;
-  const Writing w = writing_of(f);
+  const char* name = name_of(f);
+  const Writing w = writing_of(device, name, f);
   Gradients g{};
   g.d_out = b.d_out, g.retained = f.retained, g.d_retained = b.d_retained;
   g.d_values = b.d_values, g.d_keys = b.d_keys, g.d_mask = b.d_mask;
@@ -206,13 +229,18 @@ void gated_write_backward(const Device& device, const GatedWriteBackward& b) {
   g.token_tiles = div_up(f.lead.folded() * f.T, kTile), g.slot_tiles = div_up(f.N, kTile);
   const int64_t batches = f.lead.batches(), kept = batches * g.token_tiles * f.N;
   g.lefts = device.scratch<float>(kept), g.shares = device.scratch<float>(kept);
-  launch(device, kName, keep_between, batches * g.slot_tiles, kPairThreads, sizeof(GateTile), w, g);
+  launch(device, name, keep_between, batches * g.slot_tiles, kPairThreads, sizeof(GateTile), w, g);
+  if (w.softmax != nullptr) {
+    auto* deltas = device.scratch<float>(batches * f.lead.folded() * f.T);
+    launch(device, name, sum_deltas, batches * g.token_tiles, kPairThreads, sizeof(WeighTile), w, g, deltas);
+    g.deltas = deltas;
+  }
   const int64_t keys = g.d_query ? div_up(f.K, kPairThreads) : 0;
   const int64_t all = keys + (g.d_write ? div_up(f.V, kPairThreads) : 0);
-  launch(device, kName, write_by_tokens, batches * g.token_tiles * all, kPairThreads, sizeof(WeighTile), w, g, all,
+  launch(device, name, write_by_tokens, batches * g.token_tiles * all, kPairThreads, sizeof(WeighTile), w, g, all,
          keys);
   const int64_t by_slots = g.d_keys ? div_up(f.K, kPairThreads) : g.d_mask || g.d_weights ? 1 : 0;
-  launch(device, kName, write_by_slots, batches * g.slot_tiles * by_slots, kPairThreads, sizeof(WeighTile), w, g,
+  launch(device, name, write_by_slots, batches * g.slot_tiles * by_slots, kPairThreads, sizeof(WeighTile), w, g,
          by_slots);
 }
 

@@ -3,6 +3,8 @@
 //   dw_t = sum_i a g,   de_t = -sum_i a g v_{t-1},   da[t, i] = sum_j g (w - e v_{t-1}),   g <- g (1 - a e),   dv = g in the end
 //   ds = da a (1 - a) - d retained * retained * a,   dq = scale ds k,   dk = scale ds^T q,   dmask_i = sum_t ds
 //
+// Gates that are given, and those of a softmax, have their ds as in gated_write_backward.cu.
+//
 // The factor depends on slot, token and column: there is no closed form over tokens. A first kernel keeps v where tiles of 32 tokens
 // meet, N V T / 32 numbers. Then tile after tile, the last first: a thread owns one value column and takes the 32 slots of its block
 // in turn, recomputes v of 16 tokens in registers and walks back with g, which waits in memory in between. What is summed over
@@ -24,6 +26,7 @@ struct Scan {
   float* flow;                                // [batches][N][V]: g after it
   float *d_writes, *d_erases;                 // [batches][slot_tiles][32][V]: parts of one tile of tokens
   float *d_gates, *d_scores;                  // [batches][columns][32][N] and [batches][32][N]: da in parts, and ds
+  float *delta_parts, *deltas;                // of a softmax, [batches][slot_tiles][32] and [batches][32]
 };
 
 // Which slots, value columns and batch a block has.
@@ -162,6 +165,56 @@ MK_KERNEL(kPairThreads) add_parts(MK_PARAM(Scan) s, int64_t n) {
   if (s.d_erase) store(token_row(s.d_erase, p.lead, s.d_erase.batch(p.lead, batch), p.T, t), DType::f32, column, e);
 }
 
+// d retained * retained of slot i.
+MK_DEVICE float faded_at(const Scan& s, int64_t batch, int64_t i) {
+  const Pairs& p = s.w.pairs;
+  if (i >= p.N || !s.d_retained) return 0;
+  return load(s.d_retained.batch(p.lead, batch) + i * s.d_retained.row, DType::f32, 0) *
+         load(s.retained.batch(p.lead, batch) + i * s.retained.row, DType::f32, 0);
+}
+
+// da of token t of a tile and slot i: its parts in the order of the columns.
+MK_DEVICE float gate_gradient(const Scan& s, int64_t batch, int t, int64_t i) {
+  const int64_t N = s.w.pairs.N;
+  float da = 0;
+  for (int64_t c = 0; i < N && c < s.columns; ++c) da += s.d_gates[((batch * s.columns + c) * kTile + t) * N + i];
+  return da;
+}
+
+// Of a softmax: parts of the delta_t of tile n, one block per 32 slots.
+MK_KERNEL(kPairThreads) part_deltas(MK_PARAM(Scan) s, int64_t n) {
+  GateTile& tile = *reinterpret_cast<GateTile*>(shared_memory());
+  const int tid = int(threadIdx.x);
+  const int64_t batch = blockIdx.x / s.slot_tiles, first = blockIdx.x % s.slot_tiles * kTile;
+  find_open(tile, s.w, batch, first);
+  __syncthreads();
+  open_gates(tile, s.w, batch, n * kTile, first, nullptr);
+  if (tid < kTile) {
+    const float faded = faded_at(s, batch, first + tid);
+    for (int t = 0; t < kTile; ++t) {
+      const bool on = tile.open[tid] && tile.pairs.a_rows[t] != nullptr;
+      const float da = gate_gradient(s, batch, t, first + tid);
+      tile.pairs.b[t][tid] =
+          on ? score_gradient(s.w, tile.pairs.w[t][tid], tile.pairs.ds[t][tid], da, faded, 0.f) : 0.f;
+    }
+  }
+  __syncthreads();
+  if (tid >= kTile) return;
+  float sum = 0;
+  for (int r = 0; r < kTile; ++r) sum += tile.pairs.b[tid][r];
+  s.delta_parts[(batch * s.slot_tiles + blockIdx.x % s.slot_tiles) * kTile + tid] = sum;
+}
+
+// One warp per token.
+MK_KERNEL(kPairThreads) add_deltas(MK_PARAM(Scan) s) {
+  const int64_t at = int64_t(blockIdx.x) * (kPairThreads / 32) + threadIdx.x / 32, batch = at / kTile;
+  float sum = 0;
+  for (int64_t tile = threadIdx.x % 32; tile < s.slot_tiles; tile += 32)
+    sum += s.delta_parts[(batch * s.slot_tiles + tile) * kTile + at % kTile];
+  sum = warp_sum(sum);
+  if (threadIdx.x % 32 == 0) s.deltas[at] = sum;
+}
+
 // ds of tile n (or da, of gates that are given), and its part of dk and dmask, which grow from tile to tile. One block per 32 slots and 128 columns of K.
 MK_KERNEL(kPairThreads) add_scores(MK_PARAM(Scan) s, int64_t n, int64_t blocks) {
   GateTile& tile = *reinterpret_cast<GateTile*>(shared_memory());
@@ -175,18 +228,13 @@ MK_KERNEL(kPairThreads) add_scores(MK_PARAM(Scan) s, int64_t n, int64_t blocks) 
   open_gates(tile, s.w, batch, n * kTile, first, nullptr);
   if (tid < kTile) {
     const int64_t i = first + tid;
-    float faded = 0, total = 0;
-    if (i < p.N && s.d_retained) {
-      faded = load(s.d_retained.batch(p.lead, batch) + i * s.d_retained.row, DType::f32, 0) *
-              load(s.retained.batch(p.lead, batch) + i * s.retained.row, DType::f32, 0);
-    }
+    const float faded = faded_at(s, batch, i);
+    float total = 0;
     for (int t = 0; t < kTile; ++t) {
       const float a = tile.pairs.w[t][tid];
-      float da = 0;
-      for (int64_t c = 0; i < p.N && c < s.columns; ++c)
-        da += s.d_gates[((batch * s.columns + c) * kTile + t) * p.N + i];
+      const float da = gate_gradient(s, batch, t, i), delta = s.deltas == nullptr ? 0.f : s.deltas[batch * kTile + t];
       const bool on = tile.open[tid] && tile.pairs.a_rows[t] != nullptr;
-      const float ds = !on ? 0.f : p.weights ? da : da * a * tile.pairs.ds[t][tid] - faded * a;
+      const float ds = on ? score_gradient(s.w, a, tile.pairs.ds[t][tid], da, faded, delta) : 0.f;
       tile.pairs.b[t][tid] = ds;
       total += ds;
     }
@@ -253,10 +301,10 @@ MK_KERNEL(kPairThreads) copy_flow(MK_PARAM(Scan) s) {
 }  // namespace
 
 void gated_write_scan_backward(const Device& device, const GatedWriteBackward& b) {
-  constexpr const char* kName = "gated_write_backward";
   const GatedWrite& f = b.forward;
+  const char* name = name_of(f);
   Scan s{};
-  s.w = writing_of(f);
+  s.w = writing_of(device, name, f);
   s.d_out = b.d_out, s.retained = f.retained, s.d_retained = b.d_retained;
   s.d_values = b.d_values, s.d_keys = b.d_keys, s.d_mask = b.d_mask;
   s.d_query = b.d_query, s.d_write = b.d_write, s.d_erase = b.d_erase, s.d_weights = b.d_weights;
@@ -268,17 +316,25 @@ void gated_write_scan_backward(const Device& device, const GatedWriteBackward& b
   s.d_writes = device.scratch<float>(parts), s.d_erases = device.scratch<float>(parts);
   s.d_gates = device.scratch<float>(batches * s.columns * kTile * f.N);
   s.d_scores = device.scratch<float>(batches * kTile * f.N);
+  if (s.w.softmax != nullptr) {
+    s.delta_parts = device.scratch<float>(batches * s.slot_tiles * kTile);
+    s.deltas = device.scratch<float>(batches * kTile);
+  }
   const int64_t blocks = batches * s.slot_tiles * s.columns, key_blocks = most(1, div_up(f.K, kPairThreads));
-  launch(device, kName, keep_states, blocks, kPairThreads, sizeof(ScanTile), s);
+  launch(device, name, keep_states, blocks, kPairThreads, sizeof(ScanTile), s);
   for (int64_t n = s.token_tiles; n-- > 0;) {
-    launch(device, kName, walk_back, blocks, kPairThreads, sizeof(ScanTile), s, n);
-    launch(device, kName, add_parts, batches * kTile * s.columns, kPairThreads, 0, s, n);
-    launch(device, kName, add_scores, batches * s.slot_tiles * key_blocks, kPairThreads, sizeof(GateTile), s, n,
+    launch(device, name, walk_back, blocks, kPairThreads, sizeof(ScanTile), s, n);
+    launch(device, name, add_parts, batches * kTile * s.columns, kPairThreads, 0, s, n);
+    if (s.w.softmax != nullptr) {
+      launch(device, name, part_deltas, batches * s.slot_tiles, kPairThreads, sizeof(GateTile), s, n);
+      launch(device, name, add_deltas, batches * kTile / (kPairThreads / 32), kPairThreads, 0, s);
+    }
+    launch(device, name, add_scores, batches * s.slot_tiles * key_blocks, kPairThreads, sizeof(GateTile), s, n,
            key_blocks);
     if (s.d_query)
-      launch(device, kName, add_queries, batches * key_blocks, kPairThreads, sizeof(GateTile), s, n, key_blocks);
+      launch(device, name, add_queries, batches * key_blocks, kPairThreads, sizeof(GateTile), s, n, key_blocks);
   }
-  if (s.d_values) launch(device, kName, copy_flow, batches * f.N, kPairThreads, 0, s);
+  if (s.d_values) launch(device, name, copy_flow, batches * f.N, kPairThreads, 0, s);
 }
 
 }  // namespace mk::cuda

@@ -1,5 +1,5 @@
-// Tiles of gates, for the writes: a[t, i] of 32 tokens and 32 slots, by the tiles of pairs.h. They are 1 / (1 + exp(-s[t, i])), or
-// given as weights.
+// Tiles of gates, for the writes: a[t, i] of 32 tokens and 32 slots, by the tiles of pairs.h. They are 1 / (1 + exp(-s[t, i])), a
+// softmax of the scores of a token, or given as weights.
 #pragma once
 
 #include "cuda/launchers.h"
@@ -12,14 +12,24 @@ struct Writing {
   Pairs pairs;
   View write, erase, token_mask;
   float erase_scale;
+  const SoftmaxRow<float>* softmax;  // of all tokens of all batches; null: the gates are no softmax
 };
 
-inline Writing writing_of(const GatedWrite& g) {
+// The op that a launch belongs to.
+inline const char* name_of(const GatedWrite& g) {
+  return g.gate == Gate::given ? "slot_write" : g.gate == Gate::softmax ? "softmax_write" : "gated_write";
+}
+
+// What makes the scores of every token a softmax, a_i = exp(s_i - top) * inverse, in scratch memory. (softmax_write.cu)
+const SoftmaxRow<float>* softmax_rows(const Device& device, const char* name, const Pairs& p);
+
+inline Writing writing_of(const Device& device, const char* name, const GatedWrite& g) {
   Writing w{};
   Pairs& p = w.pairs;
   p.lead = g.lead, p.T = g.T, p.N = g.N, p.K = g.K, p.V = g.V, p.scale = g.scale;
   p.query = g.query, p.keys = g.keys, p.values = g.values, p.mask = g.mask, p.weights = g.weights;
   w.write = g.write, w.erase = g.erase, w.token_mask = g.token_mask, w.erase_scale = float(g.erase_scale);
+  if (g.gate == Gate::softmax) w.softmax = softmax_rows(device, name, p);
   return w;
 }
 
@@ -33,6 +43,23 @@ struct GateTile {
 
 // 1 - e a without cancellation where e is 1; `keep` is 1 - a.
 MK_DEVICE float left_by(float a, float keep, float e) { return e == 1 ? keep : 1 - e * a; }
+
+// a and 1 - a of slot i. Of the largest gate of a token the sum of the others is known, and 1 - a is that sum: a difference would
+// cancel where the gate is near 1.
+MK_DEVICE void soften(const SoftmaxRow<float>& row, float s, int64_t i, float& a, float& keep) {
+  if (i == row.slot && row.left < 0.5f) {
+    a = 1 - row.left, keep = row.left;
+  } else {
+    a = exponential(s - row.top) * row.inverse, keep = 1 - a;
+  }
+}
+
+// ds of a gate from its da. faded: d retained * retained of the slot; delta: sum_i a da of the token, for a softmax.
+MK_DEVICE float score_gradient(const Writing& w, float a, float keep, float da, float faded, float delta) {
+  if (w.pairs.weights) return da;
+  if (w.softmax == nullptr) return da * a * keep - faded * a;
+  return a * (da - (keep > 0 ? faded / keep : 0.f) - delta);  // a gate of 1 has taken all: `faded` is 0 with it
+}
 
 // Once per tile of slots; a barrier must follow.
 MK_DEVICE void find_open(GateTile& tile, const Writing& w, int64_t batch, int64_t i0) {
@@ -79,8 +106,13 @@ MK_DEVICE void open_gates(GateTile& tile, const Writing& w, int64_t batch, int64
       const int slot = int(threadIdx.x) % 8 + 8 * y;
       float a = 0, keep = 1;
       if (writes && tile.open[slot]) {
-        a = weights ? load(tile.pairs.weights[row], weights.dtype, i0 + slot) : 1 / (1 + exponential(-s[x][y]));
-        keep = weights ? 1 - a : 1 / (1 + exponential(s[x][y]));
+        if (weights) {
+          a = load(tile.pairs.weights[row], weights.dtype, i0 + slot), keep = 1 - a;
+        } else if (w.softmax != nullptr) {
+          soften(w.softmax[batch * w.pairs.lead.folded() * w.pairs.T + t0 + row], s[x][y], i0 + slot, a, keep);
+        } else {
+          a = 1 / (1 + exponential(-s[x][y])), keep = 1 / (1 + exponential(s[x][y]));
+        }
       }
       tile.pairs.w[row][slot] = a, tile.pairs.ds[row][slot] = keep;
     }

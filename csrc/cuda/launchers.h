@@ -8,6 +8,7 @@
 #include "cpu/slot_usage.h"
 #include "cpu/softmax_read.h"
 #include "cpu/sparse_read.h"
+#include "cpu/sparse_write.h"
 #include "cpu/topk_read.h"
 #include "cpu/topk_search.h"
 #include "cuda/device.h"
@@ -32,5 +33,7 @@ void gated_write(const Device&, const GatedWrite&);
 void gated_write_scan(const Device&, const GatedWrite&);
 void gated_write_backward(const Device&, const GatedWriteBackward&);
 void gated_write_scan_backward(const Device&, const GatedWriteBackward&);
+void sparse_write(const Device&, const SparseWrite&);
+void sparse_write_backward(const Device&, const SparseWriteBackward&);
 
 }  // namespace mk::cuda

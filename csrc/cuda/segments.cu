@@ -21,18 +21,18 @@ struct Entries {
   int64_t blocks;
 };
 
-MK_KERNEL(kThreads) number_entries(MK_PARAM(ChosenSum) s, MK_PARAM(Entries) e) {
-  const Choice& c = s.choice;
-  const MemoryGradient& out = s.out;
+MK_KERNEL(kThreads) number_entries(MK_PARAM(Choice) c, MK_PARAM(View) result, MK_PARAM(Entries) e, int64_t rows) {
   const int64_t at = int64_t(blockIdx.x) * kThreads + threadIdx.x, tokens = c.tokens();
   if (at >= e.count) return;
   const int64_t batch = at / c.k / tokens, t = at / c.k % tokens;
   const char* row = token_row(c.indices, c.lead, c.indices.batch(c.lead, batch), c.T, t);
   const int64_t index = reinterpret_cast<const int64_t*>(row)[at % c.k];
-  // A batch may share its rows of the result with others: where they lie says which they are.
-  const int64_t group = c.N * out.view.row;
-  const int64_t first = group == 0 ? 0 : (out.view.batch(c.lead, batch) - out.view.data) / group * c.N;
-  e.keys[at] = uint32_t(index >= 0 && index < c.N ? first + index : out.rows);
+  int64_t first = batch * c.N;
+  if (result) {  // a batch may share its rows of the result with others: where they lie says which they are
+    const int64_t group = c.N * result.row;
+    first = group == 0 ? 0 : (result.batch(c.lead, batch) - result.data) / group * c.N;
+  }
+  e.keys[at] = uint32_t(index >= 0 && index < c.N ? first + index : rows);
   e.places[at] = uint32_t(at);
 }
 
@@ -93,7 +93,7 @@ MK_KERNEL(kThreads) place_entries(MK_PARAM(Entries) e, int shift) {
   }
 }
 
-MK_KERNEL(kThreads) sum_segments(MK_PARAM(ChosenSum) s, MK_PARAM(Entries) e) {
+MK_KERNEL(kThreads) sum_segments(MK_PARAM(ChosenSum) s, MK_PARAM(SortedEntries) e) {
   const Choice& c = s.choice;
   const int64_t row = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32, tokens = c.tokens();
   if (row >= s.out.rows) return;
@@ -101,14 +101,14 @@ MK_KERNEL(kThreads) sum_segments(MK_PARAM(ChosenSum) s, MK_PARAM(Entries) e) {
   int64_t begin = 0;
   for (int64_t end = e.count; begin < end;) {
     const int64_t middle = (begin + end) / 2;
-    if (e.keys[middle] < row) begin = middle + 1;
+    if (e.rows[middle] < row) begin = middle + 1;
     else end = middle;
   }
   char* out = s.out.view.data + row * s.out.view.row;
   for (int64_t c0 = 0; c0 < s.width; c0 += 32) {
     const int64_t column = c0 + lane;
     float sum = 0;
-    for (int64_t i = begin; i < e.count && e.keys[i] == row; ++i) {
+    for (int64_t i = begin; i < e.count && e.rows[i] == row; ++i) {
       const int64_t at = e.places[i], batch = at / c.k / tokens, t = at / c.k % tokens;
       const float w =
           load(token_row(s.weights, c.lead, s.weights.batch(c.lead, batch), c.T, t), s.weights.dtype, at % c.k);
@@ -122,12 +122,10 @@ MK_KERNEL(kThreads) sum_segments(MK_PARAM(ChosenSum) s, MK_PARAM(Entries) e) {
 
 }  // namespace
 
-void sum_chosen(const Device& device, const char* name, const ChosenSum& sum) {
-  const Choice& c = sum.choice;
-  if (!sum.out || sum.out.rows * sum.width == 0) return;
+SortedEntries sort_entries(const Device& device, const char* name, const Choice& c, const View& result, int64_t rows) {
   Entries e{};
   e.count = c.all_tokens() * c.k;
-  if (e.count >= int64_t(1) << 32 || sum.out.rows >= int64_t(1) << 32) {
+  if (e.count >= int64_t(1) << 32 || rows >= int64_t(1) << 32) {
     throw std::runtime_error(std::string(name) + ": 2^32 or more chosen slots, or rows, have no CUDA kernel");
   }
   e.chunk = most(2048, round_up(div_up(e.count, device.processors * 2), kThreads));
@@ -135,14 +133,20 @@ void sum_chosen(const Device& device, const char* name, const ChosenSum& sum) {
   e.keys = device.scratch<uint32_t>(e.count), e.keys_after = device.scratch<uint32_t>(e.count);
   e.places = device.scratch<uint32_t>(e.count), e.places_after = device.scratch<uint32_t>(e.count);
   e.counts = device.scratch<uint32_t>(kDigits * e.blocks);
-  launch(device, name, number_entries, div_up(e.count, kThreads), kThreads, 0, sum, e);
-  for (int shift = 0; e.count > 0 && shift < 32 && sum.out.rows >> shift != 0; shift += 8) {
+  launch(device, name, number_entries, div_up(e.count, kThreads), kThreads, 0, c, result, e, rows);
+  for (int shift = 0; e.count > 0 && shift < 32 && rows >> shift != 0; shift += 8) {
     launch(device, name, count_digits, e.blocks, kThreads, kDigits * 4, e, shift);
     launch(device, name, add_up_counts, 1, kThreads, kThreads * 4, e);
     launch(device, name, place_entries, e.blocks, kThreads, (1 + kWarps) * kDigits * 4, e, shift);
     std::swap(e.keys, e.keys_after);
     std::swap(e.places, e.places_after);
   }
+  return {e.keys, e.places, e.count, rows};
+}
+
+void sum_chosen(const Device& device, const char* name, const ChosenSum& sum) {
+  if (!sum.out || sum.out.rows * sum.width == 0) return;
+  const SortedEntries e = sort_entries(device, name, sum.choice, sum.out.view, sum.out.rows);
   launch(device, name, sum_segments, div_up(sum.out.rows, kWarps), kThreads, 0, sum, e);
 }
 

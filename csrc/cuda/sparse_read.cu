@@ -24,7 +24,7 @@ struct Token {
   }
 };
 
-template <class X, int E>
+template <class X, bool aligned>
 MK_KERNEL(kThreads)
 gather_rows(MK_PARAM(Gather) g) {
   const Choice& c = g.choice;
@@ -34,12 +34,12 @@ gather_rows(MK_PARAM(Gather) g) {
   const char* weights = token.row(g.weights, c);
   char* out = token.row(g.out, c);
   const RowSource rows{g.rows.batch(c.lead, token.batch), g.rows.row, c.N, g.width};
-  sum_rows<X, E>(
+  sum_rows<X, aligned>(
       rows, int(c.k), [&](int j) { return index[j]; }, [&](int j) { return load(weights, g.weights.dtype, j); },
       [&](int64_t column, float x) { store(out, g.out.dtype, column, g.factor * x); });
 }
 
-template <class X, int E>
+template <class X, bool aligned>
 MK_KERNEL(kThreads)
 multiply_rows(MK_PARAM(Products) p) {
   const Choice& c = p.choice;
@@ -49,36 +49,37 @@ multiply_rows(MK_PARAM(Products) p) {
   const char* own = token.row(p.tokens, c);
   char* out = token.row(p.out, c);
   const RowSource rows{p.rows.batch(c.lead, token.batch), p.rows.row, c.N, p.width};
-  const int G = lanes_per_row(p.width / E), lane = int(threadIdx.x) & 31, group = lane / G, groups = 32 / G;
+  const int G = lanes_per_row<X>(p.width), lane = int(threadIdx.x) & 31, group = lane / G, groups = 32 / G;
   for (int j0 = 0; j0 < c.k; j0 += groups) {
     const int j = j0 + group;
     const int64_t row = j < c.k ? index[j] : -1;
-    const float x = multiply_row<X, E>(rows, row, G, [&](int64_t column) { return load(own, p.tokens.dtype, column); });
+    const float x =
+        multiply_row<X, aligned>(rows, row, G, [&](int64_t column) { return load(own, p.tokens.dtype, column); });
     if (j < c.k && lane % G == 0) store(out, p.out.dtype, j, x);
   }
 }
 
-// Calls body<X, E>(): the type of the rows, and how many numbers are loaded at once.
+// Calls body<X, aligned>(): the type of the rows, and whether they are made of whole packs.
 template <class Body>
 void with_rows(const View& rows, const Lead& lead, int64_t width, Body&& body) {
   const bool packs = in_packs(rows, lead, width);
   with_type(rows.dtype, [&]<class X>() {
-    if (packs) body.template operator()<X, Pack<X>::size>();
-    else body.template operator()<X, 1>();
+    if (packs) body.template operator()<X, true>();
+    else body.template operator()<X, false>();
   });
 }
 
 }  // namespace
 
 void gather_chosen(const Device& device, const char* name, const Gather& g) {
-  with_rows(g.rows, g.choice.lead, g.width, [&]<class X, int E>() {
-    launch(device, name, gather_rows<X, E>, div_up(g.choice.all_tokens(), kWarps), kThreads, 0, g);
+  with_rows(g.rows, g.choice.lead, g.width, [&]<class X, bool aligned>() {
+    launch(device, name, gather_rows<X, aligned>, div_up(g.choice.all_tokens(), kWarps), kThreads, 0, g);
   });
 }
 
 void multiply_chosen(const Device& device, const char* name, const Products& p) {
-  with_rows(p.rows, p.choice.lead, p.width, [&]<class X, int E>() {
-    launch(device, name, multiply_rows<X, E>, div_up(p.choice.all_tokens(), kWarps), kThreads, 0, p);
+  with_rows(p.rows, p.choice.lead, p.width, [&]<class X, bool aligned>() {
+    launch(device, name, multiply_rows<X, aligned>, div_up(p.choice.all_tokens(), kWarps), kThreads, 0, p);
   });
 }
 

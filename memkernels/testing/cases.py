@@ -299,7 +299,13 @@ VALUES = (
     Case("mix 0 and 1", ("mix",), give={"mix": "bits", "cache_scores": "lse_empty"}),
     Case("one word in the whole cache", ("cache_tokens",), give={"cache_tokens": "word_same", "targets": "word_same"}),
     Case("every index -1", ("indices", "weights", "T", "N"), give={"indices": "index_none"}),
-    Case("every index the same", ("indices", "weights", "T", "N"), _sizes(T=40, k=7), give={"indices": "index_same"}),
+    Case(
+        "every index the same",
+        ("indices", "weights", "T", "N"),
+        _sizes(T=40, k=7),
+        give={"indices": "index_same"},
+        quick=True,
+    ),
 )
 
 GRADIENTS = (

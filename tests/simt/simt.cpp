@@ -3,6 +3,8 @@
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
+#include <mutex>
+#include <numeric>
 #include <utility>
 #include <vector>
 
@@ -54,13 +56,14 @@ struct Machine {
   uint64_t random = 1;
 };
 
-thread_local Machine machine;
+Machine machine;
+std::mutex one_launch;  // where a thread is in the grid is known to the whole process: one launch at a time
 
 uint64_t first_seed() {
   const char* text = std::getenv("MEMKERNELS_SIMT_SEED");
   return text == nullptr ? 1 : std::strtoull(text, nullptr, 10) * 2 + 1;
 }
-thread_local uint64_t chosen_seed = first_seed();
+const uint64_t chosen_seed = first_seed();
 
 uint64_t draw() {
   uint64_t& x = machine.random;
@@ -194,21 +197,20 @@ void poison(int64_t bytes) {
 
 }  // namespace
 
-void seed(uint64_t s) { chosen_seed = 2 * s + 1; }
-
 void launch(int64_t blocks, int threads, int64_t shared, const std::function<void()>& kernel) {
   if (threads % 32 != 0) fail("a block is made of whole warps here");
+  const std::lock_guard<std::mutex> alone(one_launch);
   machine.kernel = &kernel;
   machine.threads = threads;
   machine.random = chosen_seed * 0x9e3779b97f4a7c15u | 1;
   if (machine.fibers.size() < size_t(threads)) machine.fibers.resize(size_t(threads));
   machine.warps.resize(size_t(threads / 32));
   blockDim.x = unsigned(threads), gridDim.x = unsigned(blocks);
-  // Blocks are independent of each other, whatever their order.
-  const int64_t step = blocks > 1 ? 1 + int64_t(draw() % uint64_t(blocks)) : 1;
-  const bool backward = (step & 1) != 0;
-  for (int64_t b = 0; b < blocks; ++b) {
-    blockIdx.x = unsigned(backward ? blocks - 1 - b : b);
+  // Blocks are independent of each other, whatever their order: they come in steps that visit each of them once.
+  uint64_t at = draw() % uint64_t(blocks), step = 1 + draw() % uint64_t(blocks);
+  while (std::gcd(step, uint64_t(blocks)) != 1) ++step;
+  for (int64_t b = 0; b < blocks; ++b, at = (at + step) % uint64_t(blocks)) {
+    blockIdx.x = unsigned(at);
     poison(shared);
     run_block();
   }

@@ -31,8 +31,7 @@ using cudaError_t = int;
 
 namespace simt {
 
-// Order in which fibers go on; the environment variable MEMKERNELS_SIMT_SEED sets it when the program begins.
-void seed(uint64_t s);
+// Fibers and blocks go on in an order that the environment variable MEMKERNELS_SIMT_SEED sets when the program begins.
 void launch(int64_t blocks, int threads, int64_t shared, const std::function<void()>& kernel);
 
 char* shared();
