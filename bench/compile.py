@@ -26,6 +26,9 @@ from .launches import launcher, launches
 TARGETS = {"80": ("sm_80", 163 << 10), "90": ("sm_90a", 227 << 10), "100": ("sm_100a", 227 << 10)}
 # Kernel -> its row of the table of configurations.
 ROWS = {
+    "additive_read_kernel": "additive_read",
+    "additive_query_kernel": "additive_gradient",
+    "additive_slot_kernel": "additive_gradient",
     "softmax_read_kernel": "softmax_read",
     "merge_kernel": "merge_reads",
     "merge_backward_kernel": "merge_reads",
@@ -56,6 +59,7 @@ ROWS = {
 }
 # Rows of kernels with a matrix product, which 16-bit operands (and float32 ones as TF32) must do in the matrix unit.
 PRODUCTS = (
+    *("additive_read", "additive_gradient"),
     *("softmax_read", "query_gradient", "slot_gradient", "slot_usage", "address"),
     *("softmax_norm", "write", "write_gradient", "write_scan", "topk_search"),
 )

@@ -58,6 +58,15 @@ def launches(dtype: torch.dtype, width: int, device: str, tokens: int = TOKENS, 
 
         return run
 
+    def additive(t: int, n: int) -> Callable:
+        q, k, v, u = new(2, t, width), new(2, n, width), new(2, n, width), new(width)
+
+        def run():
+            r, lse = launcher("additive_read")(q, k, v, u, None)
+            launcher("additive_read_backward")(q, k, v, u, None, r, lse, r, lse, [True] * 5)
+
+        return run
+
     def form(erase: float | Tensor) -> tuple[Tensor | None, float]:
         return (erase, 1.0) if isinstance(erase, Tensor) else (None, erase)
 
@@ -142,6 +151,7 @@ def launches(dtype: torch.dtype, width: int, device: str, tokens: int = TOKENS, 
 
     mask = new(2, slots, dtype=torch.float32)
     yield Launch("softmax_read", read(tokens, slots, None, True), main=True)
+    yield Launch("additive_read", additive(tokens, slots), main=True)
     yield Launch("gated_write", write(tokens, slots, 1.0, False), main=True)
     yield Launch("topk, k = 32", topk(tokens, slots, 32), main=True)
     yield Launch("sparse_read", sparse(), main=True)

@@ -17,6 +17,7 @@ import torch
 
 # operator -> the file of its launcher; the launcher has the operator's name (gated_write_ writes in place)
 OPERATORS = {
+    "additive_read": "additive_read",
     "address": "address",
     "gated_write": "gated_write",
     "merge_reads": "merge_reads",

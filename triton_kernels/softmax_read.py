@@ -19,11 +19,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import launch, plan, summed, width
+from .launch import Plan, launch, plan, summed, width
 from .layout import Call, Gradient, precision
 from .merge_reads import merge_parts
 from .score_gradients import score_gradients
-from .tiles import LN2, LOG2E, dots, open_slots, product, put, slot_block, slots, tile, token_block, tokens
+from .tiles import LOG2E, dots, log_total, open_slots, product, put, slot_block, slots, tile, token_block, tokens, weigh
+
+
+@triton.jit
+def finish_read(read_rows, lse_rows, t_ok, V, column, m, total, acc, BLOCK_V: tl.constexpr):
+    """Store what a block of tokens has read: columns of the read, and with the first of them the lse."""
+    nothing = total == 0  # no addressable slot; NaN is something
+    r = tl.where(nothing[:, None], 0.0, acc / tl.where(nothing, 1.0, total)[:, None])
+    put(read_rows, t_ok, V, column, r, BLOCK_V)
+    if column == 0:
+        tl.store(lse_rows, log_total(m, total), mask=t_ok)
 
 
 @triton.jit
@@ -55,21 +65,12 @@ def softmax_read_kernel(
         if mask is not None:
             s += (bias * LOG2E)[None, :]
         s = tl.where(ok[None, :], s, float("-inf"))
-        highest = tl.maximum(m, tl.max(s, 1))
-        base = tl.where(highest == float("-inf"), 0.0, highest)
-        p = tl.exp2(s - base[:, None])
-        shrink = tl.exp2(m - base)
-        total = total * shrink + tl.sum(p, 1)
+        p, shrink, m, total = weigh(s, m, total)
         v0 = tile(slots(v, b, B1, n), ok, V, column, BLOCK_V)
         acc = product(p.to(v0.dtype), v0, acc * shrink[:, None], PRECISION)
-        m = highest
-    nothing = total == 0  # no addressable slot; NaN is something
-    base = tl.where(m == float("-inf"), 0.0, m)
-    r = tl.where(nothing[:, None], 0.0, acc / tl.where(nothing, 1.0, total)[:, None])
-    put(tokens(read, b, B1, t, inner) + part.to(tl.int64) * read_part, t_ok, V, column, r, BLOCK_V)
-    if column == 0:
-        result = tl.where(nothing, float("-inf"), (base + tl.log2(total)) * LN2)
-        tl.store(tokens(lse, b, B1, t, inner) + part.to(tl.int64) * lse_part, result, mask=t_ok)
+    read_rows = tokens(read, b, B1, t, inner) + part.to(tl.int64) * read_part
+    lse_rows = tokens(lse, b, B1, t, inner) + part.to(tl.int64) * lse_part
+    finish_read(read_rows, lse_rows, t_ok, V, column, m, total, acc, BLOCK_V)
 
 
 def _call(op: str, query: Tensor, keys: Tensor, values: Tensor, slot_mask: Tensor | None, *more: tuple) -> Call:
@@ -94,14 +95,29 @@ def softmax_lse(call: Call, query: Tensor, keys: Tensor, slot_mask: Tensor | Non
 
 
 def _read(call: Call, query: Tensor, keys: Tensor, values: Tensor, slot_mask: Tensor | None, scale: float):
+    K, V = query.shape[-1], values.shape[-1]
+    wide = summed(K, query, values)
+    sources = call.rows(query), call.slots(keys), call.slots(values), call.slot_numbers(slot_mask)
+    return read_blocks(
+        call, softmax_read_kernel, plan("softmax_read", call.device, max(K, V), query, values), sources, query, values,
+        query.dtype, scale, BLOCK_K=wide.block, K_STEPS=wide.steps,
+    )  # fmt: skip
+
+
+def read_blocks(
+    call: Call, kernel, p: Plan, sources: tuple, query: Tensor, values: Tensor, dtype: torch.dtype, *more, **constants
+) -> tuple[Tensor, Tensor]:
+    """Run a kernel that keeps tokens, streams slots and ends with :func:`finish_read`: read in ``dtype``, and lse.
+
+    It takes ``sources``, places for both, sizes, the cut of N into parts and the steps between them, and ``more``.
+    """
     T, K = query.shape[-2:]
     N, V = values.shape[-2:]
-    read, read_view = call.token_result(T, V, dtype=query.dtype)
+    read, read_view = call.token_result(T, V, dtype=dtype)
     lse, lse_view = call.token_result(T, dtype=torch.float32)
-    wide_k, wide_v = summed(K, query, values), width(V, query, values)
-    p = plan("softmax_read", call.device, max(K, V), query, values)
+    wide = width(V, query, values)
     c, count, inner = p.config, call.F * T, T if call.F > 1 else None
-    programs = call.B * triton.cdiv(count, c.block_t) * max(1, triton.cdiv(V, wide_v.block))
+    programs = call.B * triton.cdiv(count, c.block_t) * max(1, triton.cdiv(V, wide.block))
     parts, span = p.cut(programs, N, c.block_n)
     if parts == 1:
         outs = (read_view, *read_view.stride()[:4]), (lse_view, *lse_view.stride())
@@ -112,11 +128,10 @@ def _read(call: Call, query: Tensor, keys: Tensor, values: Tensor, slot_mask: Te
         outs = (part_reads, *part_reads.stride()[1:5]), (part_lses, *part_lses.stride()[1:])
         steps_between = part_reads.stride(0), part_lses.stride(0)
     launch(
-        softmax_read_kernel, programs * parts,
-        call.rows(query), call.slots(keys), call.slots(values), call.slot_numbers(slot_mask), *outs,
-        count, N, K, V, call.batches[1], inner, parts, span, *steps_between, scale,
-        plan=p, BLOCK_T=c.block_t, BLOCK_N=c.block_n, BLOCK_K=wide_k.block, K_STEPS=wide_k.steps,
-        BLOCK_V=wide_v.block, PRECISION=precision(query, values),
+        kernel, programs * parts, *sources, *outs,
+        count, N, K, V, call.batches[1], inner, parts, span, *steps_between, *more,
+        plan=p, BLOCK_T=c.block_t, BLOCK_N=c.block_n, BLOCK_V=wide.block, PRECISION=precision(query, values),
+        **constants,
     )  # fmt: skip
     if parts > 1:
         merge_parts(call, part_reads, part_lses, read_view, lse_view, T, V)

@@ -111,6 +111,24 @@ def open_slots(mask, b, B1, n, N):
 
 
 @triton.jit
+def weigh(s, m, total):
+    """One step of a softmax whose scores, in units of log2, come block after block: weights against the running
+    maximum ``m``, what shrinks earlier ones, the maximum and the sum ``total`` moved on."""
+    highest = tl.maximum(m, tl.max(s, 1))
+    base = tl.where(highest == float("-inf"), 0.0, highest)
+    p = tl.exp2(s - base[:, None])
+    shrink = tl.exp2(m - base)
+    return p, shrink, highest, total * shrink + tl.sum(p, 1)
+
+
+@triton.jit
+def log_total(m, total):
+    """The log-sum-exp, natural, at the end of such a softmax; -inf where there was nothing."""
+    base = tl.where(m == float("-inf"), 0.0, m)
+    return tl.where(total == 0, float("-inf"), (base + tl.log2(total)) * LN2)
+
+
+@triton.jit
 def sigmoid(x):
     """1 / (1 + exp(-x)); exact at infinities, and 1 - sigmoid(x) is sigmoid(-x)."""
     small = tl.exp2(-tl.abs(x) * LOG2E)
