@@ -19,8 +19,11 @@ import torch
 OPERATORS = {
     "additive_read": "additive_read",
     "address": "address",
+    "cache_logprobs": "cache_logprobs",
+    "cache_nll": "cache_nll",
     "gated_write": "gated_write",
     "merge_reads": "merge_reads",
+    "product_key_search": "product_key_search",
     "slot_usage": "slot_usage",
     "slot_write": "slot_write",
     "softmax_read": "softmax_read",

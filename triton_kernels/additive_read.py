@@ -32,7 +32,7 @@ from .softmax_read import finish_read, read_blocks
 from .tiles import LOG2E, columns, dots, open_slots, product, put, slot_block, slots, tile, token_block, tokens, weigh
 
 COLUMNS = 8  # of a tile in three dimensions
-GRADIENT_COLUMNS = 256  # of one program
+GRADIENT_COLUMNS = 128  # of one program
 
 
 @triton.jit
