@@ -89,6 +89,26 @@ def launches(dtype: torch.dtype, width: int, device: str, tokens: int = TOKENS, 
 
         return run
 
+    def compressed(kind: torch.dtype, t: int) -> Callable:
+        q, mask, scales = new(2, t, width), new(2, slots, dtype=torch.float32), new(2, slots, dtype=torch.float32)
+        keys, v = (torch.zeros((2, slots, width), dtype=kind, device=device) for _ in range(2))
+        w, i = new(2, tokens, 32), named()
+
+        def run():
+            r, lse = launcher("softmax_read_compressed")(q, keys, v, mask, scales, scales, SCALE)
+            launcher("softmax_read_compressed_backward")(
+                q, keys, v, mask, scales, scales, r, lse, r, lse, SCALE, [True] * 2
+            )
+            r, j, p = launcher("topk_read_compressed")(q, keys, v, mask, scales, scales, 32, SCALE)
+            launcher("topk_read_compressed_backward")(
+                q, keys, v, mask, scales, scales, j, p, r, p, 32, SCALE, [True] * 2
+            )
+            launcher("topk_search_compressed")(q, keys, None, scales, 32, SCALE)
+            r = launcher("sparse_read_compressed")(v, i, w, scales)
+            launcher("sparse_read_compressed_backward")(v, i, w, scales, r, [True])
+
+        return run
+
     def form(erase: float | Tensor) -> tuple[Tensor | None, float]:
         return (erase, 1.0) if isinstance(erase, Tensor) else (None, erase)
 
@@ -202,6 +222,8 @@ def launches(dtype: torch.dtype, width: int, device: str, tokens: int = TOKENS, 
     yield Launch("slot_write, erase 0.5, few slots", given(tokens, FEW, 0.5))
     yield Launch("slot_write, erase tensor", given(tokens, slots // 16, vector))
     yield Launch("sparse_write, erase tensor", scatter(vector))
+    yield Launch("reads of int8 slots", compressed(torch.int8, tokens))
+    yield Launch("reads of float8 slots", compressed(torch.float8_e4m3fn, tokens))
     yield Launch("product_key_search, k = 256", products(256))
     yield Launch("product_key_search, k = 300", products(300))
     yield Launch("topk, k = 8, few tokens", topk(FEW, slots, 8))

@@ -27,11 +27,15 @@ OPERATORS = {
     "slot_usage": "slot_usage",
     "slot_write": "slot_write",
     "softmax_read": "softmax_read",
+    "softmax_read_compressed": "softmax_read",
     "softmax_write": "softmax_write",
     "sparse_read": "sparse_read",
+    "sparse_read_compressed": "sparse_read",
     "sparse_write": "sparse_write",
     "topk_read": "topk_read",
+    "topk_read_compressed": "topk_read",
     "topk_search": "topk_search",
+    "topk_search_compressed": "topk_search",
 }
 IN_PLACE = ("gated_write", "slot_write", "softmax_write", "sparse_write")
 
