@@ -183,7 +183,8 @@ def search(
     launch(
         topk_search_kernel, programs * parts, call.rows(query), call.slots(keys), call.slot_numbers(slot_mask),
         call.slot_numbers(key_scale), lists, count, N, K, call.batches[1], inner, parts, span, scale, plan=p,
-        LIST=size, BLOCK_T=c.block_t, BLOCK_N=block_n, BLOCK_K=wide.block, K_STEPS=wide.steps, PRECISION=precision(query),
+        LIST=size, BLOCK_T=c.block_t, BLOCK_N=block_n, BLOCK_K=wide.block, K_STEPS=wide.steps,
+        PRECISION=precision(query),
     )  # fmt: skip
     p = plan("topk_merge", call.device, 64, query)
     launch(
