@@ -66,6 +66,8 @@ ROWS = {
 }
 # Rows of the table that serve every width: lists, and rows of words, are not as wide as those of keys.
 ONE_WIDTH = ("topk_merge", "product_pairs", "cache_nll", "word_shares", "cache_logprobs")
+# Kernels whose variants for compressed slots have rows of their own.
+DECODING = ("softmax_read_kernel", "query_gradient_kernel", "topk_search_kernel")
 # Rows of kernels with a matrix product, which 16-bit operands (and float32 ones as TF32) must do in the matrix unit.
 PRODUCTS = (
     *("additive_read", "additive_gradient"),
@@ -174,7 +176,9 @@ def compiled(arch: str, dtype: str, width: int, only: tuple[str, ...] = ()) -> I
             for name, constants, kernel in found:
                 if kernel.hash not in seen:
                     seen.add(kernel.hash)
-                    own = (ROWS[name], arch, 8 * kind.itemsize, 64 if ROWS[name] in ONE_WIDTH else reach)
+                    packed = name in DECODING and one.name.startswith("reads of ")
+                    row = f"{ROWS[name]}_compressed" if packed else ROWS[name]
+                    own = (row, arch, 8 * kind.itemsize, 64 if ROWS[name] in ONE_WIDTH else reach)
                     yield _read(arch, dtype, width, name, constants, kernel, own)
 
 

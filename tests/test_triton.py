@@ -223,7 +223,11 @@ print(read.sum().item(), next(b for b in backends.BACKENDS if b.name == "triton"
 # Between them the main calls launch every kernel but those named here, which need other shapes.
 OTHERS = {"write_merge_kernel", "rank_kernel", "merge_kernel", "pair_rank_kernel"}
 EVERY = ()
-SAMPLE = [("90", EVERY), ("80", ("softmax_read", "gated_write", "reads of float8 slots")), ("100", ("softmax_read", "gated_write"))]
+SAMPLE = [
+    ("90", EVERY),
+    ("80", ("softmax_read", "gated_write", "reads of float8 slots")),
+    ("100", ("softmax_read", "gated_write")),
+]
 
 
 @pytest.mark.parametrize(("arch", "calls"), SAMPLE)

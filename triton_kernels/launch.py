@@ -101,9 +101,16 @@ class Plan:
         return max(1, triton.cdiv(size, span)), span
 
 
-def plan(kernel: str, device: torch.device, widest: int, *tensors: Tensor | None) -> Plan:
-    """The configuration of ``kernel`` for rows of ``widest`` columns and the dtypes of ``tensors``."""
+def plan(
+    kernel: str, device: torch.device, widest: int, *tensors: Tensor | None, compressed: bool = False
+) -> Plan:  # fmt: skip
+    """The configuration of ``kernel`` for rows of ``widest`` columns and the dtypes of ``tensors``.
+
+    compressed: of its variant that decodes 8-bit rows, which takes registers.
+    """
     arch = architecture(device)
+    if compressed:
+        kernel = f"{kernel}_compressed"
     row = configs.find(kernel, arch, bits(*tensors), width(widest, *tensors))
     return Plan(row, configs.PROCESSORS[arch])
 

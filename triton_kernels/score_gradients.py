@@ -284,7 +284,8 @@ def score_gradients(
     if isinstance(d_lse, Gradient) and d_lse.wanted:
         d_lse_rows = (d_lse.view, *d_lse.view.stride())
     if d_q is not None or d_lse_rows is not None:
-        p = plan("query_gradient", call.device, max(K, V), query, values)
+        packed = key_scale is not None or value_scale is not None
+        p = plan("query_gradient", call.device, max(K, V), query, values, compressed=packed)
         c = p.config
         launch_in_parts(
             call, query_gradient_kernel, call.B * triton.cdiv(count, c.block_t) * wide_k.steps, N, c.block_n,

@@ -137,8 +137,10 @@ def _read(
     wide = summed(K, query, values)
     sources = call.rows(query), call.slots(keys), call.slots(values), call.slot_numbers(slot_mask)
     sources = *sources, call.slot_numbers(key_scale), call.slot_numbers(value_scale)
+    packed = key_scale is not None or value_scale is not None
+    p = plan("softmax_read", call.device, max(K, V), query, values, compressed=packed)
     return read_blocks(
-        call, softmax_read_kernel, plan("softmax_read", call.device, max(K, V), query, values), sources, query, values,
+        call, softmax_read_kernel, p, sources, query, values,
         query.dtype, scale, BLOCK_K=wide.block, K_STEPS=wide.steps,
     )  # fmt: skip
 

@@ -137,7 +137,7 @@ def _many(
     """The best k ranks ``[B, F * T, k]`` by way of a workspace, for k beyond LARGEST."""
     (T, K), N, count = query.shape[-2:], keys.shape[-2], call.F * query.shape[-2]
     best = torch.full((call.B, count, k), -(2**63), dtype=torch.int64, device=call.device)
-    p, wide = plan("topk_search", call.device, K, query, keys), summed(K, query, keys)
+    p, wide = plan("topk_search", call.device, K, query, keys, compressed=key_scale is not None), summed(K, query, keys)
     sources = call.rows(query), call.slots(keys), call.slot_numbers(slot_mask), call.slot_numbers(key_scale)
     step_n = min(N, max(4 * k, 8192))
     step_t = max(1, WORKSPACE // max(1, call.B * step_n))
@@ -175,7 +175,7 @@ def search(
             weights.copy_(weight.view(weights.shape))
         return
     size = max(16, triton.next_power_of_2(k))
-    p, wide = plan("topk_search", call.device, K, query, keys), summed(K, query, keys)
+    p, wide = plan("topk_search", call.device, K, query, keys, compressed=key_scale is not None), summed(K, query, keys)
     c, inner, block_n = p.config, T if call.F > 1 else None, max(p.config.block_n, size)
     programs = call.B * triton.cdiv(count, c.block_t)
     parts, span = p.cut(programs, N, block_n)
