@@ -26,6 +26,14 @@ from .launches import launcher, launches
 TARGETS = {"80": ("sm_80", 163 << 10), "90": ("sm_90a", 227 << 10), "100": ("sm_100a", 227 << 10)}
 # Kernel -> its row of the table of configurations.
 ROWS = {
+    "additive_read_kernel": "additive_read",
+    "additive_query_kernel": "additive_gradient",
+    "additive_slot_kernel": "additive_gradient",
+    "cache_nll_kernel": "cache_nll",
+    "cache_nll_backward_kernel": "cache_nll",
+    "word_share_kernel": "word_shares",
+    "cache_logprobs_kernel": "cache_logprobs",
+    "cache_logprobs_backward_kernel": "cache_logprobs",
     "softmax_read_kernel": "softmax_read",
     "merge_kernel": "merge_reads",
     "merge_backward_kernel": "merge_reads",
@@ -47,6 +55,8 @@ ROWS = {
     "topk_search_kernel": "topk_search",
     "rank_kernel": "topk_search",
     "topk_merge_kernel": "topk_merge",
+    "pair_kernel": "product_pairs",
+    "pair_rank_kernel": "product_pairs",
     "sparse_read_kernel": "sparse_read",
     "sparse_write_kernel": "sparse_write",
     "sparse_write_backward_kernel": "sparse_write",
@@ -54,8 +64,13 @@ ROWS = {
     "segment_kernel": "segments",
     "border_kernel": "segments",
 }
+# Rows of the table that serve every width: lists, and rows of words, are not as wide as those of keys.
+ONE_WIDTH = ("topk_merge", "product_pairs", "cache_nll", "word_shares", "cache_logprobs")
+# Kernels whose variants for compressed slots have rows of their own.
+DECODING = ("softmax_read_kernel", "query_gradient_kernel", "topk_search_kernel")
 # Rows of kernels with a matrix product, which 16-bit operands (and float32 ones as TF32) must do in the matrix unit.
 PRODUCTS = (
+    *("additive_read", "additive_gradient"),
     *("softmax_read", "query_gradient", "slot_gradient", "slot_usage", "address"),
     *("softmax_norm", "write", "write_gradient", "write_scan", "topk_search"),
 )
@@ -161,8 +176,9 @@ def compiled(arch: str, dtype: str, width: int, only: tuple[str, ...] = ()) -> I
             for name, constants, kernel in found:
                 if kernel.hash not in seen:
                     seen.add(kernel.hash)
-                    # lists are merged by rows of one width, whatever that of the keys is
-                    own = (ROWS[name], arch, 8 * kind.itemsize, 64 if name == "topk_merge_kernel" else reach)
+                    packed = name in DECODING and one.name.startswith("reads of ")
+                    row = f"{ROWS[name]}_compressed" if packed else ROWS[name]
+                    own = (row, arch, 8 * kind.itemsize, 64 if ROWS[name] in ONE_WIDTH else reach)
                     yield _read(arch, dtype, width, name, constants, kernel, own)
 
 

@@ -58,6 +58,57 @@ def launches(dtype: torch.dtype, width: int, device: str, tokens: int = TOKENS, 
 
         return run
 
+    def additive(t: int, n: int) -> Callable:
+        q, k, v, u = new(2, t, width), new(2, n, width), new(2, n, width), new(width)
+
+        def run():
+            r, lse = launcher("additive_read")(q, k, v, u, None)
+            launcher("additive_read_backward")(q, k, v, u, None, r, lse, r, lse, [True] * 5)
+
+        return run
+
+    def cache(n: int) -> Callable:
+        logits, scores, mix = new(2, tokens, 50257), new(2, tokens, n), new(2, tokens, dtype=torch.float32)
+        words = torch.zeros((2, tokens, n), dtype=torch.int64, device=device)
+        target = words[..., 0]
+
+        def run():
+            nll, lse = launcher("cache_nll")(logits, target, scores, words, mix)
+            launcher("cache_nll_backward")(logits, target, scores, words, mix, lse, nll, [True] * 3)
+            p, lse = launcher("cache_logprobs")(logits, scores, words, mix)
+            launcher("cache_logprobs_backward")(logits, scores, words, mix, lse, p, [True] * 3)
+
+        return run
+
+    def products(k: int) -> Callable:
+        q, subkeys = new(2, tokens, 2 * width), new(2, 512, width)
+
+        def run():
+            scores, i = launcher("product_key_search")(q, subkeys, k, SCALE)
+            launcher("product_key_search_backward")(q, subkeys, i, scores, k, SCALE, [True] * 2)
+
+        return run
+
+    def compressed(kind: torch.dtype, t: int) -> Callable:
+        q, mask, scales = new(2, t, width), new(2, slots, dtype=torch.float32), new(2, slots, dtype=torch.float32)
+        keys, v = (torch.zeros((2, slots, width), dtype=kind, device=device) for _ in range(2))
+        w, i = new(2, tokens, 32), named()
+
+        def run():
+            r, lse = launcher("softmax_read_compressed")(q, keys, v, mask, scales, scales, SCALE)
+            launcher("softmax_read_compressed_backward")(
+                q, keys, v, mask, scales, scales, r, lse, r, lse, SCALE, [True] * 2
+            )
+            r, j, p = launcher("topk_read_compressed")(q, keys, v, mask, scales, scales, 32, SCALE)
+            launcher("topk_read_compressed_backward")(
+                q, keys, v, mask, scales, scales, j, p, r, p, 32, SCALE, [True] * 2
+            )
+            launcher("topk_search_compressed")(q, keys, None, scales, 32, SCALE)
+            r = launcher("sparse_read_compressed")(v, i, w, scales)
+            launcher("sparse_read_compressed_backward")(v, i, w, scales, r, [True])
+
+        return run
+
     def form(erase: float | Tensor) -> tuple[Tensor | None, float]:
         return (erase, 1.0) if isinstance(erase, Tensor) else (None, erase)
 
@@ -142,6 +193,9 @@ def launches(dtype: torch.dtype, width: int, device: str, tokens: int = TOKENS, 
 
     mask = new(2, slots, dtype=torch.float32)
     yield Launch("softmax_read", read(tokens, slots, None, True), main=True)
+    yield Launch("additive_read", additive(tokens, slots), main=True)
+    yield Launch("cache_nll, cache_logprobs", cache(1024), main=True)
+    yield Launch("product_key_search, k = 32", products(32), main=True)
     yield Launch("gated_write", write(tokens, slots, 1.0, False), main=True)
     yield Launch("topk, k = 32", topk(tokens, slots, 32), main=True)
     yield Launch("sparse_read", sparse(), main=True)
@@ -168,6 +222,10 @@ def launches(dtype: torch.dtype, width: int, device: str, tokens: int = TOKENS, 
     yield Launch("slot_write, erase 0.5, few slots", given(tokens, FEW, 0.5))
     yield Launch("slot_write, erase tensor", given(tokens, slots // 16, vector))
     yield Launch("sparse_write, erase tensor", scatter(vector))
+    yield Launch("reads of int8 slots", compressed(torch.int8, tokens))
+    yield Launch("reads of float8 slots", compressed(torch.float8_e4m3fn, tokens))
+    yield Launch("product_key_search, k = 256", products(256))
+    yield Launch("product_key_search, k = 300", products(300))
     yield Launch("topk, k = 8, few tokens", topk(FEW, slots, 8))
     yield Launch("topk, k = 128", topk(tokens, slots, 128))
     yield Launch("topk, k = 256", topk(tokens, slots, 256))

@@ -148,6 +148,10 @@ q, k, v, w = torch.randn(3, 5, 16), torch.randn(3, 40, 16), torch.randn(3, 40, 8
 
 def using(q, k, v, w):
     with mk.use_backend("triton"):
+        scores, named = mk.product_key_search(q, k[:, :8].reshape(3, 2, 8, 8), 3)
+        w = w * mk.cache_nll(q, named[..., 0] % 16, scores, named % 16, 0.3).unsqueeze(-1)
+        w = w + mk.cache_logprobs(q, scores, named % 16, 0.3)[..., :8]
+        w = w + mk.additive_read(q, k, v, q[:, 0])
         scores, slots = mk.topk_search(q, k, 3)
         v = mk.softmax_write(v, k, q, w, erase=0.5)
         v = mk.slot_write(v, mk.address(q, k), w)
@@ -161,6 +165,10 @@ whole, rows = torch.randint(-3, 4, (5, 16)), torch.randint(-3, 4, (300, 16))
 wanted = mk.topk_search(whole.double(), rows.double(), 260, scale=1.0, backend="reference")
 got = mk.topk_search(whole.float(), rows.float(), 260, scale=1.0, backend="triton")
 found["many"] = torch.equal(got[1], wanted[1]) and torch.equal(got[0].double(), wanted[0])
+halves = torch.randint(-3, 4, (2, 20, 8))
+wanted = mk.product_key_search(whole.double(), halves.double(), 260, scale=1.0, backend="reference")
+got = mk.product_key_search(whole.float(), halves.float(), 260, scale=1.0, backend="triton")
+found["pairs"] = torch.equal(got[1], wanted[1]) and torch.equal(got[0].double(), wanted[0])
 # What a slot keeps under a weight near 1 is the sum of the other weights, with all its digits.
 mask = torch.zeros(40)
 mask[7] = 30.0
@@ -179,7 +187,7 @@ print("RESULT" + json.dumps(found))
 def test_no_gaps_same_bits_one_graph_all_digits_and_guarded_indices():
     found = result_of(PROPERTIES)
     assert not found["gaps"] and not found["bits"]
-    assert found["compiled"] and found["many"] and found["kept"]
+    assert found["compiled"] and found["many"] and found["pairs"] and found["kept"]
     assert "outside [-1, 40)" in found["index"]
 
 
@@ -213,9 +221,13 @@ print(read.sum().item(), next(b for b in backends.BACKENDS if b.name == "triton"
 
 
 # Between them the main calls launch every kernel but those named here, which need other shapes.
-OTHERS = {"write_merge_kernel", "rank_kernel", "merge_kernel"}
+OTHERS = {"write_merge_kernel", "rank_kernel", "merge_kernel", "pair_rank_kernel"}
 EVERY = ()
-SAMPLE = [("90", EVERY), ("80", ("softmax_read", "gated_write")), ("100", ("softmax_read", "gated_write"))]
+SAMPLE = [
+    ("90", EVERY),
+    ("80", ("softmax_read", "gated_write", "reads of float8 slots")),
+    ("100", ("softmax_read", "gated_write")),
+]
 
 
 @pytest.mark.parametrize(("arch", "calls"), SAMPLE)

@@ -17,17 +17,25 @@ import torch
 
 # operator -> the file of its launcher; the launcher has the operator's name (gated_write_ writes in place)
 OPERATORS = {
+    "additive_read": "additive_read",
     "address": "address",
+    "cache_logprobs": "cache_logprobs",
+    "cache_nll": "cache_nll",
     "gated_write": "gated_write",
     "merge_reads": "merge_reads",
+    "product_key_search": "product_key_search",
     "slot_usage": "slot_usage",
     "slot_write": "slot_write",
     "softmax_read": "softmax_read",
+    "softmax_read_compressed": "softmax_read",
     "softmax_write": "softmax_write",
     "sparse_read": "sparse_read",
+    "sparse_read_compressed": "sparse_read",
     "sparse_write": "sparse_write",
     "topk_read": "topk_read",
+    "topk_read_compressed": "topk_read",
     "topk_search": "topk_search",
+    "topk_search_compressed": "topk_search",
 }
 IN_PLACE = ("gated_write", "slot_write", "softmax_write", "sparse_write")
 

@@ -101,9 +101,16 @@ class Plan:
         return max(1, triton.cdiv(size, span)), span
 
 
-def plan(kernel: str, device: torch.device, widest: int, *tensors: Tensor | None) -> Plan:
-    """The configuration of ``kernel`` for rows of ``widest`` columns and the dtypes of ``tensors``."""
+def plan(
+    kernel: str, device: torch.device, widest: int, *tensors: Tensor | None, compressed: bool = False
+) -> Plan:  # fmt: skip
+    """The configuration of ``kernel`` for rows of ``widest`` columns and the dtypes of ``tensors``.
+
+    compressed: of its variant that decodes 8-bit rows, which takes registers.
+    """
     arch = architecture(device)
+    if compressed:
+        kernel = f"{kernel}_compressed"
     row = configs.find(kernel, arch, bits(*tensors), width(widest, *tensors))
     return Plan(row, configs.PROCESSORS[arch])
 
@@ -131,18 +138,18 @@ class _Parts:
 
 def launch_in_parts(
     call: Call, kernel, programs: int, size: int, block: int, before: tuple, targets: Sequence[tuple | None],
-    between: tuple, scale: float, *, plan: Plan, **constants,
+    between: tuple, *after: float, plan: Plan, **constants,
 ) -> None:  # fmt: skip
     """Run ``programs`` instances whose loop over ``size`` is cut into parts, and add what the parts give to targets.
 
     The kernel takes ``before``, a place for every target, ``between``, the count and length of parts, the step between
-    the parts of every target, and ``scale``.
+    the parts of every target, and ``after``.
     """
     parts, span = plan.cut(programs, size, block)
     outs = [_Parts(call, target, parts) for target in targets]
     launch(
         kernel, programs * parts, *before, *(o.out for o in outs), *between, parts, span, *(o.step for o in outs),
-        scale, plan=plan, **constants,
+        *after, plan=plan, **constants,
     )  # fmt: skip
     for o in outs:
         o.add()

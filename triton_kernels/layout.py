@@ -59,6 +59,15 @@ class Call:
         for t in tensors:
             self.require(t is None or t.dtype == torch.float32, "lse, usage, retained and their like must be float32")
 
+    def compressed(self, name: str, x: Tensor, scale: Tensor | None) -> None:
+        """``x`` is floats, or has 8 bits and a ``scale`` per slot."""
+        if x.dtype in (torch.int8, torch.float8_e4m3fn):
+            self.require(scale is not None, f"{name} in 8 bits must have a scale")
+        else:
+            self.floats(x)
+            self.require(scale is None, f"{name} must be int8 or float8_e4m3fn beside a scale")
+        self.stats(scale)
+
     def mask(self, slot_mask: Tensor | None) -> None:
         """A mask is bool or float."""
         self.require(slot_mask is None or slot_mask.dtype in (torch.bool, *FLOATS), "slot_mask must be bool or float")
@@ -121,7 +130,7 @@ class Call:
         """Memory rows ``[..., N, D]`` for a kernel: ``(tensor, stride of B0, of B1, of N)``."""
         if x is None:
             return None
-        view = self.memory_view(unit_last(x), 1)
+        view = self.memory_view(unit_last(as_bytes(x)), 1)
         return (view, *view.stride()[:3])
 
     def slot_numbers(self, x: Tensor | None) -> tuple | None:
@@ -213,8 +222,8 @@ def unit_last(x: Tensor) -> Tensor:
 
 
 def as_bytes(x: Tensor) -> Tensor:
-    """Bool as uint8, which kernels load as numbers."""
-    return x.view(torch.uint8) if x.dtype == torch.bool else x
+    """Bool and float8 as uint8, which kernels load on any GPU."""
+    return x.view(torch.uint8) if x.dtype in (torch.bool, torch.float8_e4m3fn) else x
 
 
 def precision(*tensors: Tensor) -> str:

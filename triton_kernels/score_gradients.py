@@ -24,7 +24,21 @@ from torch import Tensor
 
 from .launch import launch, launch_in_parts, plan, width
 from .layout import Call, Gradient, precision
-from .tiles import LOG2E, columns, dots, open_slots, product, put, slot_block, slots, tile, token_block, tokens
+from .tiles import (
+    LOG2E,
+    columns,
+    dots,
+    open_slots,
+    product,
+    put,
+    row_scales,
+    scaled,
+    slot_block,
+    slots,
+    tile,
+    token_block,
+    tokens,
+)
 
 
 @triton.jit
@@ -78,7 +92,7 @@ def shifted_lse(lse, b, B1, t, inner, T):
 
 @triton.jit
 def query_gradient_kernel(
-    q, k, v, mask, d_read, lse, delta, du, w, dw, d_q, d_lse, T, N, K, V, B1, inner,
+    q, k, v, mask, k_scale, v_scale, d_read, lse, delta, du, w, dw, d_q, d_lse, T, N, K, V, B1, inner,
     parts, span, q_part, lse_part, scale,
     KIND: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, K_STEPS: tl.constexpr,
     BLOCK_V: tl.constexpr, V_STEPS: tl.constexpr, PRECISION: tl.constexpr,
@@ -112,11 +126,15 @@ def query_gradient_kernel(
         live = t_ok[:, None] & ok[None, :]
         if KIND == "read" or KIND == "usage":
             s = dots(q0, q_rows, t_ok, k0, k_rows, ok, K, BLOCK_K, K_STEPS, PRECISION) * (scale * LOG2E)
+            if k_scale is not None:
+                s *= row_scales(k_scale, b, B1, n, ok)[None, :]
             if mask is not None:
                 s += (bias * LOG2E)[None, :]
             if KIND == "read":
                 v_rows, v0 = slot_block(v, b, B1, n, ok, V, BLOCK_V)
                 dp = dots(dr0, dr_rows, t_ok, v0, v_rows, ok, V, BLOCK_V, V_STEPS, PRECISION)
+                if v_scale is not None:
+                    dp *= row_scales(v_scale, b, B1, n, ok)[None, :]
                 _, ds = from_scores(s, lse_t[:, None], dp, delta_t[:, None], live, KIND)
             else:
                 d_n = tl.load(slots(du, b, B1, n), mask=ok, other=0.0)
@@ -130,7 +148,9 @@ def query_gradient_kernel(
         row_sum += tl.sum(ds, 1)
         if d_q is not None:
             right = columns(k0, k_rows, ok, K, column, BLOCK_K, K_STEPS)
-            acc = product(ds.to(k0.dtype), right, acc, PRECISION)
+            if k_scale is not None:
+                right = scaled(right, row_scales(k_scale, b, B1, n, ok), q[0].dtype.element_ty)
+            acc = product(ds.to(right.dtype), right, acc, PRECISION)
     offset = part.to(tl.int64)
     if d_q is not None:
         put(tokens(d_q, b, B1, t, inner) + offset * q_part, t_ok, K, column, acc * scale, BLOCK_K)
@@ -140,7 +160,7 @@ def query_gradient_kernel(
 
 @triton.jit
 def slot_gradient_kernel(
-    q, k, v, mask, d_read, lse, delta, du, w, dw, d_k, d_v, d_m, T, N, K, V, B1, inner,
+    q, k, v, mask, k_scale, v_scale, d_read, lse, delta, du, w, dw, d_k, d_v, d_m, T, N, K, V, B1, inner,
     parts, span, k_part, v_part, m_part, scale,
     KIND: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, K_STEPS: tl.constexpr,
     BLOCK_V: tl.constexpr, V_STEPS: tl.constexpr, PRECISION: tl.constexpr,
@@ -177,11 +197,15 @@ def slot_gradient_kernel(
         if KIND == "read" or KIND == "usage":
             lse_t = shifted_lse(lse, b, B1, t, inner, T)
             s = dots(k0, k_rows, ok, q0, q_rows, t_ok, K, BLOCK_K, K_STEPS, PRECISION) * (scale * LOG2E)
+            if k_scale is not None:
+                s *= row_scales(k_scale, b, B1, n, ok)[:, None]
             if mask is not None:
                 s += (bias * LOG2E)[:, None]
             if KIND == "read":
                 dr_rows, dr0 = token_block(d_read, b, B1, t, inner, t_ok, V, BLOCK_V)
                 dp = dots(v0, v_rows, ok, dr0, dr_rows, t_ok, V, BLOCK_V, V_STEPS, PRECISION)
+                if v_scale is not None:
+                    dp *= row_scales(v_scale, b, B1, n, ok)[:, None]
                 p, ds = from_scores(s, lse_t[None, :], dp, delta_t[None, :], live, KIND)
                 if d_v is not None:
                     right = columns(dr0, dr_rows, t_ok, V, step * BLOCK_V, BLOCK_V, V_STEPS)
@@ -228,6 +252,7 @@ def score_gradients(
     values: Tensor | None = None, d_values: Gradient | None = None, d_read: Tensor | None = None,
     read: Tensor | None = None, lse: Tensor | None = None, d_lse: Tensor | Gradient | None = None,
     d_usage: Tensor | None = None, weights: Tensor | None = None, d_weights: Tensor | tuple | None = None,
+    key_scale: Tensor | None = None, value_scale: Tensor | None = None,
 ):  # fmt: skip
     """Run both kernels for one KIND.
 
@@ -244,7 +269,8 @@ def score_gradients(
     elif kind == "softmax":
         delta = row_dots(call, weights, d_weights)
     sources = (
-        call.rows(query), call.slots(keys), call.slots(values), call.slot_numbers(slot_mask), call.rows(d_read),
+        call.rows(query), call.slots(keys), call.slots(values), call.slot_numbers(slot_mask),
+        call.slot_numbers(key_scale), call.slot_numbers(value_scale), call.rows(d_read),
         call.numbers(lse), None if delta is None else (delta, *delta.stride()), call.slot_numbers(d_usage),
         call.rows(weights), d_weights if isinstance(d_weights, tuple) else call.rows(d_weights),
     )  # fmt: skip
@@ -258,7 +284,8 @@ def score_gradients(
     if isinstance(d_lse, Gradient) and d_lse.wanted:
         d_lse_rows = (d_lse.view, *d_lse.view.stride())
     if d_q is not None or d_lse_rows is not None:
-        p = plan("query_gradient", call.device, max(K, V), query, values)
+        packed = key_scale is not None or value_scale is not None
+        p = plan("query_gradient", call.device, max(K, V), query, values, compressed=packed)
         c = p.config
         launch_in_parts(
             call, query_gradient_kernel, call.B * triton.cdiv(count, c.block_t) * wide_k.steps, N, c.block_n,

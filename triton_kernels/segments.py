@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .launch import launch, plan, width
 from .layout import Call, Gradient
-from .tiles import batch, tile, tokens
+from .tiles import batch, decoded, tile, tokens
 
 CHUNK = 32  # sorted entries of one program
 COLUMNS = 128  # and at most so many of their columns
@@ -103,7 +103,7 @@ def border_kernel(sorted_slots, out, border, N, D, B, B1, entries, scale, CHUNK:
 
 @triton.jit
 def row_dot_kernel(
-    x, rows, indices, out, T, N, k, D, B1, inner,
+    x, rows, indices, scales, out, T, N, k, D, B1, inner,
     BLOCK_T: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, D_STEPS: tl.constexpr,
 ):  # fmt: skip
     """out[t, j] = <x_t, rows[indices[t, j]]>, float32; 0 where there is no slot. Blocks of tokens and neighbours."""
@@ -121,14 +121,16 @@ def row_dot_kernel(
     row = tl.reshape(batch(rows, b, B1) + tl.where(ok, slot, 0) * rows[3], [BLOCK_T * BLOCK_J])
     for step in range(D_STEPS):
         x_t = tile(tokens(x, b, B1, t, inner), t_ok, D, step * BLOCK_D, BLOCK_D).to(tl.float32)
-        picked = tile(row, tl.reshape(ok, [BLOCK_T * BLOCK_J]), D, step * BLOCK_D, BLOCK_D).to(tl.float32)
+        picked = decoded(tile(row, tl.reshape(ok, [BLOCK_T * BLOCK_J]), D, step * BLOCK_D, BLOCK_D), tl.float32)
         total += tl.sum(tl.reshape(picked, [BLOCK_T, BLOCK_J, BLOCK_D]) * x_t[:, None, :], 2)
+    if scales is not None:
+        total *= tl.load(batch(scales, b, B1) + tl.where(ok, slot, 0) * scales[3], mask=ok, other=0.0)
     result = tl.where(ok, total, 0.0)
     tl.store(out + ((b.to(tl.int64) * T + t) * k)[:, None] + j[None, :], result, mask=inside)
 
 
-def row_dots(call: Call, x: Tensor, rows: Tensor, indices: Tensor) -> Tensor:
-    """``<x_t, rows[indices[t, j]]>``: float32 ``[B, F * T, k]``."""
+def row_dots(call: Call, x: Tensor, rows: Tensor, indices: Tensor, scales: Tensor | None = None) -> Tensor:
+    """``<x_t, rows[indices[t, j]]>``: float32 ``[B, F * T, k]``. scales: what multiplies compressed rows."""
     (T, k), (N, D) = indices.shape[-2:], rows.shape[-2:]
     count = call.F * T
     out = call.scratch(call.B, count, k)
@@ -136,8 +138,8 @@ def row_dots(call: Call, x: Tensor, rows: Tensor, indices: Tensor) -> Tensor:
     block_t, block = p.config.block_t, min(p.config.block_n, triton.next_power_of_2(k))
     launch(
         row_dot_kernel, call.B * triton.cdiv(count, block_t) * triton.cdiv(k, block),
-        call.rows(x), call.slots(rows), call.rows(indices), out, count, N, k, D, call.batches[1],
-        T if call.F > 1 else None, plan=p, BLOCK_T=block_t, BLOCK_J=block,
+        call.rows(x), call.slots(rows), call.rows(indices), call.slot_numbers(scales), out,
+        count, N, k, D, call.batches[1], T if call.F > 1 else None, plan=p, BLOCK_T=block_t, BLOCK_J=block,
         BLOCK_D=wide.block, D_STEPS=wide.steps,
     )  # fmt: skip
     return out

@@ -19,16 +19,41 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import launch, plan, summed, width
+from .launch import Plan, launch, plan, summed, width
 from .layout import Call, Gradient, precision
 from .merge_reads import merge_parts
 from .score_gradients import score_gradients
-from .tiles import LN2, LOG2E, dots, open_slots, product, put, slot_block, slots, tile, token_block, tokens
+from .tiles import (
+    LOG2E,
+    dots,
+    log_total,
+    open_slots,
+    product,
+    put,
+    row_scales,
+    scaled,
+    slot_block,
+    slots,
+    tile,
+    token_block,
+    tokens,
+    weigh,
+)
+
+
+@triton.jit
+def finish_read(read_rows, lse_rows, t_ok, V, column, m, total, acc, BLOCK_V: tl.constexpr):
+    """Store what a block of tokens has read: columns of the read, and with the first of them the lse."""
+    nothing = total == 0  # no addressable slot; NaN is something
+    r = tl.where(nothing[:, None], 0.0, acc / tl.where(nothing, 1.0, total)[:, None])
+    put(read_rows, t_ok, V, column, r, BLOCK_V)
+    if column == 0:
+        tl.store(lse_rows, log_total(m, total), mask=t_ok)
 
 
 @triton.jit
 def softmax_read_kernel(
-    q, k, v, mask, read, lse, T, N, K, V, B1, inner, parts, span, read_part, lse_part, scale,
+    q, k, v, mask, k_scale, v_scale, read, lse, T, N, K, V, B1, inner, parts, span, read_part, lse_part, scale,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, K_STEPS: tl.constexpr,
     BLOCK_V: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -52,32 +77,33 @@ def softmax_read_kernel(
         ok, bias = open_slots(mask, b, B1, n, N)
         k_rows, k0 = slot_block(k, b, B1, n, ok, K, BLOCK_K)
         s = dots(q0, q_rows, t_ok, k0, k_rows, ok, K, BLOCK_K, K_STEPS, PRECISION) * (scale * LOG2E)
+        if k_scale is not None:
+            s *= row_scales(k_scale, b, B1, n, ok)[None, :]
         if mask is not None:
             s += (bias * LOG2E)[None, :]
         s = tl.where(ok[None, :], s, float("-inf"))
-        highest = tl.maximum(m, tl.max(s, 1))
-        base = tl.where(highest == float("-inf"), 0.0, highest)
-        p = tl.exp2(s - base[:, None])
-        shrink = tl.exp2(m - base)
-        total = total * shrink + tl.sum(p, 1)
+        p, shrink, m, total = weigh(s, m, total)
         v0 = tile(slots(v, b, B1, n), ok, V, column, BLOCK_V)
+        if v_scale is not None:
+            v0 = scaled(v0, row_scales(v_scale, b, B1, n, ok), q0.dtype)
         acc = product(p.to(v0.dtype), v0, acc * shrink[:, None], PRECISION)
-        m = highest
-    nothing = total == 0  # no addressable slot; NaN is something
-    base = tl.where(m == float("-inf"), 0.0, m)
-    r = tl.where(nothing[:, None], 0.0, acc / tl.where(nothing, 1.0, total)[:, None])
-    put(tokens(read, b, B1, t, inner) + part.to(tl.int64) * read_part, t_ok, V, column, r, BLOCK_V)
-    if column == 0:
-        result = tl.where(nothing, float("-inf"), (base + tl.log2(total)) * LN2)
-        tl.store(tokens(lse, b, B1, t, inner) + part.to(tl.int64) * lse_part, result, mask=t_ok)
+    read_rows = tokens(read, b, B1, t, inner) + part.to(tl.int64) * read_part
+    lse_rows = tokens(lse, b, B1, t, inner) + part.to(tl.int64) * lse_part
+    finish_read(read_rows, lse_rows, t_ok, V, column, m, total, acc, BLOCK_V)
 
 
-def _call(op: str, query: Tensor, keys: Tensor, values: Tensor, slot_mask: Tensor | None, *more: tuple) -> Call:
+def _call(
+    op: str, query: Tensor, keys: Tensor, values: Tensor, slot_mask: Tensor | None, *more: tuple,
+    key_scale: Tensor | None = None, value_scale: Tensor | None = None,
+) -> Call:  # fmt: skip
     T, K = query.shape[-2:]
     N, V = values.shape[-2:]
     memory = [("keys", keys, (N, K)), ("values", values, (N, V)), ("slot_mask", slot_mask, (N,))]
+    memory += [("key_scale", key_scale, (N,)), ("value_scale", value_scale, (N,))]
     call = Call(op, [("query", query, (T, K)), *more], memory)
-    call.floats(query, keys, values)
+    call.floats(query)
+    call.compressed("keys", keys, key_scale)
+    call.compressed("values", values, value_scale)
     call.mask(slot_mask)
     return call
 
@@ -88,20 +114,51 @@ def softmax_read(query: Tensor, keys: Tensor, values: Tensor, slot_mask: Tensor 
     return _read(call, query, keys, values, slot_mask, scale)
 
 
+def softmax_read_compressed(
+    query: Tensor, keys: Tensor, values: Tensor, slot_mask: Tensor | None, key_scale: Tensor | None,
+    value_scale: Tensor | None, scale: float,
+):  # fmt: skip
+    """The same over slots of which keys, values or both have 8 bits and a scale."""
+    scales = {"key_scale": key_scale, "value_scale": value_scale}
+    call = _call("softmax_read_compressed", query, keys, values, slot_mask, **scales)
+    return _read(call, query, keys, values, slot_mask, scale, **scales)
+
+
 def softmax_lse(call: Call, query: Tensor, keys: Tensor, slot_mask: Tensor | None, scale: float) -> Tensor:
     """The lse alone: a read of keys' first column, which costs what the scores cost."""
     return _read(call, query, keys, keys[..., :1], slot_mask, scale)[1]
 
 
-def _read(call: Call, query: Tensor, keys: Tensor, values: Tensor, slot_mask: Tensor | None, scale: float):
+def _read(
+    call: Call, query: Tensor, keys: Tensor, values: Tensor, slot_mask: Tensor | None, scale: float,
+    key_scale: Tensor | None = None, value_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    K, V = query.shape[-1], values.shape[-1]
+    wide = summed(K, query, values)
+    sources = call.rows(query), call.slots(keys), call.slots(values), call.slot_numbers(slot_mask)
+    sources = *sources, call.slot_numbers(key_scale), call.slot_numbers(value_scale)
+    packed = key_scale is not None or value_scale is not None
+    p = plan("softmax_read", call.device, max(K, V), query, values, compressed=packed)
+    return read_blocks(
+        call, softmax_read_kernel, p, sources, query, values,
+        query.dtype, scale, BLOCK_K=wide.block, K_STEPS=wide.steps,
+    )  # fmt: skip
+
+
+def read_blocks(
+    call: Call, kernel, p: Plan, sources: tuple, query: Tensor, values: Tensor, dtype: torch.dtype, *more, **constants
+) -> tuple[Tensor, Tensor]:
+    """Run a kernel that keeps tokens, streams slots and ends with :func:`finish_read`: read in ``dtype``, and lse.
+
+    It takes ``sources``, places for both, sizes, the cut of N into parts and the steps between them, and ``more``.
+    """
     T, K = query.shape[-2:]
     N, V = values.shape[-2:]
-    read, read_view = call.token_result(T, V, dtype=query.dtype)
+    read, read_view = call.token_result(T, V, dtype=dtype)
     lse, lse_view = call.token_result(T, dtype=torch.float32)
-    wide_k, wide_v = summed(K, query, values), width(V, query, values)
-    p = plan("softmax_read", call.device, max(K, V), query, values)
+    wide = width(V, query, values)
     c, count, inner = p.config, call.F * T, T if call.F > 1 else None
-    programs = call.B * triton.cdiv(count, c.block_t) * max(1, triton.cdiv(V, wide_v.block))
+    programs = call.B * triton.cdiv(count, c.block_t) * max(1, triton.cdiv(V, wide.block))
     parts, span = p.cut(programs, N, c.block_n)
     if parts == 1:
         outs = (read_view, *read_view.stride()[:4]), (lse_view, *lse_view.stride())
@@ -112,15 +169,37 @@ def _read(call: Call, query: Tensor, keys: Tensor, values: Tensor, slot_mask: Te
         outs = (part_reads, *part_reads.stride()[1:5]), (part_lses, *part_lses.stride()[1:])
         steps_between = part_reads.stride(0), part_lses.stride(0)
     launch(
-        softmax_read_kernel, programs * parts,
-        call.rows(query), call.slots(keys), call.slots(values), call.slot_numbers(slot_mask), *outs,
-        count, N, K, V, call.batches[1], inner, parts, span, *steps_between, scale,
-        plan=p, BLOCK_T=c.block_t, BLOCK_N=c.block_n, BLOCK_K=wide_k.block, K_STEPS=wide_k.steps,
-        BLOCK_V=wide_v.block, PRECISION=precision(query, values),
+        kernel, programs * parts, *sources, *outs,
+        count, N, K, V, call.batches[1], inner, parts, span, *steps_between, *more,
+        plan=p, BLOCK_T=c.block_t, BLOCK_N=c.block_n, BLOCK_V=wide.block, PRECISION=precision(query, values),
+        **constants,
     )  # fmt: skip
     if parts > 1:
         merge_parts(call, part_reads, part_lses, read_view, lse_view, T, V)
     return call.store(read, read_view), call.store(lse, lse_view)
+
+
+def softmax_read_compressed_backward(
+    query: Tensor, keys: Tensor, values: Tensor, slot_mask: Tensor | None, key_scale: Tensor | None,
+    value_scale: Tensor | None, read: Tensor, lse: Tensor, d_read: Tensor | None, d_lse: Tensor | None, scale: float,
+    wants: list[bool],
+):  # fmt: skip
+    """Gradients of query and a float mask."""
+    (T, K), (N, V) = query.shape[-2:], values.shape[-2:]
+    d_read = read.new_zeros(V).expand(read.shape) if d_read is None else d_read
+    more = [("read", read, (T, V)), ("d_read", d_read, (T, V)), ("lse", lse, (T,)), ("d_lse", d_lse, (T,))]
+    scales = {"key_scale": key_scale, "value_scale": value_scale}
+    call = _call("softmax_read_compressed_backward", query, keys, values, slot_mask, *more, **scales)
+    call.require(len(wants) == 2, "wants must have 2 entries")
+    call.floats(read, d_read)
+    call.stats(lse, d_lse)
+    d_query = Gradient(call, query, wants[0], "tokens", T, K)
+    d_mask = Gradient(call, slot_mask, wants[1], "memory", N)
+    score_gradients(
+        call, "read", query, keys, slot_mask, scale, d_query, None, d_mask,
+        values=values, d_read=d_read, read=read, lse=lse, d_lse=d_lse, **scales,
+    )  # fmt: skip
+    return d_query.result(), d_mask.result()
 
 
 def softmax_read_backward(

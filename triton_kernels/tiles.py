@@ -66,8 +66,36 @@ def token_block(x, b, B1, t, inner, ok, D, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def decoded(x, dtype: tl.constexpr):
+    """8-bit numbers in ``dtype``, which holds each exactly: int8, or the bits of float8_e4m3fn in uint8, which are
+    those of a float16 of 1/256 its size and need no conversion that only newer GPUs have. Others as they are."""
+    if x.dtype == tl.uint8:
+        bits = x.to(tl.uint16)
+        number = (((bits & 0x80) << 8) | ((bits & 0x7F) << 7)).to(tl.float16, bitcast=True).to(tl.float32) * 256.0
+        return tl.where((bits & 0x7F) == 0x7F, float("nan"), number).to(dtype)
+    else:
+        return x.to(dtype)
+
+
+@triton.jit
+def row_scales(scales, b, B1, n, ok):
+    """What multiplies the rows of compressed slots ``n``."""
+    return tl.load(slots(scales, b, B1, n), mask=ok, other=0.0)
+
+
+@triton.jit
+def scaled(x, scales, dtype: tl.constexpr):
+    """Compressed rows multiplied out, in ``dtype``."""
+    return (decoded(x, tl.float32) * scales[:, None]).to(dtype)
+
+
+@triton.jit
 def product(x, y, acc, PRECISION: tl.constexpr):
-    """acc + x @ y; operands of different dtypes meet in float32."""
+    """acc + x @ y; 8-bit operands take the dtype of the other, operands of different dtypes meet in float32."""
+    if x.dtype == tl.uint8 or x.dtype == tl.int8:
+        x = decoded(x, y.dtype)
+    if y.dtype == tl.uint8 or y.dtype == tl.int8:
+        y = decoded(y, x.dtype)
     if x.dtype != y.dtype:
         x = x.to(tl.float32)
         y = y.to(tl.float32)
@@ -108,6 +136,24 @@ def open_slots(mask, b, B1, n, N):
             bias = value.to(tl.float32)
             ok = ok & (bias != float("-inf"))
     return ok, tl.where(ok, bias, 0.0)
+
+
+@triton.jit
+def weigh(s, m, total):
+    """One step of a softmax whose scores, in units of log2, come block after block: weights against the running
+    maximum ``m``, what shrinks earlier ones, the maximum and the sum ``total`` moved on."""
+    highest = tl.maximum(m, tl.max(s, 1))
+    base = tl.where(highest == float("-inf"), 0.0, highest)
+    p = tl.exp2(s - base[:, None])
+    shrink = tl.exp2(m - base)
+    return p, shrink, highest, total * shrink + tl.sum(p, 1)
+
+
+@triton.jit
+def log_total(m, total):
+    """The log-sum-exp, natural, at the end of such a softmax; -inf where there was nothing."""
+    base = tl.where(m == float("-inf"), 0.0, m)
+    return tl.where(total == 0, float("-inf"), (base + tl.log2(total)) * LN2)
 
 
 @triton.jit

@@ -18,26 +18,49 @@ from .sparse_read import check_indices, gather
 from .topk_search import choice_gradients, search
 
 
-def _call(op: str, query: Tensor, keys: Tensor, values: Tensor, slot_mask: Tensor | None, *more: tuple) -> Call:
+def _call(
+    op: str, query: Tensor, keys: Tensor, values: Tensor, slot_mask: Tensor | None, *more: tuple,
+    key_scale: Tensor | None = None, value_scale: Tensor | None = None,
+) -> Call:  # fmt: skip
     (T, K), (N, V) = query.shape[-2:], values.shape[-2:]
     memory = [("keys", keys, (N, K)), ("values", values, (N, V)), ("slot_mask", slot_mask, (N,))]
+    memory += [("key_scale", key_scale, (N,)), ("value_scale", value_scale, (N,))]
     call = Call(op, [("query", query, (T, K)), *more], memory)
-    call.floats(query, keys, values)
+    call.floats(query)
+    call.compressed("keys", keys, key_scale)
+    call.compressed("values", values, value_scale)
     call.mask(slot_mask)
     return call
 
 
 def topk_read(query: Tensor, keys: Tensor, values: Tensor, slot_mask: Tensor | None, k: int, scale: float):
     """read ``[..., T, V]``, indices ``[..., T, k]``, weights ``[..., T, k]`` in float32."""
-    call = _call("topk_read", query, keys, values, slot_mask)
+    return _read(_call("topk_read", query, keys, values, slot_mask), query, keys, values, slot_mask, k, scale)
+
+
+def topk_read_compressed(
+    query: Tensor, keys: Tensor, values: Tensor, slot_mask: Tensor | None, key_scale: Tensor | None,
+    value_scale: Tensor | None, k: int, scale: float,
+):  # fmt: skip
+    """The same over slots of which keys, values or both have 8 bits and a scale."""
+    scales = {"key_scale": key_scale, "value_scale": value_scale}
+    call = _call("topk_read_compressed", query, keys, values, slot_mask, **scales)
+    return _read(call, query, keys, values, slot_mask, k, scale, **scales)
+
+
+def _read(
+    call: Call, query: Tensor, keys: Tensor, values: Tensor, slot_mask: Tensor | None, k: int, scale: float,
+    key_scale: Tensor | None = None, value_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     call.require(k >= 1, "k must be at least 1")
     T, V = query.shape[-2], values.shape[-1]
     read, read_view = call.token_result(T, V, dtype=query.dtype)
     indices, index_view = call.token_result(T, k, dtype=torch.int64)
     weights, weight_view = call.token_result(T, k, dtype=torch.float32)
-    search(call, query, keys, slot_mask, k, scale, None, index_view, weight_view)
+    search(call, query, keys, slot_mask, k, scale, None, index_view, weight_view, key_scale)
     indices, weights = call.store(indices, index_view), call.store(weights, weight_view)
-    gather(call, values, indices, call.rows(weights), (read_view, *read_view.stride()[:4]), T)
+    target = (read_view, *read_view.stride()[:4])
+    gather(call, values, indices, call.rows(weights), target, T, scales=value_scale)
     return call.store(read, read_view), indices, weights
 
 
@@ -46,20 +69,11 @@ def topk_read_backward(
     d_read: Tensor | None, d_weights: Tensor | None, k: int, scale: float, wants: list[bool],
 ):  # fmt: skip
     """Gradients of query, keys, values and a float mask."""
-    T, (N, V) = query.shape[-2], values.shape[-2:]
-    more = [("indices", indices, (T, k)), ("weights", weights, (T, k))]
-    more += [("d_read", d_read, (T, V)), ("d_weights", d_weights, (T, k))]
+    N, V = values.shape[-2:]
+    more = _more(query, values, indices, weights, d_read, d_weights)
     call = _call("topk_read_backward", query, keys, values, slot_mask, *more)
     call.require(len(wants) == 4, "wants must have 4 entries")
-    call.floats(d_read)
-    call.stats(weights, d_weights)
-    check_indices(call, indices, N)
-    shape = (call.B, call.F * T, k)
-    p = call.token_view(weights, 1).reshape(shape)
-    dp = torch.zeros(shape, device=call.device) if d_read is None else row_dots(call, d_read, values, indices)
-    if d_weights is not None:
-        dp = dp + call.token_view(d_weights, 1).reshape(shape)
-    ds = p * (dp - (p * dp).sum(-1, keepdim=True))
+    p, ds = _score_gradient(call, values, None, indices, weights, d_read, d_weights)
     d_values = Gradient(call, values, wants[2], "memory", N, V)
     segments = Segments(call, indices, N) if any(wants[1:]) else None
     if d_values.wanted and d_read is not None:
@@ -70,3 +84,48 @@ def topk_read_backward(
         call, query, keys, slot_mask, indices, ds, scale, [wants[0], wants[1], wants[3]], segments
     )
     return choice[0], choice[1], d_values.result(), choice[2]
+
+
+def topk_read_compressed_backward(
+    query: Tensor, keys: Tensor, values: Tensor, slot_mask: Tensor | None, key_scale: Tensor | None,
+    value_scale: Tensor | None, indices: Tensor, weights: Tensor, d_read: Tensor | None, d_weights: Tensor | None,
+    k: int, scale: float, wants: list[bool],
+):  # fmt: skip
+    """Gradients of query and a float mask."""
+    more = _more(query, values, indices, weights, d_read, d_weights)
+    scales = {"key_scale": key_scale, "value_scale": value_scale}
+    call = _call("topk_read_compressed_backward", query, keys, values, slot_mask, *more, **scales)
+    call.require(len(wants) == 2, "wants must have 2 entries")
+    _, ds = _score_gradient(call, values, value_scale, indices, weights, d_read, d_weights)
+    wants = [wants[0], False, wants[1]]
+    d_query, _, d_mask = choice_gradients(
+        call, query, keys, slot_mask, indices, ds, scale, wants, key_scale=key_scale
+    )  # fmt: skip
+    return d_query, d_mask
+
+
+def _more(
+    query: Tensor, values: Tensor, indices: Tensor, weights: Tensor, d_read: Tensor | None, d_weights: Tensor | None
+) -> list[tuple]:
+    T, V, k = query.shape[-2], values.shape[-1], indices.shape[-1]
+    kept = [("indices", indices, (T, k)), ("weights", weights, (T, k))]
+    return [*kept, ("d_read", d_read, (T, V)), ("d_weights", d_weights, (T, k))]
+
+
+def _score_gradient(
+    call: Call, values: Tensor, value_scale: Tensor | None, indices: Tensor, weights: Tensor, d_read: Tensor | None,
+    d_weights: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """p and ds, ``[B, F * T, k]``."""
+    call.floats(d_read)
+    call.stats(weights, d_weights)
+    check_indices(call, indices, values.shape[-2])
+    T, k = indices.shape[-2:]
+    shape = (call.B, call.F * T, k)
+    p = call.token_view(weights, 1).reshape(shape)
+    dp = torch.zeros(shape, device=call.device)
+    if d_read is not None:
+        dp = row_dots(call, d_read, values, indices, value_scale)
+    if d_weights is not None:
+        dp = dp + call.token_view(d_weights, 1).reshape(shape)
+    return p, p * (dp - (p * dp).sum(-1, keepdim=True))

@@ -24,7 +24,7 @@ from .launch import bits, launch, plan, summed
 from .layout import Call, Gradient, precision
 from .segments import Segments
 from .sparse_read import check_indices, gather
-from .tiles import LOG2E, dots, open_slots, slot_block, token_block, tokens
+from .tiles import LOG2E, dots, open_slots, row_scales, slot_block, token_block, tokens
 from .topk_tiles import LOWEST, best_of, ranks, scored, scored_tensor
 
 LARGEST = {16: 256, 32: 128}  # neighbours that a list on the chip holds, by bits of an element: more would spill
@@ -33,19 +33,22 @@ WORKSPACE = 1 << 25  # ranks in memory at a time, for larger k
 
 @triton.jit
 def score_ranks(
-    q0, q_rows, t_ok, k, mask, b, B1, n, N, K, scale,
+    q0, q_rows, t_ok, k, mask, k_scale, b, B1, n, N, K, scale,
     BLOCK_K: tl.constexpr, K_STEPS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Ranks of slots ``n`` for a block of tokens."""
     ok, bias = open_slots(mask, b, B1, n, N)
     k_rows, k0 = slot_block(k, b, B1, n, ok, K, BLOCK_K)
-    s = dots(q0, q_rows, t_ok, k0, k_rows, ok, K, BLOCK_K, K_STEPS, PRECISION) * scale + bias[None, :]
+    s = dots(q0, q_rows, t_ok, k0, k_rows, ok, K, BLOCK_K, K_STEPS, PRECISION) * scale
+    if k_scale is not None:
+        s *= row_scales(k_scale, b, B1, n, ok)[None, :]
+    s += bias[None, :]
     return ranks(s, tl.broadcast_to(n[None, :], s.shape), tl.broadcast_to(ok[None, :], s.shape))
 
 
 @triton.jit
 def topk_search_kernel(
-    q, k, mask, lists, T, N, K, B1, inner, parts, span, scale,
+    q, k, mask, k_scale, lists, T, N, K, B1, inner, parts, span, scale,
     LIST: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, K_STEPS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -62,7 +65,7 @@ def topk_search_kernel(
     worst = tl.full([BLOCK_T], LOWEST, tl.int64)
     for n0 in range(part * span, tl.minimum(N, (part + 1) * span), BLOCK_N):
         n = n0 + tl.arange(0, BLOCK_N)
-        rank = score_ranks(q0, q_rows, t_ok, k, mask, b, B1, n, N, K, scale, BLOCK_K, K_STEPS, PRECISION)
+        rank = score_ranks(q0, q_rows, t_ok, k, mask, k_scale, b, B1, n, N, K, scale, BLOCK_K, K_STEPS, PRECISION)
         better = (rank > worst[:, None]) & t_ok[:, None]
         if tl.max(tl.max(better.to(tl.int32), 1), 0) > 0:
             if BLOCK_N == LIST:
@@ -109,7 +112,7 @@ def topk_merge_kernel(
 
 @triton.jit
 def rank_kernel(
-    q, k, mask, out, T, N, K, B1, inner, first_t, count_t, first_n, count_n, scale,
+    q, k, mask, k_scale, out, T, N, K, B1, inner, first_t, count_t, first_n, count_n, scale,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, K_STEPS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Ranks of ``count_t`` tokens on ``count_n`` slots: out [B, count_t, count_n]."""
@@ -123,17 +126,19 @@ def rank_kernel(
     t_ok = own_t < count_t
     q_rows, q0 = token_block(q, b, B1, t, inner, t_ok, K, BLOCK_K)
     n = first_n + own_n
-    rank = score_ranks(q0, q_rows, t_ok, k, mask, b, B1, n, N, K, scale, BLOCK_K, K_STEPS, PRECISION)
+    rank = score_ranks(q0, q_rows, t_ok, k, mask, k_scale, b, B1, n, N, K, scale, BLOCK_K, K_STEPS, PRECISION)
     row = (b.to(tl.int64) * count_t + own_t) * count_n
     tl.store(out + row[:, None] + own_n[None, :], rank, mask=t_ok[:, None] & (own_n < count_n)[None, :])
 
 
-def _many(call: Call, query: Tensor, keys: Tensor, slot_mask: Tensor | None, k: int, scale: float) -> Tensor:
+def _many(
+    call: Call, query: Tensor, keys: Tensor, slot_mask: Tensor | None, key_scale: Tensor | None, k: int, scale: float
+) -> Tensor:
     """The best k ranks ``[B, F * T, k]`` by way of a workspace, for k beyond LARGEST."""
     (T, K), N, count = query.shape[-2:], keys.shape[-2], call.F * query.shape[-2]
     best = torch.full((call.B, count, k), -(2**63), dtype=torch.int64, device=call.device)
-    p, wide = plan("topk_search", call.device, K, query, keys), summed(K, query, keys)
-    sources = call.rows(query), call.slots(keys), call.slot_numbers(slot_mask)
+    p, wide = plan("topk_search", call.device, K, query, keys, compressed=key_scale is not None), summed(K, query, keys)
+    sources = call.rows(query), call.slots(keys), call.slot_numbers(slot_mask), call.slot_numbers(key_scale)
     step_n = min(N, max(4 * k, 8192))
     step_t = max(1, WORKSPACE // max(1, call.B * step_n))
     for t in range(0, count, step_t):
@@ -154,13 +159,13 @@ def _many(call: Call, query: Tensor, keys: Tensor, slot_mask: Tensor | None, k: 
 
 def search(
     call: Call, query: Tensor, keys: Tensor, slot_mask: Tensor | None, k: int, scale: float,
-    scores: Tensor | None, indices: Tensor, weights: Tensor | None,
+    scores: Tensor | None, indices: Tensor, weights: Tensor | None, key_scale: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Fill the views ``[B0, B1, F, T, k]`` of scores or weights, and of indices."""
     call.require(k >= 1, "k must be at least 1")
     (T, K), N, count = query.shape[-2:], keys.shape[-2], call.F * query.shape[-2]
     if k > LARGEST[bits(query, keys)]:
-        score, index = scored_tensor(_many(call, query, keys, slot_mask, k, scale))
+        score, index = scored_tensor(_many(call, query, keys, slot_mask, key_scale, k, scale))
         indices.copy_(index.view(indices.shape))
         if scores is not None:
             scores.copy_(score.view(scores.shape))
@@ -170,15 +175,16 @@ def search(
             weights.copy_(weight.view(weights.shape))
         return
     size = max(16, triton.next_power_of_2(k))
-    p, wide = plan("topk_search", call.device, K, query, keys), summed(K, query, keys)
+    p, wide = plan("topk_search", call.device, K, query, keys, compressed=key_scale is not None), summed(K, query, keys)
     c, inner, block_n = p.config, T if call.F > 1 else None, max(p.config.block_n, size)
     programs = call.B * triton.cdiv(count, c.block_t)
     parts, span = p.cut(programs, N, block_n)
     lists = call.scratch(parts, call.B, count, size, dtype=torch.int64)
     launch(
-        topk_search_kernel, programs * parts, call.rows(query), call.slots(keys), call.slot_numbers(slot_mask), lists,
-        count, N, K, call.batches[1], inner, parts, span, scale, plan=p, LIST=size, BLOCK_T=c.block_t,
-        BLOCK_N=block_n, BLOCK_K=wide.block, K_STEPS=wide.steps, PRECISION=precision(query),
+        topk_search_kernel, programs * parts, call.rows(query), call.slots(keys), call.slot_numbers(slot_mask),
+        call.slot_numbers(key_scale), lists, count, N, K, call.batches[1], inner, parts, span, scale, plan=p,
+        LIST=size, BLOCK_T=c.block_t, BLOCK_N=block_n, BLOCK_K=wide.block, K_STEPS=wide.steps,
+        PRECISION=precision(query),
     )  # fmt: skip
     p = plan("topk_merge", call.device, 64, query)
     launch(
@@ -188,27 +194,45 @@ def search(
     )  # fmt: skip
 
 
-def _call(op: str, query: Tensor, keys: Tensor, slot_mask: Tensor | None, *more: tuple) -> Call:
+def _call(
+    op: str, query: Tensor, keys: Tensor, slot_mask: Tensor | None, *more: tuple, key_scale: Tensor | None = None
+) -> Call:
     (T, K), N = query.shape[-2:], keys.shape[-2]
-    call = Call(op, [("query", query, (T, K)), *more], [("keys", keys, (N, K)), ("slot_mask", slot_mask, (N,))])
-    call.floats(query, keys)
+    memory = [("keys", keys, (N, K)), ("slot_mask", slot_mask, (N,)), ("key_scale", key_scale, (N,))]
+    call = Call(op, [("query", query, (T, K)), *more], memory)
+    call.floats(query)
+    call.compressed("keys", keys, key_scale)
     call.mask(slot_mask)
     return call
 
 
 def topk_search(query: Tensor, keys: Tensor, slot_mask: Tensor | None, k: int, scale: float):
     """scores ``[..., T, k]`` in the dtype of query, indices ``[..., T, k]``."""
-    call, T = _call("topk_search", query, keys, slot_mask), query.shape[-2]
+    return _search(_call("topk_search", query, keys, slot_mask), query, keys, slot_mask, None, k, scale)
+
+
+def topk_search_compressed(
+    query: Tensor, keys: Tensor, slot_mask: Tensor | None, key_scale: Tensor | None, k: int, scale: float
+):
+    """The same over keys in 8 bits."""
+    call = _call("topk_search_compressed", query, keys, slot_mask, key_scale=key_scale)
+    return _search(call, query, keys, slot_mask, key_scale, k, scale)
+
+
+def _search(
+    call: Call, query: Tensor, keys: Tensor, slot_mask: Tensor | None, key_scale: Tensor | None, k: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    T = query.shape[-2]
     call.require(k >= 1, "k must be at least 1")
     scores, score_view = call.token_result(T, k, dtype=query.dtype)
     indices, index_view = call.token_result(T, k, dtype=torch.int64)
-    search(call, query, keys, slot_mask, k, scale, score_view, index_view, None)
+    search(call, query, keys, slot_mask, k, scale, score_view, index_view, None, key_scale)
     return call.store(scores, score_view), call.store(indices, index_view)
 
 
 def choice_gradients(
     call: Call, query: Tensor, keys: Tensor, slot_mask: Tensor | None, indices: Tensor, ds: Tensor, scale: float,
-    wants: list[bool], segments: Segments | None = None,
+    wants: list[bool], segments: Segments | None = None, key_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of query, keys and mask from ``ds [B, F * T, k]``, float32, of the chosen scores."""
     (T, K), N, k = query.shape[-2:], keys.shape[-2], indices.shape[-1]
@@ -217,7 +241,7 @@ def choice_gradients(
     d_mask = Gradient(call, slot_mask, wants[2], "memory", N)
     if d_query.wanted:
         rows = (ds, call.batches[1] * call.F * T * k, call.F * T * k, T * k, k)
-        gather(call, keys, indices, rows, d_query.rows(), T, scale)
+        gather(call, keys, indices, rows, d_query.rows(), T, scale, key_scale)
     if d_keys.wanted or d_mask.wanted:
         segments = segments or Segments(call, indices, N)
         segments.sum(d_keys, ds, query, scale)
@@ -230,12 +254,38 @@ def topk_search_backward(
     k: int, scale: float, wants: list[bool],
 ):  # fmt: skip
     """Gradients of query, keys and a float mask."""
-    T = query.shape[-2]
-    more = [("indices", indices, (T, k)), ("d_scores", d_scores, (T, k))]
-    call = _call("topk_search_backward", query, keys, slot_mask, *more)
+    call = _call("topk_search_backward", query, keys, slot_mask, *_more(query, indices, d_scores, k))
     call.require(len(wants) == 3, "wants must have 3 entries")
+    return choice_gradients(
+        call, query, keys, slot_mask, indices, _score_gradient(call, keys, indices, d_scores), scale, wants
+    )
+
+
+def topk_search_compressed_backward(
+    query: Tensor, keys: Tensor, slot_mask: Tensor | None, key_scale: Tensor | None, indices: Tensor,
+    d_scores: Tensor | None, k: int, scale: float, wants: list[bool],
+):  # fmt: skip
+    """Gradients of query and a float mask."""
+    more = _more(query, indices, d_scores, k)
+    call = _call("topk_search_compressed_backward", query, keys, slot_mask, *more, key_scale=key_scale)
+    call.require(len(wants) == 2, "wants must have 2 entries")
+    ds = _score_gradient(call, keys, indices, d_scores)
+    wants = [wants[0], False, wants[1]]
+    d_query, _, d_mask = choice_gradients(
+        call, query, keys, slot_mask, indices, ds, scale, wants, key_scale=key_scale
+    )  # fmt: skip
+    return d_query, d_mask
+
+
+def _more(query: Tensor, indices: Tensor, d_scores: Tensor | None, k: int) -> list[tuple]:
+    T = query.shape[-2]
+    return [("indices", indices, (T, k)), ("d_scores", d_scores, (T, k))]
+
+
+def _score_gradient(call: Call, keys: Tensor, indices: Tensor, d_scores: Tensor | None) -> Tensor:
+    """d_scores as ``[B, F * T, k]``, float32."""
     call.require(d_scores is not None, "d_scores must be given")
     call.floats(d_scores)
     check_indices(call, indices, keys.shape[-2])
-    ds = call.token_view(d_scores, 1).reshape(call.B, call.F * T, k).float().contiguous()
-    return choice_gradients(call, query, keys, slot_mask, indices, ds, scale, wants)
+    T, k = indices.shape[-2:]
+    return call.token_view(d_scores, 1).reshape(call.B, call.F * T, k).float().contiguous()

@@ -1,0 +1,103 @@
+"""What the mixture of a language model and a cache is made of:  p(w) = (1 - mix) own(w) + mix cached(w).
+
+    own = softmax(z_t),     cached(w) = sum_{j: token_j = w} softmax(c_t)_j
+
+Pieces for cache_nll.py and cache_logprobs.py. A program takes one token and streams its words and its entries, a block
+at a time; the row of words is read at the bandwidth of memory, and no second one exists.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import Plan, plan
+from .layout import Call
+from .sparse_read import check_indices
+from .tiles import LN2, LOG2E
+
+ROW = 64  # the width class of kernels that have no rows of columns
+SMALLEST = tl.constexpr(1.1754943508222875e-38)  # of the normal float32 numbers
+
+
+@triton.jit
+def join(s, m, total):
+    """Move a running maximum and the sum of exponentials against it over a block of numbers, in units of log2."""
+    highest = tl.maximum(m, tl.max(s, 0))
+    base = tl.where(highest == float("-inf"), 0.0, highest)
+    return highest, total * tl.exp2(m - base) + tl.sum(tl.exp2(s - base), 0)
+
+
+@triton.jit
+def row_lse(row, W, BLOCK: tl.constexpr):
+    """Log-sum-exp of the numbers of a row; -inf where every one is."""
+    m = tl.full([], float("-inf"), tl.float32)
+    total = tl.zeros([], tl.float32)
+    for first in range(0, W, BLOCK):
+        w = first + tl.arange(0, BLOCK)
+        m, total = join(tl.load(row + w, mask=w < W, other=float("-inf")).to(tl.float32) * LOG2E, m, total)
+    base = tl.where(m == float("-inf"), 0.0, m)
+    return tl.where(total == 0, float("-inf"), (base + tl.log2(total)) * LN2)
+
+
+@triton.jit
+def entries(scores, words, j, N, W):
+    """Scores of entries ``j`` in units of log2, and their words; -inf and -1 for those that are empty."""
+    word = tl.load(words + j, mask=j < N, other=-1)
+    word = tl.where(word < W, word, -1)
+    score = tl.load(scores + j, mask=word >= 0, other=float("-inf")).to(tl.float32) * LOG2E
+    return score, word
+
+
+@triton.jit
+def cache_total(scores, words, N, W, BLOCK: tl.constexpr):
+    """The largest score of the entries (0 where all are empty) and the sum of exponentials against it, 0 likewise."""
+    m = tl.full([], float("-inf"), tl.float32)
+    total = tl.zeros([], tl.float32)
+    for first in range(0, N, BLOCK):
+        score, _ = entries(scores, words, first + tl.arange(0, BLOCK), N, W)
+        m, total = join(score, m, total)
+    return tl.where(m == float("-inf"), 0.0, m), total
+
+
+@triton.jit
+def log_rest(mix):
+    """log(1 - mix), what the model's words keep."""
+    return tl.log(1.0 - mix)
+
+
+@triton.jit
+def mixed(log_own, cached, mix):
+    """Of words: log p, the shares of the model and of the cache in p, and d log p / d mix. All but log p are 0 where p
+    is. A word that no entry names, or nothing is left of, belongs to the model alone: its logarithm keeps its digits.
+    """
+    own = tl.exp(log_own)
+    p = (1.0 - mix) * own + mix * cached
+    alone = (cached == 0) | (p < SMALLEST)
+    log_alone = log_own + log_rest(mix)
+    nothing = alone & (log_alone == float("-inf"))
+    log_p = tl.where(alone, log_alone, tl.log(p))
+    divisor = tl.where(alone, 1.0, p)
+    own_share = tl.where(alone, 1.0, (1.0 - mix) * own / divisor)
+    cache_share = tl.where(alone, 0.0, mix * cached / divisor)
+    d_mix = tl.where(alone, -1.0 / tl.where(mix == 1.0, 1.0, 1.0 - mix), (cached - own) / divisor)
+    return log_p, tl.where(nothing, 0.0, own_share), cache_share, tl.where(nothing, 0.0, d_mix)
+
+
+def mix_call(
+    op: str, logits: Tensor, cache_scores: Tensor, cache_tokens: Tensor, mix: Tensor, *more: tuple
+) -> tuple[Call, int, int, int]:
+    """The leading dimensions of a call, and T, W, N."""
+    (T, W), N = logits.shape[-2:], cache_scores.shape[-1]
+    tokens = [("logits", logits, (T, W)), ("cache_scores", cache_scores, (T, N)), ("mix", mix, (T,))]
+    call = Call(op, [*tokens, ("cache_tokens", cache_tokens, (T, N)), *more], [])
+    call.floats(logits, cache_scores)
+    call.stats(mix)
+    check_indices(call, cache_tokens, W)
+    return call, T, W, N
+
+
+def mix_plan(kernel: str, call: Call, logits: Tensor) -> Plan:
+    """The configuration of a kernel whose blocks lie along a row, however wide that is."""
+    return plan(kernel, call.device, ROW, logits)

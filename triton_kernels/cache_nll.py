@@ -1,0 +1,141 @@
+"""cache_nll on a GPU.
+
+    nll_t = -log((1 - mix) own + mix cached)
+    own = softmax(z_t)[y_t],     cached = sum_{j: token_j = y_t} softmax(c_t)_j
+
+One program per token. Forward: one pass over the logits for their lse, two over the entries: bound by reading the
+logits. Backward, with g = -d nll / p:
+
+    dz_w = g (1 - mix) own ([w = y] - softmax(z)_w),     dc_j = g mix softmax(c)_j ([token_j = y] - cached)
+    d mix = g (cached - own)
+
+in one pass that reads every logit and writes its gradient. No distribution over words is ever in memory.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .cache_mix import cache_total, entries, mix_call, mix_plan, mixed, row_lse
+from .launch import launch
+from .layout import Call, Gradient
+from .sparse_read import check_indices
+from .tiles import LOG2E, tokens
+
+
+@triton.jit
+def target_mix(row, lse, target, scores, words, mix, W, N, BLOCK: tl.constexpr):
+    """:func:`mixed` of the target, 0 of all where it is none; the entries' largest score, their sum of exponentials and
+    that of those that name the target."""
+    m, total = cache_total(scores, words, N, W, BLOCK)
+    hit = tl.zeros([], tl.float32)
+    for first in range(0, N, BLOCK):
+        score, word = entries(scores, words, first + tl.arange(0, BLOCK), N, W)
+        hit += tl.sum(tl.where(word == target, tl.exp2(score - m), 0.0), 0)
+    known = (target >= 0) & (target < W)
+    z = tl.load(row + target, mask=known, other=0.0).to(tl.float32)
+    empty = total == 0  # then the cache has no say
+    cached = hit / tl.where(empty, 1.0, total)
+    log_p, own, cache, d_mix = mixed(z - lse, cached, tl.where(empty, 0.0, mix))
+    log_p = tl.where(known, log_p, 0.0)
+    own = tl.where(known, own, 0.0)
+    cache = tl.where(known, cache, 0.0)
+    return log_p, own, cache, tl.where(known & (total != 0), d_mix, 0.0), m, total, hit
+
+
+@triton.jit
+def cache_nll_kernel(z, targets, c, words, mix, nll, lse, T, W, N, B1, BLOCK: tl.constexpr):
+    pid = tl.program_id(0)
+    t, b = pid % T, pid // T
+    row = tokens(z, b, B1, t, None)
+    own_lse = row_lse(row, W, BLOCK)
+    target = tl.load(tokens(targets, b, B1, t, None))
+    share = tl.load(tokens(mix, b, B1, t, None))
+    scores, named = tokens(c, b, B1, t, None), tokens(words, b, B1, t, None)
+    log_p, _own, _cache, _d_mix, _m, _total, _hit = target_mix(row, own_lse, target, scores, named, share, W, N, BLOCK)
+    tl.store(tokens(nll, b, B1, t, None), -log_p)
+    tl.store(tokens(lse, b, B1, t, None), own_lse)
+
+
+@triton.jit
+def cache_nll_backward_kernel(z, targets, c, words, mix, lse, d_nll, d_z, d_c, d_mix, T, W, N, B1, BLOCK: tl.constexpr):
+    pid = tl.program_id(0)
+    t, b = pid % T, pid // T
+    row = tokens(z, b, B1, t, None)
+    own_lse = tl.load(tokens(lse, b, B1, t, None))
+    target = tl.load(tokens(targets, b, B1, t, None))
+    share = tl.load(tokens(mix, b, B1, t, None))
+    scores, named = tokens(c, b, B1, t, None), tokens(words, b, B1, t, None)
+    _log_p, own, cache, slope, m, total, hit = target_mix(row, own_lse, target, scores, named, share, W, N, BLOCK)
+    d = -tl.load(tokens(d_nll, b, B1, t, None))
+    if d_z is not None:
+        g = d * own
+        out = tokens(d_z, b, B1, t, None)
+        for first in range(0, W, BLOCK):
+            w = first + tl.arange(0, BLOCK)
+            x = tl.load(row + w, mask=w < W, other=float("-inf")).to(tl.float32)
+            p = tl.exp2((x - own_lse) * LOG2E)
+            dz = tl.where(g == 0, 0.0, g * (tl.where(w == target, 1.0, 0.0) - p))
+            tl.store(out + w, dz.to(d_z[0].dtype.element_ty), mask=w < W)
+    if d_c is not None:
+        g = d * cache
+        out = tokens(d_c, b, B1, t, None)
+        for first in range(0, N, BLOCK):
+            j = first + tl.arange(0, BLOCK)
+            score, word = entries(scores, named, j, N, W)
+            e = tl.exp2(score - m)
+            of_target = tl.where(word == target, 1.0 / tl.where(hit == 0, 1.0, hit), 0.0)
+            dc = g * e * (of_target - 1.0 / tl.where(total == 0, 1.0, total))
+            dc = tl.where(e == 0, 0.0, dc)
+            tl.store(out + j, tl.where(g == 0, 0.0, dc).to(d_c[0].dtype.element_ty), mask=j < N)
+    if d_mix is not None:
+        tl.store(tokens(d_mix, b, B1, t, None), tl.where(d == 0, 0.0, d * slope).to(d_mix[0].dtype.element_ty))
+
+
+def _call(
+    op: str, logits: Tensor, targets: Tensor, cache_scores: Tensor, cache_tokens: Tensor, mix: Tensor, *more: tuple
+) -> tuple[Call, int, int, int]:
+    T = logits.shape[-2]
+    call, T, W, N = mix_call(op, logits, cache_scores, cache_tokens, mix, ("targets", targets, (T,)), *more)
+    check_indices(call, targets, W)
+    return call, T, W, N
+
+
+def cache_nll(logits: Tensor, targets: Tensor, cache_scores: Tensor, cache_tokens: Tensor, mix: Tensor):
+    """nll ``[..., T]`` and the lse of the logits ``[..., T]``."""
+    call, T, W, N = _call("cache_nll", logits, targets, cache_scores, cache_tokens, mix)
+    nll, nll_view = call.token_result(T, dtype=torch.float32)
+    lse, lse_view = call.token_result(T, dtype=torch.float32)
+    p = mix_plan("cache_nll", call, logits)
+    launch(
+        cache_nll_kernel, call.B * T, call.rows(logits), call.numbers(targets), call.rows(cache_scores),
+        call.rows(cache_tokens), call.numbers(mix), (nll_view, *nll_view.stride()), (lse_view, *lse_view.stride()),
+        T, W, N, call.batches[1], plan=p, BLOCK=p.config.block_n,
+    )  # fmt: skip
+    return call.store(nll, nll_view), call.store(lse, lse_view)
+
+
+def cache_nll_backward(
+    logits: Tensor, targets: Tensor, cache_scores: Tensor, cache_tokens: Tensor, mix: Tensor, lse: Tensor,
+    d_nll: Tensor | None, wants: list[bool],
+):  # fmt: skip
+    """Gradients of logits, cache_scores and mix."""
+    T = logits.shape[-2]
+    more = [("lse", lse, (T,)), ("d_nll", d_nll, (T,))]
+    call, T, W, N = _call("cache_nll_backward", logits, targets, cache_scores, cache_tokens, mix, *more)
+    call.require(len(wants) == 3, "wants must have 3 entries")
+    call.require(d_nll is not None, "d_nll must be given")
+    call.stats(lse, d_nll)
+    d_logits = Gradient(call, logits, wants[0], "tokens", T, W)
+    d_scores = Gradient(call, cache_scores, wants[1], "tokens", T, N)
+    d_mix = Gradient(call, mix, wants[2], "tokens", T)
+    p = mix_plan("cache_nll", call, logits)
+    launch(
+        cache_nll_backward_kernel, call.B * T, call.rows(logits), call.numbers(targets), call.rows(cache_scores),
+        call.rows(cache_tokens), call.numbers(mix), call.numbers(lse), call.numbers(d_nll),
+        d_logits.rows(), d_scores.rows(), d_mix.rows(), T, W, N, call.batches[1], plan=p, BLOCK=p.config.block_n,
+    )  # fmt: skip
+    return d_logits.result(), d_scores.result(), d_mix.result()
