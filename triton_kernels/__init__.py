@@ -18,7 +18,10 @@ import torch
 # operator -> the file of its launcher; the launcher has the operator's name (gated_write_ writes in place)
 OPERATORS = {
     "address": "address",
+    "cell_scan": "cell_scan",
+    "gated_scan": "gated_scan",
     "gated_write": "gated_write",
+    "memory_scan": "memory_scan",
     "merge_reads": "merge_reads",
     "slot_usage": "slot_usage",
     "slot_write": "slot_write",
