@@ -12,7 +12,6 @@ dh_0 = f_1 g_1. The same scan in reverse, of (f_{t+1}, dh_t), by the same kernel
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor

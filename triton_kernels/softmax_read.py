@@ -56,7 +56,7 @@ def softmax_read_kernel(
             s += (bias * LOG2E)[None, :]
         s = tl.where(ok[None, :], s, float("-inf"))
         highest = tl.maximum(m, tl.max(s, 1))
-        base = tl.where(highest == float("-inf"), 0.0, highest)
+        base = tl.where(tl.abs(highest) == float("inf"), 0.0, highest)
         p = tl.exp2(s - base[:, None])
         shrink = tl.exp2(m - base)
         total = total * shrink + tl.sum(p, 1)
@@ -64,7 +64,7 @@ def softmax_read_kernel(
         acc = product(p.to(v0.dtype), v0, acc * shrink[:, None], PRECISION)
         m = highest
     nothing = total == 0  # no addressable slot; NaN is something
-    base = tl.where(m == float("-inf"), 0.0, m)
+    base = tl.where(tl.abs(m) == float("inf"), 0.0, m)
     r = tl.where(nothing[:, None], 0.0, acc / tl.where(nothing, 1.0, total)[:, None])
     put(tokens(read, b, B1, t, inner) + part.to(tl.int64) * read_part, t_ok, V, column, r, BLOCK_V)
     if column == 0:
