@@ -89,7 +89,7 @@ def cell_scan_kernel(
     b = pid // blocks
     ok = s < streams
     own = h + (b.to(tl.int64) * streams + s) * D
-    for t in range(first, last):
+    for t in tl.range(first, last, num_stages=1):  # never a load of the next token before the stores of this one
         at = s * T + t
         odd = tl.full([], 0, tl.int64) + t % 2
         before = own + odd * h_part
@@ -143,7 +143,7 @@ def cell_scan_backward_kernel(
     s = (pid % blocks) * BLOCK_T + tl.arange(0, BLOCK_T)
     b = pid // blocks
     ok = s < streams
-    for back in range(first, last):
+    for back in tl.range(first, last, num_stages=1):
         t = T - 1 - back
         at = (b.to(tl.int64) * streams + s) * T + t
         behind = ok & (t + 1 < T)
