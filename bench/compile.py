@@ -34,6 +34,12 @@ ROWS = {
     "word_share_kernel": "word_shares",
     "cache_logprobs_kernel": "cache_logprobs",
     "cache_logprobs_backward_kernel": "cache_logprobs",
+    "cell_scan_kernel": "cell_scan",
+    "cell_scan_backward_kernel": "cell_scan",
+    "cell_gates_kernel": "cell_gates",
+    "gated_scan_kernel": "gated_scan",
+    "memory_scan_kernel": "memory_scan",
+    "memory_scan_backward_kernel": "memory_scan",
     "softmax_read_kernel": "softmax_read",
     "merge_kernel": "merge_reads",
     "merge_backward_kernel": "merge_reads",
@@ -73,6 +79,7 @@ PRODUCTS = (
     *("additive_read", "additive_gradient"),
     *("softmax_read", "query_gradient", "slot_gradient", "slot_usage", "address"),
     *("softmax_norm", "write", "write_gradient", "write_scan", "topk_search"),
+    *("cell_scan", "cell_gates", "memory_scan"),
 )
 INSTRUCTIONS = {"80": ("mma.sync",), "90": ("wgmma.mma_async", "mma.sync"), "100": ("tcgen05.mma", "mma.sync")}
 
@@ -199,7 +206,7 @@ def _read(arch: str, dtype: str, width: int, name: str, constants: dict, kernel,
     ptx = kernel.asm["ptx"]
     registers, spills = _report(arch, ptx)
     matrix = next((word for word in INSTRUCTIONS[arch] if word in ptx), "")
-    told = ("BLOCK", "num_", "KIND", "GATE", "ERASE", "LIST", "PREC")
+    told = ("BLOCK", "num_", "KIND", "GATE", "ERASE", "LIST", "PREC", "READ", "REVERSE", "MEASURE")
     kept = {k: v for k, v in constants.items() if k.startswith(told)}
     words = " ".join(f"{k.lower()}={v}" for k, v in kept.items())
     return Compiled(name, arch, dtype, width, words, registers, spills, kernel.metadata.shared, matrix, row)

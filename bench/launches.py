@@ -191,6 +191,35 @@ def launches(dtype: torch.dtype, width: int, device: str, tokens: int = TOKENS, 
 
         return run
 
+    def gated(t: int) -> Callable:
+        f, u, h = new(2, t, width), new(2, t, width), new(2, width)
+
+        def run():
+            states = launcher("gated_scan")(f, u, h)
+            launcher("gated_scan_backward")(f, u, h, states, states, [True] * 3)
+
+        return run
+
+    def cell(streams: int, t: int) -> Callable:
+        x, w, h = new(streams, t, 3 * width), new(3 * width, width), new(streams, width)
+
+        def run():
+            states = launcher("cell_scan")(x, w, h)
+            launcher("cell_scan_backward")(x, w, h, states, states, [True] * 3)
+
+        return run
+
+    def memory(t: int, n: int, mask: Tensor | None, read_first: bool) -> Callable:
+        v, k, w = new(2, n, width), new(2, n, width), new(2, t, width)
+        args = (v, k, new(2, t, width), new(2, t, width), w, mask, None)
+
+        def run():
+            reads, out, lse = launcher("memory_scan")(*args, SCALE, read_first)
+            gradients = (reads, lse, reads, out)
+            launcher("memory_scan_backward")(*args, *gradients, SCALE, read_first, [True] * 6)
+
+        return run
+
     mask = new(2, slots, dtype=torch.float32)
     yield Launch("softmax_read", read(tokens, slots, None, True), main=True)
     yield Launch("additive_read", additive(tokens, slots), main=True)
@@ -206,6 +235,9 @@ def launches(dtype: torch.dtype, width: int, device: str, tokens: int = TOKENS, 
     yield Launch("softmax_write", write(tokens, slots, 1.0, False, "softmax_write"), main=True)
     yield Launch("slot_write", given(tokens, slots, 1.0), main=True)
     yield Launch("sparse_write", scatter(1.0), main=True)
+    yield Launch("gated_scan", gated(tokens), main=True)
+    yield Launch("cell_scan", cell(32, 64), main=True)
+    yield Launch("memory_scan", memory(tokens, slots // 16, None, False), main=True)
     yield Launch("softmax_read, mask", read(tokens, slots, mask, True))
     yield Launch("softmax_read, few tokens", read(FEW, slots, None, True))
     yield Launch("softmax_read, few slots", read(tokens, FEW, None, True))
@@ -230,3 +262,5 @@ def launches(dtype: torch.dtype, width: int, device: str, tokens: int = TOKENS, 
     yield Launch("topk, k = 128", topk(tokens, slots, 128))
     yield Launch("topk, k = 256", topk(tokens, slots, 256))
     yield Launch("topk, k = 1000", topk(FEW, slots, 1000))
+    yield Launch("gated_scan, few tokens", gated(FEW))
+    yield Launch("memory_scan, mask, read first", memory(tokens, slots, mask, True))

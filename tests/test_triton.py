@@ -35,6 +35,7 @@ LONG = (
     "every size 63",
     "erase tensor, token mask",
     "many parts",
+    "many tokens, few channels",
     "one token, many slots",
     "poisoned empty slots, bool",
     "scores ascend",
@@ -43,8 +44,8 @@ LONG = (
     "slots just above many blocks",
 )
 # Loops over tokens are cut into parts only when they are long: once where sums over parts are added, once where
-# parts of a write are joined.
-CUT = {"slot_usage": "1000 tokens", "slot_write": "1000 tokens"}
+# parts of a write are joined, once where parts of a scan follow one another.
+CUT = {"gated_scan": "many tokens, few channels", "slot_usage": "1000 tokens", "slot_write": "1000 tokens"}
 # Which numbers lie where: settled by the view of a call that all launchers share, so one op stands for all.
 VIEWS = (
     "expanded with stride 0",
@@ -117,7 +118,7 @@ def test_the_contract_grid_in_the_interpreter(op, grids):
 
 
 PROPERTIES = """
-import json
+import json, sys
 import torch
 import memkernels as mk
 from memkernels import _triton, backends
@@ -156,6 +157,10 @@ def using(q, k, v, w):
         v = mk.softmax_write(v, k, q, w, erase=0.5)
         v = mk.slot_write(v, mk.address(q, k), w)
         v = mk.sparse_write(v, slots, scores.sigmoid(), w)
+        reads, v = mk.memory_scan(v, k, q, q, w)
+        state = mk.gated_scan(reads.sigmoid(), w)[..., -1, :]
+        w = mk.cell_scan(torch.cat([w] * 3, -1), v[0, :24], state)
+        v = mk.gated_write(v, k, q, w)
         return mk.softmax_read(q, k, v).sum() + mk.topk_read(q, k, v, 3).sum()
 
 compiled = torch.compile(using, fullgraph=True, backend="aot_eager")
@@ -176,6 +181,17 @@ kept = mk.softmax_write(v[0], k[0], q[0, :1], w[0, :1], slot_mask=mask, return_r
 s = 0.25 * (q[0, 0].double() @ k[0].double().T) + mask
 exact = s[torch.arange(40) != 7].exp().sum() / s.exp().sum()
 found["kept"] = bool(0 < exact < 1e-9 and abs(kept.double() / exact - 1) < 1e-5)
+# A scan of a memory takes slots in groups that bound its workspace: with no room at all, a group for every block.
+leaves = [torch.randn(s).requires_grad_() for s in ((300, 8), (300, 16), (4, 16))]
+
+def scanned(backend):
+    v, k, q = leaves
+    reads, new = mk.memory_scan(v, k, q, q.flip(0), v[:4], backend=backend)
+    return [reads, new, *torch.autograd.grad(reads.square().sum() + new.square().sum(), leaves)]
+
+sys.modules[f"{_triton.kernels().__name__}.memory_scan"].WORKSPACE = 1
+close = [torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(scanned("triton"), scanned("reference"))]
+found["groups"] = all(close)
 try:
     mk.sparse_read(v, torch.full((3, 5, 2), 40), torch.ones(3, 5, 2), backend="triton")
 except RuntimeError as error:
@@ -187,7 +203,7 @@ print("RESULT" + json.dumps(found))
 def test_no_gaps_same_bits_one_graph_all_digits_and_guarded_indices():
     found = result_of(PROPERTIES)
     assert not found["gaps"] and not found["bits"]
-    assert found["compiled"] and found["many"] and found["pairs"] and found["kept"]
+    assert found["compiled"] and found["many"] and found["pairs"] and found["kept"] and found["groups"]
     assert "outside [-1, 40)" in found["index"]
 
 

@@ -143,7 +143,7 @@ def weigh(s, m, total):
     """One step of a softmax whose scores, in units of log2, come block after block: weights against the running
     maximum ``m``, what shrinks earlier ones, the maximum and the sum ``total`` moved on."""
     highest = tl.maximum(m, tl.max(s, 1))
-    base = tl.where(highest == float("-inf"), 0.0, highest)
+    base = tl.where(tl.abs(highest) == float("inf"), 0.0, highest)
     p = tl.exp2(s - base[:, None])
     shrink = tl.exp2(m - base)
     return p, shrink, highest, total * shrink + tl.sum(p, 1)
@@ -152,7 +152,7 @@ def weigh(s, m, total):
 @triton.jit
 def log_total(m, total):
     """The log-sum-exp, natural, at the end of such a softmax; -inf where there was nothing."""
-    base = tl.where(m == float("-inf"), 0.0, m)
+    base = tl.where(tl.abs(m) == float("inf"), 0.0, m)
     return tl.where(total == 0, float("-inf"), (base + tl.log2(total)) * LN2)
 
 
