@@ -27,7 +27,7 @@ demo: .build/native
 	$(PY) -m memkernels demo
 
 test: .build/native
-	$(PY) -m pytest $$($(PY) -c "import xdist" 2>/dev/null && echo $(SIDE_BY_SIDE)) tests/test_triton.py tests
+	$(PY) -m pytest $$($(PY) -c "import xdist" 2>/dev/null && printf '%s ' $(SIDE_BY_SIDE)) tests/test_triton.py tests
 
 lint: $(READY)
 	$(PY) -m ruff check .

@@ -66,7 +66,7 @@ ROWS = {
     "sparse_read_kernel": "sparse_read",
     "sparse_write_kernel": "sparse_write",
     "sparse_write_backward_kernel": "sparse_write",
-    "row_dot_kernel": "row_dot",
+    "chosen_dots_kernel": "chosen_dots",
     "segment_kernel": "segments",
     "border_kernel": "segments",
 }

@@ -102,7 +102,7 @@ def border_kernel(sorted_slots, out, border, N, D, B, B1, entries, scale, CHUNK:
 
 
 @triton.jit
-def row_dot_kernel(
+def chosen_dots_kernel(
     x, rows, indices, scales, out, T, N, k, D, B1, inner,
     BLOCK_T: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, D_STEPS: tl.constexpr,
 ):  # fmt: skip
@@ -129,15 +129,15 @@ def row_dot_kernel(
     tl.store(out + ((b.to(tl.int64) * T + t) * k)[:, None] + j[None, :], result, mask=inside)
 
 
-def row_dots(call: Call, x: Tensor, rows: Tensor, indices: Tensor, scales: Tensor | None = None) -> Tensor:
+def chosen_dots(call: Call, x: Tensor, rows: Tensor, indices: Tensor, scales: Tensor | None = None) -> Tensor:
     """``<x_t, rows[indices[t, j]]>``: float32 ``[B, F * T, k]``. scales: what multiplies compressed rows."""
     (T, k), (N, D) = indices.shape[-2:], rows.shape[-2:]
     count = call.F * T
     out = call.scratch(call.B, count, k)
-    p, wide = plan("row_dot", call.device, D, x, rows), width(D, x, rows)
+    p, wide = plan("chosen_dots", call.device, D, x, rows), width(D, x, rows)
     block_t, block = p.config.block_t, min(p.config.block_n, triton.next_power_of_2(k))
     launch(
-        row_dot_kernel, call.B * triton.cdiv(count, block_t) * triton.cdiv(k, block),
+        chosen_dots_kernel, call.B * triton.cdiv(count, block_t) * triton.cdiv(k, block),
         call.rows(x), call.slots(rows), call.rows(indices), call.slot_numbers(scales), out,
         count, N, k, D, call.batches[1], T if call.F > 1 else None, plan=p, BLOCK_T=block_t, BLOCK_J=block,
         BLOCK_D=wide.block, D_STEPS=wide.steps,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .launch import launch, plan, width
 from .layout import Call, Gradient
-from .segments import Segments, row_dots
+from .segments import Segments, chosen_dots
 from .tiles import batch, decoded, put, tile, tokens
 
 
@@ -120,7 +120,7 @@ def sparse_read_backward(
     if d_values.wanted:
         Segments(call, indices, N).sum(d_values, call.token_view(weights, 1), d_read, 1.0)
     if d_weights.wanted:
-        d_weights.view.copy_(row_dots(call, d_read, values, indices).view(d_weights.view.shape))
+        d_weights.view.copy_(chosen_dots(call, d_read, values, indices).view(d_weights.view.shape))
     return d_values.result(), d_weights.result()
 
 
@@ -137,5 +137,5 @@ def sparse_read_compressed_backward(
     call.floats(d_read)
     d_weights = Gradient(call, weights, wants[0], "tokens", T, k)
     if d_weights.wanted:
-        d_weights.view.copy_(row_dots(call, d_read, values, indices, value_scale).view(d_weights.view.shape))
+        d_weights.view.copy_(chosen_dots(call, d_read, values, indices, value_scale).view(d_weights.view.shape))
     return d_weights.result()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .layout import Call, Gradient
-from .segments import Segments, row_dots
+from .segments import Segments, chosen_dots
 from .sparse_read import check_indices, gather
 from .topk_search import choice_gradients, search
 
@@ -125,7 +125,7 @@ def _score_gradient(
     p = call.token_view(weights, 1).reshape(shape)
     dp = torch.zeros(shape, device=call.device)
     if d_read is not None:
-        dp = row_dots(call, d_read, values, indices, value_scale)
+        dp = chosen_dots(call, d_read, values, indices, value_scale)
     if d_weights is not None:
         dp = dp + call.token_view(d_weights, 1).reshape(shape)
     return p, p * (dp - (p * dp).sum(-1, keepdim=True))
