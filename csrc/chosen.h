@@ -20,7 +20,7 @@ class ChosenGradient {
     if (argument == nullptr || !wanted) return;
     Sizes sizes;
     for (int64_t s : argument->sizes()) sizes.push_back(s);
-    tensor_ = mk::empty(sizes, argument->scalar_type());
+    tensor_ = mk::empty(sizes, argument->scalar_type(), false);
     out_.view = args.view(*tensor_, tail);
     out_.rows = 1;
     for (size_t d = 0; d + size_t(tail) - 1 < sizes.size(); ++d) out_.rows *= sizes[d];

@@ -2,10 +2,31 @@
 
 #include "binding.h"
 
-namespace mk {
+#if defined(__linux__)
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
 
-Tensor empty(const Sizes& sizes, ScalarType dtype) {
-  return torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(sizes.data(), sizes.size()), dtype);
+namespace mk {
+namespace {
+
+// Pages of a fresh result are made when they are first written, 4 KiB at a time: of a result of 256 MiB that takes as long as
+// writing it. Where the system leaves it to the program (transparent_hugepage: madvise) they can be 2 MiB large.
+void want_huge_pages([[maybe_unused]] char* data, [[maybe_unused]] size_t bytes) {
+#if defined(__linux__)
+  constexpr size_t kLarge = size_t(4) << 20;
+  if (bytes < kLarge) return;
+  const size_t page = size_t(sysconf(_SC_PAGESIZE)), gap = (page - reinterpret_cast<size_t>(data) % page) % page;
+  madvise(data + gap, (bytes - gap) / page * page, MADV_HUGEPAGE);  // a wish: refused, nothing changes
+#endif
+}
+
+}  // namespace
+
+Tensor empty(const Sizes& sizes, ScalarType dtype, bool whole) {
+  Tensor t = torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(sizes.data(), sizes.size()), dtype);
+  if (whole) want_huge_pages(static_cast<char*>(t.mutable_data_ptr()), size_t(t.numel()) * t.element_size());
+  return t;
 }
 
 void Place::enter(const char* op, const char* name, const Tensor& t) {

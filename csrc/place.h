@@ -17,8 +17,8 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Sizes = std::vector<int64_t>;
 
-// A fresh, uninitialised tensor on the device of the call.
-Tensor empty(const Sizes& sizes, ScalarType dtype);
+// A fresh, uninitialised tensor on the device of the call. `whole`: all of it will be written.
+Tensor empty(const Sizes& sizes, ScalarType dtype, bool whole = true);
 
 // Makes the device of the first tensor of a call the current one, until the call ends.
 class Place {

@@ -13,7 +13,7 @@ extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_inde
 
 namespace mk {
 
-Tensor empty(const Sizes& sizes, ScalarType dtype) {
+Tensor empty(const Sizes& sizes, ScalarType dtype, bool) {
   const torch::headeronly::IntHeaderOnlyArrayRef shape(sizes.data(), sizes.size());
 #ifdef MK_SIMT
   return torch::stable::empty(shape, dtype);
