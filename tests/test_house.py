@@ -71,8 +71,8 @@ def test_triton_kernels_never_import_memkernels():
 
 
 def test_import_is_fast():
-    """At most 0.3 s beyond torch, the median of three fresh processes."""
-    code = "import time, torch; t = time.perf_counter(); import memkernels; print(time.perf_counter() - t)"
+    """At most 0.3 s beyond torch, the median of three fresh processes; processor time, as other tests run beside it."""
+    code = "import time, torch; t = time.process_time(); import memkernels; print(time.process_time() - t)"
     seconds = [float(run_python(code).stdout) for _ in range(3)]
     assert statistics.median(seconds) <= 0.3, seconds
 

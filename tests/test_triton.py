@@ -239,6 +239,7 @@ print(read.sum().item(), next(b for b in backends.BACKENDS if b.name == "triton"
 MORE = (
     "softmax_read, few tokens",
     "gated_write, erase tensor, retained",
+    "gated_write, retained, few slots",
     "topk, k = 1000",
     "product_key_search, k = 300",
     "reads of float8 slots",
