@@ -1,8 +1,9 @@
 # The kernels: raw pointers only, one object library per instruction set. Sets KERNEL_OBJECTS and ISA_DEFINITIONS.
 file(GLOB KERNELS CONFIGURE_DEPENDS ${CMAKE_CURRENT_LIST_DIR}/cpu/*.cpp)
-# The lightest optimiser that costs no speed, measured on every hot-path op: the registers and unrolling are written out.
-# Baseline: -O1 compiles in half the time of -O2 and runs 0.74-1.08 of its time. AVX2: half of -O3's compile time, 0.83-1.03.
-# AVX-512 stays at -O3: -O2 takes 1.15 of its time in gated_write and in reads with few queries.
+# The lightest optimiser that costs no speed, by interleaved runs of reads, writes and searches with either library.
+# Baseline: -O1 compiles in half the time of -O2 and runs in 0.74-1.08 of its time. AVX2: -O2 with peeling, 0.83-1.03 of -O3.
+# AVX-512 stays at -O3: -O2 takes 1.15 times as long in gated_write and in reads with few queries; -O1 leaves small loops
+# rolled and takes 1.4-2 times as long there and with AVX2.
 set(ISA_baseline $<$<CONFIG:Release>:-O1>)
 set(ISAS baseline)
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")

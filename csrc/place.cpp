@@ -10,8 +10,8 @@
 namespace mk {
 namespace {
 
-// Pages of a fresh result are made when they are first written, 4 KiB at a time: of a result of 256 MiB that takes as long as
-// writing it. Where the system leaves it to the program (transparent_hugepage: madvise) they can be 2 MiB large.
+// Pages of a fresh result are made when they are first written, 4 KiB at a time (what that costs: bench/results/ladder.json).
+// Where the system leaves it to the program (transparent_hugepage: madvise) they can be 2 MiB large.
 void want_huge_pages([[maybe_unused]] char* data, [[maybe_unused]] size_t bytes) {
 #if defined(__linux__)
   constexpr size_t kLarge = size_t(4) << 20;

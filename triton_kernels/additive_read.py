@@ -29,7 +29,21 @@ from .launch import launch_in_parts, plan, width
 from .layout import Call, Gradient, precision
 from .score_gradients import from_scores, row_dots, shifted_lse
 from .softmax_read import finish_read, read_blocks
-from .tiles import LOG2E, columns, dots, open_slots, product, put, slot_block, slots, tile, token_block, tokens, weigh
+from .tiles import (
+    LOG2E,
+    columns,
+    dots,
+    open_slots,
+    product,
+    put,
+    slot_block,
+    slots,
+    tanh_slope,
+    tile,
+    token_block,
+    tokens,
+    weigh,
+)
 
 COLUMNS = 8  # of a tile in three dimensions
 GRADIENT_COLUMNS = 128  # of one program
@@ -40,15 +54,6 @@ def upright(rows, ok, D, start, BLOCK: tl.constexpr):
     """``tile`` with the columns first, float32: [BLOCK, rows]."""
     d = start + tl.arange(0, BLOCK)
     return tl.load(rows[None, :] + d[:, None], mask=(d < D)[:, None] & ok[None, :], other=0.0).to(tl.float32)
-
-
-@triton.jit
-def squash(x):
-    """tanh(x) and its derivative 1 - tanh(x)^2, which loses no digits where it is small."""
-    small = tl.exp2(tl.abs(x) * (-2.0 * LOG2E))
-    r = 1.0 / (1.0 + small)
-    h = (1.0 - small) * r
-    return tl.where(x >= 0, h, -h), 4.0 * small * r * r
 
 
 @triton.jit
@@ -65,7 +70,7 @@ def additive_scores(
     s = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
     for a in range(0, K, BLOCK_A):
         x = upright(q_rows, t_ok, K, a, BLOCK_A)[:, :, None] + upright(k_rows, ok, K, a, BLOCK_A)[:, None, :]
-        h, _ = squash(x)
+        h, _ = tanh_slope(x)
         s += tl.sum(h * vector(u, b, B1, a + tl.arange(0, BLOCK_A), K)[:, None, None], 0)
     return (s + bias[None, :]) * LOG2E
 
@@ -138,7 +143,7 @@ def additive_query_kernel(
         for c in range(CHUNKS):
             a = column + c * BLOCK_A
             k_a = tile(k_rows, ok, K, a, BLOCK_A).to(tl.float32)
-            _, slope = squash(k_a[:, :, None] + upright(q_rows, t_ok, K, a, BLOCK_A)[None, :, :])
+            _, slope = tanh_slope(k_a[:, :, None] + upright(q_rows, t_ok, K, a, BLOCK_A)[None, :, :])
             g = tl.sum(ds * slope, 0) * vector(u, b, B1, a + tl.arange(0, BLOCK_A), K)[:, None]
             acc += tl.where((own == c)[:, None, None], g[None, :, :], 0.0)
     a = column + own[:, None] * BLOCK_A + tl.arange(0, BLOCK_A)[None, :]
@@ -197,7 +202,7 @@ def additive_slot_kernel(
             for c in range(CHUNKS):
                 a = column + c * BLOCK_A
                 q_a = tile(q_rows, t_ok, K, a, BLOCK_A).to(tl.float32)
-                h, slope = squash(q_a[:, :, None] + upright(k_rows, ok, K, a, BLOCK_A)[None, :, :])
+                h, slope = tanh_slope(q_a[:, :, None] + upright(k_rows, ok, K, a, BLOCK_A)[None, :, :])
                 here = (own == c)[:, None, None]
                 if d_k is not None:
                     g = tl.sum(ds * slope, 0) * vector(u, b, B1, a + tl.arange(0, BLOCK_A), K)[:, None]

@@ -30,7 +30,7 @@ from .gated_scan import InitialGradient, initial_row
 from .launch import Plan, launch, plan
 from .layout import Call, Gradient, precision
 from .score_gradients import score_gradients
-from .tiles import LOG2E, product, put, sigmoid, slots, tile, tokens
+from .tiles import product, put, sigmoid, slots, tanh_slope, tile, tokens
 
 HELD = 256
 
@@ -66,14 +66,6 @@ def _scores(
     return zf, zi, zc
 
 
-@triton.jit
-def _tanh(x):
-    """tanh(x), and 1 - tanh(x)^2 without a difference of numbers near 1."""
-    e = tl.exp2(-2.0 * LOG2E * tl.abs(x))
-    c = (1.0 - e) / (1.0 + e)
-    return tl.where(x < 0, -c, c), 4.0 * e / ((1.0 + e) * (1.0 + e))
-
-
 @triton.jit(do_not_specialize=("first", "last"))  # one kernel for all launches along the tokens
 def cell_scan_kernel(
     x, w, h, out, first, last, streams, T, D, B1, parts, span, h_part,
@@ -98,7 +90,7 @@ def cell_scan_kernel(
             zf, zi, zc = _scores(
                 tokens(x, b, B1, at, T), before, ok, w, b, B1, column, D, BLOCK_D, BLOCK_K, PRECISION
             )  # fmt: skip
-            c, _ = _tanh(zc)
+            c, _ = tanh_slope(zc)
             state = sigmoid(zf) * tile(before, ok, D, column, BLOCK_D) + sigmoid(zi) * c
             put(after, ok, D, column, state, BLOCK_D)
             put(tokens(out, b, B1, at, T), ok, D, column, state, BLOCK_D)
@@ -121,7 +113,7 @@ def cell_gates_kernel(
     h_rows = tokens(before, b, B1, t, T)
     zf, zi, zc = _scores(tokens(x, b, B1, t, T), h_rows, ok, w, b, B1, column, D, BLOCK_D, BLOCK_K, PRECISION)
     f, i = sigmoid(zf), sigmoid(zi)
-    c, slope = _tanh(zc)
+    c, slope = tanh_slope(zc)
     h = tile(h_rows, ok, D, column, BLOCK_D).to(tl.float32)
     at = b.to(tl.int64) * rows + t
     put(dz + at * 3 * D, ok, D, column, h * f * sigmoid(-zf), BLOCK_D)

@@ -161,3 +161,11 @@ def sigmoid(x):
     """1 / (1 + exp(-x)); exact at infinities, and 1 - sigmoid(x) is sigmoid(-x)."""
     small = tl.exp2(-tl.abs(x) * LOG2E)
     return tl.where(x >= 0, 1.0 / (1.0 + small), small / (1.0 + small))
+
+
+@triton.jit
+def tanh_slope(x):
+    """tanh(x) and its derivative 1 - tanh(x)^2, which loses no digits where it is small."""
+    e = tl.exp2(tl.abs(x) * (-2.0 * LOG2E))
+    h = (1.0 - e) / (1.0 + e)
+    return tl.where(x < 0, -h, h), 4.0 * e / ((1.0 + e) * (1.0 + e))

@@ -9,7 +9,7 @@
 // seen depends on timing, the result does not (common/board.h). Ranges and blocks are visited in steps of the golden
 // section: scores that ascend with the index would otherwise pass every threshold.
 //
-// Without a threshold every score passes, and to offer one costs as much as to compare a hundred. So the scores of the
+// Without a threshold every score passes, and to offer one costs far more than to compare it. So the scores of the
 // first blocks wait until all are there; the best of each group of slots among them give the first threshold: where k
 // groups reach a bound, k slots do.
 #include "common/search.h"
