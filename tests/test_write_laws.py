@@ -216,3 +216,29 @@ def test_in_place_refuses_memory_that_overlaps_itself(backend):
     values, keys, query, write = case(B)
     with pytest.raises((RuntimeError, ValueError)):
         mk.gated_write_(values[:1].expand(B, N, V), keys, query, write, backend=backend)
+
+
+@pytest.mark.parametrize("erase", [1.0, 0.6])
+@pytest.mark.parametrize("with_retained", [False, True])
+def test_gradients_of_slots_that_forget_all_but_the_last_tokens(backend, erase, with_retained):
+    """Tokens whose every trace is gone may be left out; the first that leaves one needs what was there before it."""
+    tokens, slots = 500, 200
+    inputs = [randn(*shape, seed=i, dtype=torch.float32) for i, shape in enumerate([(slots, V), (slots, K), (tokens, K)])]
+    inputs.append(randn(tokens, V, seed=3, dtype=torch.float32))
+    mask = torch.zeros(slots)
+    mask[:64], mask[64:70], mask[150:] = 2, -8, -6  # a tile that forgets, one with six that do not, one without any
+    mask[5], mask[100] = torch.inf, -torch.inf
+    live = torch.rand(tokens, generator=torch.Generator().manual_seed(4)) > 0.2
+    d_new, d_retained = randn(slots, V, seed=5), randn(slots, seed=6)
+
+    def gradients(dtype, backend):
+        own = [x.to(dtype).requires_grad_() for x in (*inputs, mask)]
+        new, retained = mk.gated_write(
+            *own[:4], erase=erase, slot_mask=own[4], token_mask=live, return_retained=True, scale=0.5, backend=backend
+        )
+        loss = (new * d_new.to(dtype)).sum() + (retained * d_retained.to(dtype)).sum() * with_retained
+        return torch.autograd.grad(loss, own)
+
+    for got, want in zip(gradients(torch.float32, backend), gradients(torch.float64, "reference")):
+        assert torch.isfinite(want).all()
+        close(got.double() / want.abs().max(), want / want.abs().max(), 1e-5)

@@ -7,6 +7,10 @@
 // p runs forward over the tokens and R backward. A first sweep from the last token keeps R at the chunk boundaries, N T / 96
 // numbers; the second goes forward, panel by panel, and recomputes R inside a chunk. Nothing is divided by 1 - a. Slots are lanes.
 // Groups of slots are the tasks of a panel: each owns its dK and dV and a partial dq and dw, which are added in group order.
+//
+// Tokens before the first at which R of a tile of slots is above 0 have no gradient there and are left out. p then starts at 0
+// instead of the p of that token: dS changes by a[t] R[t0] / (1 - e a[t]) (1 - a[t]) p, and R[t0] is below the smallest number.
+// That holds for a sigmoid (which brings the factor 1 - a) and e up to 1.
 #include "common/write_tiles.h"
 
 namespace mk::MK_ISA {
@@ -48,6 +52,7 @@ class Batch {
     past_ = arena.take<F>(p_.N);
     dq_ = arena.take<F>(s.groups * s.panel * s.KP);
     dw_ = arena.take<F>(s.groups * s.panel * s.VP);
+    touched_ = arena.take<bool>(s.groups * s.panel / kChunkTokens);
     if (p_.gate != Gate::softmax) return;
     start_ = arena.take<F>(p_.N);
     delta_ = arena.take<F>(s.chunks * kChunkTokens);
@@ -55,7 +60,8 @@ class Batch {
   }
   static size_t bytes(const GatedWrite& p, const Shape<F>& s) {
     const int64_t softmax = p.gate == Gate::softmax ? p.N + s.chunks * kChunkTokens + s.groups * s.panel : 0;
-    return size_t((s.chunks + 2) * p.N + s.groups * s.panel * (s.KP + s.VP) + softmax + 128) * sizeof(F);
+    return size_t((s.chunks + 2) * p.N + s.groups * s.panel * (s.KP + s.VP) + softmax + 128) * sizeof(F) +
+           size_t(s.groups * s.panel / kChunkTokens);
   }
 
   void run() {
@@ -69,12 +75,10 @@ class Batch {
       const int64_t p0 = panel * s_.panel, pn = least(s_.panel, s_.tokens - p0);
       parallel(s_.groups, bytes, [&](int64_t g, char* memory) {
         FlushDenormals flush;
-        F* dq = dq_ + g * s_.panel * s_.KP;
-        F* dw = dw_ + g * s_.panel * s_.VP;
-        std::memset(dq, 0, size_t(s_.panel * s_.KP) * sizeof(F));
-        std::memset(dw, 0, size_t(s_.panel * s_.VP) * sizeof(F));
+        const Partial part{dq_ + g * s_.panel * s_.KP, dw_ + g * s_.panel * s_.VP, touched(g), nullptr};
+        std::memset(part.touched, 0, size_t(s_.panel / kChunkTokens));
         for (int64_t i = g * s_.group; i < least((g + 1) * s_.group, p_.N); i += kSlotTile<F>) {
-          sweep_forward(i, p0, pn, dq, dw, nullptr, Arena(memory));
+          sweep_forward(i, p0, pn, part, Arena(memory));
         }
       });
       reduce(p0, pn);
@@ -82,6 +86,14 @@ class Batch {
   }
 
  private:
+  // Of a group of slots and a panel of tokens: dq and dw, zero where a chunk was not `touched`; or only `deltas`.
+  struct Partial {
+    F *dq, *dw;
+    bool* touched;
+    F* deltas;
+  };
+  bool* touched(int64_t group) const { return touched_ + group * (s_.panel / kChunkTokens); }
+
   // delta_t = sum_i a da of a softmax, which every dS of the token needs: a sweep of its own.
   void sum_deltas(size_t bytes) {
     std::memcpy(start_, past_, size_t(p_.N) * sizeof(F));
@@ -92,7 +104,7 @@ class Batch {
         F* own = deltas_ + g * s_.panel;
         std::memset(own, 0, size_t(s_.panel) * sizeof(F));
         for (int64_t i = g * s_.group; i < least((g + 1) * s_.group, p_.N); i += kSlotTile<F>) {
-          sweep_forward(i, p0, pn, nullptr, nullptr, own, Arena(memory));
+          sweep_forward(i, p0, pn, {nullptr, nullptr, nullptr, own}, Arena(memory));
         }
       });
       for (int64_t t = 0; t < pn; ++t) {
@@ -176,7 +188,7 @@ class Batch {
   }
 
   // With `deltas`, only sums of a da are taken, and `past_` moves on.
-  void sweep_forward(int64_t first, int64_t p0, int64_t pn, F* dq, F* dw, F* deltas, Arena arena) {
+  void sweep_forward(int64_t first, int64_t p0, int64_t pn, const Partial& part, Arena arena) {
     constexpr int W = kLanes<F>;
     const auto key_buffers = Slots<F>::buffers(arena, kSlotTile<F>, p_.K, 0);
     const auto content_buffers = Slots<F>::buffers(arena, kSlotTile<F>, p_.V, p_.V);
@@ -194,6 +206,7 @@ class Batch {
     F* suffix = arena.take<F>(kSlotTile<F>);
     F* kept = arena.take<F>(kSlotTile<F>);  // d_retained * retained
     const F none[kChunkTokens] = {};
+    F* deltas = part.deltas;
     const TokenRows weights(b_.d_weights, p_.lead, batch_, p_.T);
     const Gate kind = gates_.kind;
     TokenChunk<F> chunk;
@@ -214,21 +227,35 @@ class Batch {
       }
     }
     std::memset(dk, 0, size_t(p_.K * L) * sizeof(F));
+    bool held = false;  // retained_i has a gradient: then every token that wrote has one
+    for (int64_t j = 0; j < L; ++j) held |= kept[j] != 0;
+    const bool forgets = kind == Gate::sigmoid && e >= 0 && e <= 1 && !held;
 
     for (int64_t t0 = p0; t0 < p0 + pn && block.n > 0; t0 += kChunkTokens) {
+      bool alive = !forgets;
+      for (int64_t j = 0; j < L; ++j) {
+        suffix[j] = j < block.n ? suffix_[(t0 / kChunkTokens + 1) * p_.N + first + j] : F(0);
+        alive |= suffix[j] != 0;
+      }
+      if (!alive) {
+        for (int64_t j = 0; j < L; ++j) past[j] = 0;
+        continue;
+      }
       source_.load(t0, least(kChunkTokens, p0 + pn - t0), token_buffers, chunk);
       if (chunk.n == 0) continue;
       const int64_t n = chunk.n;
       const F* delta = deltas != nullptr ? none : delta_ + t0;
-      for (int64_t j = 0; j < L; ++j)
-        suffix[j] = j < block.n ? suffix_[(t0 / kChunkTokens + 1) * p_.N + first + j] : F(0);
       lanes.gates(gates_, chunk, first, count, block, p_.K, A);
-      gemm(Gemm<F>{n, L, p_.V, chunk.write, chunk.ws, 1, U, L, D, L, false});
+      int64_t begin = forgets ? n : 0, begins[kSlotTile<F> / W] = {};  // of the tile, of a register: where R is not yet 0
       for (int64_t l = 0; l < L; l += W) {
-        const Vec<F> m = load<F>(lanes.mask + l), g = load<F>(kept + l);
+        const Vec<F> m = load<F>(lanes.mask + l);
         Vec<F> r = load<F>(suffix + l), a, keep;
         for (int64_t t = n; t-- > 0;) {
           const int64_t x = t * L + l;
+          if (forgets && !any<F>(r != F(0))) {
+            begins[l / W] = t + 1;
+            break;
+          }
           const Vec<F> gate = load<F>(A + x);
           open<F>(kind, gate, m, a, keep);
           store<F>(R + x, kind == Gate::sigmoid ? r * keep : r);  // of a sigmoid, R (1 - a) is the factor of dS
@@ -236,8 +263,16 @@ class Batch {
           store<F>(A + x, a * r);
           r *= left<F>(a, keep, e);
         }
-        Vec<F> p = load<F>(past + l), total = load<F>(dm + l);
-        for (int64_t t = 0; t < n; ++t) {
+        begin = least(begin, begins[l / W]);
+      }
+      gemm(Gemm<F>{n - begin, L, p_.V, chunk.write + begin * chunk.ws, chunk.ws, 1, U, L, D + begin * L, L, false});
+      for (int64_t l = 0; l < L; l += W) {
+        for (int64_t x = begin * L + l; x < begins[l / W] * L; x += L) {
+          store<F>(R + x, fill<F>(0)), store<F>(G + x, fill<F>(0)), store<F>(A + x, fill<F>(0));
+        }
+        const Vec<F> m = load<F>(lanes.mask + l), g = load<F>(kept + l);
+        Vec<F> p = begin + begins[l / W] > 0 ? fill<F>(0) : load<F>(past + l), total = load<F>(dm + l);
+        for (int64_t t = begin; t < n; ++t) {
           const int64_t x = t * L + l;
           Vec<F> gate = load<F>(G + x), keep, ds;
           if (kind == Gate::softmax) open<F>(kind, gate, m, gate, keep);
@@ -258,9 +293,18 @@ class Batch {
       }
       if (deltas != nullptr) continue;
       if (weights) write_weights<F>(weights, chunk, first, block.n, D, L);
-      if (b_.d_write) gemm(Gemm<F>{n, s_.VP, block.n, A, L, 1, content.keys, content.ks, dw + at * s_.VP, s_.VP, true});
-      if (b_.d_query) gemm(Gemm<F>{n, s_.KP, block.n, D, L, 1, block.keys, block.ks, dq + at * s_.KP, s_.KP, true});
-      if (b_.d_keys) gemm(Gemm<F>{p_.K, L, n, chunk.query, 1, chunk.qs, D, L, dk, L, true});
+      F *dq = part.dq + at * s_.KP, *dw = part.dw + at * s_.VP;
+      if (!part.touched[at / kChunkTokens]) {
+        part.touched[at / kChunkTokens] = true;
+        std::memset(dq, 0, size_t(n * s_.KP) * sizeof(F));
+        std::memset(dw, 0, size_t(n * s_.VP) * sizeof(F));
+      }
+      const int64_t m = n - begin;
+      const F *scaled = A + begin * L, *ds = D + begin * L, *query = chunk.query + begin * chunk.qs;
+      dq += begin * s_.KP, dw += begin * s_.VP;
+      if (b_.d_write) gemm(Gemm<F>{m, s_.VP, block.n, scaled, L, 1, content.keys, content.ks, dw, s_.VP, true});
+      if (b_.d_query) gemm(Gemm<F>{m, s_.KP, block.n, ds, L, 1, block.keys, block.ks, dq, s_.KP, true});
+      if (b_.d_keys) gemm(Gemm<F>{p_.K, L, m, query, 1, chunk.qs, ds, L, dk, L, true});
     }
 
     for (int64_t j = 0; j < block.n; ++j) past_[first + j] = past[j];
@@ -291,6 +335,7 @@ class Batch {
         if (!out) return;
         for (int64_t x = 0; x < width; ++x) sum[x] = 0;
         for (int64_t g = 0; g < s_.groups && live; ++g) {
+          if (!touched(g)[c]) continue;
           const F* part = parts + (g * s_.panel + j) * ld;
           for (int64_t x = 0; x < width; ++x) sum[x] += part[x];
         }
@@ -315,6 +360,7 @@ class Batch {
   Gates<F> gates_;
   Slots<F> keys_, content_;
   F *suffix_, *past_, *dq_, *dw_;
+  bool* touched_;
   F *start_ = nullptr, *delta_ = nullptr, *deltas_ = nullptr;  // of a softmax
 };
 
