@@ -84,7 +84,7 @@ inline void sum_block(const char* const* rows, const F* weights, int64_t n, int6
     const char* p = rows[j] + offset;
     const char* ahead = rows[j + kAhead] + offset;
 #pragma GCC unroll 16
-    for (int i = 0; i < NV * bytes; i += 64) __builtin_prefetch(ahead + i);
+    for (int i = 0; i < NV * bytes; i += 64) __builtin_prefetch(ahead + i, 0, 2);
     const Vec<F> w = fill<F>(weights[j]);
 #pragma GCC unroll 16
     for (int i = 0; i < NV; ++i) {
