@@ -23,14 +23,17 @@ struct SlotBlock {
 // scores in log2; 1 leaves them as they are.
 template <class F>
 class Slots {
+ public:
+  // Rows as they are stored.
   struct Source {
     const char* base = nullptr;
     DType dtype = DType::f32;
     int64_t stride = 0;
     RowScale scale;
+
+    const char* row(int64_t slot) const { return base + slot * stride; }
   };
 
- public:
   Slots(const SlotView& keys, const SlotView& values, const View& mask, const Lead& lead, int64_t batch, int64_t K,
         int64_t V, bool pad, double unit = kLog2e)
       : K_(K), V_(V), keys_(rows(keys, lead, batch)), values_(rows(values, lead, batch)), unit_(F(unit)), pad_(pad) {
@@ -84,8 +87,11 @@ class Slots {
            (values_.base == nullptr ? 0 : div_up(V_ * size_of(values_.dtype), 64));
   }
 
-  // Slots [first, first + count), count at most the block size of the buffers.
-  SlotBlock<F> load(int64_t first, int64_t count, const Buffers& b) const {
+  const Source& stored_keys() const { return keys_; }
+  const Source& stored_values() const { return values_; }
+
+  // Which of the slots [first, first + count) may be addressed, without their rows; count at most the block size of the buffers.
+  SlotBlock<F> list(int64_t first, int64_t count, const Buffers& b) const {
     SlotBlock<F> block;
     block.n = count;
     if (mask_ != nullptr) {
@@ -100,6 +106,11 @@ class Slots {
       block.mask = mask_dtype_ == DType::boolean ? nullptr : b.mask;
       block.which = n == count ? nullptr : b.which;
     }
+    return block;
+  }
+  // And with them.
+  SlotBlock<F> load(int64_t first, int64_t count, const Buffers& b) const {
+    SlotBlock<F> block = list(first, count, b);
     fetch(keys_, K_, first, block, b.keys, block.keys, block.ks);
     if (values_.base != nullptr) fetch(values_, V_, first, block, b.values, block.values, block.vs);
     return block;
