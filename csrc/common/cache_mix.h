@@ -18,6 +18,13 @@ inline void each_block(const char* row, DType dtype, int64_t n, F* buffer, Body&
   }
 }
 
+// Asks for what lies a page further on than n numbers in hand: hardware that follows a stream stops at the end of a page. Reading
+// the logits of cache_nll (T=256 W=32000, one core) takes 1.5 times as long without.
+template <class F>
+MK_INLINE void ask_for_next_page(const F* x, int n) {
+  for (int i = 0; i < n; i += 64 / int(sizeof(F))) __builtin_prefetch(reinterpret_cast<const char*>(x + i) + 4096);
+}
+
 // Register j of count numbers, -inf behind the last.
 template <class F>
 MK_INLINE Vec<F> load_or_least(const F* x, int64_t j, int64_t count) {
@@ -58,6 +65,7 @@ inline F row_lse(const char* row, DType dtype, int64_t n, F* buffer) {
   each_block<F>(row, dtype, n, buffer, [&](int64_t, const F* x, int64_t count) {
     int64_t j = 0;
     for (; j + 4 * W <= count; j += 4 * W) {
+      ask_for_next_page(x + j, 4 * W);
       const Vec<F> a = load<F>(x + j), b = load<F>(x + j + W), c = load<F>(x + j + 2 * W), d = load<F>(x + j + 3 * W);
       sums.meet(max<F>(max<F>(a, b), max<F>(c, d)));
       sums.l += (sums.term(a) + sums.term(b)) + (sums.term(c) + sums.term(d));

@@ -10,7 +10,7 @@
 
 namespace mk::MK_ISA {
 
-constexpr int64_t kAhead = 12;
+constexpr int64_t kAhead = 16;
 
 // Rows with weights, in the order in which they will be used. Room for `capacity` and the pointers that prefetching
 // runs into.

@@ -31,7 +31,7 @@ class Slots {
     int64_t stride = 0;
     RowScale scale;
 
-    const char* row(int64_t slot) const { return base + slot * stride; }
+    const char* row(int64_t slot) const { return base == nullptr ? nullptr : base + slot * stride; }
   };
 
   Slots(const SlotView& keys, const SlotView& values, const View& mask, const Lead& lead, int64_t batch, int64_t K,

@@ -117,12 +117,19 @@ inline void products_of(const char* const* rows, int64_t n, int64_t width, const
   const int64_t whole = width / W * W;
   for (int64_t j = 0; j < n; j += W) {
     Vec<F> acc[W];
-    const char* p[W];
+    const char *p[W], *ahead[W];
     for (int i = 0; i < W; ++i) {
       acc[i] = fill<F>(0);
       p[i] = rows[least(j + i, n - 1)];
+      ahead[i] = rows[least(j + W + i, n + kAhead - 1)];
     }
+    // A line of the next group for each line of this one: that is what a stream from memory keeps pace with.
+    constexpr int64_t step = 64 / kSize<D>;
     for (int64_t c = 0; c < whole; c += W) {
+      if (c % step == 0) {
+#pragma GCC unroll 16
+        for (int i = 0; i < W; ++i) __builtin_prefetch(ahead[i] + c * kSize<D>, 0, 2);
+      }
       const Vec<F> xv = load<F>(x + c);
 #pragma GCC unroll 16
       for (int i = 0; i < W; ++i) acc[i] += load_as<F, D>(p[i] + c * kSize<D>) * xv;

@@ -155,7 +155,7 @@ void rows(const SoftmaxRead& p, const Slots<F>& slots, const TokenRows& query, i
 template <class F>
 bool as_stored(const SoftmaxRead& p, int64_t tokens) {
   constexpr int64_t kTokens = 2;
-  return tokens <= kTokens && p.keys.dtype != kOwn<F> && (!p.values || p.values.dtype != kOwn<F>);
+  return tokens <= kTokens;
 }
 
 // Few tokens, rows as they are stored. Scales of rows go to the scores and to the weights.
@@ -167,8 +167,7 @@ void stored_rows(const SoftmaxRead& p, const Slots<F>& slots, const TokenRows& q
   F* q = arena.take<F>(n * KP);
   F* S = arena.take<F>(kSlotBlock);
   F* sum = arena.take<F>(VP);
-  const char** keys = arena.take<const char*>(kSlotBlock);
-  RowList<F> values = RowList<F>::take(arena, kSlotBlock);
+  RowList<F> keys = RowList<F>::take(arena, kSlotBlock), values = RowList<F>::take(arena, kSlotBlock);
   const auto buffers = Slots<F>::buffers(arena, kSlotBlock, 0, 0);
   const auto &key = slots.stored_keys(), &value = slots.stored_values();
   rows_query(query, 0, n, p.K, F(p.scale * kLog2e), q);
@@ -178,14 +177,12 @@ void stored_rows(const SoftmaxRead& p, const Slots<F>& slots, const TokenRows& q
   for (int64_t i = lo; i < hi; i += kSlotBlock) {
     const SlotBlock<F> block = slots.list(i, least(kSlotBlock, hi - i), buffers);
     if (block.n == 0) continue;
-    values.n = 0;
-    for (int64_t j = 0; j < block.n; ++j) {
-      keys[j] = key.row(i + block.place(j));
-      values.push(value.row(i + block.place(j)), F(0));
+    for (int64_t j = 0; j < block.n + kAhead; ++j) {
+      const int64_t slot = j < block.n ? i + block.place(j) : least(i + kSlotBlock + j - block.n, hi - 1);
+      keys.rows[j] = key.row(slot), values.rows[j] = value.row(slot);
     }
-    values.close();
     for (int64_t t = 0; t < n; ++t) {
-      row_products(key.dtype, keys, block.n, p.K, q + t * KP, S);
+      row_products(key.dtype, keys.rows, block.n, p.K, q + t * KP, S);
       for (int64_t j = 0; j < block.n; ++j) {
         S[j] = S[j] * key.scale.template at<F>(i + block.place(j)) + (block.mask == nullptr ? F(0) : block.mask[j]);
       }
@@ -216,7 +213,7 @@ void run(const SoftmaxRead& p) {
   Arena measure;
   Slots<F>::buffers(measure, kSlotBlock, p.K, p.V);
   measure.take<F>((Slots<F>::padded(p.K) + kSlotBlock) * lanes + Slots<F>::padded(p.K) + size + p.V + VP + kSlotBlock);
-  measure.take<const char*>(2 * kSlotBlock + kAhead);
+  for (int i = 0; i < 2; ++i) RowList<F>::take(measure, kSlotBlock);
   const size_t scratch = measure.used() + 8 * 64;
 
   auto finish_tile = [&](int64_t batch, int64_t tile, const Partial<F>* parts, F* row) {
