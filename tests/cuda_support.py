@@ -73,11 +73,13 @@ def grid(built: Path, op: str, dtypes: str = "float32", extent: str = "quick", *
 
 def asan_environment() -> dict[str, str]:
     """What a process needs that loads a library built under the address sanitizer."""
-    names = ("libasan.so", "libstdc++.so")  # with the C++ runtime, or the sanitizer has no throw to pass an exception on to
-    compiler = os.environ.get("CXX", "c++")
-    paths = [subprocess.run([compiler, f"-print-file-name={n}"], capture_output=True, text=True, check=True) for n in names]
+    # With the C++ runtime, or the sanitizer has no throw to pass an exception on to.
+    paths = []
+    for name in ("libasan.so", "libstdc++.so"):
+        command = [os.environ.get("CXX", "c++"), f"-print-file-name={name}"]
+        paths.append(subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip())
     return {
-        "LD_PRELOAD": " ".join(p.stdout.strip() for p in paths),
+        "LD_PRELOAD": " ".join(paths),
         # An allocation too large to have fails as it does without the sanitizer: torch raises.
         "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0:allocator_may_return_null=1",
     }

@@ -223,8 +223,8 @@ def test_in_place_refuses_memory_that_overlaps_itself(backend):
 def test_gradients_of_slots_that_forget_all_but_the_last_tokens(backend, erase, with_retained):
     """Tokens whose every trace is gone may be left out; the first that leaves one needs what was there before it."""
     tokens, slots = 500, 200
-    inputs = [randn(*shape, seed=i, dtype=torch.float32) for i, shape in enumerate([(slots, V), (slots, K), (tokens, K)])]
-    inputs.append(randn(tokens, V, seed=3, dtype=torch.float32))
+    shapes = [(slots, V), (slots, K), (tokens, K), (tokens, V)]
+    inputs = [randn(*shape, seed=i, dtype=torch.float32) for i, shape in enumerate(shapes)]
     mask = torch.zeros(slots)
     mask[:64], mask[64:70], mask[150:] = 2, -8, -6  # a tile that forgets, one with six that do not, one without any
     mask[5], mask[100] = torch.inf, -torch.inf

@@ -150,12 +150,13 @@ void rows(const SoftmaxRead& p, const Slots<F>& slots, const TokenRows& query, i
   }
 }
 
-// Is every row converted in registers, for every token again? For up to two tokens that is less work than a pass through a buffer:
-// K=V=128 T=1 N=2^14, one core: int8 46 -> 20 ns per slot, bfloat16 35 -> 22. Asking for rows ahead changed nothing.
+// Is every row converted in registers, for every token again? For up to two tokens that is less work than a pass through a buffer.
+// K=V=128 T=1, one core: N=2^14 int8 46 -> 20 ns per slot, bfloat16 35 -> 22; N=2^19 int8 59 -> 35, bfloat16 75 -> 54. Rows that need
+// no conversion gain nothing.
 template <class F>
 bool as_stored(const SoftmaxRead& p, int64_t tokens) {
   constexpr int64_t kTokens = 2;
-  return tokens <= kTokens;
+  return tokens <= kTokens && p.keys.dtype != kOwn<F> && (!p.values || p.values.dtype != kOwn<F>);
 }
 
 // Few tokens, rows as they are stored. Scales of rows go to the scores and to the weights.
