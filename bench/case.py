@@ -63,6 +63,8 @@ class Case:
     sample: (axis, count): the float64 check covers that many tokens ("T") or slots ("N"); None checks everything.
     check: replaces the comparison with the reference; ``check(inputs, d_output, outputs) -> error``.
     measure: ``"time"`` in seconds or ``"memory"`` in bytes.
+    in_place: the form of the op that writes into its first tensor is timed, without peers. ``make`` gives a memory of its
+        own, and numbers with which a second call changes nothing.
     """
 
     op: str
@@ -82,6 +84,7 @@ class Case:
     sample: tuple[str, int] | None = None
     check: Callable[..., float] | None = None
     measure: str = "time"
+    in_place: bool = False
     devices: tuple[str, ...] = ("cpu",)
 
     def title(self, sizes: Mapping[str, int]) -> str:

@@ -39,7 +39,8 @@ def function_of(op: str) -> Callable:
 
 def own(case: Case) -> Callable:
     """Like a function of a peer: tensors and options in, the call to time out."""
-    return lambda **arguments: functools.partial(function_of(case.op), **arguments)
+    function = getattr(mk, f"{case.op}_") if case.in_place else function_of(case.op)
+    return lambda **arguments: functools.partial(function, **arguments)
 
 
 def first(result: Tensor | tuple[Tensor, ...]) -> Tensor:

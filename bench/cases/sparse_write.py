@@ -1,4 +1,4 @@
-"""sparse_write: k = 8 slots of a large memory per token, which is copied (the form in place touches rows alone)."""
+"""sparse_write: k = 8 slots of a large memory per token. The memory is copied; in place it is not, whatever its size."""
 
 from __future__ import annotations
 
@@ -28,8 +28,59 @@ def flops(s):
 
 
 def forward_bytes(s, item):
-    """The copy, then every named row once in and once out."""
-    return 2 * s["N"] * s["V"] * item + s["T"] * (NEIGHBOURS * (2 * s["V"] * item + 8 + item) + s["V"] * item)
+    """The copy, then the named rows."""
+    return 2 * s["N"] * s["V"] * item + row_bytes(s, item)
+
+
+def row_bytes(s, item):
+    """Every named row once in and once out."""
+    return s["T"] * (NEIGHBOURS * (2 * s["V"] * item + 8 + item) + s["V"] * item)
+
+
+def make_in_place(sizes, dtype, device, seed):
+    """Gates of 1, so that what the first call writes the next writes again; slot i holds i, modulo a prime."""
+    inputs = make(sizes | {"N": NEIGHBOURS}, dtype, device, seed)
+    step = sizes["N"] // NEIGHBOURS
+    generator = torch.Generator(device=device).manual_seed(seed)
+    chosen = torch.randint(step, inputs["indices"].shape, device=device, generator=generator)
+    return inputs | {
+        "values": _numbered(sizes["N"], device).to(dtype).unsqueeze(-1).repeat(1, sizes["V"]),
+        "indices": chosen + step * torch.arange(NEIGHBOURS, device=device),
+        "weights": torch.ones_like(inputs["weights"]),
+    }
+
+
+def _numbered(slots, device):
+    return torch.arange(slots, device=device) % 8191
+
+
+def check_in_place(inputs, d_output, outputs) -> float:
+    """Every slot holds the content of the last token that named it, or its number."""
+    (values,), indices, write = outputs, inputs["indices"], inputs["write"]
+    token = torch.arange(len(indices), device=indices.device).repeat_interleave(NEIGHBOURS)
+    last = torch.full((len(values),), -1, device=indices.device).scatter_reduce_(0, indices.flatten(), token, "amax")
+    named = last >= 0
+    wrong = [(values[named] - write[last[named]]).abs().max()]
+    wrong += [
+        (part - n.unsqueeze(-1)).abs().max()
+        for part, n in zip(values[~named].split(1 << 18), _numbered(len(values), values.device)[~named].split(1 << 18))
+    ]
+    return float(torch.stack(wrong).max())
+
+
+def _in_place(n):
+    return Case(
+        op="sparse_write",
+        name="in place",
+        sizes={"T": 1024, "N": n, "V": 64},
+        quick={"T": 128, "N": 4096, "V": 64},
+        make=make_in_place,
+        flops=flops,
+        bytes=row_bytes,
+        shared=("values",),
+        check=check_in_place,
+        in_place=True,
+    )
 
 
 def _case(direction):
@@ -48,4 +99,4 @@ def _case(direction):
     )
 
 
-CASES = [_case("forward"), _case("backward")]
+CASES = [_case("forward"), _case("backward"), _in_place(1 << 16), _in_place(1 << 22)]

@@ -18,6 +18,8 @@ from ..case import Case
 def peers_of(case: Case, quick: bool) -> tuple[dict[str, Callable], dict[str, str]]:
     """Functions by peer name, and the reasons of the peers that cannot be imported."""
     found, missing = {}, {}
+    if case.in_place:
+        return found, missing
     for name in sorted(m.name for m in pkgutil.iter_modules(__path__)):
         try:
             module = importlib.import_module(f"{__name__}.{name}")
