@@ -63,8 +63,8 @@ class Case:
     sample: (axis, count): the float64 check covers that many tokens ("T") or slots ("N"); None checks everything.
     check: replaces the comparison with the reference; ``check(inputs, d_output, outputs) -> error``.
     measure: ``"time"`` in seconds or ``"memory"`` in bytes.
-    in_place: the form of the op that writes into its first tensor is timed, without peers. ``make`` gives a memory of its
-        own, and numbers with which a second call changes nothing.
+    in_place: the form of the op that writes into its first tensor is timed, without peers. ``make`` gives a memory
+        of its own, and numbers with which a second call changes nothing.
     """
 
     op: str

@@ -1,4 +1,4 @@
-"""sparse_write: k = 8 slots of a large memory per token. The memory is copied; in place it is not, whatever its size."""
+"""sparse_write: k = 8 slots of a large memory per token. The memory is copied; in place it is not."""
 
 from __future__ import annotations
 
