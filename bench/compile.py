@@ -195,5 +195,5 @@ def compiled(
 
 
 def _words(constants: dict) -> str:
-    told = ("BLOCK", "num_", "KIND", "GATE", "ERASE", "LIST", "PREC", "READ", "REVERSE", "MEASURE")
+    told = ("BLOCK", "num_", "maxnreg", "KIND", "GATE", "ERASE", "LIST", "PREC", "READ", "REVERSE", "MEASURE")
     return " ".join(f"{k.lower()}={v}" for k, v in constants.items() if k.startswith(told))

@@ -73,9 +73,12 @@ def grid(built: Path, op: str, dtypes: str = "float32", extent: str = "quick", *
 
 def asan_environment() -> dict[str, str]:
     """What a process needs that loads a library built under the address sanitizer."""
-    names = ("libasan.so", "libstdc++.so")  # with the C++ runtime, or the sanitizer has no throw to pass an exception on to
+    # With the C++ runtime, or the sanitizer has no throw to pass an exception on to.
+    names = ("libasan.so", "libstdc++.so")
     compiler = os.environ.get("CXX", "c++")
-    paths = [subprocess.run([compiler, f"-print-file-name={n}"], capture_output=True, text=True, check=True) for n in names]
+    paths = [
+        subprocess.run([compiler, f"-print-file-name={n}"], capture_output=True, text=True, check=True) for n in names
+    ]
     return {
         "LD_PRELOAD": " ".join(p.stdout.strip() for p in paths),
         # An allocation too large to have fails as it does without the sanitizer: torch raises.
