@@ -187,11 +187,15 @@ def compiled(
             for name, constants, build in found:
                 if build.key not in seen:
                     seen.add(build.key)
-                    packed = name in DECODING and one.name.startswith("reads of ")
-                    row = f"{ROWS[name]}_compressed" if packed else ROWS[name]
+                    row = compressed(name) if one.packed and name in DECODING else ROWS[name]
                     own = (row, arch, 8 * kind.itemsize, 64 if ROWS[name] in ONE_WIDTH else reach)
                     needs = known.get(build.key) or build.compile()
                     yield Compiled(build.key, name, arch, dtype, width, _words(constants), own, needs)
+
+
+def compressed(kernel: str) -> str:
+    """The row of the variant of a kernel of ``DECODING`` that reads compressed slots."""
+    return f"{ROWS[kernel]}_compressed"
 
 
 def _words(constants: dict) -> str:

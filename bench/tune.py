@@ -24,7 +24,7 @@ import torch
 from memkernels import _triton
 
 from .compilation import TARGETS
-from .compile import ROWS, compiled
+from .compile import DECODING, ROWS, compiled, compressed
 from .compile_check import WIDTHS, Record
 from .launches import Launch, launches
 from .timers import interleave
@@ -142,8 +142,9 @@ def measured(bits: Sequence[int], widths: Sequence[int]) -> None:
     major, minor = torch.cuda.get_device_capability()
     arch = configs.nearest(10 * major + minor)
     for b, w in itertools.product(bits, widths):
-        calls = [one for one in launches(torch.bfloat16 if b == 16 else torch.float32, w, "cuda") if one.main]
-        for kernel in dict.fromkeys(ROWS.values()):
+        every = tuple(launches(torch.bfloat16 if b == 16 else torch.float32, w, "cuda"))
+        for kernel in dict.fromkeys((*ROWS.values(), *map(compressed, DECODING))):
+            calls = [one for one in every if (one.packed if kernel.endswith("_compressed") else one.main)]
             key = (kernel, arch, b, w)
             present = configs.table()[key]
             best, time = present, seconds(calls)
