@@ -55,16 +55,18 @@ def put(key: tuple, config: configs.Config) -> None:
 
 
 def smaller(config: configs.Config, kernel: str) -> Iterator[configs.Config]:
-    """What to try where ``config`` does not fit: fewer stages, more warps, smaller blocks."""
+    """What to try where ``config`` does not fit: fewer stages, more warps or fewer, smaller blocks.
+
+    Fewer warps help where each of them holds the whole of an operand.
+    """
     tokens = dict.fromkeys(max(16, config.block_t // d) if config.block_t >= 16 else config.block_t for d in (1, 2, 4))
     slots = dict.fromkeys(max(16, config.block_n // d) if config.block_n >= 16 else config.block_n for d in (1, 2, 4))
     blocks = sorted(itertools.product(tokens, slots), key=lambda block: -block[0] * block[1])
     if kernel == "write_gradient":  # its tokens are a chunk, which sets how much memory the backward pass takes
         blocks = list(itertools.product(tokens, slots))
-    for t, n in blocks:
-        for warps in range(config.warps.bit_length() - 1, 5):
-            for stages in range(config.stages, 0, -1):
-                yield configs.Config(t, n, 1 << warps, stages, "arithmetic")
+    counts = (*(w for w in (1, 2, 4, 8, 16) if w >= config.warps), *(w for w in (8, 4) if w < config.warps))
+    for (t, n), warps, stages in itertools.product(blocks, counts, range(config.stages, 0, -1)):
+        yield configs.Config(t, n, warps, stages, "arithmetic")
 
 
 def arithmetic(archs: Sequence[str], bits: Sequence[int], widths: Sequence[int], only: tuple[str, ...]) -> bool:
@@ -102,9 +104,9 @@ def _fitted(
             if found.needs.spills and found.needs.registers < limit and not present.registers:
                 candidate = dataclasses.replace(present, registers=limit)  # ptxas had more, and spilled
             else:
-                following = untried.setdefault(key, iter(dict.fromkeys(smaller(present, key[0]))))
                 own = dataclasses.replace(present, registers=0)
-                candidate = next((c for c in following if c != own), None)
+                others = dict.fromkeys(c for c in smaller(own, key[0]) if c != own)
+                candidate = next(untried.setdefault(key, iter((*others, own))), None)  # none fits: as it was
             why = f"{found}: {', '.join(found.faults())}"
             if candidate is None or present.source == "measured":
                 print(f"no configuration fits: {why}", flush=True)
