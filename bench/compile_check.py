@@ -33,13 +33,16 @@ NEEDS = tuple(field.name for field in dataclasses.fields(Needs))
 
 
 class Record:
-    """What compilations needed, by their key: one line each, with the first class that launches it."""
+    """What compilations needed, by their key: one line each, with the first class that launches it.
+
+    classes: (dtype, width, architecture) of which everything is recorded, without a fault.
+    """
 
     def __init__(self) -> None:
-        self.triton, self.rows = "", {}
+        self.classes, self.rows = set(), {}
         if FILE.exists():
             head, *rows = map(json.loads, FILE.read_text().splitlines())
-            self.triton, self.rows = head["triton"], {row[0]: row for row in rows}
+            self.classes, self.rows = set(map(tuple, head["classes"])), {row[0]: row for row in rows}
 
     def needs(self) -> dict[str, Needs]:
         """Key -> what it needs."""
@@ -50,14 +53,16 @@ class Record:
         told = self.rows.get(one.key, [getattr(one, name) for name in TOLD])[: len(TOLD)]
         self.rows[one.key] = [*told, *dataclasses.astuple(one.needs)]
 
-    def drop(self, dtype: str, width: int, arch: str, launched: Container[str]) -> None:
-        """Forget what stands under this class and is not among ``launched``."""
-        self.rows = {k: row for k, row in self.rows.items() if row[2:5] != [arch, dtype, width] or k in launched}
+    def close(self, kind: tuple[str, int, str], launched: Container[str], faulty: bool) -> None:
+        """The whole of a class has been put: forget what stands under it and is not among ``launched``."""
+        place = [kind[2], kind[0], kind[1]]
+        self.rows = {k: row for k, row in self.rows.items() if row[2:5] != place or k in launched}
+        self.classes = self.classes - {kind} if faulty else self.classes | {kind}
 
     def write(self) -> None:
         """Lines in an order in which a changed kernel changes lines that stand together."""
         rows = sorted(self.rows.values(), key=lambda row: (row[1], row[2].zfill(3), *row[3:6], row[0]))
-        head = {"triton": triton.__version__, "columns": [*TOLD, *NEEDS]}
+        head = {"triton": triton.__version__, "columns": [*TOLD, *NEEDS], "classes": sorted(self.classes, key=str)}
         FILE.write_text("".join(json.dumps(line, separators=(",", ":")) + "\n" for line in (head, *rows)))
 
 
@@ -66,6 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--arch", nargs="+", choices=tuple(TARGETS), default=tuple(TARGETS))
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=DTYPES)
     parser.add_argument("--width", nargs="+", type=int, choices=WIDTHS, default=WIDTHS)
+    parser.add_argument("--recorded", action="store_true", help="instead: the classes of which all is recorded")
     parser.add_argument("--fresh", action="store_true", help="compile also what is recorded, and compare")
     parser.add_argument("--sample", type=int, default=0, metavar="N", help="the same for N that are recorded")
     parser.add_argument("--write", action="store_true", help="renew the record")
@@ -76,7 +82,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     again = set(keys if options.fresh else keys[:: max(1, len(keys) // options.sample)] if options.sample else ())
     known = {key: needs for key, needs in recorded.items() if key not in again}
     launched, kernels, failed, fresh = set(), set(), 0, 0
-    for dtype, width, arch in itertools.product(options.dtype, options.width, options.arch):
+    chosen = itertools.product(options.dtype, options.width, options.arch)
+    for dtype, width, arch in sorted(record.classes) if options.recorded else chosen:
+        before = failed
         for one in compiled(arch, dtype, width, known=known):
             faults = one.faults()
             if one.key not in known:
@@ -85,19 +93,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 if recorded.get(one.key, one.needs) != one.needs:
                     faults.append(f"recorded as {recorded[one.key]}")
                 print(one, flush=True)
-            if one.key not in launched and faults:
+            if faults:
                 failed += 1
                 print(f"FAILED {one}: {', '.join(faults)}", flush=True)
             launched.add(one.key)
             kernels.add(one.kernel)
             record.put(one)
         if options.write:
-            record.drop(dtype, width, arch, launched)
+            record.close((dtype, width, arch), launched, failed > before)
             record.write()
     for kernel in sorted(set(ROWS) - kernels):
         failed += 1
         print(f"FAILED {kernel}: nothing launches it")
-    print(f"{len(launched)} kernels, {fresh} of them compiled now, {failed} failed")
+    print(f"{len(launched)} kernels, {fresh} of them compiled now, {failed} faults")
     return 1 if failed or not launched else 0
 
 
