@@ -78,11 +78,6 @@ def memory_scan_kernel(
         put(slots(out, b, B1, n), exists, V, column, tl.where(ok[:, None], x, old), BLOCK_V)
 
 
-# Columns of keys and queries in a block where they go in several: a program keeps its tile of v in registers all along,
-# and has no room beside it for wider operands.
-SHORT = 32
-
-
 class Scan:
     """The arguments of one call, checked, and as the kernels take them."""
 
@@ -101,7 +96,6 @@ class Scan:
         self.values, self.scale, self.count = values, scale, call.F * T
         self.plan = plan("memory_scan", call.device, max(K, V), read_query, values)
         wide_k, wide_v = summed(K, read_query, values), width(V, read_query, values)
-        block_k = wide_k.block if wide_k.steps == 1 else min(SHORT, wide_k.block)
         self.blocks, self.columns = triton.cdiv(N, self.plan.config.block_n), triton.cdiv(V, wide_v.block)
         self.inner = T if call.F > 1 else None
         self.sources = (
@@ -110,7 +104,7 @@ class Scan:
         )  # fmt: skip
         self.constants = {
             "plan": self.plan, "READ_FIRST": read_first, "BLOCK_T": self.plan.config.block_t,
-            "BLOCK_N": self.plan.config.block_n, "BLOCK_K": block_k, "K_STEPS": triton.cdiv(K, block_k),
+            "BLOCK_N": self.plan.config.block_n, "BLOCK_K": wide_k.block, "K_STEPS": wide_k.steps,
             "BLOCK_V": wide_v.block, "PRECISION": precision(read_query, values),
         }  # fmt: skip
 
