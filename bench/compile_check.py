@@ -78,12 +78,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     record = Record()
     recorded = record.needs()
-    keys = sorted(recorded)
+    given = itertools.product(options.dtype, options.width, options.arch)
+    chosen = sorted(record.classes) if options.recorded else list(given)
+    keys = sorted(key for key, row in record.rows.items() if (row[3], row[4], row[2]) in chosen)
     again = set(keys if options.fresh else keys[:: max(1, len(keys) // options.sample)] if options.sample else ())
     known = {key: needs for key, needs in recorded.items() if key not in again}
     launched, kernels, failed, fresh = set(), set(), 0, 0
-    chosen = itertools.product(options.dtype, options.width, options.arch)
-    for dtype, width, arch in sorted(record.classes) if options.recorded else chosen:
+    for dtype, width, arch in chosen:
         before = failed
         for one in compiled(arch, dtype, width, known=known):
             faults = one.faults()
