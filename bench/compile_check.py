@@ -2,7 +2,7 @@
 
     python -m bench.compile_check                   # every architecture, dtype and width; compiles what is not recorded
     python -m bench.compile_check --arch 90 --dtype bfloat16 --width 64 128
-    python -m bench.compile_check --write           # the same, and renews the record
+    python -m bench.compile_check --recorded --write  # what the record has whole, and renews it
 
 A kernel fails that spills registers, asks for more shared memory than a block may have, or has no matrix instruction
 where it multiplies 16-bit (or TF32) matrices. Exit status 1 when one does. What a compilation needed is recorded in
@@ -54,10 +54,14 @@ class Record:
         self.rows[one.key] = [*told, *dataclasses.astuple(one.needs)]
 
     def close(self, kind: tuple[str, int, str], launched: Container[str], faulty: bool) -> None:
-        """The whole of a class has been put: forget what stands under it and is not among ``launched``."""
+        """The whole of a class has been put: forget what stands under it and is not among ``launched``.
+
+        A class that has a fault now stays among the classes, if it was: so it fails until it is mended.
+        """
         place = [kind[2], kind[0], kind[1]]
         self.rows = {k: row for k, row in self.rows.items() if row[2:5] != place or k in launched}
-        self.classes = self.classes - {kind} if faulty else self.classes | {kind}
+        if not faulty:
+            self.classes.add(kind)
 
     def write(self) -> None:
         """Lines in an order in which a changed kernel changes lines that stand together."""
