@@ -1,18 +1,14 @@
 """Compiles the Triton kernels that a call would launch, for an architecture, on a machine without a GPU.
 
 The launchers run on meta tensors. A stand-in for Triton's driver names the target, and every launch becomes a
-compilation with the very signature, constants and options that the launch would have. ``ptxas -v`` then tells what
-Triton does not: registers and spills.
+compilation with the very signature, constants and options that the launch would have.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
-import re
-import subprocess
-import tempfile
-from collections.abc import Iterator
+import types
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -20,10 +16,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+from .compilation import TARGETS, Build, Needs
 from .launches import launcher, launches
 
-# Architecture -> what ptxas calls it, and the shared memory that one block may have, in bytes.
-TARGETS = {"80": ("sm_80", 163 << 10), "90": ("sm_90a", 227 << 10), "100": ("sm_100a", 227 << 10)}
 # Kernel -> its row of the table of configurations.
 ROWS = {
     "additive_read_kernel": "additive_read",
@@ -74,6 +69,7 @@ ROWS = {
 ONE_WIDTH = ("topk_merge", "product_pairs", "cache_nll", "word_shares", "cache_logprobs")
 # Kernels whose variants for compressed slots have rows of their own.
 DECODING = ("softmax_read_kernel", "query_gradient_kernel", "topk_search_kernel")
+NOTHING: Mapping[str, Needs] = types.MappingProxyType({})
 # Rows of kernels with a matrix product, which 16-bit operands (and float32 ones as TF32) must do in the matrix unit.
 PRODUCTS = (
     *("additive_read", "additive_gradient"),
@@ -81,23 +77,20 @@ PRODUCTS = (
     *("softmax_norm", "write", "write_gradient", "write_scan", "topk_search"),
     *("cell_scan", "cell_gates", "memory_scan"),
 )
-INSTRUCTIONS = {"80": ("mma.sync",), "90": ("wgmma.mma_async", "mma.sync"), "100": ("tcgen05.mma", "mma.sync")}
 
 
 @dataclass(frozen=True)
 class Compiled:
     """One kernel as it would be launched, and what its machine code needs."""
 
+    key: str
     kernel: str
     arch: str
     dtype: str
     width: int
     constants: str
-    registers: int
-    spills: int
-    shared: int
-    matrix: str
     row: tuple[str, str, int, int]  # of the table of configurations
+    needs: Needs
 
     @property
     def multiplies(self) -> bool:
@@ -107,20 +100,20 @@ class Compiled:
 
     def faults(self) -> list[str]:
         """What must not be; empty when all is well."""
-        found = []
-        if self.spills:
-            found.append(f"{self.spills} bytes spilled")
+        found, needs = [], self.needs
+        if needs.spills:
+            found.append(f"{needs.spills} bytes spilled")
         limit = TARGETS[self.arch][1]
-        if self.shared > limit:
-            found.append(f"{self.shared} bytes of shared memory, above {limit}")
-        if self.multiplies and not self.matrix and self.dtype != "float32":
+        if needs.shared > limit:
+            found.append(f"{needs.shared} bytes of shared memory, above {limit}")
+        if self.multiplies and not needs.matrix and self.dtype != "float32":
             found.append("no matrix instruction")
         return found
 
     def __str__(self) -> str:
         what = f"sm_{self.arch} {self.dtype} {self.width} {self.kernel} ({self.constants})"
-        needs = f"{self.registers} registers, {self.shared} bytes shared, {self.matrix or 'no matrix instruction'}"
-        return f"{what}: {needs}"
+        n = self.needs
+        return f"{what}: {n.registers} registers, {n.shared} bytes shared, {n.matrix or 'no matrix instruction'}"
 
 
 class _Driver:
@@ -140,20 +133,26 @@ class _Driver:
 
 
 @contextlib.contextmanager
-def recording(arch: str, found: list) -> Iterator[None]:
-    """Inside, launches on any device compile for ``arch`` instead, into ``found``: (kernel, constants, compiled)."""
+def recording(arch: str, found: list[tuple[str, dict, Build]]) -> Iterator[None]:
+    """Inside, launches on any device are for ``arch`` and only noted: kernel, constants, what would be compiled."""
     launch = launcher("softmax_read").__globals__["launch"].__globals__
-    architecture, run = launch["architecture"], JITFunction.run
+    architecture, run, build = launch["architecture"], JITFunction.run, JITFunction._do_compile
 
-    def compile_only(self, *args, grid, warmup, **constants):
+    def note(self, *args, grid, warmup, **constants):
         found.append((self.__name__, constants, run(self, *args, grid=grid, warmup=True, **constants)))
 
+    def later(self, key, signature, device, constants, options, attributes, warmup):
+        # Triton keeps what this returns for the next launch of the same key.
+        kept, _, target, _, _ = self.device_caches[device]
+        kept[key] = Build(self, signature, constants, attributes, options, target)
+        return kept[key]
+
     triton.runtime.driver.set_active(_Driver(arch))
-    launch["architecture"], JITFunction.run = (lambda device: arch), compile_only
+    launch["architecture"], JITFunction.run, JITFunction._do_compile = (lambda device: arch), note, later
     try:
         yield
     finally:
-        launch["architecture"], JITFunction.run = architecture, run
+        launch["architecture"], JITFunction.run, JITFunction._do_compile = architecture, run, build
         triton.runtime.driver._active = None
 
 
@@ -167,8 +166,13 @@ def _precision(name: str) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def compiled(arch: str, dtype: str, width: int, only: tuple[str, ...] = ()) -> Iterator[Compiled]:
-    """Everything that ``launches`` (those named in ``only``, or all) run for one class. dtype: also ``"tf32"``."""
+def compiled(
+    arch: str, dtype: str, width: int, only: tuple[str, ...] = (), known: Mapping[str, Needs] = NOTHING
+) -> Iterator[Compiled]:
+    """Everything that ``launches`` (those named in ``only``, or all) launch for one class.
+
+    dtype: also ``"tf32"``. known: key of a build -> what it needs; others are compiled.
+    """
     kind = torch.float32 if dtype == "tf32" else getattr(torch, dtype)
     seen = set()
     with _precision("high" if dtype == "tf32" else "highest"):
@@ -180,33 +184,20 @@ def compiled(arch: str, dtype: str, width: int, only: tuple[str, ...] = ()) -> I
             found: list = []
             with recording(arch, found):
                 one.run()
-            for name, constants, kernel in found:
-                if kernel.hash not in seen:
-                    seen.add(kernel.hash)
-                    packed = name in DECODING and one.name.startswith("reads of ")
-                    row = f"{ROWS[name]}_compressed" if packed else ROWS[name]
+            for name, constants, build in found:
+                if build.key not in seen:
+                    seen.add(build.key)
+                    row = compressed(name) if one.packed and name in DECODING else ROWS[name]
                     own = (row, arch, 8 * kind.itemsize, 64 if ROWS[name] in ONE_WIDTH else reach)
-                    yield _read(arch, dtype, width, name, constants, kernel, own)
+                    needs = known.get(build.key) or build.compile()
+                    yield Compiled(build.key, name, arch, dtype, width, _words(constants), own, needs)
 
 
-@functools.lru_cache(maxsize=4096)
-def _report(arch: str, ptx: str) -> tuple[int, int]:
-    """Registers and bytes spilled."""
-    tool = triton.knobs.nvidia.ptxas_blackwell if int(arch) >= 100 else triton.knobs.nvidia.ptxas
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-        file.write(ptx)
-        file.flush()
-        command = [tool.path, "-v", f"-arch={TARGETS[arch][0]}", file.name, "-o", "/dev/null"]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", text))
-    return max(int(n) for n in re.findall(r"Used (\d+) registers", text)), spills
+def compressed(kernel: str) -> str:
+    """The row of the variant of a kernel of ``DECODING`` that reads compressed slots."""
+    return f"{ROWS[kernel]}_compressed"
 
 
-def _read(arch: str, dtype: str, width: int, name: str, constants: dict, kernel, row: tuple) -> Compiled:
-    ptx = kernel.asm["ptx"]
-    registers, spills = _report(arch, ptx)
-    matrix = next((word for word in INSTRUCTIONS[arch] if word in ptx), "")
-    told = ("BLOCK", "num_", "KIND", "GATE", "ERASE", "LIST", "PREC", "READ", "REVERSE", "MEASURE")
-    kept = {k: v for k, v in constants.items() if k.startswith(told)}
-    words = " ".join(f"{k.lower()}={v}" for k, v in kept.items())
-    return Compiled(name, arch, dtype, width, words, registers, spills, kernel.metadata.shared, matrix, row)
+def _words(constants: dict) -> str:
+    told = ("BLOCK", "num_", "maxnreg", "KIND", "GATE", "ERASE", "LIST", "PREC", "READ", "REVERSE", "MEASURE")
+    return " ".join(f"{k.lower()}={v}" for k, v in constants.items() if k.startswith(told))

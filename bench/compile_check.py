@@ -1,23 +1,73 @@
 """Compiles every Triton kernel and shipped configuration ahead of time and reads the report. Needs no GPU.
 
-    python -m bench.compile_check                   # every architecture, dtype and width; about an hour on one core
+    python -m bench.compile_check                   # every architecture, dtype and width; compiles what is not recorded
     python -m bench.compile_check --arch 90 --dtype bfloat16 --width 64 128
+    python -m bench.compile_check --recorded --write  # what the record has whole, and renews it
 
 A kernel fails that spills registers, asks for more shared memory than a block may have, or has no matrix instruction
-where it multiplies 16-bit (or TF32) matrices. Exit status 1 when one does. Triton keeps what it compiled by the hash of
-its source (TRITON_CACHE_DIR), so a second run is short.
+where it multiplies 16-bit (or TF32) matrices. Exit status 1 when one does. What a compilation needed is recorded in
+``bench/results/triton-compiled.jsonl`` by a hash of all that decides it (``bench.compilation``), so that a check takes
+a minute where nothing has changed; all of it compiled anew takes hours.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import itertools
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
-from .compile import TARGETS, compiled
+import triton
+
+from .compilation import TARGETS, Needs
+from .compile import ROWS, Compiled, compiled
+from .results import DIRECTORY
 
 DTYPES = ("bfloat16", "float16", "float32", "tf32")
 WIDTHS = (64, 128, 256, 512)
+FILE = DIRECTORY / "triton-compiled.jsonl"
+TOLD = ("key", "kernel", "arch", "dtype", "width", "constants")
+NEEDS = tuple(field.name for field in dataclasses.fields(Needs))
+
+
+class Record:
+    """What compilations needed, by their key: one line each, with the first class that launches it.
+
+    classes: (dtype, width, architecture) of which everything is recorded, without a fault.
+    """
+
+    def __init__(self) -> None:
+        self.classes, self.rows = set(), {}
+        if FILE.exists():
+            head, *rows = map(json.loads, FILE.read_text().splitlines())
+            self.classes, self.rows = set(map(tuple, head["classes"])), {row[0]: row for row in rows}
+
+    def needs(self) -> dict[str, Needs]:
+        """Key -> what it needs."""
+        return {key: Needs(*row[len(TOLD) :]) for key, row in self.rows.items()}
+
+    def put(self, one: Compiled) -> None:
+        """Keep ``one``, under the class that it has already, if any."""
+        told = self.rows.get(one.key, [getattr(one, name) for name in TOLD])[: len(TOLD)]
+        self.rows[one.key] = [*told, *dataclasses.astuple(one.needs)]
+
+    def close(self, kind: tuple[str, int, str], launched: Container[str], faulty: bool) -> None:
+        """The whole of a class has been put: forget what stands under it and is not among ``launched``.
+
+        A class that has a fault now stays among the classes, if it was: so it fails until it is mended.
+        """
+        place = [kind[2], kind[0], kind[1]]
+        self.rows = {k: row for k, row in self.rows.items() if row[2:5] != place or k in launched}
+        if not faulty:
+            self.classes.add(kind)
+
+    def write(self) -> None:
+        """Lines in an order in which a changed kernel changes lines that stand together."""
+        rows = sorted(self.rows.values(), key=lambda row: (row[1], row[2].zfill(3), *row[3:6], row[0]))
+        head = {"triton": triton.__version__, "columns": [*TOLD, *NEEDS], "classes": sorted(self.classes, key=str)}
+        FILE.write_text("".join(json.dumps(line, separators=(",", ":")) + "\n" for line in (head, *rows)))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,18 +75,43 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--arch", nargs="+", choices=tuple(TARGETS), default=tuple(TARGETS))
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=DTYPES)
     parser.add_argument("--width", nargs="+", type=int, choices=WIDTHS, default=WIDTHS)
+    parser.add_argument("--recorded", action="store_true", help="instead: the classes of which all is recorded")
+    parser.add_argument("--fresh", action="store_true", help="compile also what is recorded, and compare")
+    parser.add_argument("--sample", type=int, default=0, metavar="N", help="the same for N that are recorded")
+    parser.add_argument("--write", action="store_true", help="renew the record")
     options = parser.parse_args(arguments)
-    count = failed = 0
-    for dtype in options.dtype:
-        for width in options.width:
-            for arch in options.arch:
-                for one in compiled(arch, dtype, width):
-                    count += 1
-                    faults = one.faults()
-                    failed += bool(faults)
-                    print(f"{one}" + (f"  FAILED: {', '.join(faults)}" if faults else ""), flush=True)
-    print(f"{count} kernels compiled, {failed} failed")
-    return 1 if failed or not count else 0
+    record = Record()
+    recorded = record.needs()
+    given = itertools.product(options.dtype, options.width, options.arch)
+    chosen = sorted(record.classes) if options.recorded else list(given)
+    keys = sorted(key for key, row in record.rows.items() if (row[3], row[4], row[2]) in chosen)
+    again = set(keys if options.fresh else keys[:: max(1, len(keys) // options.sample)] if options.sample else ())
+    known = {key: needs for key, needs in recorded.items() if key not in again}
+    launched, kernels, failed, fresh = set(), set(), 0, 0
+    for dtype, width, arch in chosen:
+        before = failed
+        for one in compiled(arch, dtype, width, known=known):
+            faults = one.faults()
+            if one.key not in known:
+                fresh += 1
+                known[one.key] = one.needs
+                if recorded.get(one.key, one.needs) != one.needs:
+                    faults.append(f"recorded as {recorded[one.key]}")
+                print(one, flush=True)
+            if faults:
+                failed += 1
+                print(f"FAILED {one}: {', '.join(faults)}", flush=True)
+            launched.add(one.key)
+            kernels.add(one.kernel)
+            record.put(one)
+        if options.write:
+            record.close((dtype, width, arch), launched, failed > before)
+            record.write()
+    for kernel in sorted(set(ROWS) - kernels):
+        failed += 1
+        print(f"FAILED {kernel}: nothing launches it")
+    print(f"{len(launched)} kernels, {fresh} of them compiled now, {failed} faults")
+    return 1 if failed or not launched else 0
 
 
 if __name__ == "__main__":

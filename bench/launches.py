@@ -28,11 +28,15 @@ def launcher(operator: str) -> Callable:
 
 @dataclass(frozen=True)
 class Launch:
-    """One call. ``main``: the shape that a configuration is chosen for; others reach variants of the same kernels."""
+    """One call. ``main``: the shape that a configuration is chosen for; others reach variants of the same kernels.
+
+    packed: of compressed slots, whose kernels have rows of their own.
+    """
 
     name: str
     run: Callable[[], object]
     main: bool = False
+    packed: bool = False
 
 
 def launches(dtype: torch.dtype, width: int, device: str, tokens: int = TOKENS, slots: int = SLOTS) -> Iterator[Launch]:
@@ -254,8 +258,8 @@ def launches(dtype: torch.dtype, width: int, device: str, tokens: int = TOKENS, 
     yield Launch("slot_write, erase 0.5, few slots", given(tokens, FEW, 0.5))
     yield Launch("slot_write, erase tensor", given(tokens, slots // 16, vector))
     yield Launch("sparse_write, erase tensor", scatter(vector))
-    yield Launch("reads of int8 slots", compressed(torch.int8, tokens))
-    yield Launch("reads of float8 slots", compressed(torch.float8_e4m3fn, tokens))
+    yield Launch("reads of int8 slots", compressed(torch.int8, tokens), packed=True)
+    yield Launch("reads of float8 slots", compressed(torch.float8_e4m3fn, tokens), packed=True)
     yield Launch("product_key_search, k = 256", products(256))
     yield Launch("product_key_search, k = 300", products(300))
     yield Launch("topk, k = 8, few tokens", topk(FEW, slots, 8))

@@ -23,14 +23,16 @@ import torch
 
 from memkernels import _triton
 
-from .compile import ROWS, TARGETS, compiled
+from .compilation import TARGETS
+from .compile import DECODING, ROWS, compiled, compressed
+from .compile_check import WIDTHS, Record
 from .launches import Launch, launches
 from .timers import interleave
 
-WIDTHS = (64, 128, 256, 512)
 DTYPES = {16: ("bfloat16", "float16"), 32: ("float32", "tf32")}
 # Beside the main calls, what needs most registers.
 WORST = ("gated_write, erase 0.5, retained", "softmax_write, erase 0.5, retained", "topk, k = 128", "topk, k = 256")
+REGISTERS = 65536  # of one processor, for all threads of a block
 GAIN = 0.98  # a candidate replaces the present row when it takes less than this share of its time
 
 configs = importlib.import_module(f"{_triton.kernels().__name__}.configs")
@@ -38,10 +40,11 @@ configs = importlib.import_module(f"{_triton.kernels().__name__}.configs")
 
 def save() -> None:
     """Write the table, one row a line."""
-    rows = [
-        {"kernel": k, "arch": a, "bits": b, "width": w, **dataclasses.asdict(c)}
-        for (k, a, b, w), c in sorted(configs.table().items(), key=lambda row: (row[0][0], row[0][1].zfill(12), row[0]))
-    ]
+    rows = []
+    for (k, a, b, w), c in sorted(configs.table().items(), key=lambda row: (row[0][0], row[0][1].zfill(12), row[0])):
+        rows.append({"kernel": k, "arch": a, "bits": b, "width": w, **dataclasses.asdict(c)})
+        if not c.registers:
+            del rows[-1]["registers"]
     configs.TABLE.write_text("[\n" + ",\n".join(" " + json.dumps(row) for row in rows) + "\n]\n")
 
 
@@ -52,43 +55,58 @@ def put(key: tuple, config: configs.Config) -> None:
 
 
 def smaller(config: configs.Config, kernel: str) -> Iterator[configs.Config]:
-    """What to try where ``config`` does not fit: fewer stages, more warps, smaller blocks."""
+    """What to try where ``config`` does not fit: fewer stages, more warps or fewer, smaller blocks.
+
+    Fewer warps help where each of them holds the whole of an operand.
+    """
     tokens = dict.fromkeys(max(16, config.block_t // d) if config.block_t >= 16 else config.block_t for d in (1, 2, 4))
     slots = dict.fromkeys(max(16, config.block_n // d) if config.block_n >= 16 else config.block_n for d in (1, 2, 4))
     blocks = sorted(itertools.product(tokens, slots), key=lambda block: -block[0] * block[1])
     if kernel == "write_gradient":  # its tokens are a chunk, which sets how much memory the backward pass takes
         blocks = list(itertools.product(tokens, slots))
-    for t, n in blocks:
-        for warps in range(config.warps.bit_length() - 1, 5):
-            for stages in range(config.stages, 0, -1):
-                yield configs.Config(t, n, 1 << warps, stages, "arithmetic")
+    counts = (*(w for w in (1, 2, 4, 8, 16) if w >= config.warps), *(w for w in (8, 4) if w < config.warps))
+    for (t, n), warps, stages in itertools.product(blocks, counts, range(config.stages, 0, -1)):
+        yield configs.Config(t, n, warps, stages, "arithmetic")
 
 
 def arithmetic(archs: Sequence[str], bits: Sequence[int], widths: Sequence[int], only: tuple[str, ...]) -> bool:
     """Replace rows that do not compile well in the calls ``only`` (empty: all). True when none is left."""
     names = only or tuple(one.name for one in launches(torch.float32, 64, "meta"))
     stuck: set[tuple] = set()
+    record = Record()
     for b, w, arch in itertools.product(bits, widths, archs):
         untried: dict[tuple, Iterator] = {}
         for dtype in DTYPES[b][:1] if only else DTYPES[b]:
             # A row that one call needs smaller is smaller for all others too: until a whole round changes nothing.
-            while any(_fitted(name, arch, dtype, w, untried, stuck) for name in names):
+            while any(_fitted(name, arch, dtype, w, untried, stuck, record) for name in names):
                 save()
     return not stuck
 
 
-def _fitted(name: str, arch: str, dtype: str, width: int, untried: dict[tuple, Iterator], stuck: set[tuple]) -> bool:
+def _fitted(
+    name: str, arch: str, dtype: str, width: int, untried: dict[tuple, Iterator], stuck: set[tuple], record: Record
+) -> bool:
     """Replace the rows of one call until it compiles well or nothing smaller is left; whether any was replaced."""
     changed = False
     while True:
-        faulty = {found.row: found for found in compiled(arch, dtype, width, (name,)) if found.faults()}
+        faulty = {}
+        for found in compiled(arch, dtype, width, (name,), record.needs()):
+            record.put(found)
+            if found.faults():
+                faulty[found.row] = found
+        record.write()
         faulty = {key: found for key, found in faulty.items() if key not in stuck}
         if not faulty:
             return changed
         for key, found in faulty.items():
             present = configs.table()[key]
-            following = untried.setdefault(key, iter(dict.fromkeys(smaller(present, key[0]))))
-            candidate = next((c for c in following if c != present), None)
+            limit = min(255, REGISTERS // (32 * present.warps))
+            if found.needs.spills and found.needs.registers < limit and not present.registers:
+                candidate = dataclasses.replace(present, registers=limit)  # ptxas had more, and spilled
+            else:
+                own = dataclasses.replace(present, registers=0)
+                others = dict.fromkeys(c for c in smaller(own, key[0]) if c != own)
+                candidate = next(untried.setdefault(key, iter((*others, own))), None)  # none fits: as it was
             why = f"{found}: {', '.join(found.faults())}"
             if candidate is None or present.source == "measured":
                 print(f"no configuration fits: {why}", flush=True)
@@ -126,8 +144,9 @@ def measured(bits: Sequence[int], widths: Sequence[int]) -> None:
     major, minor = torch.cuda.get_device_capability()
     arch = configs.nearest(10 * major + minor)
     for b, w in itertools.product(bits, widths):
-        calls = [one for one in launches(torch.bfloat16 if b == 16 else torch.float32, w, "cuda") if one.main]
-        for kernel in dict.fromkeys(ROWS.values()):
+        every = tuple(launches(torch.bfloat16 if b == 16 else torch.float32, w, "cuda"))
+        for kernel in dict.fromkeys((*ROWS.values(), *map(compressed, DECODING))):
+            calls = [one for one in every if (one.packed if kernel.endswith("_compressed") else one.main)]
             key = (kernel, arch, b, w)
             present = configs.table()[key]
             best, time = present, seconds(calls)

@@ -22,21 +22,26 @@ WIDTHS = (64, 128, 256, 512)
 
 @dataclass(frozen=True)
 class Config:
-    """Tokens and slots of a block, warps of a program, stages of the software pipeline; how they were chosen."""
+    """Tokens and slots of a block, warps of a program, stages of the software pipeline; how they were chosen.
+
+    registers: what a thread may have, where ptxas by itself would rather spill a few bytes to fit one more block on a
+    processor; 0 leaves it to ptxas.
+    """
 
     block_t: int
     block_n: int
     warps: int
     stages: int
     source: str
+    registers: int = 0
 
 
 @functools.cache
 def table() -> dict[tuple[str, str, int, int], Config]:
     """(kernel, architecture, bits, width) -> configuration."""
     rows = json.loads(TABLE.read_text())
-    names = ("block_t", "block_n", "warps", "stages", "source")
-    return {(r["kernel"], r["arch"], r["bits"], r["width"]): Config(*(r[n] for n in names)) for r in rows}
+    key = ("kernel", "arch", "bits", "width")
+    return {tuple(r[k] for k in key): Config(**{k: v for k, v in r.items() if k not in key}) for r in rows}
 
 
 def nearest(capability: int) -> str:

@@ -87,7 +87,8 @@ class Plan:
 
     @property
     def options(self) -> dict[str, int]:
-        return {"num_warps": self.config.warps, "num_stages": self.config.stages}
+        limit = {"maxnreg": self.config.registers} if self.config.registers else {}
+        return {"num_warps": self.config.warps, "num_stages": self.config.stages, **limit}
 
     def cut(self, programs: int, size: int, block: int, least: int = 4) -> tuple[int, int]:
         """Parts of a loop over ``size`` in blocks so that ``programs`` fill the processors: their count and length.

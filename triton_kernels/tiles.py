@@ -107,10 +107,12 @@ def dots(x, x_rows, x_ok, y, y_rows, y_ok, D, BLOCK: tl.constexpr, STEPS: tl.con
     """<x_i, y_j> in float32: [x rows, y rows]. x, y: the first BLOCK columns, already loaded; the rest is read here."""
     acc = tl.zeros([x.shape[0], y.shape[0]], tl.float32)
     acc = product(x, tl.trans(y), acc, PRECISION)
-    for step in range(1, STEPS):
-        more_x = tile(x_rows, x_ok, D, step * BLOCK, BLOCK)
-        more_y = tile(y_rows, y_ok, D, step * BLOCK, BLOCK)
-        acc = product(more_x, tl.trans(more_y), acc, PRECISION)
+    if STEPS > 1:
+        # Up to D, not STEPS: a loop of known length is unrolled, and so many loads at once spill.
+        for step in range(1, tl.cdiv(D, BLOCK)):
+            more_x = tile(x_rows, x_ok, D, step * BLOCK, BLOCK)
+            more_y = tile(y_rows, y_ok, D, step * BLOCK, BLOCK)
+            acc = product(more_x, tl.trans(more_y), acc, PRECISION)
     return acc
 
 

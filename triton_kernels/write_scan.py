@@ -290,8 +290,12 @@ def backward(x: Write, values: Tensor, d_out: Tensor, d_retained: Tensor | None,
     if len(results) == 1:
         return tuple(results[0])
     d_values, d_keys, d_query, d_write, d_erase, d_mask = zip(*results)
-    joined = [torch.cat(d, -2) if d[0].dim() > 1 else d[0] for d in (d_values, d_keys)]
-    summed = [sum((g.float() for g in d[1:]), d[0].float()).to(d[0].dtype) for d in (d_query, d_write, d_erase)]
-    if x.gate == "given" and wants[2]:
-        summed[0] = torch.cat(d_query, -1)
-    return (*joined, *summed, torch.cat(d_mask, -1))
+
+    def join(parts: tuple, dim: int) -> Tensor:
+        return torch.cat(parts, dim) if parts[0].dim() > 1 else parts[0]  # a gradient that nobody wants is empty
+
+    def add(parts: tuple) -> Tensor:
+        return sum((g.float() for g in parts[1:]), parts[0].float()).to(parts[0].dtype)
+
+    of_query = join(d_query, -1) if x.gate == "given" else add(d_query)  # given weights lie along the slots
+    return join(d_values, -2), join(d_keys, -2), of_query, add(d_write), add(d_erase), torch.cat(d_mask, -1)

@@ -1,0 +1,126 @@
+"""One compilation of a Triton kernel: what it is known by, and what its machine code needs."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+import importlib
+import io
+import re
+import subprocess
+import sys
+import tempfile
+import textwrap
+import tokenize
+from dataclasses import dataclass
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITCallable
+
+from memkernels import _triton
+
+# Architecture -> what ptxas calls it, and the shared memory that one block may have, in bytes.
+TARGETS = {"80": ("sm_80", 163 << 10), "90": ("sm_90a", 227 << 10), "100": ("sm_100a", 227 << 10)}
+INSTRUCTIONS = {"80": ("mma.sync",), "90": ("wgmma.mma_async", "mma.sync"), "100": ("tcgen05.mma", "mma.sync")}
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What the machine code of one kernel takes, and its matrix instruction (or nothing)."""
+
+    registers: int
+    spills: int
+    shared: int
+    matrix: str
+
+
+@dataclass(frozen=True, eq=False)
+class Build:
+    """What a launch asks of Triton's compiler."""
+
+    function: JITCallable
+    signature: dict
+    constants: dict
+    attributes: dict
+    options: object
+    target: GPUTarget
+
+    @functools.cached_property
+    def key(self) -> str:
+        """The same wherever the same machine code would come out, and without compiling.
+
+        Triton's own key will not do for a file that is kept: it hashes the binary of the compiler, which differs by
+        platform and by version of Python, the line that a function starts at, and comments. Triton's version stands
+        for its compiler and for the ptxas and the libdevice (``extern_libs``, a path) that come with it.
+        """
+        options = {k: v for k, v in sorted(vars(self.options).items()) if k != "extern_libs"}
+        constants = {k: _text(v) for k, v in sorted(self.constants.items())}
+        parts = (triton.__version__, self.target, _text(self.function), self.signature, constants)
+        whole = repr((*parts, sorted(self.attributes.items()), options))
+        return hashlib.sha256(whole.encode()).hexdigest()[:16]
+
+    def compile(self) -> Needs:
+        """Compile it. Triton keeps the result on disk."""
+        source = ASTSource(self.function, self.signature, self.constants, self.attributes)
+        kernel = triton.compile(source, target=self.target, options=vars(self.options))
+        arch, ptx = str(self.target.arch), kernel.asm["ptx"]
+        matrix = next((word for word in INSTRUCTIONS[arch] if word in ptx), "")
+        return Needs(*_report(arch, ptx), kernel.metadata.shared, matrix)
+
+
+def _text(value) -> str:
+    return _sources()[value.__module__, value.__qualname__] if isinstance(value, JITCallable) else str(value)
+
+
+@functools.cache
+def _sources() -> dict[tuple[str, str], str]:
+    """Module and name of every function of the package -> hash of its code and of all that it calls.
+
+    By Triton's own search for what a function uses, on sources that say nothing of where they stand.
+    """
+    package = _triton.kernels()
+    for file in set(dict(package.names()).values()):
+        importlib.import_module(f"{package.__name__}.{file}")
+    functions = {
+        (f.__module__, f.__qualname__): f
+        for name in [n for n in sys.modules if n.startswith(f"{package.__name__}.")]
+        for f in vars(sys.modules[name]).values()
+        if isinstance(f, JITCallable) and f.__module__.startswith(f"{package.__name__}.")
+    }
+    before = {f: (f._src, f.starting_line_number, f.hash) for f in functions.values()}
+    try:
+        for f in functions.values():
+            f._src, f.starting_line_number, f.hash = _bare(f._src), 0, None
+        return {name: f.cache_key for name, f in functions.items()}
+    finally:
+        for f, (source, line, known) in before.items():
+            f._src, f.starting_line_number, f.hash = source, line, known
+
+
+def _bare(source: str) -> str:
+    """A function without its docstring, comments and empty lines."""
+    lines = textwrap.dedent(source).splitlines()
+    for token in tokenize.generate_tokens(io.StringIO("\n".join(lines)).readline):
+        if token.type == tokenize.COMMENT:
+            lines[token.start[0] - 1] = lines[token.start[0] - 1][: token.start[1]]
+    function = ast.parse(source).body[0]
+    if ast.get_docstring(function) is not None:
+        doc = function.body[0]
+        lines[doc.lineno - 1 : doc.end_lineno] = []
+    return "\n".join(line.rstrip() for line in lines if line.strip()) + "\n"
+
+
+@functools.lru_cache(maxsize=4096)
+def _report(arch: str, ptx: str) -> tuple[int, int]:
+    """Registers and bytes spilled."""
+    tool = triton.knobs.nvidia.ptxas_blackwell if int(arch) >= 100 else triton.knobs.nvidia.ptxas
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        command = [tool.path, "-v", f"-arch={TARGETS[arch][0]}", file.name, "-o", "/dev/null"]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", text))
+    return max(int(n) for n in re.findall(r"Used (\d+) registers", text)), spills

@@ -1,0 +1,94 @@
+"""What the compiler makes of every Triton kernel and configuration, for every architecture, on any machine.
+
+Every class of dtype, width and architecture that the record of ``python -m bench.compile_check`` has whole is compared
+with it by hash: only what has changed since is compiled here, and a few that have not, to prove the record. Under
+another version of Triton nothing can be compared: then every kernel is compiled in bfloat16 with rows of 64.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from support import ROOT
+
+triton = pytest.importorskip("triton")
+LINES = [json.loads(line) for line in (ROOT / "bench" / "results" / "triton-compiled.jsonl").read_text().splitlines()]
+HEAD, ROWS = LINES[0], [dict(zip(LINES[0]["columns"], line)) for line in LINES[1:]]
+RECORDED = HEAD["triton"] == triton.__version__
+SAMPLE = 6  # compiled again, spread over the record
+# Calls that launch the kernels which no main call does.
+MORE = (
+    "softmax_read, few tokens",
+    "gated_write, erase tensor, retained",
+    "gated_write, retained, few slots",
+    "topk, k = 1000",
+    "product_key_search, k = 300",
+    "reads of float8 slots",
+)
+
+
+def finished(*command: str) -> str:
+    """What a process without the interpreter printed; it must succeed."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    environment.pop("TRITON_INTERPRET", None)
+    command = (sys.executable, *command)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=5400, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.skipif(not RECORDED, reason=f"the record is of Triton {HEAD['triton']}")
+def test_recorded_kernels_need_no_spills_fit_shared_memory_and_use_the_matrix_unit():
+    assert {("bfloat16", 64, arch) for arch in ("80", "90", "100")} <= {tuple(kind) for kind in HEAD["classes"]}
+    finished("-m", "bench.compile_check", "--recorded", "--sample", str(SAMPLE))
+
+
+@pytest.mark.skipif(RECORDED, reason="the record has all of this")
+@pytest.mark.parametrize("arch", ["80", "90", "100"])
+def test_kernels_under_another_version_of_triton(arch):
+    code = """
+import sys
+import torch
+from bench.compile import ROWS, compiled
+from bench.launches import launches
+arch, *more = sys.argv[1:]
+names = (*(one.name for one in launches(torch.float32, 64, "meta") if one.main), *more)
+found = list(compiled(arch, "bfloat16", 64, names))
+faults = [f"{one}: {', '.join(one.faults())}" for one in found if one.faults()]
+assert not faults, "\\n".join(faults)
+rest = set(ROWS) - {one.kernel for one in found}
+assert not rest, rest
+"""
+    finished("-c", code, arch, *MORE)
+
+
+def test_the_read_multiplies_by_warp_groups_on_hopper():
+    reads = [row for row in ROWS if row["kernel"] == "softmax_read_kernel" and row["arch"] == "90"]
+    blocks = [row["matrix"] for row in reads if (row["dtype"], row["width"]) == ("bfloat16", 64)]
+    assert "wgmma.mma_async" in blocks
+
+
+def test_a_hash_knows_code_and_not_where_it_stands():
+    code = """
+import importlib, types
+from bench import compilation
+from memkernels import _triton
+
+tiles = importlib.import_module(f"{_triton.kernels().__name__}.tiles")
+options = types.SimpleNamespace(num_warps=4)
+key = lambda: compilation.Build(tiles.tile, {"rows": "*fp32"}, {}, {}, options, "sm_90").key
+first = key()
+for change, same in (
+    (lambda f: setattr(f, "starting_line_number", f.starting_line_number + 7), True),
+    (lambda f: f._unsafe_update_src(f.src.replace(":\\n", ":  # said\\n", 1)), True),
+    (lambda f: f._unsafe_update_src(f.src.replace("start +", "start -")), False),
+):
+    change(tiles.tile)
+    compilation._sources.cache_clear()
+    assert (key() == first) is same
+"""
+    finished("-c", code)
