@@ -113,3 +113,18 @@ def test_same_bits_in_every_run_and_order_and_wherever_the_memory_lies(op):
         assert done.returncode == 0, done.stderr[-4000:]
         found.append(json.loads(done.stdout.splitlines()[-1]))
     assert found[0] and all(other == found[0] for other in found[1:])
+
+
+FORGETTING = """
+import test_write_laws
+for erase in (1.0, 0.6):
+    for with_retained in (False, True):
+        test_write_laws.test_gradients_of_slots_that_forget_all_but_the_last_tokens("cuda", erase, with_retained)
+print("DONE")
+"""
+
+
+@pytest.mark.parametrize("sanitize", ["", pytest.param("address", marks=whole)])
+def test_gradients_of_slots_that_forget_all_but_the_last_tokens(sanitize):
+    done = on_host(library(sanitize), FORGETTING, **(asan_environment() if sanitize else {}))
+    assert done.returncode == 0 and done.stdout.split() == ["DONE"], done.stdout + done.stderr[-4000:]

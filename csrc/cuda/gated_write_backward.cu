@@ -10,7 +10,8 @@
 //
 // R runs from the last token to the first and p the other way. Two sweeps over the tokens, one block per 32 slots, keep both where
 // tiles of 32 tokens meet: 2 N T / 32 numbers. Every tile is then known by itself, and sums over slots and over tokens are taken as
-// in pairs.cu, each pass recomputing its tiles: no [T, N], one fixed order, nothing divided by 1 - a.
+// in pairs.cu, each pass recomputing its tiles: no [T, N], one fixed order, nothing divided by 1 - a. Tiles of which no trace is
+// left, because R is 0 behind them, are passed over.
 #include "cuda/gates.h"
 
 namespace mk::cuda {
@@ -50,6 +51,21 @@ MK_DEVICE void open_products(GateTile& tile, const Writing& w, const Gradients& 
   __syncthreads();
 }
 
+// Is any trace left of what tokens of tile n wrote into these slots? Begins and ends with a barrier.
+MK_DEVICE bool leaves_traces(GateTile& tile, const Writing& w, const Gradients& g, int64_t batch, int64_t n,
+                             int64_t i0) {
+  if (!w.forgets()) return true;
+  __syncthreads();  // the answer of before has been read
+  const int slot = int(threadIdx.x);
+  if (slot < kTile) {
+    const bool left = tile.open[slot] && g.lefts[between(g, w.pairs, batch, n, i0 + slot)] != 0;
+    const bool alive = __any_sync(kAllLanes, left);
+    if (slot == 0) tile.alive = alive;
+  }
+  __syncthreads();
+  return tile.alive;
+}
+
 // Keeps R and p between tiles, and writes dv.
 MK_KERNEL(kPairThreads) keep_between(MK_PARAM(Writing) w, MK_PARAM(Gradients) g) {
   GateTile& tile = *reinterpret_cast<GateTile*>(shared_memory());
@@ -60,9 +76,10 @@ MK_KERNEL(kPairThreads) keep_between(MK_PARAM(Writing) w, MK_PARAM(Gradients) g)
   __syncthreads();
   float left = 1;
   for (int64_t n = g.token_tiles; n-- > 0;) {
+    if (tid < kTile && tile.open[tid]) g.lefts[between(g, p, batch, n, first + tid)] = left;
+    if (!leaves_traces(tile, w, g, batch, n, first)) continue;
     open_gates(tile, w, batch, n * kTile, first, nullptr);
     if (tid >= kTile) continue;
-    if (tile.open[tid]) g.lefts[between(g, p, batch, n, first + tid)] = left;
     for (int t = kTile; t-- > 0;) left *= left_by(tile.pairs.w[t][tid], tile.pairs.ds[t][tid], w.erase_scale);
   }
   if (tid < kTile) tile.left[tid] = left;
@@ -86,6 +103,10 @@ MK_KERNEL(kPairThreads) keep_between(MK_PARAM(Writing) w, MK_PARAM(Gradients) g)
   __syncthreads();
   float share = tid < kTile ? tile.pairs.lse[tid] : 0.f;
   for (int64_t n = 0; n < g.token_tiles; ++n) {
+    if (!leaves_traces(tile, w, g, batch, n, first)) {
+      share = 0;
+      continue;
+    }
     open_products(tile, w, g, batch, n * kTile, first);
     if (tid >= kTile) continue;
     if (tile.open[tid]) g.shares[between(g, p, batch, n, first + tid)] = share;
@@ -169,6 +190,7 @@ write_by_tokens(MK_PARAM(Writing) w, MK_PARAM(Gradients) g, int64_t blocks, int6
     __syncthreads();  // the tile of before is no longer used
     find_open(tile.gates, w, batch, i0);
     __syncthreads();
+    if (!leaves_traces(tile.gates, w, g, batch, n, i0)) continue;
     weigh<false>(tile, w, g, batch, n, i0);
     point_open(tile.gates, w, batch, w.write, n * kTile, &rows, i0);
     if (mine) add_rows(of_query ? tile.ds : tile.w, tile.gates.pairs.b_rows, rows.dtype, column, acc);
@@ -193,6 +215,7 @@ MK_KERNEL(kPairThreads) write_by_slots(MK_PARAM(Writing) w, MK_PARAM(Gradients) 
   __syncthreads();
   float acc[kTile] = {}, total = 0;
   for (int64_t n = 0; n < g.token_tiles; ++n) {
+    if (!leaves_traces(tile.gates, w, g, batch, n, first)) continue;
     weigh<true>(tile, w, g, batch, n, first);
     point_open(tile.gates, w, batch, p.query, n * kTile, nullptr, first);
     if (mine) add_rows(tile.ds, tile.gates.pairs.a_rows, p.query.dtype, column, acc);

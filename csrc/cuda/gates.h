@@ -13,6 +13,11 @@ struct Writing {
   View write, erase, token_mask;
   float erase_scale;
   const SoftmaxRow<float>* softmax;  // of all tokens of all batches; null: the gates are no softmax
+
+  // May tokens be left out of the gradients of slots where no trace of them is left? (why: cpu/gated_write_backward.cpp)
+  MK_DEVICE bool forgets() const {
+    return !pairs.weights && softmax == nullptr && erase_scale >= 0 && erase_scale <= 1;
+  }
 };
 
 // The op that a launch belongs to.
