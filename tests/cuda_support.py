@@ -39,11 +39,11 @@ def ops() -> list[str]:
 
 
 @functools.cache
-def library(sanitize: str = "") -> Path:
-    """The kernels for the CPU. Built once, and again only where sources changed."""
+def library(sanitize: str = "", target: str = "memkernels_simt") -> Path:
+    """The kernels for the CPU, or another target. Built once, and again only where sources changed."""
     folder = ROOT / "build" / f"simt{'-' + sanitize if sanitize else ''}"
-    cmake(ROOT / "tests" / "simt", folder, "memkernels_simt", f"-DMEMKERNELS_SANITIZE={sanitize}")
-    return folder / NAME
+    cmake(ROOT / "tests" / "simt", folder, target, f"-DMEMKERNELS_SANITIZE={sanitize}")
+    return folder / (NAME if target == "memkernels_simt" else target)
 
 
 def broken(folder: Path, file: str, old: str, new: str, kernel: str, sanitize: str = "") -> Path:
@@ -73,9 +73,10 @@ def grid(built: Path, op: str, dtypes: str = "float32", extent: str = "quick", *
 
 def asan_environment() -> dict[str, str]:
     """What a process needs that loads a library built under the address sanitizer."""
-    names = ("libasan.so", "libstdc++.so")  # with the C++ runtime, or the sanitizer has no throw to pass an exception on to
+    names = ("libasan.so", "libstdc++.so")  # without the C++ runtime the sanitizer has no throw to pass an exception on to
     compiler = os.environ.get("CXX", "c++")
-    paths = [subprocess.run([compiler, f"-print-file-name={n}"], capture_output=True, text=True, check=True) for n in names]
+    commands = [[compiler, f"-print-file-name={n}"] for n in names]
+    paths = [subprocess.run(c, capture_output=True, text=True, check=True) for c in commands]
     return {
         "LD_PRELOAD": " ".join(p.stdout.strip() for p in paths),
         # An allocation too large to have fails as it does without the sanitizer: torch raises.
