@@ -73,7 +73,7 @@ def grid(built: Path, op: str, dtypes: str = "float32", extent: str = "quick", *
 
 def asan_environment() -> dict[str, str]:
     """What a process needs that loads a library built under the address sanitizer."""
-    names = ("libasan.so", "libstdc++.so")  # without the C++ runtime the sanitizer has no throw to pass an exception on to
+    names = ("libasan.so", "libstdc++.so")  # without the C++ runtime the sanitizer could pass no exception on
     compiler = os.environ.get("CXX", "c++")
     commands = [[compiler, f"-print-file-name={n}"] for n in names]
     paths = [subprocess.run(c, capture_output=True, text=True, check=True) for c in commands]

@@ -79,11 +79,11 @@ MK_DEVICE float power_of_two(float x) {
 }
 
 // d += a b for a tile of 16 rows and 8 columns, in the fragments of the PTX ISA. Depth 16 for 16-bit numbers, 8 for tf32. All lanes.
-#define MK_MMA(name, shape)                                                                              \
-  MK_DEVICE void name(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {                 \
-    asm("mma.sync.aligned." shape " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"     \
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                 \
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));                                 \
+#define MK_MMA(name, shape)                                                                          \
+  MK_DEVICE void name(float(&d)[4], const uint32_t(&a)[4], uint32_t b0, uint32_t b1) {               \
+    asm("mma.sync.aligned." shape " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                             \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));                             \
   }
 MK_MMA(mma_bf16, "m16n8k16.row.col.f32.bf16.bf16.f32")
 MK_MMA(mma_f16, "m16n8k16.row.col.f32.f16.f16.f32")

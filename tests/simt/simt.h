@@ -123,7 +123,9 @@ void wait_copies() {
   simt::wait(pending);
 }
 inline float power_of_two(float x) { return std::exp2(x); }
-inline uint32_t half_pair(float low, float high) { return uint32_t(half_from_float(high)) << 16 | half_from_float(low); }
+inline uint32_t half_pair(float low, float high) {
+  return uint32_t(half_from_float(high)) << 16 | half_from_float(low);
+}
 inline uint32_t bf16_pair(float low, float high) {
   auto bits = [](float x) -> uint32_t {
     const uint32_t u = std::bit_cast<uint32_t>(x);
