@@ -11,7 +11,8 @@
 #else
 #include <cuda_runtime.h>
 // Two blocks to a processor is the least asked for: without a number the compiler keeps registers so few that it spills.
-#define MK_KERNEL(threads) __global__ void __launch_bounds__(threads, 2)
+#define MK_KERNEL(threads) MK_KERNEL_BLOCKS(threads, 2)
+#define MK_KERNEL_BLOCKS(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 #define MK_PARAM(T) const __grid_constant__ T
 #define MK_DEVICE __device__ __forceinline__
 #endif

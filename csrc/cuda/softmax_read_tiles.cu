@@ -3,7 +3,7 @@
 // A block of four warps has 64 tokens, 16 to a warp, up to 128 value columns and a range of slots in tiles of S. Rows of keys (in
 // parts of 128 columns) and of values take turns in two buffers: one is on its way by cp.async while the other is multiplied. Scores
 // stay in registers, where they become p = exp(s - m) and the left side of the second product. Queries stay in registers too where
-// they are 16-bit and one part wide, otherwise in shared memory.
+// they and the values are 16-bit and they are one part wide, otherwise in shared memory.
 //
 // Scores are natural, not in base 2: what is far from 0 would lose digits that lse needs. Sums l are taken before p is rounded to 16
 // bits, because lse is float32 whatever the dtype; the roundings of p average out in the read. For float16 p is 2^15 times as
@@ -37,72 +37,90 @@ using Arithmetic = std::conditional_t<std::is_same_v<X, W>, X, tf32>;
 template <class W>
 constexpr int kSlots = 128 / int(sizeof(W));
 
+// Whether queries may lie in registers: of float32 there are too many, and beside float32 values it is not worth one more kernel.
+template <class X, class W>
+constexpr bool kMayHold = sizeof(X) == 2 && sizeof(W) == 2;
+
+// What a block keeps in shared memory beside rows, because registers are short: where it is in the call, where the memory of its batch
+// is, and what the mask adds to the scores of the tile.
+template <int S>
+struct alignas(16) Shared {
+  int64_t t0, batch, split, column0;  // the first token, of the batch; the range of slots; the first value column
+  int64_t end;                        // no slot from here on
+  int columns;                        // of values
+  const char *keys, *values, *mask;
+  float added[S];
+};
+
 // `held`: queries lie in registers.
 template <class X, class W, bool held>
-MK_KERNEL(kThreads)
+MK_KERNEL_BLOCKS(kThreads, 3)
 read_tiles(MK_PARAM(Tiling) r) {
   using M = Arithmetic<X, W>;
   constexpr int S = kSlots<W>;
   constexpr float kLift = std::is_same_v<M, f16> ? 15 : 0;
   const SoftmaxRead& p = r.p;
   const int tid = int(threadIdx.x), lane = tid % 32, warp = tid / 32;
-  int64_t at = blockIdx.x;
-  const int64_t t0 = at % r.tiles * kTokens;
-  at /= r.tiles;
-  const int value_block = int(at % r.value_blocks);
-  at /= r.value_blocks;
-  const int64_t split = at % r.ranges.splits, batch = at / r.ranges.splits, tokens = p.lead.folded() * p.T;
-  const int64_t begin = split * r.ranges.split_rows, end = least(p.N, begin + r.ranges.split_rows);
-  const int64_t column0 = int64_t(value_block) * r.width;
-  const int columns = int(least(r.width, p.V - column0));
-  const bool busy = t0 + warp * 16 < tokens;  // this warp has a token
-
-  auto* added = reinterpret_cast<float*>(shared_memory());  // what the mask adds: [2][S], of this tile and the next
-  char* buffers = reinterpret_cast<char*>(added + 2 * S);
+  Shared<S>& block = *reinterpret_cast<Shared<S>*>(shared_memory());
+  char* buffers = shared_memory() + sizeof(Shared<S>);
   char* queries = held ? buffers : buffers + kBuffers * r.buffer_bytes;
-  const char* keys = p.keys.batch(p.lead, batch);
-  const char* values = columns > 0 ? p.values.batch(p.lead, batch) + column0 * int64_t(sizeof(W)) : nullptr;
-  const char* mask = p.mask ? p.mask.batch(p.lead, batch) : nullptr;
+  if (tid == 0) {
+    int64_t at = blockIdx.x;
+    block.t0 = at % r.tiles * kTokens;
+    at /= r.tiles;
+    block.column0 = at % r.value_blocks * r.width;
+    at /= r.value_blocks;
+    block.split = at % r.ranges.splits, block.batch = at / r.ranges.splits;
+    block.end = least(p.N, (block.split + 1) * r.ranges.split_rows);
+    block.columns = int(least(r.width, p.V - block.column0));
+    block.keys = p.keys.batch(p.lead, block.batch);
+    block.values = p.V > 0 ? p.values.batch(p.lead, block.batch) + block.column0 * int64_t(sizeof(W)) : nullptr;
+    block.mask = p.mask ? p.mask.batch(p.lead, block.batch) : nullptr;
+  }
+  __syncthreads();
+  const bool busy = block.t0 + warp * 16 < p.lead.folded() * p.T;  // this warp has a token
 
-  // Rows are asked for in the order in which they are used: the key parts of a tile, then its values.
-  int64_t asked = begin;
-  int asked_part = 0, asked_buffer = 0, asked_tile = 0;
-  auto ask = [&] {
-    if (asked < end) {
-      char* buffer = buffers + asked_buffer * r.buffer_bytes;
-      if (asked_part < r.key_parts) {
-        const char* from = keys + asked_part * kColumns * int64_t(sizeof(X));
-        copy_rows<X, kThreads>(S, least(kColumns, p.K - asked_part * kColumns), r.key_packs, keys, buffer, r.key_pitch,
-                               [&](int i) { return asked + i < end ? from + (asked + i) * p.keys.row : nullptr; });
-        if (asked_part == 0 && tid < S) {
-          added[asked_tile * S + tid] = asked + tid < end ? mask_at(p.mask, mask, asked + tid) : -kInfinity;
-        }
-      } else {
-        copy_rows<W, kThreads>(S, columns, r.value_packs, values, buffer, r.value_pitch, [&](int i) {
-          const bool open = asked + i < end && mask_at(p.mask, mask, asked + i) != -kInfinity;
-          return open ? values + (asked + i) * p.values.row : nullptr;
-        });
+  // Rows take turns in the buffers: the key parts of a tile, then its values. Each is asked for one step ahead.
+  int turn = 0;
+  auto ask_keys = [&](int64_t first, int part) {
+    const int64_t end = block.end;
+    if (first < end) {
+      const char* from = block.keys + part * kColumns * int64_t(sizeof(X));
+      copy_rows<X, kThreads>(S, least(kColumns, p.K - part * kColumns), r.key_packs, from,
+                             buffers + turn * r.buffer_bytes, r.key_pitch,
+                             [&](int i) { return first + i < end ? from + (first + i) * p.keys.row : nullptr; });
+      if (part == 0 && tid < S) {
+        block.added[tid] = first + tid < end ? mask_at(p.mask, block.mask, first + tid) : -kInfinity;
       }
     }
     commit_copies();
-    asked_buffer ^= 1;
-    if (++asked_part == r.key_parts + (columns > 0 ? 1 : 0)) asked_part = 0, asked += S, asked_tile ^= 1;
+    turn ^= 1;
   };
-  // Waits for the rows that were asked for last, asks for the next, and says where they are.
-  int buffer_index = 0;
-  auto next_rows = [&]() -> const char* {
+  auto ask_values = [&](int64_t first) {
+    const char *values = block.values, *mask = block.mask;
+    const int64_t end = block.end;
+    copy_rows<W, kThreads>(S, block.columns, r.value_packs, values, buffers + turn * r.buffer_bytes, r.value_pitch,
+                           [&](int i) {
+                             const bool open = first + i < end && mask_at(p.mask, mask, first + i) != -kInfinity;
+                             return open ? values + (first + i) * p.values.row : nullptr;
+                           });
+    commit_copies();
+    turn ^= 1;
+  };
+  // Waits for the rows asked for last; their buffer. The other one is free for the next to ask.
+  auto arrived = [&]() -> const char* {
     wait_copies<0>();
-    __syncthreads();  // they are there for all threads, and the other buffer is free
-    ask();
-    const char* buffer = buffers + buffer_index * r.buffer_bytes;
-    buffer_index ^= 1;
-    return buffer;
+    __syncthreads();
+    return buffers + (turn ^ 1) * r.buffer_bytes;
   };
 
-  char* query_base = p.query.batch(p.lead, batch);
-  copy_rows<X, kThreads>(kTokens, p.K, r.query_packs, query_base, queries, r.query_pitch, [&](int i) -> const char* {
-    return t0 + i < tokens ? token_row(p.query, p.lead, query_base, p.T, t0 + i) : nullptr;
-  });
+  {
+    const int64_t t0 = block.t0, tokens = p.lead.folded() * p.T;
+    char* base = p.query.batch(p.lead, block.batch);
+    copy_rows<X, kThreads>(kTokens, p.K, r.query_packs, base, queries, r.query_pitch, [&](int i) -> const char* {
+      return t0 + i < tokens ? token_row(p.query, p.lead, base, p.T, t0 + i) : nullptr;
+    });
+  }
   const char* own_queries = queries + warp * 16 * r.query_pitch;
   Left<X> q[held ? kColumns * int(sizeof(X)) / 32 : 1];
   if constexpr (held) {
@@ -115,16 +133,18 @@ read_tiles(MK_PARAM(Tiling) r) {
     }
     __syncthreads();  // the buffers are free
   }
-  ask();
+  const int64_t begin = block.split * r.ranges.split_rows;
+  ask_keys(begin, 0);
 
   float m[2] = {-kInfinity, -kInfinity}, l[2] = {}, acc[kColumns / 8][4] = {};
-  int tile = 0;
-  for (int64_t first = begin; first < end; first += S, tile ^= 1) {
+  for (int64_t first = begin; first < block.end; first += S) {
     float s[S / 8][4];
     {
       Sums<X> sums[S / 8];
-      for (int part = 0; part < r.key_parts; ++part) {
-        const char* buffer = next_rows();
+      for (int part = 0; part < (held ? 1 : r.key_parts); ++part) {
+        const char* buffer = arrived();
+        if (held || part + 1 == r.key_parts) ask_values(first);
+        else ask_keys(first, part + 1);
         if (!busy) continue;
         auto multiply = [&](const Left<X>& a, int step) {
 #pragma unroll
@@ -153,7 +173,7 @@ read_tiles(MK_PARAM(Tiling) r) {
       for (int n = 0; n < S / 8; ++n) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const float extra = added[tile * S + n * 8 + lane % 4 * 2 + i % 2];
+          const float extra = block.added[n * 8 + lane % 4 * 2 + i % 2];
           s[n][i] = extra == -kInfinity ? -kInfinity : float(p.scale) * sums[n][i] + extra;
         }
       }
@@ -180,13 +200,14 @@ read_tiles(MK_PARAM(Tiling) r) {
         }
       }
     }
-    if (columns <= 0) continue;
     Left<M> weights[kSteps];
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) weights[step] = weights_left<M>(s, step);
 
-    const char* buffer = next_rows();
+    const char* buffer = arrived();
+    ask_keys(first + S, 0);
     if (!busy) continue;
+    const int columns = block.columns;
 #pragma unroll
     for (int c = 0; c < kColumns / 16; ++c) {
       if (c * 16 >= columns) break;
@@ -207,15 +228,21 @@ read_tiles(MK_PARAM(Tiling) r) {
   }
   wait_copies<0>();
 
+  const int64_t tokens = p.lead.folded() * p.T, rows = r.ranges.rows, split = block.split, batch = block.batch;
+  const int64_t column0 = block.column0;
+  const int columns = block.columns;
   constexpr float kDrop = 1 / float(1 << int(kLift));
 #pragma unroll
   for (int row = 0; row < 2; ++row) {
-    float sum = l[row] * kDrop;
-    sum += __shfl_xor_sync(kAllLanes, sum, 1);
-    sum += __shfl_xor_sync(kAllLanes, sum, 2);
-    const int64_t t = t0 + warp * 16 + row * 8 + lane / 4;
+    l[row] += __shfl_xor_sync(kAllLanes, l[row], 1);
+    l[row] += __shfl_xor_sync(kAllLanes, l[row], 2);
+  }
+#pragma unroll
+  for (int row = 0; row < 2; ++row) {
+    const float sum = l[row] * kDrop;
+    const int64_t t = block.t0 + warp * 16 + row * 8 + lane / 4;
     if (t >= tokens) continue;
-    const int64_t token = batch * tokens + t, rows = r.ranges.rows;
+    const int64_t token = batch * tokens + t;
     float* part = r.ranges.partial == nullptr ? nullptr : r.ranges.partial + (split * rows + token) * p.V + column0;
     X* out = part != nullptr || columns <= 0
                  ? nullptr
@@ -232,7 +259,7 @@ read_tiles(MK_PARAM(Tiling) r) {
         else out[column] = from_float<X>(sum == 0 ? 0.f : x);
       }
     }
-    if (value_block != 0 || lane % 4 != 0) continue;
+    if (column0 != 0 || lane % 4 != 0) continue;
     if (part != nullptr) {
       float* ends = r.ranges.partial + r.ranges.splits * rows * p.V;
       ends[split * rows + token] = m[row];
@@ -264,9 +291,9 @@ Layout lay_out(const SoftmaxRead& p) {
   r.buffer_bytes = kSlots<W> * int(most(r.key_pitch, r.value_pitch));
   r.query_packs = in_packs(p.query, p.lead, p.K), r.key_packs = in_packs(p.keys, p.lead, p.K);
   r.value_packs = p.V > 0 && in_packs(p.values, p.lead, p.V);
-  a.held = sizeof(X) == 2 && r.key_parts == 1;
+  a.held = kMayHold<X, W> && r.key_parts == 1;
   const int64_t rows = kBuffers * int64_t(r.buffer_bytes), queries = int64_t(kTokens) * r.query_pitch;
-  a.shared = 2 * kSlots<W> * 4 + (a.held ? most(rows, queries) : rows + queries);
+  a.shared = int64_t(sizeof(Shared<kSlots<W>>)) + (a.held ? most(rows, queries) : rows + queries);
   return a;
 }
 
@@ -313,7 +340,7 @@ bool tiles_take(const Device& device, const SoftmaxRead& p) {
 void softmax_read_tiles(const Device& device, const SoftmaxRead& p) {
   with_types(p, [&]<class X, class W>() {
     Layout a = lay_out<X, W>(p);
-    if constexpr (sizeof(X) == 2) {
+    if constexpr (kMayHold<X, W>) {
       if (a.held) return read<X, W, true>(device, a);
     }
     read<X, W, false>(device, a);

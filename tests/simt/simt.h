@@ -14,6 +14,7 @@
 #include <type_traits>
 
 #define MK_KERNEL(threads) void
+#define MK_KERNEL_BLOCKS(threads, blocks) void
 #define MK_PARAM(T) const T
 #define MK_DEVICE inline
 using std::isinf;
