@@ -86,7 +86,7 @@ from support import bits, operator, randn
 
 run, found = operator("cuda", "softmax_read"), []
 for dtype in (torch.float32, torch.bfloat16, torch.float16):
-    tensors = [randn(*s, dtype=torch.float32).to(dtype) for s in ((70, 24), (600, 24), (600, 40))]
+    tensors = [randn(*s, dtype=torch.float32).to(dtype) for s in ((20, 24), (600, 24), (600, 40))]
 
     def read(offset):
         moved = [torch.empty(x.numel() + offset, dtype=dtype)[offset:].view(x.shape).copy_(x) for x in tensors]
@@ -104,6 +104,34 @@ def test_same_bits_in_every_order_and_wherever_the_memory_lies():
     done = [on_host(library(), BITS, MEMKERNELS_SIMT_SEED=seed) for seed in ("1", "2")]
     assert all(d.returncode == 0 for d in done), done[0].stderr[-4000:]
     assert len({d.stdout for d in done}) == 1
+
+
+DTYPES_THAT_DIFFER = """
+import torch
+from support import operator, randn
+
+run = operator("cuda", "softmax_read")
+for tokens in (1, 70):
+    for keys, values in ((torch.bfloat16, torch.float16), (torch.float32, torch.bfloat16)):
+        sizes = ((tokens, 24), (33, 24), (33, 40))
+        q, k, v = (randn(*s, dtype=torch.float32).to(d) for s, d in zip(sizes, (keys, keys, values)))
+        try:
+            run(q, k, v, None, 0.2)
+        except RuntimeError as error:
+            assert "softmax_read: values must have the dtype of the keys, or float32" in str(error)
+        else:
+            raise AssertionError("no error")
+    # A query of another dtype than its keys is streamed, however many tokens there are.
+    q, k, v = randn(tokens, 24).float(), randn(33, 24).bfloat16(), randn(33, 40).bfloat16()
+    wanted = (q.double() @ k.double().T * 0.2).softmax(-1) @ v.double()
+    torch.testing.assert_close(run(q, k, v, None, 0.2)[0].double(), wanted, rtol=0, atol=1e-5)
+print("DONE")
+"""
+
+
+def test_dtypes_that_the_public_function_refuses_raise_or_are_right():
+    done = on_host(library(), DTYPES_THAT_DIFFER)
+    assert done.returncode == 0 and done.stdout.split() == ["DONE"], done.stdout + done.stderr[-4000:]
 
 
 # file, text, text with the fault

@@ -209,6 +209,9 @@ void merge_ranges(const Device& device, const SoftmaxRead& p, const Ranges& r) {
 }
 
 void softmax_read(const Device& device, const SoftmaxRead& p) {
+  if (p.V > 0 && p.values.dtype != p.keys.dtype && p.values.dtype != DType::f32) {
+    throw std::runtime_error("softmax_read: values must have the dtype of the keys, or float32");
+  }
   if (p.lead.folded() * p.T > kStreamed && tiles_take(device, p)) return softmax_read_tiles(device, p);
   const Reading r{p, {}, {}, 0, 0};
   with_queries(queries_at_once(p.lead.folded() * p.T, p.K), [&]<int Q>() {
