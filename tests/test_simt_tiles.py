@@ -148,13 +148,13 @@ FAULTS = {
     ),
     "one slot too many": (
         "softmax_read_tiles.cu",
-        "least(p.N, begin + r.ranges.split_rows)",
-        "least(p.N, begin + r.ranges.split_rows + 1)",
+        "(block.split + 1) * r.ranges.split_rows);",
+        "(block.split + 1) * r.ranges.split_rows + 1);",
     ),
     "unmasked tail": (
         "softmax_read_tiles.cu",
-        "shared.added[tid] = first + tid < end ?",
-        "shared.added[tid] = !p.mask || first + tid < end ?",
+        "block.added[tid] = first + tid < end ?",
+        "block.added[tid] = !p.mask || first + tid < end ?",
     ),
     "values of empty slots": ("softmax_read_tiles.cu", "mask_at(p.mask, mask, first + i) != -kInfinity", "true"),
     "buffers not taken in turn": ("softmax_read_tiles.cu", "buffers + (turn ^ 1) * r", "buffers + turn * r"),
