@@ -178,7 +178,7 @@ def test_a_seeded_fault_is_noticed(fault, tmp_path):
 
 @whole
 def test_a_seeded_overrun_is_noticed_by_the_address_sanitizer(tmp_path):
-    old, new = "int64_t(sizeof(Shared<kSlots<W>>)) +", "int64_t(sizeof(Shared<kSlots<W>>)) - 16 +"
+    old, new = "int64_t(sizeof(Shared<kSlots<W>>)) +", "int64_t(sizeof(Shared<kSlots<W>>)) - 64 +"
     built = broken(tmp_path, "softmax_read_tiles.cu", old, new, "softmax_read_tiles.cu", "address")
     done = on_host(built, CHECK, json.dumps(CASES), "float32", "forward", **asan_environment())
     assert done.returncode != 0 and "heap-buffer-overflow" in done.stderr, done.stderr[-2000:]
