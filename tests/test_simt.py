@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -24,6 +25,11 @@ def runs():
         seeded = {seed: pool.submit(grid, built, ALL, MEMKERNELS_SIMT_SEED=seed) for seed in SEEDS}
         yield whole | seeded
         pool.shutdown(cancel_futures=True)
+
+
+def test_matrix_instructions_equal_plain_products():
+    done = subprocess.run([library(target="fragments")], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and done.stdout.split() == ["DONE"], done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("op", ops())

@@ -52,6 +52,13 @@ MK_DEVICE void store(char* row, DType d, int64_t i, float x) {
   else reinterpret_cast<f16*>(row)[i] = from_float<f16>(x);
 }
 
+// Whether every row of every batch begins at a multiple of 16 bytes and is as long as whole packs.
+inline bool in_packs(const View& v, const Lead& l, int64_t columns) {
+  int64_t bits = reinterpret_cast<intptr_t>(v.data) | v.row | columns * size_of(v.dtype);
+  for (int d = 0; d < l.rank; ++d) bits |= v.lead[d];
+  return bits % 16 == 0;
+}
+
 // What a mask adds to the score of slot i; `base`: its batch, or null.
 MK_DEVICE float mask_at(const View& mask, const char* base, int64_t i) {
   if (base == nullptr) return 0;

@@ -11,7 +11,8 @@
 #else
 #include <cuda_runtime.h>
 // Two blocks to a processor is the least asked for: without a number the compiler keeps registers so few that it spills.
-#define MK_KERNEL(threads) __global__ void __launch_bounds__(threads, 2)
+#define MK_KERNEL(threads) MK_KERNEL_BLOCKS(threads, 2)
+#define MK_KERNEL_BLOCKS(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 #define MK_PARAM(T) const __grid_constant__ T
 #define MK_DEVICE __device__ __forceinline__
 #endif
@@ -52,6 +53,56 @@ MK_DEVICE uint16_t half_from_float(float x) {
   uint16_t bits;
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(x));
   return bits;
+}
+
+// Two numbers of 16 bits in one register, the first in the low half.
+MK_DEVICE uint32_t half_pair(float low, float high) {
+  uint32_t pair;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+MK_DEVICE uint32_t bf16_pair(float low, float high) {
+  uint32_t pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+// The tf32 number nearest to x.
+MK_DEVICE uint32_t tf32_nearest(float x) {
+  uint32_t bits;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
+  return bits;
+}
+// 2^x; 0 where that is no normal number.
+MK_DEVICE float power_of_two(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// d += a b for a tile of 16 rows and 8 columns, in the fragments of the PTX ISA. Depth 16 for 16-bit numbers, 8 for tf32. All lanes.
+#define MK_MMA(name, shape)                                                                          \
+  MK_DEVICE void name(float(&d)[4], const uint32_t(&a)[4], uint32_t b0, uint32_t b1) {               \
+    asm("mma.sync.aligned." shape " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                             \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));                             \
+  }
+MK_MMA(mma_bf16, "m16n8k16.row.col.f32.bf16.bf16.f32")
+MK_MMA(mma_f16, "m16n8k16.row.col.f32.f16.f16.f32")
+MK_MMA(mma_tf32, "m16n8k8.row.col.f32.tf32.tf32.f32")
+#undef MK_MMA
+
+// Four matrices of 8 rows of 16 bytes in shared memory: lane 8 m + r says where row r of matrix m begins. All lanes.
+MK_DEVICE void ldmatrix(uint32_t (&out)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+               : "r"(unsigned(__cvta_generic_to_shared(row)))
+               : "memory");
+}
+MK_DEVICE void ldmatrix_transposed(uint32_t (&out)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+               : "r"(unsigned(__cvta_generic_to_shared(row)))
+               : "memory");
 }
 
 #endif

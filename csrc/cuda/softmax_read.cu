@@ -9,6 +9,7 @@
 // A range ends with (m, l, acc). One range: divided and written. Several: they meet in scratch memory, and a second kernel merges
 // them in the order of the ranges, so that the same shapes on the same device give the same bits.
 #include "cuda/launchers.h"
+#include "cuda/softmax_read.h"
 #include "cuda/stream_plan.h"
 
 namespace mk::cuda {
@@ -19,10 +20,9 @@ constexpr int kColumns = 256;  // value columns of a block
 struct Reading {
   SoftmaxRead p;
   StreamPlan plan;
+  Ranges ranges;
   int value_blocks;
-  int width;       // value columns of a block but the last
-  float* partial;  // [splits][rows][V], then [splits][rows] of m, then of l; null: one split
-  int64_t rows;    // tokens of all batches
+  int width;  // value columns of a block but the last
 };
 
 // Finds out what a token's tile does to its softmax: p = exp(s - m), and `fade` for what was added up before.
@@ -128,9 +128,9 @@ read_stream(MK_PARAM(Reading) r) {
   }
   __syncthreads();
   for (int q = 0; q < Q && t0 + q < tokens; ++q) {
-    const int64_t token = batch * tokens + t0 + q, rows = r.rows;
+    const int64_t token = batch * tokens + t0 + q, rows = r.ranges.rows;
     const float inverse = l[q] == 0 ? 0.f : 1.f / l[q];
-    float* part = r.partial == nullptr ? nullptr : r.partial + (split * rows + token) * p.V + column0;
+    float* part = r.ranges.partial == nullptr ? nullptr : r.ranges.partial + (split * rows + token) * p.V + column0;
     char* out =
         part != nullptr || columns == 0 ? nullptr : token_row(p.read, p.lead, p.read.batch(p.lead, batch), p.T, t0 + q);
     for (int c = tid; c < columns; c += kThreads) {
@@ -141,7 +141,7 @@ read_stream(MK_PARAM(Reading) r) {
     }
     if (value_block != 0 || tid != 0) continue;
     if (part != nullptr) {
-      float* ends = r.partial + plan.splits * rows * p.V;
+      float* ends = r.ranges.partial + plan.splits * rows * p.V;
       ends[split * rows + token] = m[q];
       ends[(plan.splits + split) * rows + token] = l[q];
     } else {
@@ -152,9 +152,8 @@ read_stream(MK_PARAM(Reading) r) {
 }
 
 // One block per token: adds up the ranges.
-MK_KERNEL(kThreads) merge_ranges(MK_PARAM(Reading) r) {
-  const SoftmaxRead& p = r.p;
-  const int64_t token = blockIdx.x, tokens = p.lead.folded() * p.T, splits = r.plan.splits;
+MK_KERNEL(kThreads) add_ranges(MK_PARAM(SoftmaxRead) p, MK_PARAM(Ranges) r) {
+  const int64_t token = blockIdx.x, tokens = p.lead.folded() * p.T, splits = r.splits;
   const int64_t batch = token / tokens, t = token % tokens;
   const float *m = r.partial + splits * r.rows * p.V + token, *l = m + splits * r.rows;
   auto* w = reinterpret_cast<float*>(shared_memory());
@@ -189,20 +188,32 @@ void read(const Device& device, Reading r) {
   r.plan =
       plan_stream(device, {p.lead, p.T, p.N, p.K, p.keys, least(r.width, p.V), int64_t(sizeof(W)), r.value_blocks, Q});
   r.plan.value_packs = p.V > 0 && in_packs(p.values, p.lead, p.V) && r.width * sizeof(W) % 16 == 0;
-  r.rows = p.lead.batches() * p.lead.folded() * p.T;
-  if (r.plan.splits > 1) r.partial = device.scratch<float>(r.plan.splits * r.rows * (p.V + 2));
+  r.ranges = {r.plan.splits, r.plan.split_rows, p.lead.batches() * p.lead.folded() * p.T, nullptr};
+  if (r.plan.splits > 1) r.ranges.partial = device.scratch<float>(r.plan.splits * r.ranges.rows * (p.V + 2));
   // At the end the buffers hold a pair of sums per thread and token.
   r.plan.stage_bytes = int(most(r.plan.stage_bytes, round_up(div_up(kThreads * Q * 8, kStages), 16)));
   const int64_t shared = kStages * r.plan.stage_bytes + (Q * r.plan.padded + Q * r.plan.slots + 3 * Q) * 4;
   launch(device, "softmax_read", read_stream<X, W, Q>, p.lead.batches() * r.plan.tiles * r.value_blocks * r.plan.splits,
          kThreads, shared, r);
-  if (r.plan.splits > 1) launch(device, "softmax_read", merge_ranges, r.rows, kThreads, r.plan.splits * 4, r);
+  if (r.plan.splits > 1) merge_ranges(device, p, r.ranges);
 }
+
+// The most tokens that share a memory and are still streamed. A choice, not a measurement: two blocks of 8 read keys and values
+// twice, and of a tile of 64 a quarter is used.
+constexpr int64_t kStreamed = 16;
 
 }  // namespace
 
+void merge_ranges(const Device& device, const SoftmaxRead& p, const Ranges& r) {
+  launch(device, "softmax_read", add_ranges, r.rows, kThreads, r.splits * 4, p, r);
+}
+
 void softmax_read(const Device& device, const SoftmaxRead& p) {
-  const Reading r{p, {}, 0, 0, nullptr, 0};
+  if (p.V > 0 && p.values.dtype != p.keys.dtype && p.values.dtype != DType::f32) {
+    throw std::runtime_error("softmax_read: values must have the dtype of the keys, or float32");
+  }
+  if (p.lead.folded() * p.T > kStreamed && tiles_take(device, p)) return softmax_read_tiles(device, p);
+  const Reading r{p, {}, {}, 0, 0};
   with_queries(queries_at_once(p.lead.folded() * p.T, p.K), [&]<int Q>() {
     with_type(p.keys.dtype, [&]<class X>() {
       if (p.V > 0 && p.values.dtype != p.keys.dtype) read<X, float, Q>(device, r);

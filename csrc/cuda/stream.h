@@ -133,11 +133,4 @@ MK_DEVICE void load_queries(const View& query, const Lead& lead, int64_t batch, 
   }
 }
 
-// Whether every row of every batch begins at a multiple of 16 bytes and is as long as whole packs.
-inline bool in_packs(const View& v, const Lead& l, int64_t columns) {
-  int64_t bits = reinterpret_cast<intptr_t>(v.data) | v.row | columns * size_of(v.dtype);
-  for (int d = 0; d < l.rank; ++d) bits |= v.lead[d];
-  return bits % 16 == 0;
-}
-
 }  // namespace mk::cuda

@@ -36,7 +36,8 @@ struct Fiber {
 };
 
 struct Warp {
-  uint64_t board[2][32];
+  Hand board[2][32];
+  void (*meeting)(Hand*) = nullptr;  // what the lanes that wait have come for
   std::vector<int> waiting, runnable;
 };
 
@@ -229,19 +230,83 @@ void barrier() {
   to_scheduler(false);
 }
 
-const uint64_t* exchange(uint64_t mine) {
+const Hand* meet(const Hand& mine, void (*finish)(Hand*)) {
   Fiber& f = machine.fibers[size_t(machine.current)];
   Warp& w = machine.warps[size_t(machine.current) / 32];
-  uint64_t* board = w.board[f.parity];
+  Hand* board = w.board[f.parity];
   f.parity = !f.parity;
   board[lane()] = mine;
+  if (w.waiting.empty()) w.meeting = finish;
+  else if (w.meeting != finish) fail("lanes of a warp meet in different operations");
   w.waiting.push_back(machine.current);
   if (w.waiting.size() == 32) {
+    if (finish != nullptr) finish(board);
     w.runnable.swap(w.waiting);
   }
   to_scheduler(false);
   return board;
 }
+
+// The fragments as the PTX ISA has them (mma.m16n8k16 for 16-bit numbers, mma.m16n8k8 for tf32): register r of a lane has the rows
+// and columns below. A register has two neighbours of a 16-bit matrix or one number of tf32. Sums are exact, then cut off, which
+// is what is known of the hardware's rounding; the low 13 bits of a tf32 number are not looked at.
+template <int per_register, class Number>
+void multiply(Hand* hands, Number&& number) {
+  constexpr int depth = 8 * per_register;
+  float a[16][depth], b[depth][8];
+  for (int lane = 0; lane < 32; ++lane) {
+    const int group = lane / 4, place = lane % 4 * per_register;
+    for (int e = 0; e < per_register; ++e) {
+      for (int r = 0; r < 4; ++r) a[group + r % 2 * 8][place + r / 2 * depth / 2 + e] = number(hands[lane].a[r], e);
+      for (int r = 0; r < 2; ++r) b[place + r * depth / 2 + e][group] = number(hands[lane].b[r], e);
+    }
+  }
+  for (int lane = 0; lane < 32; ++lane) {
+    for (int r = 0; r < 4; ++r) {
+      const int row = lane / 4 + r / 2 * 8, column = lane % 4 * 2 + r % 2;
+      float& d = hands[lane].d[r];
+      double sum = double(d);
+      for (int k = 0; k < depth; ++k) sum += double(a[row][k]) * double(b[k][column]);
+      d = float(sum);
+      if (std::isfinite(sum) && std::abs(double(d)) > std::abs(sum)) d = std::nextafter(d, 0.f);
+    }
+  }
+}
+
+void multiply_bf16(Hand* hands) {
+  multiply<2>(hands, [](uint32_t u, int e) { return std::bit_cast<float>(e == 0 ? u << 16 : u & 0xffff0000); });
+}
+void multiply_f16(Hand* hands) {
+  multiply<2>(hands, [](uint32_t u, int e) { return float(std::bit_cast<_Float16>(uint16_t(u >> 16 * e))); });
+}
+void multiply_tf32(Hand* hands) {
+  multiply<1>(hands, [](uint32_t u, int) {
+    const bool nan = (u & 0x7fffffff) > 0x7f800000;  // its payload may lie in the bits that are cut off
+    return std::bit_cast<float>(nan ? u : u & 0xffffe000);
+  });
+}
+
+// Lane 8 m + r says where row r of matrix m lies: 8 numbers of 16 bits. Lane 4 r + c gets numbers 2 c and 2 c + 1 of row r of each
+// matrix; transposed, of column r.
+template <bool transposed>
+void load_all(Hand* hands) {
+  uint16_t matrix[4][8][8];
+  for (int lane = 0; lane < 32; ++lane) {
+    if (hands[lane].number % 16 != 0) fail("a row of a matrix is not aligned to 16 bytes");
+    std::memcpy(matrix[lane / 8][lane % 8], reinterpret_cast<const void*>(uintptr_t(hands[lane].number)), 16);
+  }
+  for (int lane = 0; lane < 32; ++lane) {
+    for (int m = 0; m < 4; ++m) {
+      const int row = lane / 4, column = lane % 4 * 2;
+      const auto& x = matrix[m];
+      const uint16_t low = transposed ? x[column][row] : x[row][column];
+      const uint16_t high = transposed ? x[column + 1][row] : x[row][column + 1];
+      hands[lane].a[m] = uint32_t(high) << 16 | low;
+    }
+  }
+}
+void load_matrices(Hand* hands) { load_all<false>(hands); }
+void load_matrices_transposed(Hand* hands) { load_all<true>(hands); }
 
 void copy(void* to, const void* from, bool whole) {
   if (reinterpret_cast<uintptr_t>(to) % 16 != 0 || (whole && reinterpret_cast<uintptr_t>(from) % 16 != 0)) {

@@ -1,6 +1,6 @@
 // A small SIMT machine on the CPU: runs the source of the CUDA kernels, block after block, a block's threads as fibers.
 //
-// A fiber runs until it meets other threads: a barrier, a shuffle, a vote. Between barriers warps run one after the other, in an
+// A fiber runs until it meets other threads: a barrier, a shuffle, a vote, a product of matrices. Between barriers warps run one after the other, in an
 // order drawn from a seed, so a missing barrier lets some thread see what another has not written yet. Shared memory is NaN when a block begins, and a copy in
 // flight (cp.async) is NaN where it will land until it is waited for. A block whose threads wait for each other in vain ends the
 // program with a sentence.
@@ -14,6 +14,7 @@
 #include <type_traits>
 
 #define MK_KERNEL(threads) void
+#define MK_KERNEL_BLOCKS(threads, blocks) void
 #define MK_PARAM(T) const T
 #define MK_DEVICE inline
 using std::isinf;
@@ -36,8 +37,23 @@ void launch(int64_t blocks, int threads, int64_t shared, const std::function<voi
 
 char* shared();
 void barrier();
-// All 32 lanes of the warp hand in a number; afterwards each may look at those of all.
-const uint64_t* exchange(uint64_t mine);
+// What a lane hands in where its warp meets, and what it gets back.
+struct Hand {
+  uint64_t number;
+  uint32_t a[4], b[2];
+  float d[4];
+};
+// All 32 lanes of the warp hand in; the last to come calls `finish` on the hands of all, in their order, if one is given. Each may
+// look at them afterwards.
+const Hand* meet(const Hand& mine, void (*finish)(Hand*) = nullptr);
+// All hand in a number.
+inline const Hand* exchange(uint64_t mine) { return meet({mine, {}, {}, {}}); }
+// What `finish` is for the matrix instructions; simt.cpp has their layouts.
+void multiply_bf16(Hand*);
+void multiply_f16(Hand*);
+void multiply_tf32(Hand*);
+void load_matrices(Hand*);
+void load_matrices_transposed(Hand*);
 int lane();
 void copy(void* to, const void* from, bool whole);
 void commit();
@@ -63,28 +79,28 @@ inline void __syncthreads() { simt::barrier(); }
 inline void __syncwarp() { simt::exchange(0); }
 template <class T>
 T __shfl_sync(unsigned, T x, int from) {
-  return simt::unpack<T>(simt::exchange(simt::pack(x))[from & 31]);
+  return simt::unpack<T>(simt::exchange(simt::pack(x))[from & 31].number);
 }
 template <class T>
 T __shfl_xor_sync(unsigned, T x, int mask) {
-  return simt::unpack<T>(simt::exchange(simt::pack(x))[simt::lane() ^ mask]);
+  return simt::unpack<T>(simt::exchange(simt::pack(x))[simt::lane() ^ mask].number);
 }
 template <class T>
 T __shfl_up_sync(unsigned, T x, int by) {
-  const uint64_t* all = simt::exchange(simt::pack(x));
-  return simt::unpack<T>(all[simt::lane() < by ? simt::lane() : simt::lane() - by]);
+  const simt::Hand* all = simt::exchange(simt::pack(x));
+  return simt::unpack<T>(all[simt::lane() < by ? simt::lane() : simt::lane() - by].number);
 }
 inline unsigned __ballot_sync(unsigned, bool on) {
-  const uint64_t* all = simt::exchange(on);
+  const simt::Hand* all = simt::exchange(on);
   unsigned mask = 0;
-  for (int i = 0; i < 32; ++i) mask |= unsigned(all[i] != 0) << i;
+  for (int i = 0; i < 32; ++i) mask |= unsigned(all[i].number != 0) << i;
   return mask;
 }
 inline bool __any_sync(unsigned m, bool on) { return __ballot_sync(m, on) != 0; }
 inline unsigned __match_any_sync(unsigned, unsigned x) {
-  const uint64_t* all = simt::exchange(x);
+  const simt::Hand* all = simt::exchange(x);
   unsigned mask = 0;
-  for (int i = 0; i < 32; ++i) mask |= unsigned(all[i] == x) << i;
+  for (int i = 0; i < 32; ++i) mask |= unsigned(all[i].number == x) << i;
   return mask;
 }
 inline int __popc(unsigned x) { return std::popcount(x); }
@@ -106,5 +122,45 @@ inline void commit_copies() { simt::commit(); }
 template <int pending>
 void wait_copies() {
   simt::wait(pending);
+}
+inline float power_of_two(float x) { return std::exp2(x); }
+inline uint32_t half_pair(float low, float high) {
+  return uint32_t(half_from_float(high)) << 16 | half_from_float(low);
+}
+inline uint32_t bf16_pair(float low, float high) {
+  auto bits = [](float x) -> uint32_t {
+    const uint32_t u = std::bit_cast<uint32_t>(x);
+    return x != x ? 0x7fff : (u + 0x7fff + (u >> 16 & 1)) >> 16;
+  };
+  return bits(high) << 16 | bits(low);
+}
+inline uint32_t tf32_nearest(float x) {
+  const uint32_t u = std::bit_cast<uint32_t>(x);
+  return x - x != 0 ? u : (u + 0x1000) & 0xffffe000;
+}
+
+namespace matrix {
+inline void multiply(void (*how)(simt::Hand*), float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  const simt::Hand& mine =
+      simt::meet({0, {a[0], a[1], a[2], a[3]}, {b0, b1}, {d[0], d[1], d[2], d[3]}}, how)[simt::lane()];
+  std::memcpy(d, mine.d, sizeof d);
+}
+inline void load(void (*how)(simt::Hand*), uint32_t (&out)[4], const void* row) {
+  const simt::Hand& mine = simt::meet({uint64_t(reinterpret_cast<uintptr_t>(row)), {}, {}, {}}, how)[simt::lane()];
+  std::memcpy(out, mine.a, sizeof out);
+}
+}  // namespace matrix
+inline void mma_bf16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  matrix::multiply(simt::multiply_bf16, d, a, b0, b1);
+}
+inline void mma_f16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  matrix::multiply(simt::multiply_f16, d, a, b0, b1);
+}
+inline void mma_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  matrix::multiply(simt::multiply_tf32, d, a, b0, b1);
+}
+inline void ldmatrix(uint32_t (&out)[4], const void* row) { matrix::load(simt::load_matrices, out, row); }
+inline void ldmatrix_transposed(uint32_t (&out)[4], const void* row) {
+  matrix::load(simt::load_matrices_transposed, out, row);
 }
 }  // namespace mk::cuda

@@ -1,0 +1,24 @@
+// The parts of softmax_read: few tokens by streams (softmax_read.cu), many by tiles on the tensor cores (softmax_read_tiles.cu).
+#pragma once
+
+#include "cpu/softmax_read.h"
+#include "cuda/device.h"
+
+namespace mk::cuda {
+
+// Where ranges of slots meet when there are several: maxima m, sums l of exp(s - m), and sums of exp(s - m) v.
+struct Ranges {
+  int64_t splits = 1;
+  int64_t split_rows = 0;    // slots per range
+  int64_t rows = 0;          // tokens of all batches
+  float* partial = nullptr;  // [splits][rows][V], then [splits][rows] of m, then of l; null: one range
+};
+
+// Adds up the ranges, in their order, and writes read and lse.
+void merge_ranges(const Device&, const SoftmaxRead&, const Ranges&);
+
+// Whether the tiles take the dtypes and widths of this call, on this device.
+bool tiles_take(const Device&, const SoftmaxRead&);
+void softmax_read_tiles(const Device&, const SoftmaxRead&);
+
+}  // namespace mk::cuda
