@@ -39,11 +39,11 @@ def ops() -> list[str]:
 
 
 @functools.cache
-def library(sanitize: str = "") -> Path:
-    """The kernels for the CPU. Built once, and again only where sources changed."""
+def library(sanitize: str = "", target: str = "memkernels_simt") -> Path:
+    """The kernels for the CPU, or another target. Built once, and again only where sources changed."""
     folder = ROOT / "build" / f"simt{'-' + sanitize if sanitize else ''}"
-    cmake(ROOT / "tests" / "simt", folder, "memkernels_simt", f"-DMEMKERNELS_SANITIZE={sanitize}")
-    return folder / NAME
+    cmake(ROOT / "tests" / "simt", folder, target, f"-DMEMKERNELS_SANITIZE={sanitize}")
+    return folder / (NAME if target == "memkernels_simt" else target)
 
 
 def broken(folder: Path, file: str, old: str, new: str, kernel: str, sanitize: str = "") -> Path:
