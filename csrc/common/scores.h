@@ -54,11 +54,13 @@ constexpr int64_t kGroup = 12;                    // rows of a product between t
 constexpr int64_t kFarBytes = int64_t(32) << 20;  // a memory from this size on is not found in a cache
 
 // S[slot][lane], lanes are tokens: S = keys * q + mask. `between` runs after each group of rows: the place to ask for memory that
-// is needed next.
+// is needed next. Or the product itself asks for the row `ahead` rows further on.
 template <class F, class Between = Nothing>
-inline void score_columns(const SlotBlock<F>& block, int64_t K, const F* q, int64_t L, F* S, Between&& between = {}) {
+inline void score_columns(const SlotBlock<F>& block, int64_t K, const F* q, int64_t L, F* S, Between&& between = {},
+                          int64_t ahead = 0) {
   for (int64_t r = 0; r < block.n; r += kGroup, between()) {
-    gemm(Gemm<F>{least(kGroup, block.n - r), L, K, block.keys + r * block.ks, block.ks, 1, q, L, S + r * L, L, false});
+    gemm(Gemm<F>{least(kGroup, block.n - r), L, K, block.keys + r * block.ks, block.ks, 1, q, L, S + r * L, L, false,
+                 ahead * block.ks});
   }
   add_mask(block, L, S);
 }

@@ -74,6 +74,14 @@ void tile(const Gemm<F>& g, int64_t m, int64_t lane) {
   if constexpr (sizeof(F) == 4 && NV == kWidest && R == kRows[NV]) {
     for (; k + kUnroll <= g.k; k += kUnroll) steps<F, R, NV, O, kUnroll>(acc, a, stride, b, ldb);
   }
+  if constexpr (O == Order::rows && NV <= 2) {
+    constexpr int64_t line = 64 / int64_t(sizeof(F));
+    for (; g.ahead != 0 && k + line <= g.k; k += line) {
+      for (int r = 0; r < R; ++r) __builtin_prefetch(a + r * stride + g.ahead, 0, 2);
+#pragma GCC unroll 1
+      for (int u = 0; u < line; ++u) steps<F, R, NV, O, 1>(acc, a, stride, b, ldb);
+    }
+  }
   for (; k < g.k; ++k) steps<F, R, NV, O, 1>(acc, a, stride, b, ldb);
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {

@@ -39,8 +39,9 @@ struct SearchPlan {
     few = few_tokens<F>(tokens);
     tile = few ? most(tokens, 1) : k > 1024 ? kLanes<F> : kTokenTile<F>;  // buffers of candidates stay within the cache
     tiles = div_up(tokens, tile);
-    chunk =
-        few ? 4 * kSlotBlock : kSlotBlock;  // slots visited in order: more where the stream from memory is the limit
+    chunk = tokens <= 2 * kLanes<F>
+                ? 4 * kSlotBlock
+                : kSlotBlock;  // slots visited in order: more where the stream from memory is the limit
     const int64_t tasks = most(batches * tiles, 1);
     ranges = most(1, least(div_up(kTasks, tasks), p.N / most(kLeastSlots, 16 * k)));
     range = round_up(div_up(most(p.N, 1), ranges), chunk);
@@ -228,8 +229,9 @@ void search_range(const TopkSearch& p, const SearchPlan<F>& s, int64_t batch, in
   const int64_t L = round_up(tile.n, kLanes<F>);
   if (s.few) rows_query(query, tile.first, tile.n, p.K, F(p.scale), tile.q);
   else pack_query(query, tile.first, tile.n, L, p.K, F(p.scale), tile.row, tile.q);
+  const bool far = p.N * slots.lines() * 64 >= kFarBytes, narrow = !s.few && L <= 2 * kLanes<F>;
   const int64_t askings = s.few ? kSlotBlock / kLanes<F> * tile.n : div_up(kSlotBlock, kGroup);
-  const int64_t lines = p.N * slots.lines() * 64 >= kFarBytes ? div_up(kSlotBlock * slots.lines(), askings) : 0;
+  const int64_t lines = far && !narrow ? div_up(kSlotBlock * slots.lines(), askings) : 0;
   if (tile.shared != nullptr) tile.board.share(tile.shared, tile.n);
   FirstLook<F, wide> look(s, tile);
   for (Visit here(lo, hi, s.chunk), next = here; here.more(); here = next) {
@@ -245,7 +247,7 @@ void search_range(const TopkSearch& p, const SearchPlan<F>& s, int64_t batch, in
       offer_rows<F, wide>(tile, block, here.first());
     } else {
       F* S = look.open() ? look.scores() : tile.S;
-      score_columns(block, p.K, tile.q, L, S, ask);
+      score_columns(block, p.K, tile.q, L, S, ask, far && narrow ? 2 * kGroup : 0);
       if (look.open()) look.add(block, here.first());
       else offer_columns<F, wide>(tile, block, here.first(), S);
     }
