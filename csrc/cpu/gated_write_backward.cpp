@@ -246,8 +246,9 @@ class Batch {
       const int64_t n = chunk.n;
       const F* delta = deltas != nullptr ? none : delta_ + t0;
       lanes.gates(gates_, chunk, first, count, block, p_.K, A);
-      int64_t begin = forgets ? n : 0,
-              begins[kSlotTile<F> / W] = {};  // of the tile, of a register: where R is not yet 0
+      // Where R is not yet 0: of the tile, and of each of its registers.
+      int64_t begin = forgets ? n : 0;
+      int64_t begins[kSlotTile<F> / W] = {};
       for (int64_t l = 0; l < L; l += W) {
         const Vec<F> m = load<F>(lanes.mask + l);
         Vec<F> r = load<F>(suffix + l), a, keep;

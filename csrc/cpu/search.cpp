@@ -39,9 +39,8 @@ struct SearchPlan {
     few = few_tokens<F>(tokens);
     tile = few ? most(tokens, 1) : k > 1024 ? kLanes<F> : kTokenTile<F>;  // buffers of candidates stay within the cache
     tiles = div_up(tokens, tile);
-    chunk = tokens <= 2 * kLanes<F>
-                ? 4 * kSlotBlock
-                : kSlotBlock;  // slots visited in order: more where the stream from memory is the limit
+    // Slots visited in order: more where the stream from memory is the limit.
+    chunk = tokens <= 2 * kLanes<F> ? 4 * kSlotBlock : kSlotBlock;
     const int64_t tasks = most(batches * tiles, 1);
     ranges = most(1, least(div_up(kTasks, tasks), p.N / most(kLeastSlots, 16 * k)));
     range = round_up(div_up(most(p.N, 1), ranges), chunk);

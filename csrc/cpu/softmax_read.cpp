@@ -10,6 +10,7 @@
 // faster and cost 9% (K = V = 128, N = 4096), so they stay where they are.
 // Few tokens (`rows`): lanes are slots for the scores (dot products, summed 16 rows at a time) and value columns for the read. Every
 // key and value is read once: bound by bandwidth.
+// One or two tokens, rows of 16 or 8 bits (`stored_rows`): rows are converted in registers, once for each token, and never written.
 //
 // In both, N is cut into ranges whose number depends on shapes alone; (m, l, acc) of the ranges merge in order, so the bits do
 // not depend on threads.
@@ -118,17 +119,24 @@ void columns(const SoftmaxRead& p, const Slots<F>& slots, const TokenRows& query
   }
 }
 
+// Queries packed as rows, and results with nothing summed yet.
+template <class F>
+F* begin_rows(const SoftmaxRead& p, const TokenRows& query, int64_t n, const Partial<F>& out, Arena& arena) {
+  F* q = arena.take<F>(n * Slots<F>::padded(p.K));
+  rows_query(query, 0, n, p.K, F(p.scale * kLog2e), q);
+  for (int64_t t = 0; t < n; ++t) out.m[t] = -kInf<F>, out.l[t] = 0;
+  std::memset(out.acc, 0, size_t(n * Slots<F>::padded(p.V)) * sizeof(F));
+  return q;
+}
+
 template <class F>
 void rows(const SoftmaxRead& p, const Slots<F>& slots, const TokenRows& query, int64_t n, int64_t lo, int64_t hi,
           Partial<F> out, Arena arena) {
   constexpr int W = kLanes<F>;
-  const int64_t KP = Slots<F>::padded(p.K), VP = Slots<F>::padded(p.V);
-  F* q = arena.take<F>(n * KP);
+  const int64_t VP = Slots<F>::padded(p.V);
+  const F* q = begin_rows(p, query, n, out, arena);
   F* S = arena.take<F>(n * kSlotBlock);
   const auto buffers = Slots<F>::buffers(arena, kSlotBlock, p.K, p.V);
-  rows_query(query, 0, n, p.K, F(p.scale * kLog2e), q);
-  for (int64_t t = 0; t < n; ++t) out.m[t] = -kInf<F>, out.l[t] = 0;
-  std::memset(out.acc, 0, size_t(n * VP) * sizeof(F));
 
   // The next block is asked for while this one is computed, after a register of dot products and after a register of slots read.
   // A cache needs no asking: from L3 one query would be 15% slower.
@@ -165,15 +173,12 @@ void stored_rows(const SoftmaxRead& p, const Slots<F>& slots, const TokenRows& q
                  Partial<F> out, Arena arena) {
   constexpr int W = kLanes<F>;
   const int64_t KP = Slots<F>::padded(p.K), VP = Slots<F>::padded(p.V);
-  F* q = arena.take<F>(n * KP);
+  const F* q = begin_rows(p, query, n, out, arena);
   F* S = arena.take<F>(kSlotBlock);
   F* sum = arena.take<F>(VP);
   RowList<F> keys = RowList<F>::take(arena, kSlotBlock), values = RowList<F>::take(arena, kSlotBlock);
   const auto buffers = Slots<F>::buffers(arena, kSlotBlock, 0, 0);
   const auto &key = slots.stored_keys(), &value = slots.stored_values();
-  rows_query(query, 0, n, p.K, F(p.scale * kLog2e), q);
-  for (int64_t t = 0; t < n; ++t) out.m[t] = -kInf<F>, out.l[t] = 0;
-  std::memset(out.acc, 0, size_t(n * VP) * sizeof(F));
 
   for (int64_t i = lo; i < hi; i += kSlotBlock) {
     const SlotBlock<F> block = slots.list(i, least(kSlotBlock, hi - i), buffers);

@@ -8,6 +8,13 @@
 #include <new>
 #include <thread>
 
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#else
+#define ASAN_POISON_MEMORY_REGION(begin, bytes) ((void)(begin), (void)(bytes))
+#define ASAN_UNPOISON_MEMORY_REGION(begin, bytes) ((void)(begin), (void)(bytes))
+#endif
+
 #include "common/parallel.h"
 
 namespace native {
@@ -79,13 +86,17 @@ class Pool {
 // Scratch memory of exactly the size asked for, new and poisoned for every task: a kernel that counts on what an
 // earlier task left, or that writes behind its end, is found.
 void run_one(int64_t task, size_t bytes, void* context, mk::TaskFunction function) {
-  const size_t size = fault == "scratch" ? bytes / 2 : bytes;
-  char* memory = static_cast<char*>(::operator new(size, std::align_val_t(64)));
-  std::memset(memory, 0xff, size);
+  char* memory = static_cast<char*>(::operator new(bytes, std::align_val_t(64)));
+  std::memset(memory, 0xff, bytes);
+  // The seeded fault forbids the second half instead of allocating less: a write far behind an allocation may meet an
+  // unmapped page first, and then it is not the sanitizer that notices.
+  const size_t forbidden = fault == "scratch" ? bytes / 2 : 0;
+  ASAN_POISON_MEMORY_REGION(memory + bytes - forbidden, forbidden);
   const bool outer = inside;
   inside = true;
   function(context, task, memory);
   inside = outer;
+  ASAN_UNPOISON_MEMORY_REGION(memory, bytes);
   ::operator delete(memory, std::align_val_t(64));
 }
 
