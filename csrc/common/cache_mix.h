@@ -3,6 +3,7 @@
 
 #include "common/parallel.h"
 #include "common/rows.h"
+#include "common/streaming.h"
 #include "cpu/cache_mix.h"
 
 namespace mk::MK_ISA {
@@ -16,6 +17,13 @@ inline void each_block(const char* row, DType dtype, int64_t n, F* buffer, Body&
     const int64_t count = least(kRowBlock, n - i);
     body(i, row_as<F>(row + i * size_of(dtype), dtype, count, buffer), count);
   }
+}
+
+// Does the row of a result over all words go past the caches?
+template <class F>
+inline bool goes_past(const F* row, const CacheMix& p) {
+  const int64_t bytes = p.W * int64_t(sizeof(F));
+  return goes_past(row, 0, p.lead.batches() * p.lead.folded() * p.T * bytes);
 }
 
 // Asks for what lies a page further on than n numbers in hand: hardware that follows a stream stops at the end of a page. Reading

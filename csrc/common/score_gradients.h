@@ -8,6 +8,7 @@
 
 #include "common/parallel.h"
 #include "common/scores.h"
+#include "common/streaming.h"
 
 namespace mk::MK_ISA {
 
@@ -96,23 +97,35 @@ inline void add_sums(const F* D, TileStrides<F> at, int64_t n, int64_t slots, F*
   }
 }
 
-// Adds (or assigns) factor * rows[j] to the rows of slots first + place(j); assigning clears the rows of empty slots.
+// Adds (or assigns) factor * rows[j] to the rows of slots first + place(j); assigning clears the rows of empty slots. A result of
+// so many `bytes` that it is not read from a cache again is assigned past the caches.
 template <class F>
 inline void scatter_rows(const View& view, const Lead& lead, int64_t batch, bool assign, int64_t first, int64_t count,
-                         const SlotBlock<F>& block, const F* rows, int64_t ld, int64_t width, F factor) {
+                         const SlotBlock<F>& block, const F* rows, int64_t ld, int64_t width, F factor,
+                         int64_t bytes = 0) {
+  constexpr int W = kLanes<F>;
   char* base = view.batch(lead, batch) + first * view.row;
   if (assign && block.n < count) {
     for (int64_t i = 0; i < count; ++i) std::memset(base + i * view.row, 0, size_t(width) * sizeof(F));
   }
-  for (int64_t j = 0; j < block.n; ++j) {
-    F* out = reinterpret_cast<F*>(base + block.place(j) * view.row);
-    const F* in = rows + j * ld;
-    if (assign) {
-      for (int64_t c = 0; c < width; ++c) out[c] = factor * in[c];
-    } else {
+  auto row = [&](int64_t j) { return reinterpret_cast<F*>(base + block.place(j) * view.row); };
+  if (!assign) {
+    for (int64_t j = 0; j < block.n; ++j) {
+      F* out = row(j);
+      const F* in = rows + j * ld;
       for (int64_t c = 0; c < width; ++c) out[c] += factor * in[c];
     }
+    return;
   }
+  put_past(goes_past(base, view.row, bytes), [&](auto put) {
+    for (int64_t j = 0; j < block.n; ++j) {
+      F* out = row(j);
+      const F* in = rows + j * ld;
+      int64_t c = 0;
+      for (; c + W <= width; c += W) put(out + c, factor * load<F>(in + c));
+      for (; c < width; ++c) out[c] = factor * in[c];
+    }
+  });
 }
 
 // Runs the scheme above. `Kernel` supplies what differs between ops:
@@ -188,10 +201,13 @@ void score_gradients(const Lead& lead, const SlotView& keys, const SlotView& val
           }
           const bool start = panel == 0;
           if (out.keys) {
-            scatter_rows<F>(out.keys, lead, batch, start && first_keys, i, count, block, dk, s.KP, s.K, F(scale));
+            scatter_rows<F>(out.keys, lead, batch, start && first_keys, i, count, block, dk, s.KP, s.K, F(scale),
+                            s.N * s.K * int64_t(sizeof(F)));
           }
-          if (out.values)
-            scatter_rows<F>(out.values, lead, batch, start && first_values, i, count, block, dv, s.VP, s.V, F(1));
+          if (out.values) {
+            scatter_rows<F>(out.values, lead, batch, start && first_values, i, count, block, dv, s.VP, s.V, F(1),
+                            s.N * s.V * int64_t(sizeof(F)));
+          }
           if (out.mask) scatter_rows<F>(out.mask, lead, batch, start && first_mask, i, count, block, dm, 1, 1, F(1));
         }
       });

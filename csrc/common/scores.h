@@ -4,6 +4,7 @@
 #include <new>
 
 #include "common/slots.h"
+#include "common/streaming.h"
 #include "cpu/gemm.h"
 
 namespace mk::MK_ISA {
@@ -50,8 +51,7 @@ struct Nothing {
   void operator()() const {}
 };
 
-constexpr int64_t kGroup = 12;                    // rows of a product between two runs of `between`
-constexpr int64_t kFarBytes = int64_t(32) << 20;  // a memory from this size on is not found in a cache
+constexpr int64_t kGroup = 12;  // rows of a product between two runs of `between`
 
 // S[slot][lane], lanes are tokens: S = keys * q + mask. `between` runs after each group of rows: the place to ask for memory that
 // is needed next. Or the product itself asks for the row `ahead` rows further on.

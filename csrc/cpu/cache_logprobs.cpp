@@ -84,10 +84,12 @@ void forward(const CacheLogprobs& c) {
     const F lse = row_lse<F>(logits.row(t), logits.dtype, p.W, buffer);
     *reinterpret_cast<F*>(TokenRows(p.lse, p.lead, batch, p.T).row(t)) = lse;
     const F rest = cache.mix == 1 ? -kInf<F> : std::log1p(-cache.mix);
-    each_block<F>(logits.row(t), logits.dtype, p.W, buffer, [&](int64_t first, const F* z, int64_t count) {
-      int64_t j = 0;
-      for (; j + W <= count; j += W) store<F>(out + first + j, load<F>(z + j) - lse + rest);
-      for (; j < count; ++j) out[first + j] = z[j] - lse + rest;
+    put_past(goes_past(out, p), [&](auto put) {
+      each_block<F>(logits.row(t), logits.dtype, p.W, buffer, [&](int64_t first, const F* z, int64_t count) {
+        int64_t j = 0;
+        for (; j + W <= count; j += W) put(out + first + j, load<F>(z + j) - lse + rest);
+        for (; j < count; ++j) out[first + j] = z[j] - lse + rest;
+      });
     });
     for (int64_t i = 0; i < cache.n; ++i) {
       const int64_t w = cache.distinct[i];
@@ -128,18 +130,20 @@ void backward(const CacheLogprobsBackward& b) {
     }
     if (b.d.logits) {
       F* out = reinterpret_cast<F*>(TokenRows(b.d.logits, p.lead, batch, p.T).row(t));
-      each_block<F>(logits.row(t), logits.dtype, p.W, buffer, [&](int64_t first, const F* z, int64_t count) {
-        for (int64_t j = 0; j < count; j += W) {
-          const bool full = j + W <= count;
-          const Vec<F> x = full ? load<F>(z + j) : load_or_least<F>(z, j, count);
-          const Vec<F> g = full ? load<F>(d + first + j) : load_first<F>(d + first + j, count - j);
-          const Vec<F> dz = (x == -kInf<F> ? fill<F>(0) : alone * g) - own * exp2<F>((x - lse) * F(kLog2e));
-          if (full) {
-            store<F>(out + first + j, dz);
-          } else {
-            for (int64_t i = j; i < count; ++i) out[first + i] = dz[i - j];
+      put_past(goes_past(out, p), [&](auto put) {
+        each_block<F>(logits.row(t), logits.dtype, p.W, buffer, [&](int64_t first, const F* z, int64_t count) {
+          for (int64_t j = 0; j < count; j += W) {
+            const bool full = j + W <= count;
+            const Vec<F> x = full ? load<F>(z + j) : load_or_least<F>(z, j, count);
+            const Vec<F> g = full ? load<F>(d + first + j) : load_first<F>(d + first + j, count - j);
+            const Vec<F> dz = (x == -kInf<F> ? fill<F>(0) : alone * g) - own * exp2<F>((x - lse) * F(kLog2e));
+            if (full) {
+              put(out + first + j, dz);
+            } else {
+              for (int64_t i = j; i < count; ++i) out[first + i] = dz[i - j];
+            }
           }
-        }
+        });
       });
       for (int64_t i = 0; i < cache.n; ++i) {
         const int64_t w = cache.distinct[i];

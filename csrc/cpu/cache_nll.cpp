@@ -79,13 +79,15 @@ void backward(const CacheNllBackward& b) {
         std::memset(out, 0, size_t(p.W) * sizeof(F));
       } else {
         const TokenRows logits(p.logits, p.lead, batch, p.T);
-        each_block<F>(logits.row(t), logits.dtype, p.W, buffer, [&](int64_t first, const F* z, int64_t count) {
-          int64_t j = 0;
-          for (; j + W <= count; j += W) {
-            ask_for_next_page(z + j, W);
-            store<F>(out + first + j, -share * exp2<F>((load<F>(z + j) - lse) * F(kLog2e)));
-          }
-          for (; j < count; ++j) out[first + j] = -share * std::exp(z[j] - lse);
+        put_past(goes_past(out, p), [&](auto put) {
+          each_block<F>(logits.row(t), logits.dtype, p.W, buffer, [&](int64_t first, const F* z, int64_t count) {
+            int64_t j = 0;
+            for (; j + W <= count; j += W) {
+              ask_for_next_page(z + j, W);
+              put(out + first + j, -share * exp2<F>((load<F>(z + j) - lse) * F(kLog2e)));
+            }
+            for (; j < count; ++j) out[first + j] = -share * std::exp(z[j] - lse);
+          });
         });
         out[target.word] += share;
       }

@@ -10,6 +10,7 @@
 
 #include "common/parallel.h"
 #include "common/scores.h"
+#include "common/streaming.h"
 
 namespace mk::MK_ISA {
 namespace {
@@ -48,6 +49,10 @@ struct Strip {
     dtype = v.dtype, stride = rows.stride;
   }
   explicit operator bool() const { return base != nullptr; }
+  // Does this, a strip of a result of so many numbers, go past the caches?
+  bool goes_past(int64_t numbers) const {
+    return base != nullptr && dtype == kOwn<F> && MK_ISA::goes_past(base, stride, numbers * int64_t(sizeof(F)));
+  }
   char* at(int64_t t) const { return base + t * stride; }
   const F* row(int64_t t, int64_t n, F* buffer) const { return row_as<F>(at(t), dtype, n, buffer); }
   // The row itself, where it is one of F; otherwise `buffer`, from which save() brings it there.
@@ -57,21 +62,35 @@ struct Strip {
   }
 };
 
-// body(c, x) for every register of n numbers: x(p) loads, x(p, v) stores; the last one may be short.
+template <class F>
+struct Whole {
+  MK_INLINE Vec<F> operator()(const F* p) const { return load<F>(p); }
+  MK_INLINE void operator()(F* p, Vec<F> v) const { store<F>(p, v); }
+  template <class Put>
+  MK_INLINE void put(Put put, F* p, Vec<F> v) const {
+    put(p, v);
+  }
+};
+template <class F>
+struct First {
+  int64_t n;
+  MK_INLINE Vec<F> operator()(const F* p) const { return load_first<F>(p, n); }
+  MK_INLINE void operator()(F* p, Vec<F> v) const { std::memcpy(p, &v, size_t(n) * sizeof(F)); }
+  template <class Put>
+  MK_INLINE void put(Put, F* p, Vec<F> v) const {
+    (*this)(p, v);
+  }
+};
+
+inline int64_t numbers(const GatedScan& p) { return p.lead.folded() * p.T * p.D; }
+
+// body(c, x) for every register of n numbers: x(p) loads, x(p, v) stores, x.put(put, p, v) as `put` does; the last one may be
+// short.
 template <class F, class Body>
 MK_INLINE void each_register(int64_t n, Body&& body) {
-  struct Whole {
-    MK_INLINE Vec<F> operator()(const F* p) const { return load<F>(p); }
-    MK_INLINE void operator()(F* p, Vec<F> v) const { store<F>(p, v); }
-  };
-  struct First {
-    int64_t n;
-    MK_INLINE Vec<F> operator()(const F* p) const { return load_first<F>(p, n); }
-    MK_INLINE void operator()(F* p, Vec<F> v) const { std::memcpy(p, &v, size_t(n) * sizeof(F)); }
-  };
   int64_t c = 0;
-  for (; c + kLanes<F> <= n; c += kLanes<F>) body(c, Whole{});
-  if (c < n) body(c, First{n - c});
+  for (; c + kLanes<F> <= n; c += kLanes<F>) body(c, Whole<F>{});
+  if (c < n) body(c, First<F>{n - c});
 }
 
 template <class F>
@@ -106,15 +125,17 @@ struct Forward {
     }
   }
   void write(int64_t t0, int64_t t1, F* h) const {
-    for (int64_t t = t0; t < t1; ++t) {
-      const F *f = forget.row(t, n, f_buffer), *u = update.row(t, n, u_buffer);
-      F* out = states.open(t, u_buffer);
-      each_register<F>(n, [&](int64_t c, auto x) {
-        const Vec<F> next = x(f + c) * x(h + c) + x(u + c);
-        x(h + c, next), x(out + c, next);
-      });
-      states.save(out, t, n);
-    }
+    put_past(states.goes_past(numbers(p)), [&](auto put) {
+      for (int64_t t = t0; t < t1; ++t) {
+        const F *f = forget.row(t, n, f_buffer), *u = update.row(t, n, u_buffer);
+        F* out = states.open(t, u_buffer);
+        each_register<F>(n, [&](int64_t c, auto x) {
+          const Vec<F> next = x(f + c) * x(h + c) + x(u + c);
+          x(h + c, next), x.put(put, out + c, next);
+        });
+        states.save(out, t, n);
+      }
+    });
   }
 };
 
@@ -152,18 +173,21 @@ struct Backward {
     }
   }
   void write(int64_t t0, int64_t t1, F* h) const {
-    for (int64_t t = t1; t-- > t0;) {
-      const F *f = forget.row(t, n, f_buffer), *d = d_states.row(t, n, d_buffer);
-      const F* old = d_forget && t > 0 ? states.row(t - 1, n, h_buffer) : before;
-      F* df = d_forget ? reinterpret_cast<F*>(d_forget.at(t)) : h_buffer;
-      F* du = d_update ? reinterpret_cast<F*>(d_update.at(t)) : d_buffer;
-      each_register<F>(n, [&](int64_t c, auto x) {
-        const Vec<F> g = x(d + c) + x(h + c);
-        x(h + c, x(f + c) * g);
-        x(df + c, g * x(old + c));
-        x(du + c, g);
-      });
-    }
+    const bool past = d_forget.goes_past(numbers(p)) && d_update.goes_past(numbers(p));
+    put_past(past, [&](auto put) {
+      for (int64_t t = t1; t-- > t0;) {
+        const F *f = forget.row(t, n, f_buffer), *d = d_states.row(t, n, d_buffer);
+        const F* old = d_forget && t > 0 ? states.row(t - 1, n, h_buffer) : before;
+        F* df = d_forget ? reinterpret_cast<F*>(d_forget.at(t)) : h_buffer;
+        F* du = d_update ? reinterpret_cast<F*>(d_update.at(t)) : d_buffer;
+        each_register<F>(n, [&](int64_t c, auto x) {
+          const Vec<F> g = x(d + c) + x(h + c);
+          x(h + c, x(f + c) * g);
+          x.put(put, df + c, g * x(old + c));
+          x.put(put, du + c, g);
+        });
+      }
+    });
   }
 };
 

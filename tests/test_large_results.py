@@ -1,0 +1,60 @@
+"""Results from 16 MiB on, which the CPU kernels write past the caches: against float64, bits free of the threads."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import memkernels as mk
+from memkernels.testing.compare import TOLERANCE, distance, norms
+
+LEAST = 16 << 20  # kPastBytes of csrc/common/streaming.h
+
+
+def _read(T: int):
+    q, k, v, g = (torch.randn(s) for s in ((T, 128), (1 << 15, 128), (1 << 15, 128), (T, 128)))
+    return lambda q, k, v, **how: mk.softmax_read(q, k, v, **how), (q, k, v), g
+
+
+def _scan():
+    f, u = torch.rand(256, 16, 1024), torch.randn(256, 16, 1024)
+    return lambda f, u, **how: mk.gated_scan(f, u, **how), (f, u), torch.randn_like(u)
+
+
+def _words(op):
+    z, c = torch.randn(133, 32000), torch.randn(133, 40)
+    tokens, targets = torch.randint(0, 32000, (133, 40)), torch.randint(0, 32000, (133,))
+    if op is mk.cache_nll:
+        return lambda z, c, **how: op(z, targets, c, tokens, 0.3, **how), (z, c), torch.randn(133)
+    return lambda z, c, **how: op(z, c, tokens, 0.3, **how), (z, c), torch.randn_like(z)
+
+
+CASES = {
+    "few tokens": lambda: _read(3),
+    "many tokens": lambda: _read(65),
+    "gated_scan": _scan,
+    "cache_nll": lambda: _words(mk.cache_nll),
+    "cache_logprobs": lambda: _words(mk.cache_logprobs),
+}
+
+
+def _run(f, leaves, cotangent, **how):
+    leaves = [x.detach().requires_grad_() for x in leaves]
+    result = f(*leaves, **how)
+    return [result.detach(), *torch.autograd.grad(result, leaves, cotangent.to(result.dtype))]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_results_larger_than_the_caches_are_right(name):
+    torch.manual_seed(0)
+    f, leaves, cotangent = CASES[name]()
+    got = _run(f, leaves, cotangent, backend="cpu")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 if before > 1 else 2)
+    again = _run(f, leaves, cotangent, backend="cpu")
+    torch.set_num_threads(before)
+    assert all(map(torch.equal, got, again))
+    assert max(x.nbytes for x in got) >= LEAST
+    wanted = _run(f, [x.double() for x in leaves], cotangent, backend="reference")
+    for have, want, norm in zip(got, wanted, norms(wanted), strict=True):
+        assert distance(have, want, norm) <= TOLERANCE[torch.float32]
