@@ -85,11 +85,13 @@ def launches(dtype: torch.dtype, width: int, device: str, tokens: int = TOKENS, 
         return run
 
     def products(k: int) -> Callable:
-        q, subkeys = new(2, tokens, 2 * width), new(2, 512, width)
+        q, subkeys, v = new(2, tokens, 2 * width), new(2, 512, width), new(512 * 512, width)
 
         def run():
             scores, i = launcher("product_key_search")(q, subkeys, k, SCALE)
             launcher("product_key_search_backward")(q, subkeys, i, scores, k, SCALE, [True] * 2)
+            r, i, w = launcher("product_key_read")(q, subkeys, v, k, SCALE)
+            launcher("product_key_read_backward")(q, subkeys, v, i, w, r, w, k, SCALE, [True] * 3)
 
         return run
 
@@ -228,7 +230,7 @@ def launches(dtype: torch.dtype, width: int, device: str, tokens: int = TOKENS, 
     yield Launch("softmax_read", read(tokens, slots, None, True), main=True)
     yield Launch("additive_read", additive(tokens, slots), main=True)
     yield Launch("cache_nll, cache_logprobs", cache(1024), main=True)
-    yield Launch("product_key_search, k = 32", products(32), main=True)
+    yield Launch("product keys, k = 32", products(32), main=True)
     yield Launch("gated_write", write(tokens, slots, 1.0, False), main=True)
     yield Launch("topk, k = 32", topk(tokens, slots, 32), main=True)
     yield Launch("sparse_read", sparse(), main=True)
@@ -260,8 +262,8 @@ def launches(dtype: torch.dtype, width: int, device: str, tokens: int = TOKENS, 
     yield Launch("sparse_write, erase tensor", scatter(vector))
     yield Launch("reads of int8 slots", compressed(torch.int8, tokens), packed=True)
     yield Launch("reads of float8 slots", compressed(torch.float8_e4m3fn, tokens), packed=True)
-    yield Launch("product_key_search, k = 256", products(256))
-    yield Launch("product_key_search, k = 300", products(300))
+    yield Launch("product keys, k = 256", products(256))
+    yield Launch("product keys, k = 300", products(300))
     yield Launch("topk, k = 8, few tokens", topk(FEW, slots, 8))
     yield Launch("topk, k = 128", topk(tokens, slots, 128))
     yield Launch("topk, k = 256", topk(tokens, slots, 256))

@@ -5,10 +5,10 @@ An op module declares an :class:`Op`. Everything that can be derived from the de
 contract grid of ``testing.py`` and the op table of the documentation.
 
 Axes, the same letters everywhere: ``T`` tokens, ``N`` slots, ``K`` key width, ``V`` value width, ``k`` neighbours,
-``S`` parts to merge, ``D`` channels of a state. A number (``2``) is a fixed size, a number and a letter (``3D``) a
-multiple. Leading dimensions come before them and broadcast. A tensor belongs to the *tokens* or to the *memory*; a
-leading dimension that every memory tensor lacks (or has at size 1) is *shared*: its tokens are folded into ``T`` in
-row-major order.
+``S`` parts to merge, ``D`` channels of a state, ``n`` half keys of a list. A number (``2``) is a fixed size, a number
+and a letter (``3D``) a multiple, a letter twice (``nn``) a square. Leading dimensions come before them and broadcast. A
+tensor belongs to the *tokens* or to the *memory*; a leading dimension that every memory tensor lacks (or has at size 1)
+is *shared*: its tokens are folded into ``T`` in row-major order.
 """
 
 from __future__ import annotations
@@ -31,19 +31,23 @@ def stats_dtype(dtype: torch.dtype) -> torch.dtype:
 
 @dataclass(frozen=True)
 class Axis:
-    """One axis of a declaration, ``"N"``, ``"2"`` or ``"3D"``: its size is ``factor`` times that of ``letter``."""
+    """One axis of a declaration, ``"N"``, ``"2"``, ``"3D"`` or ``"nn"``: ``factor`` times a power of ``letter``.
+
+    A power is of a letter that an argument before it binds.
+    """
 
     factor: int
     letter: str
+    power: int
 
     @classmethod
     def parse(cls, text: str) -> Axis:
-        letter = text.lstrip("0123456789")
-        digits = text.removesuffix(letter)
-        return cls(int(digits) if digits else 1, letter)
+        letters = text.lstrip("0123456789")
+        digits = text.removesuffix(letters)
+        return cls(int(digits) if digits else 1, letters[:1], len(letters))
 
     def size(self, axes: Mapping[str, int]) -> int:
-        return self.factor * axes[self.letter] if self.letter else self.factor
+        return self.factor * axes[self.letter] ** self.power if self.letter else self.factor
 
 
 def sizes(names: str, axes: Mapping[str, int]) -> tuple[int, ...]:

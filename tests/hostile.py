@@ -115,7 +115,7 @@ for i, (label, own, t) in enumerate(zip(names, axes, tensors)):
     )
     if t.dtype == torch.int64:
         slots = tensors[0].shape[-1]  # words
-        if name == "product_key_search":
+        if "subkeys" in names:
             slots = tensors[1].shape[-2] ** 2
         elif "W" not in axes[0]:
             slots = next(tensors[j].shape[-2] for j, a in enumerate(axes) if a[0] == "N" and len(a) == 2)

@@ -26,7 +26,7 @@ MORE = (
     "gated_write, erase tensor, retained",
     "gated_write, retained, few slots",
     "topk, k = 1000",
-    "product_key_search, k = 300",
+    "product keys, k = 300",
     "reads of float8 slots",
 )
 

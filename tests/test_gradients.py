@@ -40,7 +40,7 @@ FORGET, INPUTS = torch.sigmoid(randn(B, T, V, seed=8)), randn(B, T, 3 * V, seed=
 WEIGHT, INITIAL = 0.5 * randn(3 * V, V, seed=10), randn(B, V, seed=11)
 SCAN = (VALUES, KEYS, QUERY, randn(B, T, K, seed=12), WRITE)
 
-VECTOR, SUBKEYS = randn(K, seed=8), randn(2, 4, 2, seed=9)
+VECTOR, SUBKEYS, TABLE = randn(K, seed=8), randn(2, 4, 2, seed=9), randn(16, V, seed=13)
 LOGITS, CACHE, MIX = randn(B, T, 6, seed=10), randn(B, T, N, seed=11), torch.sigmoid(randn(B, T, seed=12))
 WORDS = torch.randint(-1, 6, (B, T, N), generator=torch.Generator().manual_seed(4))
 TARGETS = torch.tensor([[5, 1, 0, 2], [-1, 3, 3, 4]])
@@ -90,6 +90,18 @@ CASES = {
     "product_key_search, every pair": (
         lambda b, q, x: mk.product_key_search(q, x, 16, scale=0.7, backend=b)[0],
         (randn(B, T, 4), randn(B, 2, 4, 2)),
+    ),
+    "product_key_read": (
+        lambda b, *x: mk.product_key_read(*x, k, backend=b),
+        (randn(B, T, 4), SUBKEYS, TABLE),
+    ),
+    "product_key_read with its weights": (
+        lambda b, *x: mk.product_key_read(*x, k, scale=0.7, return_slots=True, backend=b)[::2],
+        (randn(B, T, 4), randn(B, 2, 4, 2), TABLE),
+    ),
+    "product_key_read, every pair": (
+        lambda b, *x: mk.product_key_read(*x, 20, backend=b),
+        (randn(B, T, 4), SUBKEYS, TABLE.expand(B, -1, -1)),
     ),
     "softmax_read": (lambda b, *x: mk.softmax_read(*x, return_lse=True, backend=b), (QUERY, KEYS, VALUES)),
     "softmax_read without lse": (lambda b, *x: mk.softmax_read(*x, backend=b), (QUERY, KEYS, VALUES)),

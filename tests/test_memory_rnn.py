@@ -69,6 +69,24 @@ def test_it_is_its_equations(backend, addressing):
         close(state.memory[b], torch.tensor(memory, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("addressing", ADDRESSINGS)
+def test_token_by_token_equals_the_whole(backend, addressing):
+    """The state goes from call to call by hand: outputs, last state and all gradients are those of one call."""
+    model, x = rnn_of(backend, addressing), randn(B, 9, D).requires_grad_()
+    leaves = [x, *model.parameters()]
+    whole, end = model(x)
+    state, steps = model.initial_state(B), []
+    for t in range(x.shape[1]):
+        y, state = model(x[:, t : t + 1], state)
+        steps.append(y)
+    stepped = torch.cat(steps, 1)
+    d = [randn(*z.shape, seed=4) for z in (whole, *end)]
+    gradients = [torch.autograd.grad((z, *s), leaves, d) for z, s in ((whole, end), (stepped, state))]
+    for got, want in zip((stepped, *state, *gradients[1]), (whole, *end, *gradients[0])):
+        close(got.detach(), want.detach(), 1e-12)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("addressing", ADDRESSINGS)
 def test_pieces_of_a_sequence_equal_the_whole(addressing):

@@ -1,6 +1,8 @@
-"""Product-key search against the search of all pairs, on every backend."""
+"""Product-key search and read against those of all pairs, on every backend."""
 
 from __future__ import annotations
+
+import math
 
 import pytest
 import torch
@@ -117,3 +119,60 @@ def test_an_infinite_score_wins_and_a_negative_one_is_never_chosen(backend, half
     assert (rows[:5] == 3).all() and (scores[0, :5] == torch.inf).all()
     assert (scores[0, 5:20] == 0).all() and not (rows[:20] == 1).any()
     assert (indices[0, 20:] == -1).all() and torch.isneginf(scores[0, 20:]).all()
+
+
+@pytest.mark.parametrize(("n", "k"), [(5, 1), (5, 9), (12, 8), (4, 20)])
+def test_the_read_is_that_of_all_pairs(backend, n, k):
+    """Forward and gradients; k beyond n and beyond n * n too."""
+    leaves = (randn(B, T, K, seed=3), randn(2, n, K // 2), randn(n * n, 5))
+    query, subkeys, values = (x.requires_grad_() for x in leaves)
+    found = mk.product_key_read(query, subkeys, values, k, return_slots=True, backend=backend)
+    wanted = mk.topk_read(query, pairs(subkeys), values, k, return_slots=True, backend="reference")
+    assert torch.equal(found[1], wanted[1])
+    cotangents = [randn(*x.shape, seed=5) for x in found[::2]]
+    for got, want in zip(found[::2], wanted[::2]):
+        close(got.detach(), want.detach())
+    gradients = [torch.autograd.grad(results[::2], leaves, cotangents) for results in (found, wanted)]
+    for got, want in zip(*gradients):
+        close(got, want)
+
+
+@pytest.mark.parametrize("scale", [None, 2.0])
+def test_the_read_is_its_formula(backend, scale):
+    """Every score one by one, the best of them, their softmax, their rows."""
+    n, k = 6, 7
+    query, subkeys, values = randn(T, K), randn(2, n, K // 2, seed=1), randn(n * n, 4)
+    read, indices, weights = mk.product_key_read(
+        query, subkeys, values, k, scale=scale, return_slots=True, backend=backend
+    )
+    scores, slots = written_out(query, subkeys, k, K**-0.5 if scale is None else scale)
+    assert torch.equal(indices, slots)
+    shares = torch.tensor([[math.exp(s - max(row)) for s in row] for row in scores.tolist()], dtype=torch.float64)
+    shares /= shares.sum(-1, keepdim=True)
+    close(weights, shares)
+    close(read, torch.stack([sum(w * values[i] for w, i in zip(p, s)) for p, s in zip(shares, slots.tolist())]))
+
+
+def test_the_read_touches_only_rows_that_were_chosen(native):
+    """No other row is looked at, not even one of NaN; none has a gradient, and those that were read have all of it."""
+    n, k = 40, 3
+    query, subkeys, values = randn(1, K), randn(2, n, K // 2, seed=1), randn(n * n, 4)
+    _, slots, weights = mk.product_key_read(query, subkeys, values, k, return_slots=True, backend="reference")
+    chosen = torch.zeros(n * n, dtype=torch.bool)
+    chosen[slots[0]] = True
+    subkeys.requires_grad_()
+    values = values.masked_fill(~chosen.unsqueeze(-1), torch.nan).requires_grad_()
+    read = mk.product_key_read(query, subkeys, values, k, backend=native)
+    of_subkeys, of_values = torch.autograd.grad(read.square().sum(), (subkeys, values))
+    close(read.detach(), weights @ values.detach()[slots[0]])
+    close(of_values[slots[0]], weights.mT @ (2 * read.detach()))
+    assert torch.equal((of_values != 0).any(-1), chosen)
+    rows = torch.zeros(2, n, dtype=torch.bool)
+    rows[0, slots // n], rows[1, slots % n] = True, True
+    assert torch.equal((of_subkeys != 0).any(-1), rows)
+
+
+def test_a_read_of_no_slots_is_zero(backend):
+    subkeys, values = randn(2, 0, K // 2), randn(0, 4)
+    read, indices, weights = mk.product_key_read(randn(T, K), subkeys, values, 3, return_slots=True, backend=backend)
+    assert (read == 0).all() and (indices == -1).all() and (weights == 0).all()

@@ -120,20 +120,23 @@ def test_compile_without_graph_breaks(backend, fresh_compiler):
 def test_compile_of_product_keys_additive_scores_and_a_cache(backend, fresh_compiler):
     """With a mix that is a number and tokens that are broadcast: both become tensors inside the graph."""
     subkeys, logits = randn(2, 6, K // 2).float().requires_grad_(), randn(B, T, 40).float().requires_grad_()
+    table = randn(36, 5).float().requires_grad_()
     words = torch.arange(k * 2) % 40
 
     def mixed(query, keys, values, write, mask):
         scores, slots = mk.product_key_search(query, subkeys, 2 * k)
         read = mk.additive_read(query, keys, values, query[0, 0], slot_mask=mask)
         loss = mk.cache_nll(logits, slots[..., 0], scores, words, 0.25)
+        found, named, shares = mk.product_key_read(query, subkeys, table, k, return_slots=True)
+        loss = loss + (found.sum(-1) * (named * shares).sum(-1))
         return loss.sum() + read.square().sum() + mk.cache_logprobs(logits, scores, words, 0.5).square().mean()
 
-    leaves = [*arguments(), subkeys, logits]
+    leaves = [*arguments(), subkeys, logits, table]
     with mk.use_backend(backend):
         wanted = mixed(*leaves[:5])
         got = torch.compile(mixed, fullgraph=True, backend="aot_eager")(*leaves[:5])
     close(got.detach(), wanted.detach(), 1e-6)
-    used = [leaves[i] for i in (0, 1, 2, 4, 5, 6)]
+    used = [leaves[i] for i in (0, 1, 2, 4, 5, 6, 7)]
     for one, other in zip(torch.autograd.grad(got, used), torch.autograd.grad(wanted, used)):
         close(one, other, 1e-6)
 

@@ -146,6 +146,7 @@ q, k, v, w = torch.randn(3, 5, 16), torch.randn(3, 40, 16), torch.randn(3, 40, 8
 def using(q, k, v, w):
     with mk.use_backend("triton"):
         scores, named = mk.product_key_search(q, k[:, :8].reshape(3, 2, 8, 8), 3)
+        w = w + mk.product_key_read(q, k[:, :8].reshape(3, 2, 8, 8), k.flatten(1)[:, :512].unflatten(1, (64, 8)), 3)
         w = w * mk.cache_nll(q, named[..., 0] % 16, scores, named % 16, 0.3).unsqueeze(-1)
         w = w + mk.cache_logprobs(q, scores, named % 16, 0.3)[..., :8]
         w = w + mk.additive_read(q, k, v, q[:, 0])
@@ -170,6 +171,10 @@ halves = torch.randint(-3, 4, (2, 20, 8))
 wanted = mk.product_key_search(whole.double(), halves.double(), 260, scale=1.0, backend="reference")
 got = mk.product_key_search(whole.float(), halves.float(), 260, scale=1.0, backend="triton")
 found["pairs"] = torch.equal(got[1], wanted[1]) and torch.equal(got[0].double(), wanted[0])
+table = torch.randn(400, 8)
+wanted = mk.product_key_read(whole.double(), halves.double(), table.double(), 260, scale=0.125, backend="reference")
+got = mk.product_key_read(whole.float(), halves.float(), table, 260, scale=0.125, backend="triton")
+found["read"] = torch.allclose(got.double(), wanted, rtol=0, atol=1e-5)
 # What a slot keeps under a weight near 1 is the sum of the other weights, with all its digits.
 mask = torch.zeros(40)
 mask[7] = 30.0
@@ -211,7 +216,7 @@ print("RESULT" + json.dumps(found))
 def test_no_gaps_same_bits_one_graph_all_digits_and_guarded_indices():
     found = result_of(PROPERTIES)
     assert not found["gaps"] and not found["bits"]
-    assert found["compiled"] and found["many"] and found["pairs"] and found["kept"]
+    assert found["compiled"] and found["many"] and found["pairs"] and found["read"] and found["kept"]
     assert found["groups"] and found["written"]
     assert "outside [-1, 40)" in found["index"]
 

@@ -26,6 +26,7 @@ OPERATORS = {
     "gated_write": "gated_write",
     "memory_scan": "memory_scan",
     "merge_reads": "merge_reads",
+    "product_key_read": "product_key_read",
     "product_key_search": "product_key_search",
     "slot_usage": "slot_usage",
     "slot_write": "slot_write",

@@ -24,7 +24,7 @@ from .launch import launch, plan
 from .layout import INDEX_LIMIT, Call
 from .sparse_read import check_indices
 from .topk_search import LARGEST, WORKSPACE, choice_gradients, search
-from .topk_tiles import LOWEST, best_of, ranks, scored, scored_tensor
+from .topk_tiles import LOWEST, best_of, ranks, scored, scored_tensor, shares, shares_tensor
 
 KEPT = LARGEST[16]  # neighbours that a list on the chip holds: sums of two numbers need no operands beside it
 
@@ -46,10 +46,10 @@ def pair_ranks(scores, indices, row, row_ok, T, n, k, found, first, columns, at)
 
 @triton.jit
 def pair_kernel(
-    half_scores, half_indices, scores, indices, rows, T, n, k, found,
+    half_scores, half_indices, scores, indices, weights, rows, T, n, k, found,
     LIST: tl.constexpr, LEVELS: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """The k best pairs of a block of tokens."""
+    """The k best pairs of a block of tokens: their scores or weights, and their slots."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     row_ok = row < rows
     c = tl.arange(0, LIST)
@@ -60,9 +60,13 @@ def pair_kernel(
         )  # fmt: skip
         best = best_of(best, tl.sort(rank, 1, descending=True))
     score, index = scored(best)
+    at = (row * k)[:, None] + c[None, :]
     inside = row_ok[:, None] & (c < k)[None, :]
-    tl.store(scores + (row * k)[:, None] + c[None, :], score.to(scores.dtype.element_ty), mask=inside)
-    tl.store(indices + (row * k)[:, None] + c[None, :], index, mask=inside)
+    tl.store(indices + at, index, mask=inside)
+    if scores is not None:
+        tl.store(scores + at, score.to(scores.dtype.element_ty), mask=inside)
+    if weights is not None:
+        tl.store(weights + at, shares(score, (c < k)[None, :]), mask=inside)
 
 
 @triton.jit
@@ -83,61 +87,91 @@ def pair_rank_kernel(
     tl.store(out + ((own * levels + level) * size)[:, None] + at[None, :], rank, mask=(own < rows)[:, None])
 
 
-def _halves(query: Tensor, subkeys: Tensor) -> Tensor:
+def halves(query: Tensor, subkeys: Tensor) -> Tensor:
     """The query ``[..., T, 2 h]`` as a query per half: ``[..., 2, T, h]``."""
     return query.unflatten(-1, (2, subkeys.shape[-1])).movedim(-2, -3)
 
 
-def _call(op: str, query: Tensor, subkeys: Tensor, *more: tuple) -> Call:
-    """The search of both halves: a leading dimension more, which query and subkeys have."""
+def calls(op: str, query: Tensor, subkeys: Tensor, *more: tuple, values: Tensor | None = None) -> tuple[Call, Call]:
+    """The call, and the search of both halves: a leading dimension more, the last, which query and subkeys have."""
     (n, h), T = subkeys.shape[-2:], query.shape[-2]
-    whole = Call(op, [("query", query, (T, 2 * h)), *more], [("subkeys", subkeys, (2, n, h))])
-    whole.floats(query, subkeys)
-    whole.require(n * n <= INDEX_LIMIT, f"n * n slots must be counted in 31 bits, got n = {n}")
-    return Call(op, [("query", _halves(query, subkeys), (T, h))], [("subkeys", subkeys, (n, h))])
+    table = [] if values is None else [("values", values, (n * n, None))]
+    call = Call(op, [("query", query, (T, 2 * h)), *more], [("subkeys", subkeys, (2, n, h)), *table])
+    call.floats(query, subkeys, values)
+    call.require(n * n <= INDEX_LIMIT, f"n * n slots must be counted in 31 bits, got n = {n}")
+    table = [(name, x.unsqueeze(-3), tail) for name, x, tail in table]
+    return call, Call(op, [("query", halves(query, subkeys), (T, h))], [("subkeys", subkeys, (n, h)), *table])
 
 
-def product_key_search(query: Tensor, subkeys: Tensor, k: int, scale: float):
-    """scores ``[..., T, k]`` in the dtype of query, indices ``[..., T, k]``."""
-    call, T, n = _call("product_key_search", query, subkeys), query.shape[-2], subkeys.shape[-2]
+def search_pairs(
+    call: Call, query: Tensor, subkeys: Tensor, k: int, scale: float, scores: Tensor | None, indices: Tensor,
+    weights: Tensor | None,
+) -> None:  # fmt: skip
+    """Fill scores or weights, and indices, each contiguous ``[..., T, k]``. call: of the halves."""
+    T, n = query.shape[-2], subkeys.shape[-2]
     call.require(k >= 1, "k must be at least 1")
     found = min(k, max(n, 1))
     half_scores, score_view = call.token_result(T, found, dtype=torch.float32)
     half_indices, index_view = call.token_result(T, found, dtype=torch.int64)
-    search(call, _halves(query, subkeys), subkeys, None, found, scale, score_view, index_view, None)
-    halves = call.store(half_scores, score_view), call.store(half_indices, index_view)
-    shape = (*call.whole[:-1], T, k)
-    scores = torch.empty(shape, dtype=query.dtype, device=call.device)
-    indices = torch.empty(shape, dtype=torch.int64, device=call.device)
+    search(call, halves(query, subkeys), subkeys, None, found, scale, score_view, index_view, None)
+    lists = call.store(half_scores, score_view), call.store(half_indices, index_view)
     rows = indices.numel() // k
     p = plan("product_pairs", call.device, 64, query)
     if k > KEPT:
-        score, index = scored_tensor(_many(call, halves, rows, T, n, k, found))
-        return scores.copy_(score.view(shape)), indices.copy_(index.view(shape))
+        score, index = scored_tensor(_many(call, lists, rows, T, n, k, found))
+        indices.copy_(index.view(indices.shape))
+        if scores is not None:
+            scores.copy_(score.view(indices.shape))
+        if weights is not None:
+            weights.copy_(shares_tensor(score).view(indices.shape))
+        return
     size = max(16, triton.next_power_of_2(k))
     launch(
-        pair_kernel, triton.cdiv(rows, p.config.block_t), *halves, scores, indices, rows, T, n, k, found,
+        pair_kernel, triton.cdiv(rows, p.config.block_t), *lists, scores, indices, weights, rows, T, n, k, found,
         plan=p, LIST=size, LEVELS=size.bit_length(), BLOCK_T=p.config.block_t,
     )  # fmt: skip
+
+
+def product_key_search(query: Tensor, subkeys: Tensor, k: int, scale: float):
+    """scores ``[..., T, k]`` in the dtype of query, indices ``[..., T, k]``."""
+    call, inner = calls("product_key_search", query, subkeys)
+    call.require(k >= 1, "k must be at least 1")
+    shape = (*call.whole, query.shape[-2], k)
+    scores = torch.empty(shape, dtype=query.dtype, device=call.device)
+    indices = torch.empty(shape, dtype=torch.int64, device=call.device)
+    search_pairs(inner, query, subkeys, k, scale, scores, indices, None)
     return scores, indices
 
 
-def _many(call: Call, halves: tuple[Tensor, Tensor], rows: int, T: int, n: int, k: int, found: int) -> Tensor:
+def _many(call: Call, lists: tuple[Tensor, Tensor], rows: int, T: int, n: int, k: int, found: int) -> Tensor:
     """The best k ranks ``[rows, k]`` by way of a workspace, for k beyond KEPT."""
     best = torch.empty((rows, k), dtype=torch.int64, device=call.device)
     size = triton.next_power_of_2(k)
-    levels, p = size.bit_length(), plan("product_pairs", call.device, 64, halves[0])
+    levels, p = size.bit_length(), plan("product_pairs", call.device, 64, lists[0])
     step = max(1, WORKSPACE // (levels * size))
     for first in range(0, rows, step):
         some = min(step, rows - first)
         found_ranks = call.scratch(some, levels * size, dtype=torch.int64)
         programs = triton.cdiv(some, p.config.block_t) * levels * (size // KEPT)
         launch(
-            pair_rank_kernel, programs, *halves, found_ranks, some, T, n, k, found, first, size,
+            pair_rank_kernel, programs, *lists, found_ranks, some, T, n, k, found, first, size,
             plan=p, LIST=KEPT, BLOCK_T=p.config.block_t,
         )  # fmt: skip
         best[first : first + some] = torch.topk(found_ranks, k, -1).values
     return best
+
+
+def pair_gradients(
+    call: Call, query: Tensor, subkeys: Tensor, indices: Tensor, ds: Tensor, scale: float, wants: list[bool]
+) -> tuple[Tensor, Tensor]:
+    """Gradients of query and subkeys from ``ds [B, F * T, k]``, float32, of the chosen pairs. call: of the halves."""
+    some = max(subkeys.shape[-2], 1)  # no subkeys: every index is -1
+    none = indices < 0
+    pairs = torch.stack([indices // some, indices % some], -3).masked_fill(none.unsqueeze(-3), -1)
+    ds = ds.unsqueeze(1).expand(-1, 2, -1, -1).reshape(call.B, *ds.shape[1:]).contiguous()
+    parts = halves(query, subkeys)
+    d_parts, d_subkeys, _ = choice_gradients(call, parts, subkeys, None, pairs, ds, scale, [*wants, False])
+    return d_parts.movedim(-3, -2).flatten(-2) if wants[0] else d_parts, d_subkeys
 
 
 def product_key_search_backward(
@@ -146,16 +180,10 @@ def product_key_search_backward(
     """Gradients of query and subkeys."""
     T, n = query.shape[-2], subkeys.shape[-2]
     more = [("indices", indices, (T, k)), ("d_scores", d_scores, (T, k))]
-    call = _call("product_key_search_backward", query, subkeys, *more)
+    call, inner = calls("product_key_search_backward", query, subkeys, *more)
     call.require(len(wants) == 2, "wants must have 2 entries")
     call.require(d_scores is not None, "d_scores must be given")
     call.floats(d_scores)
     check_indices(call, indices, n * n)
-    some = max(n, 1)  # no subkeys: every index is -1
-    none = indices < 0
-    pairs = torch.stack([indices // some, indices % some], -3).masked_fill(none.unsqueeze(-3), -1)
-    ds = d_scores.unsqueeze(-3).expand(pairs.shape)
-    ds = call.token_view(ds, 1).reshape(call.B, call.F * T, k).float().contiguous()
-    halves = _halves(query, subkeys)
-    d_halves, d_subkeys, _ = choice_gradients(call, halves, subkeys, None, pairs, ds, scale, [*wants, False])
-    return d_halves.movedim(-3, -2).flatten(-2) if wants[0] else d_halves, d_subkeys
+    ds = call.token_view(d_scores, 1).reshape(call.B, call.F * T, k).float()
+    return pair_gradients(inner, query, subkeys, indices, ds, scale, wants)

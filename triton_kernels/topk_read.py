@@ -73,7 +73,7 @@ def topk_read_backward(
     more = _more(query, values, indices, weights, d_read, d_weights)
     call = _call("topk_read_backward", query, keys, values, slot_mask, *more)
     call.require(len(wants) == 4, "wants must have 4 entries")
-    p, ds = _score_gradient(call, values, None, indices, weights, d_read, d_weights)
+    p, ds = score_gradient(call, values, None, indices, weights, d_read, d_weights)
     d_values = Gradient(call, values, wants[2], "memory", N, V)
     segments = Segments(call, indices, N) if any(wants[1:]) else None
     if d_values.wanted and d_read is not None:
@@ -96,7 +96,7 @@ def topk_read_compressed_backward(
     scales = {"key_scale": key_scale, "value_scale": value_scale}
     call = _call("topk_read_compressed_backward", query, keys, values, slot_mask, *more, **scales)
     call.require(len(wants) == 2, "wants must have 2 entries")
-    _, ds = _score_gradient(call, values, value_scale, indices, weights, d_read, d_weights)
+    _, ds = score_gradient(call, values, value_scale, indices, weights, d_read, d_weights)
     wants = [wants[0], False, wants[1]]
     d_query, _, d_mask = choice_gradients(
         call, query, keys, slot_mask, indices, ds, scale, wants, key_scale=key_scale
@@ -112,7 +112,7 @@ def _more(
     return [*kept, ("d_read", d_read, (T, V)), ("d_weights", d_weights, (T, k))]
 
 
-def _score_gradient(
+def score_gradient(
     call: Call, values: Tensor, value_scale: Tensor | None, indices: Tensor, weights: Tensor, d_read: Tensor | None,
     d_weights: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip

@@ -24,8 +24,8 @@ from .launch import bits, launch, plan, summed
 from .layout import Call, Gradient, precision
 from .segments import Segments
 from .sparse_read import check_indices, gather
-from .tiles import LOG2E, dots, open_slots, row_scales, slot_block, token_block, tokens
-from .topk_tiles import LOWEST, best_of, ranks, scored, scored_tensor
+from .tiles import dots, open_slots, row_scales, slot_block, token_block, tokens
+from .topk_tiles import LOWEST, best_of, ranks, scored, scored_tensor, shares, shares_tensor
 
 LARGEST = {16: 256, 32: 128}  # neighbours that a list on the chip holds, by bits of an element: more would spill
 WORKSPACE = 1 << 25  # ranks in memory at a time, for larger k
@@ -102,11 +102,7 @@ def topk_merge_kernel(
             tokens(scores, b, B1, t, inner)[:, None] + j[None, :], score.to(scores[0].dtype.element_ty), mask=inside
         )
     if weights is not None:
-        score = tl.where((j < k)[None, :], score, float("-inf"))
-        m = tl.max(score, 1)
-        p = tl.exp2((score - tl.where(m == float("-inf"), 0.0, m)[:, None]) * LOG2E)
-        total = tl.sum(p, 1)
-        p = p / tl.where(total == 0, 1.0, total)[:, None]  # nothing chosen: 0
+        p = shares(score, (j < k)[None, :])
         tl.store(tokens(weights, b, B1, t, inner)[:, None] + j[None, :], p, mask=inside)
 
 
@@ -170,9 +166,7 @@ def search(
         if scores is not None:
             scores.copy_(score.view(scores.shape))
         if weights is not None:
-            nothing = torch.isneginf(score).all(-1, keepdim=True)
-            weight = torch.softmax(score.masked_fill(nothing, 0), -1).masked_fill(nothing, 0)
-            weights.copy_(weight.view(weights.shape))
+            weights.copy_(shares_tensor(score).view(weights.shape))
         return
     size = max(16, triton.next_power_of_2(k))
     p, wide = plan("topk_search", call.device, K, query, keys, compressed=key_scale is not None), summed(K, query, keys)

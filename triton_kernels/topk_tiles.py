@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .tiles import LOG2E
+
 LOWEST = tl.constexpr(-(2**63))
 
 
@@ -41,6 +43,22 @@ def scored(rank):
 def best_of(a, b):
     """The better half of two lists [rows, k] in descending order, in descending order: one step of a bitonic merge."""
     return tl.bitonic_merge(tl.maximum(a, tl.flip(b, 1)), descending=True)
+
+
+@triton.jit
+def shares(score, live):
+    """Softmax weights of the scores [rows, k] that are ``live``; 0 for the rest, and where nothing is chosen."""
+    score = tl.where(live, score, float("-inf"))
+    m = tl.max(score, 1)
+    p = tl.exp2((score - tl.where(m == float("-inf"), 0.0, m)[:, None]) * LOG2E)
+    total = tl.sum(p, 1)
+    return p / tl.where(total == 0, 1.0, total)[:, None]
+
+
+def shares_tensor(score: Tensor) -> Tensor:
+    """:func:`shares` of all scores of a tensor."""
+    nothing = torch.isneginf(score).all(-1, keepdim=True)
+    return torch.softmax(score.masked_fill(nothing, 0), -1).masked_fill(nothing, 0)
 
 
 def scored_tensor(rank: Tensor) -> tuple[Tensor, Tensor]:

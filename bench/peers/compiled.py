@@ -26,6 +26,10 @@ def product_key_search(query, subkeys, k):
     return lambda: _compiled(eager.best_pairs)(query, subkeys, k)
 
 
+def product_key_read(query, subkeys, values, k):
+    return lambda: _compiled(eager.pair_read)(query, subkeys, values, k)
+
+
 def additive_read(query, keys, values, score_vector):
     return lambda: _compiled(eager.additive_attention)(query, keys, values, score_vector)
 

@@ -112,12 +112,30 @@ def memory_scan(values, keys, read_query, write_query, write):
     return run
 
 
-def best_pairs(query, subkeys, k):
-    """The k best of each list, their sums, and the k best of those."""
+def best_halves(query, subkeys, k):
+    """The k best of each list: scores and rows, both [2, T, k]."""
     scale = query.shape[-1] ** -0.5
     halves = torch.einsum("tch,cnh->ctn", query.unflatten(-1, (2, -1)), scale * subkeys)
-    first, second = torch.topk(halves, min(k, subkeys.shape[-2]))[0]
+    return torch.topk(halves, min(k, subkeys.shape[-2]))
+
+
+def best_pairs(query, subkeys, k):
+    """The k best of each list, their sums, and the k best of those."""
+    first, second = best_halves(query, subkeys, k)[0]
     return torch.topk((first.unsqueeze(-1) + second.unsqueeze(-2)).flatten(-2), k)[0]
+
+
+def pair_read(query, subkeys, values, k):
+    """The same, then the slots of those pairs, a softmax and a gather."""
+    (first, second), (i, j) = best_halves(query, subkeys, k)
+    scores, pair = torch.topk((first.unsqueeze(-1) + second.unsqueeze(-2)).flatten(-2), k)
+    width = second.shape[-1]
+    slots = i.gather(-1, pair // width) * subkeys.shape[-2] + j.gather(-1, pair % width)
+    return weighted_rows(values, slots, torch.softmax(scores, -1))
+
+
+def product_key_read(query, subkeys, values, k):
+    return lambda: pair_read(query, subkeys, values, k)
 
 
 def product_key_search(query, subkeys, k):

@@ -9,6 +9,7 @@ from .gated_scan import gated_scan
 from .gated_write import gated_write, gated_write_
 from .memory_scan import memory_scan
 from .merge_reads import merge_reads
+from .product_key_read import product_key_read
 from .product_key_search import product_key_search
 from .slot_usage import slot_usage
 from .slot_write import slot_write, slot_write_
@@ -30,6 +31,7 @@ __all__ = [
     "gated_write_",
     "memory_scan",
     "merge_reads",
+    "product_key_read",
     "product_key_search",
     "slot_usage",
     "slot_write",

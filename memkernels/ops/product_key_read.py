@@ -1,0 +1,93 @@
+"""product_key_read: read only the k best of n * n slots whose keys are all pairs of two short lists, in one op.
+
+    scores, indices = product_key_search(query, subkeys, k);   p = softmax(scores)
+    r_t = sum_j p[t, j] values[indices[t, j]]
+
+Source: Lample et al. 2019, Large Memory Layers with Product Keys: the layer of one head, after its query network.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..registration import call, register
+from ..spec import Arg, Op, Out
+from ._formula import default_scale, softmax
+from .product_key_search import product_scores
+from .sparse_read import gather_rows
+from .topk_search import at, best, neighbours
+
+
+def reference(query: Tensor, subkeys: Tensor, values: Tensor, k: int, scale: float):
+    _, indices = best(product_scores(query, subkeys, scale), k)
+    return selected(query, subkeys, values, k, scale, indices)
+
+
+def selected(query: Tensor, subkeys: Tensor, values: Tensor, k: int, scale: float, indices: Tensor):
+    chosen = at(product_scores(query, subkeys, scale), indices)
+    weights, _ = softmax(chosen)
+    rows = gather_rows(values.to(weights.dtype), indices)
+    read = torch.einsum("...tk,...tkv->...tv", weights, rows)
+    lead = read.shape[:-1]
+    return read.to(query.dtype), indices.expand(*lead, k), weights.expand(*lead, k)
+
+
+OP = register(
+    Op(
+        name="product_key_read",
+        args=(
+            Arg("query", "T 2h", "tokens", "lead"),
+            Arg("subkeys", "2 n h", "memory"),
+            Arg("values", "nn V", "memory", "content"),
+        ),
+        params=(("k", "int"), ("scale", "float")),
+        outputs=(
+            Out("read", "T V"),
+            Out("indices", "T k", dtype="index", grad=False),
+            Out("weights", "T k", dtype="stats"),
+        ),
+        saved=("indices", "weights"),
+        reference=reference,
+        selected=selected,
+        autocast=("query", "subkeys", "values"),
+        equation="r_t = sum_j softmax_j(scores[t, j]) v[indices[t, j]] over the k best of n * n slots",
+    )
+)
+
+
+def product_key_read(
+    query: Tensor,
+    subkeys: Tensor,
+    values: Tensor,
+    k: int,
+    *,
+    scale: float | None = None,
+    return_slots: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    """Softmax read over the ``k`` best of ``n * n`` slots whose keys are the pairs of two lists of ``n`` half keys.
+
+    ``r_t = sum_j softmax_j(scores[t, j]) * values[indices[t, j]]`` with scores and indices of
+    :func:`product_key_search`.
+
+    Args:
+        query: ``[..., T, K]``, K even. subkeys: ``[..., 2, n, K/2]``, same dtype.
+        values: ``[..., n * n, V]``, dtype of ``query``, or float32 beside a 16-bit query. Row ``i * n + j`` belongs to
+            the pair of ``subkeys[0, i]`` and ``subkeys[1, j]``.
+        k, scale, backend: as in :func:`product_key_search`.
+        return_slots: also return which slots were read and with what weight.
+
+    Returns:
+        ``read [..., T, V]`` in the dtype of ``query``; with ``return_slots`` ``(read, indices [..., T, k] int64,
+        weights [..., T, k])``, weights in float32 (float64 for float64), 0 where the index is -1. Differentiable in
+        query, subkeys and values; gradients touch only the rows that were read.
+
+    Raises:
+        ValueError: k < 1, or a shape or device does not fit. TypeError: a dtype does not fit.
+
+    Source: Lample et al. 2019, Large Memory Layers with Product Keys.
+    """
+    params = (neighbours("product_key_read", k), default_scale(query, scale))
+    result = call(OP, [query, subkeys, values], params, backend)
+    return tuple(result) if return_slots else result[0]
