@@ -1,10 +1,15 @@
-// The parts of softmax_read: few tokens by streams (softmax_read.cu), many by tiles on the tensor cores (softmax_read_tiles.cu).
+// The parts of softmax_read: few tokens by streams (softmax_read.cu), many by tiles on the tensor cores
+// (softmax_read_tiles.cu, softmax_read_tiles_backward.cu).
 #pragma once
 
 #include "cpu/softmax_read.h"
 #include "cuda/device.h"
 
 namespace mk::cuda {
+
+// The most tokens that share a memory and are not taken in tiles. A choice, not a measurement: of a tile of 64 tokens a quarter is
+// used then, and a stream of 8 reads keys and values twice.
+constexpr int64_t kFew = 16;
 
 // Where ranges of slots meet when there are several: maxima m, sums l of exp(s - m), and sums of exp(s - m) v.
 struct Ranges {
@@ -20,5 +25,9 @@ void merge_ranges(const Device&, const SoftmaxRead&, const Ranges&);
 // Whether the tiles take the dtypes and widths of this call, on this device.
 bool tiles_take(const Device&, const SoftmaxRead&);
 void softmax_read_tiles(const Device&, const SoftmaxRead&);
+
+// The same for gradients. terms: d_lse - <d_read, read>, one per token of all batches.
+bool tiles_take(const Device&, const SoftmaxReadBackward&);
+void softmax_read_tiles_backward(const Device&, const SoftmaxReadBackward&, const float* terms);
 
 }  // namespace mk::cuda

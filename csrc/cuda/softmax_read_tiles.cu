@@ -86,7 +86,7 @@ read_tiles(MK_PARAM(Tiling) r) {
     const int64_t end = block.end;
     if (first < end) {
       const char* from = block.keys + part * kColumns * int64_t(sizeof(X));
-      copy_rows<X, kThreads>(S, least(kColumns, p.K - part * kColumns), r.key_packs, from,
+      copy_rows<X, kThreads>(tid, S, least(kColumns, p.K - part * kColumns), r.key_packs, from,
                              buffers + turn * r.buffer_bytes, r.key_pitch,
                              [&](int i) { return first + i < end ? from + (first + i) * p.keys.row : nullptr; });
       if (part == 0 && tid < S) {
@@ -99,7 +99,7 @@ read_tiles(MK_PARAM(Tiling) r) {
   auto ask_values = [&](int64_t first) {
     const char *values = block.values, *mask = block.mask;
     const int64_t end = block.end;
-    copy_rows<W, kThreads>(S, block.columns, r.value_packs, values, buffers + turn * r.buffer_bytes, r.value_pitch,
+    copy_rows<W, kThreads>(tid, S, block.columns, r.value_packs, values, buffers + turn * r.buffer_bytes, r.value_pitch,
                            [&](int i) {
                              const bool open = first + i < end && mask_at(p.mask, mask, first + i) != -kInfinity;
                              return open ? values + (first + i) * p.values.row : nullptr;
@@ -117,7 +117,7 @@ read_tiles(MK_PARAM(Tiling) r) {
   {
     const int64_t t0 = block.t0, tokens = p.lead.folded() * p.T;
     char* base = p.query.batch(p.lead, block.batch);
-    copy_rows<X, kThreads>(kTokens, p.K, r.query_packs, base, queries, r.query_pitch, [&](int i) -> const char* {
+    copy_rows<X, kThreads>(tid, kTokens, p.K, r.query_packs, base, queries, r.query_pitch, [&](int i) -> const char* {
       return t0 + i < tokens ? token_row(p.query, p.lead, base, p.T, t0 + i) : nullptr;
     });
   }
@@ -129,7 +129,7 @@ read_tiles(MK_PARAM(Tiling) r) {
     __syncthreads();
 #pragma unroll
     for (int step = 0; step < kColumns * int(sizeof(X)) / 32; ++step) {
-      if (step * 32 < r.query_pitch - 16) load_left(q[step].x, own_queries, r.query_pitch, step * 32);
+      if (step * 32 < r.query_pitch - 16) load_left(q[step].x, own_queries, r.query_pitch, step * 32, lane);
     }
     __syncthreads();  // the buffers are free
   }
@@ -150,7 +150,7 @@ read_tiles(MK_PARAM(Tiling) r) {
 #pragma unroll
           for (int j = 0; j < S / 16; ++j) {
             uint32_t b[4];
-            load_columns(b, buffer + j * 16 * r.key_pitch, r.key_pitch, step * 32);
+            load_columns(b, buffer + j * 16 * r.key_pitch, r.key_pitch, step * 32, lane);
             add_product(sums[2 * j], a, b[0], b[1]);
             add_product(sums[2 * j + 1], a, b[2], b[3]);
           }
@@ -164,7 +164,7 @@ read_tiles(MK_PARAM(Tiling) r) {
         } else {
           for (int step = 0; step * 32 < bytes; ++step) {
             uint32_t x[4];
-            load_left(x, own_queries, r.query_pitch, part * kColumns * int(sizeof(X)) + step * 32);
+            load_left(x, own_queries, r.query_pitch, part * kColumns * int(sizeof(X)) + step * 32, lane);
             multiply(left_of<X>(x), step);
           }
         }
@@ -215,7 +215,7 @@ read_tiles(MK_PARAM(Tiling) r) {
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) {
         uint32_t b[4];
-        load_depth<W>(b, buffer + step * (S / kSteps) * r.value_pitch, r.value_pitch, c * 16);
+        load_depth<W>(b, buffer + step * (S / kSteps) * r.value_pitch, r.value_pitch, c * 16, lane);
         add_product(sums[0], weights[step], b[0], b[1]);
         add_product(sums[1], weights[step], b[2], b[3]);
       }
