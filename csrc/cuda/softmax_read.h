@@ -4,6 +4,7 @@
 
 #include "cpu/softmax_read.h"
 #include "cuda/device.h"
+#include "cuda/fragments.h"
 
 namespace mk::cuda {
 
@@ -21,6 +22,23 @@ struct Ranges {
 
 // Adds up the ranges, in their order, and writes read and lse.
 void merge_ranges(const Device&, const SoftmaxRead&, const Ranges&);
+
+// Calls body<M, W>() for the arithmetic of the keys and the numbers of the values.
+template <class Body>
+auto with_types(const SoftmaxRead& p, bool tf32_allowed, Body&& body) {
+  const bool same = p.V == 0 || p.values.dtype == p.keys.dtype;
+  switch (p.keys.dtype) {
+    case DType::f32:
+      return tf32_allowed ? body.template operator()<tf32, float>() : body.template operator()<float, float>();
+    case DType::bf16: return same ? body.template operator()<bf16, bf16>() : body.template operator()<bf16, float>();
+    default: return same ? body.template operator()<f16, f16>() : body.template operator()<f16, float>();
+  }
+}
+
+// Whether the answer of with_types depends on what torch is told about float32.
+inline bool allows_tf32(const Device& device, const SoftmaxRead& p) {
+  return p.keys.dtype == DType::f32 && device.allows_tf32(device.owner);
+}
 
 // Whether the tiles take the dtypes and widths of this call, on this device.
 bool tiles_take(const Device&, const SoftmaxRead&);

@@ -400,17 +400,6 @@ void sum(const Device& device, const SoftmaxReadBackward& b, const float* terms)
   if (g.splits > 1) launch(device, "softmax_read_backward", add_ranges<of>, batches * g.rows, kThreads, 0, g);
 }
 
-// Calls body<M, W>() for the arithmetic and the numbers of values.
-template <class Body>
-auto with_types(const SoftmaxRead& p, Body&& body) {
-  const bool same = p.values.dtype == p.keys.dtype;
-  switch (p.keys.dtype) {
-    case DType::f32: return body.template operator()<float, float>();
-    case DType::bf16: return same ? body.template operator()<bf16, bf16>() : body.template operator()<bf16, float>();
-    default: return same ? body.template operator()<f16, f16>() : body.template operator()<f16, float>();
-  }
-}
-
 }  // namespace
 
 bool tiles_take(const Device& device, const SoftmaxReadBackward& b) {
@@ -419,14 +408,14 @@ bool tiles_take(const Device& device, const SoftmaxReadBackward& b) {
   const bool types = p.query.dtype == d && b.d_read.dtype == d && (p.values.dtype == d || p.values.dtype == DType::f32);
   // Tiles are as wide as their rows: the number of bytes must fit an int. A tile has two parts at least, and values are one.
   return types && p.V > 0 && p.K <= 1 << 20 && p.V <= 1 << 20 &&
-         with_types(p, [&]<class M, class W>() {
+         with_types(p, false, [&]<class M, class W>() {
            return most(lay_out<M, W, Of::query>(b).shared,
                        most(lay_out<M, W, Of::keys>(b).shared, lay_out<M, Stored<M>, Of::values>(b).shared));
          }) <= device.shared;
 }
 
 void softmax_read_tiles_backward(const Device& device, const SoftmaxReadBackward& b, const float* terms) {
-  with_types(b.forward, [&]<class M, class W>() {
+  with_types(b.forward, allows_tf32(device, b.forward), [&]<class M, class W>() {
     if (b.d_query) sum<M, W, Of::query>(device, b, terms);
     if (b.d_keys || b.d_mask) sum<M, W, Of::keys>(device, b, terms);
     if (b.d_values) sum<M, Stored<M>, Of::values>(device, b, terms);
