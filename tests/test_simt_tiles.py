@@ -21,7 +21,7 @@ SIZES = [(65, 31, 40, 7), (17, 65, 7, 64), (130, 1, 64, 1), (20, 600, 8, 40)]
 EDGES = [
     (65, 200, 1, 130),
     (33, 65, 130, 40),
-    (20, 65, 264, 264),  # the gradients of these rows do not fit shared memory: all pairs take them
+    (20, 65, 264, 264),  # in float32 the rows of the gradients do not fit shared memory: all pairs take them
     (20, 65, 136, 264),
     (33, 70, 136, 136),
     (64, 64, 64, 64),
@@ -198,11 +198,17 @@ def allow(how):
     torch.backends.cuda.matmul.allow_tf32 = how
 
 
+def of_cuda(how):
+    torch.backends.cuda.matmul.fp32_precision = how
+
+
 for allowed, told, how in (
     (False, torch.set_float32_matmul_precision, "highest"),
     (True, torch.set_float32_matmul_precision, "high"),
     (False, allow, False),
     (True, allow, True),
+    (False, of_cuda, "ieee"),
+    (True, of_cuda, "tf32"),
 ):
     told(how)
     for error in errors():
@@ -249,42 +255,42 @@ FAULTS = {
     ),
     "no low digits": ("fragments.h", "mma_tf32(d.low, a.low, high0, high1);", ""),
     "gradients: removed barrier": (
-        "softmax_read_tiles_backward.cu",
+        "gradient_tiles.h",
         "wait_copies<0>();\n      __syncthreads();",
         "wait_copies<0>();",
     ),
     "gradients: no wait for copies": (
-        "softmax_read_tiles_backward.cu",
+        "gradient_tiles.h",
         "wait_copies<0>();\n      __syncthreads();",
         "wait_copies<1>();\n      __syncthreads();",
     ),
     "gradients: ranges overlap": (
-        "softmax_read_tiles_backward.cu",
+        "gradient_tiles.h",
         "div_up(least(g.others - block.begin, g.split_rows), S)",
         "div_up(least(g.others - block.begin, g.split_rows + S), S)",
     ),
     "gradients: no term": (
-        "softmax_read_tiles_backward.cu",
+        "gradient_tiles.h",
         "x[j][i] + (by_slots ? tile.b[column] : block.own.b[row])",
         "x[j][i]",
     ),
     "gradients: a tile of the wrong half": (
-        "softmax_read_tiles_backward.cu",
+        "gradient_tiles.h",
         "const Rows<S>& tile = block.tile[n % 2];\n          const float added",
         "const Rows<S>& tile = block.tile[0];\n          const float added",
     ),
     "gradients: keys of empty slots": (
-        "softmax_read_tiles_backward.cu",
+        "gradient_tiles.h",
         "if (rows.a[r] == -kInfinity) return;",
         "if (at >= p.N) return;",
     ),
     "gradients: another part is summed": (
-        "softmax_read_tiles_backward.cu",
+        "gradient_tiles.h",
         "const int part = k + 1 + block.block;",
         "const int part = k + block.block;",
     ),
     "gradients: a range is left out": (
-        "softmax_read_tiles_backward.cu",
+        "gradient_tiles.h",
         "for (int64_t i = 0; i < g.splits; ++i) x +=",
         "for (int64_t i = 1; i < g.splits; ++i) x +=",
     ),
@@ -317,17 +323,22 @@ def test_a_seeded_fault_is_noticed(fault, tmp_path):
 
 @whole
 def test_the_lift_of_float16_is_needed(tmp_path):
-    kernel = "softmax_read_tiles_backward.cu"
-    done = on_host(broken(tmp_path, kernel, "lift = lift_of(top)", "lift = 1", kernel), EXTREMES)
+    file, kernel = "gradient_tiles.h", "softmax_read_tiles_backward_f16.cu"
+    done = on_host(broken(tmp_path, file, "lift = lift_of(top)", "lift = 1", kernel), EXTREMES)
     assert done.returncode == 0, done.stderr[-4000:]
     assert not any(float(x) < TOLERANCE[torch.float16] for x in done.stdout.split()), done.stdout
 
 
 @whole
-@pytest.mark.parametrize("direction, size", [("forward", "Shared<kSlots<W>>"), ("backward", "Shared<S>")])
-def test_a_seeded_overrun_is_noticed_by_the_address_sanitizer(direction, size, tmp_path):
-    kernel = "softmax_read_tiles.cu" if direction == "forward" else "softmax_read_tiles_backward.cu"
+@pytest.mark.parametrize(
+    "direction, file, kernel, size",
+    [
+        ("forward", "softmax_read_tiles.cu", "softmax_read_tiles.cu", "Shared<kSlots<W>>"),
+        ("backward", "softmax_read_tiles_backward.h", "softmax_read_tiles_backward.cu", "Shared<S>"),
+    ],
+)
+def test_a_seeded_overrun_is_noticed_by_the_address_sanitizer(direction, file, kernel, size, tmp_path):
     old, new = f"int64_t(sizeof({size})) +", f"int64_t(sizeof({size})) - 64 +"
-    built = broken(tmp_path, kernel, old, new, kernel, "address")
+    built = broken(tmp_path, file, old, new, kernel, "address")
     done = on_host(built, CHECK, json.dumps(CASES), "float32", direction, **asan_environment())
     assert done.returncode != 0 and "heap-buffer-overflow" in done.stderr, done.stderr[-2000:]

@@ -1,5 +1,5 @@
 // The parts of softmax_read: few tokens by streams (softmax_read.cu), many by tiles on the tensor cores
-// (softmax_read_tiles.cu, softmax_read_tiles_backward.cu).
+// (softmax_read_tiles.cu, gradient_tiles.h).
 #pragma once
 
 #include "cpu/softmax_read.h"
@@ -33,11 +33,6 @@ auto with_types(const SoftmaxRead& p, bool tf32_allowed, Body&& body) {
     case DType::bf16: return same ? body.template operator()<bf16, bf16>() : body.template operator()<bf16, float>();
     default: return same ? body.template operator()<f16, f16>() : body.template operator()<f16, float>();
   }
-}
-
-// Whether the answer of with_types depends on what torch is told about float32.
-inline bool allows_tf32(const Device& device, const SoftmaxRead& p) {
-  return p.keys.dtype == DType::f32 && device.allows_tf32(device.owner);
 }
 
 // Whether the tiles take the dtypes and widths of this call, on this device.

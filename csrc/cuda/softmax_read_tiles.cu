@@ -329,7 +329,7 @@ bool tiles_take(const Device& device, const SoftmaxRead& p) {
 }
 
 void softmax_read_tiles(const Device& device, const SoftmaxRead& p) {
-  with_types(p, allows_tf32(device, p), [&]<class M, class W>() {
+  with_types(p, p.keys.dtype == DType::f32 && device.allows_tf32(device.owner), [&]<class M, class W>() {
     Layout a = lay_out<M, W>(p);
     if constexpr (kMayHold<M, W>) {
       if (a.held) return read<M, W, true>(device, a);
