@@ -42,6 +42,7 @@ class Launching {
 
  private:
   static void* scratch(void* self, int64_t bytes);
+  static bool allows_tf32(void* self);
   cuda::Device device_;
   std::vector<Tensor> memory_;
 };

@@ -31,8 +31,18 @@ def _load() -> str | None:
     return torch.ops.memkernels_cuda.why_not() or None
 
 
+def _allows_tf32() -> bool:
+    # What torch.set_float32_matmul_precision and allow_tf32 set too.
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
 # Settled at import: a constant to torch.compile.
 _reason = _load()
+if _reason is None:
+    # What the kernels ask of torch when they run, because its C shim does not tell.
+    _questions = torch.library.Library("memkernels_cuda", "FRAGMENT")
+    _questions.define("allows_tf32() -> bool")
+    _questions.impl("allows_tf32", _allows_tf32, "CompositeExplicitAutograd")
 
 
 def missing() -> str | None:

@@ -21,6 +21,7 @@ struct Device {
   int64_t shared = int64_t(96) << 10;  // bytes of shared memory that one block may have
   void* owner = nullptr;
   void* (*allocate)(void* owner, int64_t bytes) = nullptr;
+  bool (*allows_tf32)(void* owner) = nullptr;  // whether float32 products may be rounded to tf32
 
   // Memory that lives until all kernels of this call are in the stream; aligned to 256 bytes, its content is anything.
   template <class T>

@@ -17,6 +17,10 @@ namespace mk::cuda {
 // Names an arithmetic, as bf16, f16 and float do: float32 rounded to tf32, for products that end as 16-bit numbers.
 struct tf32 {};
 
+// The numbers in memory of an arithmetic.
+template <class M>
+using Stored = std::conditional_t<std::is_same_v<M, tf32>, float, M>;
+
 // One step of the left side.
 template <class M>
 struct Left {
@@ -77,23 +81,20 @@ MK_BOTH constexpr int tile_pitch(int64_t columns) {
   return int((columns + 15) / 16 * 16 * int64_t(sizeof(X))) + 16;
 }
 
-// 16 rows as the left side, from byte `at` of each.
-MK_DEVICE void load_left(uint32_t (&x)[4], const char* rows, int pitch, int at) {
-  const int lane = int(threadIdx.x) & 31;
+// 16 rows as the left side, from byte `at` of each. `lane`, here and below: of this thread, in its warp.
+MK_DEVICE void load_left(uint32_t (&x)[4], const char* rows, int pitch, int at, int lane) {
   ldmatrix(x, rows + lane % 16 * pitch + lane / 16 * 16 + at);
 }
 
 // 16 rows as columns of the right side, from byte `at` of each: b0 and b1 of the first 8, then of the others.
-MK_DEVICE void load_columns(uint32_t (&b)[4], const char* rows, int pitch, int at) {
-  const int lane = int(threadIdx.x) & 31;
+MK_DEVICE void load_columns(uint32_t (&b)[4], const char* rows, int pitch, int at, int lane) {
   ldmatrix(b, rows + (lane / 16 * 8 + lane % 8) * pitch + lane / 8 % 2 * 16 + at);
 }
 
 // The rows of one step as the depth of the right side, 16 columns from `column` on: b0 and b1 of the first 8, then of the others.
 // For float32 place k of the depth is row 2 k, from k = 4 on row 2 k - 7: the order in which weights_left() has its columns.
 template <class W>
-MK_DEVICE void load_depth(uint32_t (&b)[4], const char* rows, int pitch, int column) {
-  const int lane = int(threadIdx.x) & 31;
+MK_DEVICE void load_depth(uint32_t (&b)[4], const char* rows, int pitch, int column, int lane) {
   if constexpr (sizeof(W) == 2) {
     ldmatrix_transposed(b, rows + lane % 16 * pitch + lane / 16 * 16 + column * 2);
   } else {
@@ -120,14 +121,15 @@ MK_DEVICE Left<M> weights_left(const float (*x)[4], int step) {
 }
 
 // All threads: starts the copy of rows into a tile, in packs of 16 bytes where `packs`; zeros beyond `columns` and where
-// row_of(row) is null. Eight threads share a row. `base`: any address of the memory. The caller commits.
+// row_of(row) is null. Eight threads share a row; `tid` is this one. `base`: any address of the memory. The caller commits.
 template <class X, int threads, class Row>
-MK_DEVICE void copy_rows(int rows, int64_t columns, bool packs, const char* base, char* tile, int pitch, Row&& row_of) {
+MK_DEVICE void copy_rows(int tid, int rows, int64_t columns, bool packs, const char* base, char* tile, int pitch,
+                         Row&& row_of) {
   constexpr int E = Pack<X>::size;
   const int whole = pitch / 16 - 1;
-  for (int row = int(threadIdx.x) / 8; row < rows; row += threads / 8) {
+  for (int row = tid / 8; row < rows; row += threads / 8) {
     const char* from = row_of(row);
-    for (int c = int(threadIdx.x) % 8; c < whole; c += 8) {
+    for (int c = tid % 8; c < whole; c += 8) {
       char* to = tile + row * pitch + c * 16;
       if (packs) {
         const bool there = from != nullptr && c * E < columns;
@@ -142,6 +144,19 @@ MK_DEVICE void copy_rows(int rows, int64_t columns, bool packs, const char* base
         pack.x[e] = there ? reinterpret_cast<const X*>(from)[column] : from_float<X>(0.f);
       }
       *reinterpret_cast<Pack<X>*>(to) = pack;
+    }
+  }
+}
+
+// The same for rows of a 16-bit type that become float32; what is written is there after the next barrier.
+template <class X, int threads, class Row>
+MK_DEVICE void widen_rows(int tid, int rows, int64_t columns, char* tile, int pitch, Row&& row_of) {
+  const int whole = pitch / 4 - 4;
+  for (int row = tid / 8; row < rows; row += threads / 8) {
+    const auto* from = reinterpret_cast<const X*>(row_of(row));
+    auto* to = reinterpret_cast<float*>(tile + row * pitch);
+    for (int c = tid % 8; c < whole; c += 8) {
+      to[c] = from != nullptr && c < columns ? to_float(from[c]) : 0.f;
     }
   }
 }

@@ -1,13 +1,14 @@
 // Ops and gradients over all pairs of tokens and slots:
 //   address          w[t, i] itself
 //   slot_usage       usage_i = sum_t exp(s[t, i] - lse_t)
-//   their gradients and those of softmax_read, from ds (Rule says how):
+//   their gradients and those of softmax_read where tiles do not take them, from ds (Rule says how):
 //     dq_t = scale sum_i ds[t, i] k_i,   dlse_t = -sum_i ds[t, i]                         one block per 32 tokens and 128 columns
 //     dk_i = scale sum_t ds[t, i] q_t,   dv_i = sum_t w[t, i] dr_t,   dmask_i = sum_t ds  one block per 32 slots and 128 columns
 // Tiles are recomputed in both passes, so nothing of size [T, N] is kept and every sum has one fixed order: no atomics. A thread
 // owns one column and 32 rows of a result in registers.
 #include "cuda/launchers.h"
 #include "cuda/pairs.h"
+#include "cuda/softmax_read.h"
 
 namespace mk::cuda {
 namespace {
@@ -238,6 +239,7 @@ void softmax_read_backward(const Device& device, const SoftmaxReadBackward& b) {
   p.query = f.query, p.keys = f.keys, p.values = f.values, p.mask = f.mask, p.lse = f.lse, p.d_read = b.d_read;
   p.rule = Rule::softmax;
   p.terms = terms_of(device, "softmax_read_backward", p, b.d_read, f.read, b.d_lse, f.V);
+  if (f.lead.folded() * f.T > kFew && tiles_take(device, b)) return softmax_read_tiles_backward(device, b, p.terms);
   Results out{};
   out.d_query = b.d_query, out.d_keys = b.d_keys, out.d_values = b.d_values, out.d_mask = b.d_mask;
   gradients(device, "softmax_read_backward", p, out);

@@ -43,6 +43,7 @@ void Place::enter(const char* op, const char* name, const Tensor& t) {
 Launching::Launching() {
   device_.owner = this;
   device_.allocate = scratch;
+  device_.allows_tf32 = allows_tf32;
 #ifndef MK_SIMT
   const int32_t index = torch::stable::accelerator::getCurrentDeviceIndex();
   void* stream = nullptr;
@@ -56,6 +57,13 @@ void* Launching::scratch(void* self, int64_t bytes) {
   auto& memory = static_cast<Launching*>(self)->memory_;
   memory.push_back(empty({most(bytes, 1)}, ScalarType::Byte));
   return memory.back().data_ptr();
+}
+
+// The C shim does not tell; memkernels/_cuda.py defines an operator that does.
+bool Launching::allows_tf32(void*) {
+  StableIValue answer = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("memkernels_cuda::allows_tf32", "", &answer, TORCH_ABI_VERSION));
+  return torch::stable::detail::to<bool>(answer);
 }
 
 // Looking at the indices would make the host wait. Kernels never follow one out of the memory: its row reads as NaN.

@@ -79,6 +79,12 @@ MK_DEVICE float power_of_two(float x) {
   return y;
 }
 
+// x, unknown to the compiler: what depends on it is computed where it stands, and not kept in registers from before a loop.
+MK_DEVICE int opaque(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // d += a b for a tile of 16 rows and 8 columns, in the fragments of the PTX ISA. Depth 16 for 16-bit numbers, 8 for tf32. All lanes.
 #define MK_MMA(name, shape)                                                                          \
   MK_DEVICE void name(float(&d)[4], const uint32_t(&a)[4], uint32_t b0, uint32_t b1) {               \

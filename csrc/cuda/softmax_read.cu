@@ -198,10 +198,6 @@ void read(const Device& device, Reading r) {
   if (r.plan.splits > 1) merge_ranges(device, p, r.ranges);
 }
 
-// The most tokens that share a memory and are still streamed. A choice, not a measurement: two blocks of 8 read keys and values
-// twice, and of a tile of 64 a quarter is used.
-constexpr int64_t kStreamed = 16;
-
 }  // namespace
 
 void merge_ranges(const Device& device, const SoftmaxRead& p, const Ranges& r) {
@@ -212,7 +208,7 @@ void softmax_read(const Device& device, const SoftmaxRead& p) {
   if (p.V > 0 && p.values.dtype != p.keys.dtype && p.values.dtype != DType::f32) {
     throw std::runtime_error("softmax_read: values must have the dtype of the keys, or float32");
   }
-  if (p.lead.folded() * p.T > kStreamed && tiles_take(device, p)) return softmax_read_tiles(device, p);
+  if (p.lead.folded() * p.T > kFew && tiles_take(device, p)) return softmax_read_tiles(device, p);
   const Reading r{p, {}, {}, 0, 0};
   with_queries(queries_at_once(p.lead.folded() * p.T, p.K), [&]<int Q>() {
     with_type(p.keys.dtype, [&]<class X>() {

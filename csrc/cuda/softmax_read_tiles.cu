@@ -31,15 +31,15 @@ struct Tiling {
 };
 
 // How p and values are multiplied.
-template <class X, class W>
-using Arithmetic = std::conditional_t<std::is_same_v<X, W>, X, tf32>;
+template <class M, class W>
+using Second = std::conditional_t<std::is_same_v<Stored<M>, W>, M, tf32>;
 // S: a tile of values has 128 bytes times kColumns.
 template <class W>
 constexpr int kSlots = 128 / int(sizeof(W));
 
 // Whether queries may lie in registers: of float32 there are too many, and beside float32 values it is not worth one more kernel.
-template <class X, class W>
-constexpr bool kMayHold = sizeof(X) == 2 && sizeof(W) == 2;
+template <class M, class W>
+constexpr bool kMayHold = sizeof(Stored<M>) == 2 && sizeof(W) == 2;
 
 // What a block keeps in shared memory beside rows, because registers are short: where it is in the call, where the memory of its batch
 // is, and what the mask adds to the scores of the tile.
@@ -52,13 +52,14 @@ struct alignas(16) Shared {
   float added[S];
 };
 
-// `held`: queries lie in registers.
-template <class X, class W, bool held>
+// M: the arithmetic of the scores; `held`: queries lie in registers.
+template <class M, class W, bool held>
 MK_KERNEL_BLOCKS(kThreads, 3)
 read_tiles(MK_PARAM(Tiling) r) {
-  using M = Arithmetic<X, W>;
+  using X = Stored<M>;
+  using P = Second<M, W>;
   constexpr int S = kSlots<W>;
-  constexpr float kLift = std::is_same_v<M, f16> ? 15 : 0;
+  constexpr float kLift = std::is_same_v<P, f16> ? 15 : 0;
   const SoftmaxRead& p = r.p;
   const int tid = int(threadIdx.x), lane = tid % 32, warp = tid / 32;
   Shared<S>& block = *reinterpret_cast<Shared<S>*>(shared_memory());
@@ -86,7 +87,7 @@ read_tiles(MK_PARAM(Tiling) r) {
     const int64_t end = block.end;
     if (first < end) {
       const char* from = block.keys + part * kColumns * int64_t(sizeof(X));
-      copy_rows<X, kThreads>(S, least(kColumns, p.K - part * kColumns), r.key_packs, from,
+      copy_rows<X, kThreads>(tid, S, least(kColumns, p.K - part * kColumns), r.key_packs, from,
                              buffers + turn * r.buffer_bytes, r.key_pitch,
                              [&](int i) { return first + i < end ? from + (first + i) * p.keys.row : nullptr; });
       if (part == 0 && tid < S) {
@@ -99,7 +100,7 @@ read_tiles(MK_PARAM(Tiling) r) {
   auto ask_values = [&](int64_t first) {
     const char *values = block.values, *mask = block.mask;
     const int64_t end = block.end;
-    copy_rows<W, kThreads>(S, block.columns, r.value_packs, values, buffers + turn * r.buffer_bytes, r.value_pitch,
+    copy_rows<W, kThreads>(tid, S, block.columns, r.value_packs, values, buffers + turn * r.buffer_bytes, r.value_pitch,
                            [&](int i) {
                              const bool open = first + i < end && mask_at(p.mask, mask, first + i) != -kInfinity;
                              return open ? values + (first + i) * p.values.row : nullptr;
@@ -117,19 +118,19 @@ read_tiles(MK_PARAM(Tiling) r) {
   {
     const int64_t t0 = block.t0, tokens = p.lead.folded() * p.T;
     char* base = p.query.batch(p.lead, block.batch);
-    copy_rows<X, kThreads>(kTokens, p.K, r.query_packs, base, queries, r.query_pitch, [&](int i) -> const char* {
+    copy_rows<X, kThreads>(tid, kTokens, p.K, r.query_packs, base, queries, r.query_pitch, [&](int i) -> const char* {
       return t0 + i < tokens ? token_row(p.query, p.lead, base, p.T, t0 + i) : nullptr;
     });
   }
   const char* own_queries = queries + warp * 16 * r.query_pitch;
-  Left<X> q[held ? kColumns * int(sizeof(X)) / 32 : 1];
+  Left<M> q[held ? kColumns * int(sizeof(X)) / 32 : 1];
   if constexpr (held) {
     commit_copies();
     wait_copies<0>();
     __syncthreads();
 #pragma unroll
     for (int step = 0; step < kColumns * int(sizeof(X)) / 32; ++step) {
-      if (step * 32 < r.query_pitch - 16) load_left(q[step].x, own_queries, r.query_pitch, step * 32);
+      if (step * 32 < r.query_pitch - 16) load_left(q[step].x, own_queries, r.query_pitch, step * 32, lane);
     }
     __syncthreads();  // the buffers are free
   }
@@ -140,17 +141,17 @@ read_tiles(MK_PARAM(Tiling) r) {
   for (int64_t first = begin; first < block.end; first += S) {
     float s[S / 8][4];
     {
-      Sums<X> sums[S / 8];
+      Sums<M> sums[S / 8];
       for (int part = 0; part < (held ? 1 : r.key_parts); ++part) {
         const char* buffer = arrived();
         if (held || part + 1 == r.key_parts) ask_values(first);
         else ask_keys(first, part + 1);
         if (!busy) continue;
-        auto multiply = [&](const Left<X>& a, int step) {
+        auto multiply = [&](const Left<M>& a, int step) {
 #pragma unroll
           for (int j = 0; j < S / 16; ++j) {
             uint32_t b[4];
-            load_columns(b, buffer + j * 16 * r.key_pitch, r.key_pitch, step * 32);
+            load_columns(b, buffer + j * 16 * r.key_pitch, r.key_pitch, step * 32, lane);
             add_product(sums[2 * j], a, b[0], b[1]);
             add_product(sums[2 * j + 1], a, b[2], b[3]);
           }
@@ -164,8 +165,8 @@ read_tiles(MK_PARAM(Tiling) r) {
         } else {
           for (int step = 0; step * 32 < bytes; ++step) {
             uint32_t x[4];
-            load_left(x, own_queries, r.query_pitch, part * kColumns * int(sizeof(X)) + step * 32);
-            multiply(left_of<X>(x), step);
+            load_left(x, own_queries, r.query_pitch, part * kColumns * int(sizeof(X)) + step * 32, lane);
+            multiply(left_of<M>(x), step);
           }
         }
       }
@@ -200,9 +201,9 @@ read_tiles(MK_PARAM(Tiling) r) {
         }
       }
     }
-    Left<M> weights[kSteps];
+    Left<P> weights[kSteps];
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step) weights[step] = weights_left<M>(s, step);
+    for (int step = 0; step < kSteps; ++step) weights[step] = weights_left<P>(s, step);
 
     const char* buffer = arrived();
     ask_keys(first + S, 0);
@@ -211,11 +212,11 @@ read_tiles(MK_PARAM(Tiling) r) {
 #pragma unroll
     for (int c = 0; c < kColumns / 16; ++c) {
       if (c * 16 >= columns) break;
-      Sums<M> sums[2];
+      Sums<P> sums[2];
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) {
         uint32_t b[4];
-        load_depth<W>(b, buffer + step * (S / kSteps) * r.value_pitch, r.value_pitch, c * 16);
+        load_depth<W>(b, buffer + step * (S / kSteps) * r.value_pitch, r.value_pitch, c * 16, lane);
         add_product(sums[0], weights[step], b[0], b[1]);
         add_product(sums[1], weights[step], b[2], b[3]);
       }
@@ -278,8 +279,9 @@ struct Layout {
   int64_t shared = 0;
 };
 
-template <class X, class W>
+template <class M, class W>
 Layout lay_out(const SoftmaxRead& p) {
+  using X = Stored<M>;
   Layout a;
   Tiling& r = a.r;
   r.p = p;
@@ -291,13 +293,13 @@ Layout lay_out(const SoftmaxRead& p) {
   r.buffer_bytes = kSlots<W> * int(most(r.key_pitch, r.value_pitch));
   r.query_packs = in_packs(p.query, p.lead, p.K), r.key_packs = in_packs(p.keys, p.lead, p.K);
   r.value_packs = p.V > 0 && in_packs(p.values, p.lead, p.V);
-  a.held = kMayHold<X, W> && r.key_parts == 1;
+  a.held = kMayHold<M, W> && r.key_parts == 1;
   const int64_t rows = kBuffers * int64_t(r.buffer_bytes), queries = int64_t(kTokens) * r.query_pitch;
   a.shared = int64_t(sizeof(Shared<kSlots<W>>)) + (a.held ? most(rows, queries) : rows + queries);
   return a;
 }
 
-template <class X, class W, bool held>
+template <class M, class W, bool held>
 void read(const Device& device, Layout& a) {
   Tiling& r = a.r;
   const SoftmaxRead& p = r.p;
@@ -312,19 +314,8 @@ void read(const Device& device, Layout& a) {
   if (r.ranges.splits > 1) {
     r.ranges.partial = device.scratch<float>(r.ranges.splits * r.ranges.rows * (p.V + 2));
   }
-  launch(device, "softmax_read", read_tiles<X, W, held>, units * r.ranges.splits, kThreads, a.shared, r);
+  launch(device, "softmax_read", read_tiles<M, W, held>, units * r.ranges.splits, kThreads, a.shared, r);
   if (r.ranges.splits > 1) merge_ranges(device, p, r.ranges);
-}
-
-// Calls body<X, W>() for the types of keys and values.
-template <class Body>
-auto with_types(const SoftmaxRead& p, Body&& body) {
-  const bool same = p.V == 0 || p.values.dtype == p.keys.dtype;
-  switch (p.keys.dtype) {
-    case DType::f32: return body.template operator()<float, float>();
-    case DType::bf16: return same ? body.template operator()<bf16, bf16>() : body.template operator()<bf16, float>();
-    default: return same ? body.template operator()<f16, f16>() : body.template operator()<f16, float>();
-  }
 }
 
 }  // namespace
@@ -334,16 +325,16 @@ bool tiles_take(const Device& device, const SoftmaxRead& p) {
       p.query.dtype == p.keys.dtype && (p.V == 0 || p.values.dtype == p.keys.dtype || p.values.dtype == DType::f32);
   // Tiles are as wide as their rows: the number of bytes must fit an int.
   return types && p.K <= 1 << 20 &&
-         with_types(p, [&]<class X, class W>() { return lay_out<X, W>(p).shared; }) <= device.shared;
+         with_types(p, false, [&]<class M, class W>() { return lay_out<M, W>(p).shared; }) <= device.shared;
 }
 
 void softmax_read_tiles(const Device& device, const SoftmaxRead& p) {
-  with_types(p, [&]<class X, class W>() {
-    Layout a = lay_out<X, W>(p);
-    if constexpr (kMayHold<X, W>) {
-      if (a.held) return read<X, W, true>(device, a);
+  with_types(p, p.keys.dtype == DType::f32 && device.allows_tf32(device.owner), [&]<class M, class W>() {
+    Layout a = lay_out<M, W>(p);
+    if constexpr (kMayHold<M, W>) {
+      if (a.held) return read<M, W, true>(device, a);
     }
-    read<X, W, false>(device, a);
+    read<M, W, false>(device, a);
   });
 }
 

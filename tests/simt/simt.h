@@ -123,6 +123,7 @@ template <int pending>
 void wait_copies() {
   simt::wait(pending);
 }
+inline int opaque(int x) { return x; }
 inline float power_of_two(float x) { return std::exp2(x); }
 inline uint32_t half_pair(float low, float high) {
   return uint32_t(half_from_float(high)) << 16 | half_from_float(low);

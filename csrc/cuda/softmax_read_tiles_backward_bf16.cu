@@ -1,0 +1,9 @@
+#include "cuda/softmax_read_tiles_backward.h"
+
+namespace mk::cuda {
+
+void sum_bf16(const Device& device, const SoftmaxReadBackward& b, const float* terms) {
+  sum_16_bits<bf16>(device, b, terms);
+}
+
+}  // namespace mk::cuda
