@@ -69,6 +69,11 @@ def summed(size: int, *tensors: Tensor | None) -> Width:
     return width(size, *tensors)
 
 
+def narrowed(width: Width, most: int) -> Width:
+    """The same columns in blocks of at most ``most``, a power of two."""
+    return width if width.block <= most else Width(width.size, most, triton.cdiv(width.size, most))
+
+
 def _exact(tensors: tuple) -> bool:
     return bits(*tensors) == 32 and torch.get_float32_matmul_precision() == "highest"
 
