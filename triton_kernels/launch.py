@@ -48,6 +48,11 @@ class Width:
     block: int
     steps: int
 
+    @property
+    def several(self) -> int:
+        """1 for one block, 2 for more: as much of ``steps`` as most kernels are compiled for, one for all wide rows."""
+        return min(self.steps, 2)
+
 
 @functools.cache
 def _width(size: int, bits: int, exact: bool) -> Width:

@@ -151,7 +151,7 @@ def _many(
             launch(
                 rank_kernel, call.B * tiles, *sources, found, count, N, K, call.batches[1],
                 T if call.F > 1 else None, t, some_t, n, some_n, scale, plan=p, BLOCK_T=p.config.block_t,
-                BLOCK_N=p.config.block_n, BLOCK_K=wide.block, K_STEPS=wide.steps, PRECISION=precision(query),
+                BLOCK_N=p.config.block_n, BLOCK_K=wide.block, K_STEPS=wide.several, PRECISION=precision(query),
             )  # fmt: skip
             found = torch.cat([best[:, t : t + some_t], found], -1)
             best[:, t : t + some_t] = torch.topk(found, k, -1).values
@@ -186,7 +186,7 @@ def search(
     launch(
         topk_search_kernel, programs * parts, call.rows(query), call.slots(keys), call.slot_numbers(slot_mask),
         call.slot_numbers(key_scale), lists, count, N, K, call.batches[1], inner, parts, span, scale, plan=p,
-        LIST=size, BLOCK_T=c.block_t, BLOCK_N=block_n, BLOCK_K=wide.block, K_STEPS=wide.steps,
+        LIST=size, BLOCK_T=c.block_t, BLOCK_N=block_n, BLOCK_K=wide.block, K_STEPS=wide.several,
         PRECISION=precision(query),
     )  # fmt: skip
     p = plan("topk_merge", call.device, 64, query)
