@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import functools
 import hashlib
 import importlib
@@ -64,11 +65,14 @@ class Build:
 
     def compile(self) -> Needs:
         """Compile it. Triton keeps the result on disk."""
-        source = ASTSource(self.function, self.signature, self.constants, self.attributes)
-        kernel = triton.compile(source, target=self.target, options=vars(self.options))
+        source, log = ASTSource(self.function, self.signature, self.constants, self.attributes), io.StringIO()
+        with triton.knobs.nvidia.scope(), contextlib.redirect_stdout(log):
+            triton.knobs.nvidia.dump_ptxas_log = True
+            kernel = triton.compile(source, target=self.target, options=vars(self.options))
         arch, ptx = str(self.target.arch), kernel.asm["ptx"]
         matrix = next((word for word in INSTRUCTIONS[arch] if word in ptx), "")
-        return Needs(*_report(arch, ptx), kernel.metadata.shared, matrix)
+        # A kernel that Triton took from disk leaves no report.
+        return Needs(*_needs(log.getvalue() or _report(arch, ptx)), kernel.metadata.shared, matrix)
 
 
 def _text(value) -> str:
@@ -113,14 +117,17 @@ def _bare(source: str) -> str:
     return "\n".join(line.rstrip() for line in lines if line.strip()) + "\n"
 
 
-@functools.lru_cache(maxsize=4096)
-def _report(arch: str, ptx: str) -> tuple[int, int]:
-    """Registers and bytes spilled."""
+def _report(arch: str, ptx: str) -> str:
+    """What ptxas says of ``ptx``."""
     tool = triton.knobs.nvidia.ptxas_blackwell if int(arch) >= 100 else triton.knobs.nvidia.ptxas
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
         file.flush()
         command = [tool.path, "-v", f"-arch={TARGETS[arch][0]}", file.name, "-o", "/dev/null"]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", text))
-    return max(int(n) for n in re.findall(r"Used (\d+) registers", text)), spills
+        return subprocess.run(command, capture_output=True, text=True, check=True).stderr
+
+
+def _needs(report: str) -> tuple[int, int]:
+    """Registers and bytes spilled, of ``ptxas -v``."""
+    spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", report))
+    return max(int(n) for n in re.findall(r"Used (\d+) registers", report)), spills

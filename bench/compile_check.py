@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
 import itertools
 import json
 import sys
@@ -80,6 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--sample", type=int, default=0, metavar="N", help="the same for N that are recorded")
     parser.add_argument("--write", action="store_true", help="renew the record")
     options = parser.parse_args(arguments)
+    gc.freeze()  # what torch and Triton have loaded stays: looking through it again and again takes a sixth of the time
     record = Record()
     recorded = record.needs()
     given = itertools.product(options.dtype, options.width, options.arch)

@@ -20,6 +20,8 @@ LINES = [json.loads(line) for line in (ROOT / "bench" / "results" / "triton-comp
 HEAD, ROWS = LINES[0], [dict(zip(LINES[0]["columns"], line)) for line in LINES[1:]]
 RECORDED = HEAD["triton"] == triton.__version__
 SAMPLE = 6  # compiled again, spread over the record
+# What the record may not lose: dtype -> widths of rows, each on every architecture.
+WHOLE = {"bfloat16": (64, 128, 256, 512)}
 # Calls that launch the kernels which no main call does.
 MORE = (
     "softmax_read, few tokens",
@@ -43,7 +45,7 @@ def finished(*command: str) -> str:
 
 @pytest.mark.skipif(not RECORDED, reason=f"the record is of Triton {HEAD['triton']}")
 def test_recorded_kernels_need_no_spills_fit_shared_memory_and_use_the_matrix_unit():
-    least = {("bfloat16", width, arch) for width in (64, 128) for arch in ("80", "90", "100")}
+    least = {(dtype, width, arch) for dtype in WHOLE for width in WHOLE[dtype] for arch in ("80", "90", "100")}
     assert least <= {tuple(kind) for kind in HEAD["classes"]}
     finished("-m", "bench.compile_check", "--recorded", "--sample", str(SAMPLE))
 

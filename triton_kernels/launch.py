@@ -48,6 +48,11 @@ class Width:
     block: int
     steps: int
 
+    @property
+    def several(self) -> int:
+        """1 for one block, 2 for more: as much of ``steps`` as most kernels are compiled for, one for all wide rows."""
+        return min(self.steps, 2)
+
 
 @functools.cache
 def _width(size: int, bits: int, exact: bool) -> Width:
@@ -67,6 +72,11 @@ def summed(size: int, *tensors: Tensor | None) -> Width:
     if _exact(tensors):
         return Width(size, SUMMED_EXACT, max(1, triton.cdiv(size, SUMMED_EXACT)))
     return width(size, *tensors)
+
+
+def narrowed(width: Width, most: int) -> Width:
+    """The same columns in blocks of at most ``most``, a power of two."""
+    return width if width.block <= most else Width(width.size, most, triton.cdiv(width.size, most))
 
 
 def _exact(tensors: tuple) -> bool:

@@ -104,7 +104,7 @@ class Scan:
         )  # fmt: skip
         self.constants = {
             "plan": self.plan, "READ_FIRST": read_first, "BLOCK_T": self.plan.config.block_t,
-            "BLOCK_N": self.plan.config.block_n, "BLOCK_K": wide_k.block, "K_STEPS": wide_k.steps,
+            "BLOCK_N": self.plan.config.block_n, "BLOCK_K": wide_k.block, "K_STEPS": wide_k.several,
             "BLOCK_V": wide_v.block, "PRECISION": precision(read_query, values),
         }  # fmt: skip
 

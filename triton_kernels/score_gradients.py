@@ -42,9 +42,7 @@ from .tiles import (
 
 
 @triton.jit
-def delta_kernel(
-    a, b_rows, minus, out, T, D, B1, inner, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, D_STEPS: tl.constexpr
-):
+def delta_kernel(a, b_rows, minus, out, T, D, B1, inner, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
     """out_t = <a_t, b_t> - minus_t, float32."""
     pid = tl.program_id(0)
     blocks = tl.cdiv(T, BLOCK_T)
@@ -53,9 +51,9 @@ def delta_kernel(
     ok = t < T
     total = tl.zeros([BLOCK_T], tl.float32)
     a_t, b_t = tokens(a, b, B1, t, inner), tokens(b_rows, b, B1, t, inner)
-    for step in range(D_STEPS):
-        x = tile(a_t, ok, D, step * BLOCK_D, BLOCK_D).to(tl.float32)
-        total += tl.sum(x * tile(b_t, ok, D, step * BLOCK_D, BLOCK_D).to(tl.float32), 1)
+    for column in range(0, D, BLOCK_D):  # of no known length: unrolled, it spills
+        x = tile(a_t, ok, D, column, BLOCK_D).to(tl.float32)
+        total += tl.sum(x * tile(b_t, ok, D, column, BLOCK_D).to(tl.float32), 1)
     if minus is not None:
         total -= tl.load(tokens(minus, b, B1, t, inner), mask=ok, other=0.0)
     tl.store(tokens(out, b, B1, t, inner), total, mask=ok)
@@ -241,7 +239,7 @@ def row_dots(call: Call, a: Tensor, b: Tensor, minus: Tensor | None = None) -> T
         delta_kernel, call.B * triton.cdiv(count, p.config.block_t),
         call.rows(a), call.rows(b), call.numbers(minus), (out, *out.stride()),
         count, D, call.batches[1], T if call.F > 1 else None,
-        plan=p, BLOCK_T=p.config.block_t, BLOCK_D=wide.block, D_STEPS=wide.steps,
+        plan=p, BLOCK_T=p.config.block_t, BLOCK_D=wide.block,
     )  # fmt: skip
     return out
 

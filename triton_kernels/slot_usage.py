@@ -66,7 +66,7 @@ def slot_usage(query: Tensor, keys: Tensor, lse: Tensor, slot_mask: Tensor | Non
         call, slot_usage_kernel, call.B * triton.cdiv(N, c.block_n), count, c.block_t,
         (call.rows(query), call.slots(keys), call.slot_numbers(slot_mask), call.numbers(lse)),
         ((usage, call.batches[1] * N, N, 1),), (count, N, K, call.batches[1], T if call.F > 1 else None), scale,
-        plan=p, BLOCK_T=c.block_t, BLOCK_N=c.block_n, BLOCK_K=wide.block, K_STEPS=wide.steps,
+        plan=p, BLOCK_T=c.block_t, BLOCK_N=c.block_n, BLOCK_K=wide.block, K_STEPS=wide.several,
         PRECISION=precision(query),
     )  # fmt: skip
     return usage

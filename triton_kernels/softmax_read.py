@@ -141,7 +141,7 @@ def _read(
     p = plan("softmax_read", call.device, max(K, V), query, values, compressed=packed)
     return read_blocks(
         call, softmax_read_kernel, p, sources, query, values,
-        query.dtype, scale, BLOCK_K=wide.block, K_STEPS=wide.steps,
+        query.dtype, scale, BLOCK_K=wide.block, K_STEPS=wide.several,
     )  # fmt: skip
 
 

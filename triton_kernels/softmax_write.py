@@ -108,7 +108,7 @@ def _write(op: str, *args) -> Write:
     launch(
         softmax_norm_kernel, programs * parts, call.rows(x.query), call.slots(x.keys), call.slot_numbers(x.slot_mask),
         *partial, count, N, K, call.B, call.batches[1], x.inner, parts, span, x.scale, plan=p, BLOCK_T=c.block_t,
-        BLOCK_N=c.block_n, BLOCK_K=wide.block, K_STEPS=wide.steps, PRECISION=precision(x.query),
+        BLOCK_N=c.block_n, BLOCK_K=wide.block, K_STEPS=wide.several, PRECISION=precision(x.query),
     )  # fmt: skip
     launch(
         norm_merge_kernel, triton.cdiv(call.B * count, c.block_t), *partial, *x.norm, call.B * count, parts,

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import bits, launch, plan, summed
+from .launch import bits, launch, narrowed, plan, summed
 from .layout import Call, Gradient, precision
 from .segments import Segments
 from .sparse_read import check_indices, gather
@@ -28,6 +28,7 @@ from .tiles import dots, open_slots, row_scales, slot_block, token_block, tokens
 from .topk_tiles import LOWEST, best_of, ranks, scored, scored_tensor, shares, shares_tensor
 
 LARGEST = {16: 256, 32: 128}  # neighbours that a list on the chip holds, by bits of an element: more would spill
+SHORT_LIST, NARROW = 128, 64  # beside a longer list there are registers for so many columns of keys at a time
 WORKSPACE = 1 << 25  # ranks in memory at a time, for larger k
 
 
@@ -146,7 +147,7 @@ def _many(
             launch(
                 rank_kernel, call.B * tiles, *sources, found, count, N, K, call.batches[1],
                 T if call.F > 1 else None, t, some_t, n, some_n, scale, plan=p, BLOCK_T=p.config.block_t,
-                BLOCK_N=p.config.block_n, BLOCK_K=wide.block, K_STEPS=wide.steps, PRECISION=precision(query),
+                BLOCK_N=p.config.block_n, BLOCK_K=wide.block, K_STEPS=wide.several, PRECISION=precision(query),
             )  # fmt: skip
             found = torch.cat([best[:, t : t + some_t], found], -1)
             best[:, t : t + some_t] = torch.topk(found, k, -1).values
@@ -170,6 +171,8 @@ def search(
         return
     size = max(16, triton.next_power_of_2(k))
     p, wide = plan("topk_search", call.device, K, query, keys, compressed=key_scale is not None), summed(K, query, keys)
+    if size > SHORT_LIST:
+        wide = narrowed(wide, NARROW)
     c, inner, block_n = p.config, T if call.F > 1 else None, max(p.config.block_n, size)
     programs = call.B * triton.cdiv(count, c.block_t)
     parts, span = p.cut(programs, N, block_n)
@@ -177,7 +180,7 @@ def search(
     launch(
         topk_search_kernel, programs * parts, call.rows(query), call.slots(keys), call.slot_numbers(slot_mask),
         call.slot_numbers(key_scale), lists, count, N, K, call.batches[1], inner, parts, span, scale, plan=p,
-        LIST=size, BLOCK_T=c.block_t, BLOCK_N=block_n, BLOCK_K=wide.block, K_STEPS=wide.steps,
+        LIST=size, BLOCK_T=c.block_t, BLOCK_N=block_n, BLOCK_K=wide.block, K_STEPS=wide.several,
         PRECISION=precision(query),
     )  # fmt: skip
     p = plan("topk_merge", call.device, 64, query)

@@ -129,7 +129,7 @@ def _write(x: Write, values: Tensor, out: tuple, retained: tuple | None) -> None
         write_kernel, programs * parts, first, *x.sources(), first_out, first_retained, x.erase_scale,
         x.count, N, K, V, call.batches[1], x.inner, parts, span, *between, x.scale,
         plan=p, GATE=x.gate, ERASE=x.erasing, BLOCK_T=c.block_t, BLOCK_N=c.block_n, BLOCK_K=wide_k.block,
-        K_STEPS=wide_k.steps, BLOCK_V=wide_v.block, PRECISION=precision(*tensors),
+        K_STEPS=wide_k.several, BLOCK_V=wide_v.block, PRECISION=precision(*tensors),
     )  # fmt: skip
     if parts > 1:
         p = plan("write_merge", call.device, V, *tensors)

@@ -279,7 +279,7 @@ def backward(x: Write, values: Tensor, d_out: Tensor, d_retained: Tensor | None,
     }  # fmt: skip
     launch(
         write_chunk_kernel, call.B * chunks * slot_blocks, *sources, u, F, G, Q, x.erase_scale, *sizes, x.scale,
-        plan=p, **constants,
+        plan=p, **(constants | {"K_STEPS": wide_k.several, "V_STEPS": wide_v.several}),
     )  # fmt: skip
     carry = plan("write_carry", call.device, V, *tensors)
     launch(

@@ -177,7 +177,7 @@ def _plan(x: Write, values: Tensor) -> tuple[Plan, Width, dict]:
     wide_k, wide_v = width(x.K, *tensors), width(x.V, *tensors)
     constants = {
         "GATE": x.gate, "BLOCK_T": p.config.block_t, "BLOCK_N": p.config.block_n, "BLOCK_K": wide_k.block,
-        "K_STEPS": wide_k.steps, "BLOCK_V": wide_v.block, "PRECISION": precision(*tensors),
+        "K_STEPS": wide_k.several, "BLOCK_V": wide_v.block, "PRECISION": precision(*tensors),
     }  # fmt: skip
     return p, wide_v, constants
 
