@@ -44,7 +44,14 @@ void settle(Case& c) {
 }
 
 const char* name_of(DType d) {
-  return d == DType::f32 ? "f32" : d == DType::f64 ? "f64" : d == DType::bf16 ? "bf16" : "f16";
+  switch (d) {
+    case DType::f32: return "f32";
+    case DType::f64: return "f64";
+    case DType::bf16: return "bf16";
+    case DType::f16: return "f16";
+    case DType::i8: return "i8";
+    default: return "e4m3";
+  }
 }
 
 }  // namespace
@@ -61,9 +68,9 @@ double Case::tolerance(DType of) const {
 
 std::string Case::text() const {
   char s[200];
-  std::snprintf(s, sizeof s, "T=%lld N=%lld K=%lld V=%lld k=%lld %s/%s mask=%d leads=%d gap=%lld", (long long)T,
-                (long long)N, (long long)K, (long long)V, (long long)k, name_of(dtype), name_of(content), int(mask),
-                leads, (long long)gap);
+  std::snprintf(s, sizeof s, "T=%lld N=%lld K=%lld V=%lld k=%lld %s/%s (%s/%s) mask=%d leads=%d gap=%lld", (long long)T,
+                (long long)N, (long long)K, (long long)V, (long long)k, name_of(dtype), name_of(content),
+                name_of(packed_keys), name_of(packed_values), int(mask), leads, (long long)gap);
   return s;
 }
 
@@ -86,6 +93,8 @@ void each_case(int density, const std::function<void(const Case&)>& body) {
           c.mask = Mask(random.below(4));
           c.leads = int(random.below(large ? 4 : std::size(kLeads)));
           c.gap = random.one_in(3) ? 3 : 0;
+          auto packed = [&](DType own) { return !random.one_in(3) ? own : random.one_in(2) ? DType::i8 : DType::e4m3; };
+          c.packed_keys = packed(c.dtype), c.packed_values = packed(c.content);
           settle(c);
           body(c);
         }
@@ -154,6 +163,38 @@ void poison_empty(const Wide& mask, Tensor& rows) {
     if (!used[size_t(row)]) std::fill_n(&x.at_row(row), l.cols, std::nan(""));
   }
   rows.assign(x);
+}
+
+SlotRows::SlotRows(const Case& c, DType dtype, uint32_t has, int64_t cols, Random& random, bool exact) {
+  const Layout layout = c.of(has, c.N, cols);
+  if (!mk::is_compressed(dtype)) {
+    rows = exact ? quarters(dtype, layout, random, c.gap) : uniform(dtype, layout, random, -1, 1, c.gap);
+    return;
+  }
+  const double largest = exact ? 4 : dtype == DType::i8 ? 127 : 1 << random.below(9);  // float8: also below its normals
+  Wide x(layout), s(c.of(random.one_in(3) ? 0 : has, c.N, 1));
+  for (double& v : x.all()) v = exact ? double(random.below(9) - 4) : random.uniform(-largest, largest);
+  for (double& v : s.all()) v = exact ? 1.0 / double(int64_t(2) << random.below(3)) : random.uniform(0.1, 1) / largest;
+  rows = Tensor(dtype, x, c.gap), scale = Tensor(c.stats(), s, c.gap);
+}
+
+Wide SlotRows::wide() const {
+  if (!packed()) return rows.wide();
+  const Wide x = rows.wide(), s = scale.wide();
+  const Layout &l = rows.layout(), &of_scale = scale.layout();
+  Wide out(Layout(l.lead, l.has | of_scale.has, l.rows, l.cols));
+  for (int64_t place = 0; place < l.places(); ++place) {
+    for (int64_t i = 0; i < l.rows; ++i) {
+      double* row = out.row(place, i);
+      for (int64_t col = 0; col < l.cols; ++col) row[col] = x.row(place, i)[col] * *s.row(place, i);
+    }
+  }
+  return out;
+}
+
+void SlotRows::poison_empty(const Wide& mask) {
+  native::poison_empty(mask, rows);
+  if (packed()) native::poison_empty(mask, scale);
 }
 
 std::vector<std::vector<int64_t>> memories(const Case& c) {

@@ -5,6 +5,7 @@
 #include <initializer_list>
 #include <limits>
 
+#include "cpu/choice.h"
 #include "pool.h"
 #include "tensor.h"
 
@@ -16,7 +17,8 @@ enum class Mask { none, boolean, number, small };  // small: in the dtype of the
 
 struct Case {
   int64_t T, N, K, V, k;
-  DType dtype, content;  // of query and keys; of values and writes
+  DType dtype, content;              // of query and keys; of values and writes
+  DType packed_keys, packed_values;  // the same where 8-bit slots are taken too: int8 or float8 in one case of three
   Mask mask;
   int leads;    // which of the combinations of leading dimensions
   int64_t gap;  // elements between the rows of inputs
@@ -62,6 +64,27 @@ Wide gradient(Random& random, const Layout& layout);
 Wide gradient(Random& random, const Tensor& mask);  // nor does a mask that is bool or missing have one
 // Rows of memory that no place of the call may address become NaN: nobody may look at them.
 void poison_empty(const Wide& mask, Tensor& rows);
+
+// Rows of slots: floats, or 8-bit numbers that a number per slot multiplies.
+struct SlotRows {
+  Tensor rows, scale;  // no scale: floats
+
+  // Numbers in [-1, 1), of any scale; or, `exact`, such that their sums of products with quarters are exact in float.
+  SlotRows(const Case& c, DType dtype, uint32_t has, int64_t cols, Random& random, bool exact = false);
+  bool packed() const { return bool(scale); }
+  mk::SlotView view() const { return {rows.view(), scale.view()}; }
+  Wide wide() const;  // multiplied out
+  void poison_empty(const Wide& mask);
+  // Gradients of floats only.
+  Wide gradient(Random& random) const { return packed() ? Wide() : native::gradient(random, rows.layout()); }
+};
+
+// Gradients of memory from the tokens that chose it are written whole, in the dtype of their argument.
+inline mk::MemoryGradient whole(const Tensor& t) { return {t.view(), t.all_rows()}; }
+// The dtype of the gradient of a token argument: its own, unless it is broadcast and rows are summed afterwards.
+inline DType token_dtype(const Case& c, const Tensor& argument, uint32_t all) {
+  return argument.layout().has == all ? argument.dtype() : c.stats();
+}
 
 // The places whose tokens write to one memory, in the order of the writes.
 std::vector<std::vector<int64_t>> memories(const Case& c);

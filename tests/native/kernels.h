@@ -15,6 +15,7 @@ void slot_write(const Case& c);
 void topk_search(const Case& c);
 void topk_read(const Case& c);
 void product_key_search(const Case& c);
+void product_key_read(const Case& c);
 void sparse_read(const Case& c);
 void sparse_write(const Case& c);
 void merge_reads(const Case& c);

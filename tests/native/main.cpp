@@ -13,15 +13,25 @@ struct Family {
   void (*test)(const native::Case&);
 };
 constexpr Family kFamilies[] = {
-    {"softmax_read", native::softmax_read},   {"address", native::address},
-    {"slot_usage", native::slot_usage},       {"gated_write", native::gated_write},
-    {"topk_search", native::topk_search},     {"topk_read", native::topk_read},
-    {"slot_write", native::slot_write},       {"softmax_write", native::softmax_write},
-    {"sparse_read", native::sparse_read},     {"sparse_write", native::sparse_write},
-    {"merge_reads", native::merge_reads},     {"gated_scan", native::gated_scan},
-    {"cell_scan", native::cell_scan},         {"memory_scan", native::memory_scan},
-    {"additive_read", native::additive_read}, {"cache_logprobs", native::cache_logprobs},
-    {"cache_nll", native::cache_nll},         {"product_key_search", native::product_key_search},
+    {"softmax_read", native::softmax_read},
+    {"address", native::address},
+    {"slot_usage", native::slot_usage},
+    {"gated_write", native::gated_write},
+    {"topk_search", native::topk_search},
+    {"topk_read", native::topk_read},
+    {"slot_write", native::slot_write},
+    {"softmax_write", native::softmax_write},
+    {"sparse_read", native::sparse_read},
+    {"sparse_write", native::sparse_write},
+    {"merge_reads", native::merge_reads},
+    {"gated_scan", native::gated_scan},
+    {"cell_scan", native::cell_scan},
+    {"memory_scan", native::memory_scan},
+    {"additive_read", native::additive_read},
+    {"cache_logprobs", native::cache_logprobs},
+    {"cache_nll", native::cache_nll},
+    {"product_key_search", native::product_key_search},
+    {"product_key_read", native::product_key_read},
 };
 
 }  // namespace

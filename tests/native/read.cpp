@@ -15,17 +15,20 @@ namespace {
 struct Scored {
   Random random;
   double scale;
-  Tensor query, keys, mask;
+  Tensor query;
+  SlotRows keys;
+  Tensor mask;
   Wide q, k, m;
 
-  explicit Scored(const Case& c)
+  explicit Scored(const Case& c) : Scored(c, c.dtype) {}
+  Scored(const Case& c, DType of_keys)
       : random(c.seed),
         scale(3 / std::sqrt(double(c.K))),
         query(uniform(c.dtype, c.of(c.query, c.T, c.K), random, -1, 1, c.gap)),
-        keys(uniform(c.dtype, c.of(c.keys, c.N, c.K), random, -1, 1, c.gap)),
+        keys(c, of_keys, c.keys, c.K, random),
         mask(slot_mask(c, random)) {
     m = mask.wide();
-    poison_empty(m, keys);
+    keys.poison_empty(m);
     q = query.wide(), k = keys.wide();
   }
   template <class Params>
@@ -59,9 +62,9 @@ Wide lse_of(const Case& c, const Scored& in) {
 }  // namespace
 
 void softmax_read(const Case& c) {
-  Scored in(c);
-  Tensor values = uniform(c.content, c.of(c.values, c.N, c.V), in.random, -1, 1, c.gap);
-  poison_empty(in.m, values);
+  Scored in(c, c.packed_keys);
+  SlotRows values(c, c.packed_values, c.values, c.V, in.random);
+  values.poison_empty(in.m);
   const Wide v = values.wide(), want_lse = lse_of(c, in);
   Wide want_read(c.tokens(c.V));
   for (int64_t place = 0; place < c.places(); ++place) {
@@ -91,8 +94,8 @@ void softmax_read(const Case& c) {
   const Tensor d_read = uniform(c.dtype, c.tokens(c.V), in.random, -1, 1);
   const Tensor d_lse = in.random.one_in(2) ? uniform(c.stats(), c.tokens(1), in.random, -1, 1) : Tensor();
   const Wide r = saved_read.wide(), l = saved_lse.wide(), dr = d_read.wide(), dl = d_lse.wide();
-  Wide want_dq = gradient(in.random, c.tokens(c.K)), want_dk = gradient(in.random, in.keys.layout());
-  Wide want_dv = gradient(in.random, values.layout()), want_dm = gradient(in.random, in.mask);
+  Wide want_dq = gradient(in.random, c.tokens(c.K)), want_dk = in.keys.gradient(in.random);
+  Wide want_dv = values.gradient(in.random), want_dm = gradient(in.random, in.mask);
   const ScoreGradients sum{&in.q, &in.k, &want_dq, &want_dk, &want_dm, in.scale};
   for (int64_t place = 0; place < c.places(); ++place) {
     const std::vector<double> s = in.at(c, place);
@@ -158,7 +161,7 @@ void additive_read(const Case& c) {
   const Tensor d_read = uniform(c.dtype, c.tokens(c.V), in.random, -1, 1, c.gap);
   const Tensor d_lse = in.random.one_in(2) ? Tensor() : uniform(c.stats(), c.tokens(1), in.random, -1, 1);
   const Wide dr = d_read.wide(), dl = d_lse.wide();
-  Wide dq = gradient(in.random, c.tokens(c.K)), dk = gradient(in.random, in.keys.layout());
+  Wide dq = gradient(in.random, c.tokens(c.K)), dk = in.keys.gradient(in.random);
   Wide dv = gradient(in.random, values.layout()), du = gradient(in.random, vector.layout());
   Wide dm = gradient(in.random, in.mask);
   for (int64_t place = 0; place < c.places(); ++place) {
@@ -218,7 +221,7 @@ void address(const Case& c) {
 
   const Tensor saved(c.dtype, want), d_weights = uniform(c.dtype, c.tokens(c.N), in.random, -1, 1);
   const Wide w = saved.wide(), dw = d_weights.wide();
-  Wide want_dq = gradient(in.random, c.tokens(c.K)), want_dk = gradient(in.random, in.keys.layout());
+  Wide want_dq = gradient(in.random, c.tokens(c.K)), want_dk = in.keys.gradient(in.random);
   Wide want_dm = gradient(in.random, in.mask);
   const ScoreGradients sum{&in.q, &in.k, &want_dq, &want_dk, &want_dm, in.scale};
   for (int64_t place = 0; place < c.places(); ++place) {
@@ -243,7 +246,7 @@ void slot_usage(const Case& c) {
   const Tensor lse(c.stats(), lse_of(c, in)), d_usage = uniform(c.stats(), c.slots(1), in.random, -1, 1);
   const Wide l = lse.wide(), g = d_usage.wide();
   Wide want(c.slots(1));
-  Wide want_dq = gradient(in.random, c.tokens(c.K)), want_dk = gradient(in.random, in.keys.layout());
+  Wide want_dq = gradient(in.random, c.tokens(c.K)), want_dk = in.keys.gradient(in.random);
   Wide want_dl = gradient(in.random, c.tokens(1)), want_dm = gradient(in.random, in.mask);
   const ScoreGradients sum{&in.q, &in.k, &want_dq, &want_dk, &want_dm, in.scale};
   for (int64_t place = 0; place < c.places(); ++place) {

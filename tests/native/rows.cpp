@@ -10,13 +10,13 @@ namespace native {
 
 void sparse_read(const Case& c) {
   Random random(c.seed);
-  const Tensor values = uniform(c.content, c.of(c.keys, c.N, c.V), random, -1, 1, c.gap);
+  const SlotRows values(c, c.packed_values, c.keys, c.V, random);
   const Tensor weights = uniform(c.dtype, c.of(c.query, c.T, c.k), random, -1, 1, c.gap);
   Wide i(c.tokens(c.k));
   for (double& x : i.all()) x = double(random.below(c.N + 1) - 1);
   const Tensor indices(DType::i64, i, c.gap), d_read = uniform(c.dtype, c.tokens(c.V), random, -1, 1);
   const Wide v = values.wide(), w = weights.wide(), dr = d_read.wide();
-  Wide want(c.tokens(c.V)), want_dw = gradient(random, c.tokens(c.k)), want_dv = gradient(random, values.layout());
+  Wide want(c.tokens(c.V)), want_dw = gradient(random, c.tokens(c.k)), want_dv = values.gradient(random);
   for (int64_t place = 0; place < c.places(); ++place) {
     for (int64_t t = 0; t < c.T; ++t) {
       for (int64_t j = 0; j < c.k; ++j) {

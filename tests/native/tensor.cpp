@@ -39,6 +39,26 @@ uint16_t to_bf16(double x) {
   return uint16_t((u + 0x7fff + (u >> 16 & 1)) >> 16);
 }
 
+// float8 e4m3fn: no infinity, and the largest magnitude is NaN.
+double from_e4m3(uint8_t b) {
+  const int exponent = b >> 3 & 15, mantissa = b & 7;
+  double x = exponent == 0 ? std::ldexp(mantissa, -9) : std::ldexp(8 + mantissa, exponent - 10);
+  if ((b & 0x7f) == 0x7f) x = std::nan("");
+  return b & 0x80 ? -x : x;
+}
+
+// To nearest even, from numbers up to 448.
+uint8_t to_e4m3(double x) {
+  const uint8_t sign = std::signbit(x) ? 0x80 : 0;
+  const double a = std::fabs(x);
+  if (std::isnan(x)) return 0x7f;
+  if (a == 0) return sign;
+  int exponent = 0;
+  std::frexp(a, &exponent);
+  const int step = std::max(exponent - 4, -9);  // weight of the last bit
+  return uint8_t(sign + 8 * (step + 9) + int(std::nearbyint(std::ldexp(a, -step))));
+}
+
 }  // namespace
 
 uint64_t Random::next() {
@@ -106,6 +126,8 @@ double Tensor::get(int64_t row, int64_t col) const {
     case DType::bf16: return from_bf16(as(uint16_t(0)));
     case DType::f16: return from_half(as(uint16_t(0)));
     case DType::boolean: return *p != 0 ? 0 : -std::numeric_limits<double>::infinity();
+    case DType::i8: return as(int8_t(0));
+    case DType::e4m3: return from_e4m3(as(uint8_t(0)));
     default: return double(as(int64_t(0)));
   }
 }
@@ -119,6 +141,8 @@ void Tensor::set(int64_t row, int64_t col, double x) {
     case DType::bf16: return put(to_bf16(x));
     case DType::f16: return put(to_half(float(x)));
     case DType::boolean: return put(char(x == 0));
+    case DType::i8: return put(std::isnan(x) ? int8_t(-1) : int8_t(std::nearbyint(x)));  // has no NaN: its scale is one
+    case DType::e4m3: return put(to_e4m3(x));
     default: return put(int64_t(x));
   }
 }
