@@ -161,9 +161,8 @@ def worst(sizes, inputs, g):
     return [float((f.double() - w).abs().max() / w.abs().max()) for f, w in zip(found, wanted)]
 
 
-# ds is about 1e-6, which float16 has two digits of; multiplied by queries of 1000 it is a gradient of usual size.
-sizes = ((70, 24), (600, 24), (600, 40))
-print(worst(sizes, (1000, 2**-10, 1), 2**-10)[1])
+# ds is about 1e-7, of which float16 has one digit; multiplied by queries of 1000 it is a gradient of usual size.
+print(worst(((70, 24), (600, 24), (600, 40)), (1000, 2**-13, 1), 2**-16)[1])
 # ds is about 1e6, which float16 does not have; keys of 0.001 make it one.
 print(worst(((70, 24), (40, 24), (40, 8)), (100, 2**-10, 60), 20000)[0])
 """
