@@ -210,6 +210,21 @@ def written(backend, held):
 
 sys.modules[f"{_triton.kernels().__name__}.write_scan"].WORKSPACE = 1
 found["written"] = exact(written, held)
+# Products are as exact as torch is told to make them, in whichever of its words.
+matmul, layout = torch.backends.cuda.matmul, sys.modules[f"{_triton.kernels().__name__}.layout"]
+told = []
+for digits, tell in (
+    (True, lambda: torch.set_float32_matmul_precision("highest")),
+    (False, lambda: torch.set_float32_matmul_precision("high")),
+    (True, lambda: setattr(matmul, "allow_tf32", False)),
+    (False, lambda: setattr(matmul, "allow_tf32", True)),
+    (True, lambda: setattr(matmul, "fp32_precision", "ieee")),
+    (False, lambda: setattr(matmul, "fp32_precision", "tf32")),
+):
+    tell()
+    mk.softmax_read(q[0], k[0], v[0], backend="triton")
+    told.append(layout.precision(q) == ("ieee" if digits else "tf32"))
+found["told"] = all(told)
 try:
     mk.sparse_read(v, torch.full((3, 5, 2), 40), torch.ones(3, 5, 2), backend="triton")
 except RuntimeError as error:
@@ -221,7 +236,7 @@ print("RESULT" + json.dumps(found))
 def test_no_gaps_same_bits_one_graph_all_digits_and_guarded_indices():
     found = result_of(PROPERTIES)
     assert not found["gaps"] and not found["bits"]
-    assert all(found[name] for name in ("compiled", "many", "narrow", "pairs", "read", "kept"))
+    assert all(found[name] for name in ("compiled", "many", "narrow", "pairs", "read", "kept", "told"))
     assert found["groups"] and found["written"]
     assert "outside [-1, 40)" in found["index"]
 

@@ -11,7 +11,7 @@ import triton
 from torch import Tensor
 
 from . import configs
-from .layout import Call
+from .layout import Call, allows_tf32
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 if INTERPRETED:
@@ -80,7 +80,7 @@ def narrowed(width: Width, most: int) -> Width:
 
 
 def _exact(tensors: tuple) -> bool:
-    return bits(*tensors) == 32 and torch.get_float32_matmul_precision() == "highest"
+    return bits(*tensors) == 32 and not allows_tf32()
 
 
 def bits(*tensors: Tensor | None) -> int:

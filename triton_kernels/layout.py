@@ -226,8 +226,15 @@ def as_bytes(x: Tensor) -> Tensor:
     return x.view(torch.uint8) if x.dtype in (torch.bool, torch.float8_e4m3fn) else x
 
 
+def allows_tf32() -> bool:
+    """Whether torch may multiply float32 matrices in TF32.
+
+    ``fp32_precision`` knows of ``set_float32_matmul_precision`` and of ``allow_tf32`` too, whose own getters raise once
+    somebody has set ``fp32_precision``.
+    """
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
 def precision(*tensors: Tensor) -> str:
     """How a kernel multiplies float32 matrices: as torch is told to."""
-    if all(t.dtype != torch.float32 for t in tensors):
-        return "ieee"
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return "tf32" if any(t.dtype == torch.float32 for t in tensors) and allows_tf32() else "ieee"
