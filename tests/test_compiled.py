@@ -21,7 +21,7 @@ HEAD, ROWS = LINES[0], [dict(zip(LINES[0]["columns"], line)) for line in LINES[1
 RECORDED = HEAD["triton"] == triton.__version__
 SAMPLE = 6  # compiled again, spread over the record
 # What the record may not lose: dtype -> widths of rows, each on every architecture.
-WHOLE = {"bfloat16": (64, 128, 256, 512)}
+WHOLE = {"bfloat16": (64, 128, 256, 512), "float16": (128,), "float32": (64, 128, 256, 512)}
 # Calls that launch the kernels which no main call does.
 MORE = (
     "softmax_read, few tokens",
