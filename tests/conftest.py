@@ -11,6 +11,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import hypothesis
 import pytest
+import torch
 from support import BACKENDS, NATIVE
 
 # derandomize: the same examples on every run, so a red build is red again when it is looked at.
@@ -28,3 +29,11 @@ def backend(request) -> str:
 def native(request) -> str:
     """Every backend that is compared with the reference."""
     return request.param
+
+
+@pytest.fixture
+def threads():
+    """Sets the number of threads and restores it."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)

@@ -58,14 +58,6 @@ def evaluate(op: str, case: Case, dtype: torch.dtype, backend: str, offset: int 
     return once
 
 
-@pytest.fixture
-def threads():
-    """Sets the number of threads and restores it."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize(("op", "case", "dtype"), runs())
 def test_same_bits_for_every_run_and_number_of_threads(native, threads, op, case, dtype):
     once = evaluate(op, case, dtype, native)

@@ -45,14 +45,12 @@ def _run(f, leaves, cotangent, **how):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_results_larger_than_the_caches_are_right(name):
+def test_results_larger_than_the_caches_are_right(name, threads):
     torch.manual_seed(0)
     f, leaves, cotangent = CASES[name]()
     got = _run(f, leaves, cotangent, backend="cpu")
-    before = torch.get_num_threads()
-    torch.set_num_threads(1 if before > 1 else 2)
+    threads(1 if torch.get_num_threads() > 1 else 2)
     again = _run(f, leaves, cotangent, backend="cpu")
-    torch.set_num_threads(before)
     assert all(map(torch.equal, got, again))
     assert max(x.nbytes for x in got) >= LEAST
     wanted = _run(f, [x.double() for x in leaves], cotangent, backend="reference")

@@ -8,15 +8,14 @@ Source: Lample et al. 2019, Large Memory Layers with Product Keys: the layer of 
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ..registration import call, register
 from ..spec import Arg, Op, Out
-from ._formula import default_scale, softmax
+from ._formula import default_scale
 from .product_key_search import product_scores
-from .sparse_read import gather_rows
-from .topk_search import at, best, neighbours
+from .topk_read import read_chosen
+from .topk_search import best, neighbours
 
 
 def reference(query: Tensor, subkeys: Tensor, values: Tensor, k: int, scale: float):
@@ -25,12 +24,7 @@ def reference(query: Tensor, subkeys: Tensor, values: Tensor, k: int, scale: flo
 
 
 def selected(query: Tensor, subkeys: Tensor, values: Tensor, k: int, scale: float, indices: Tensor):
-    chosen = at(product_scores(query, subkeys, scale), indices)
-    weights, _ = softmax(chosen)
-    rows = gather_rows(values.to(weights.dtype), indices)
-    read = torch.einsum("...tk,...tkv->...tv", weights, rows)
-    lead = read.shape[:-1]
-    return read.to(query.dtype), indices.expand(*lead, k), weights.expand(*lead, k)
+    return read_chosen(product_scores(query, subkeys, scale), values, indices, query.dtype)
 
 
 OP = register(

@@ -27,12 +27,16 @@ def reference(query: Tensor, keys: Tensor, values: Tensor, slot_mask: Tensor | N
 def selected(
     query: Tensor, keys: Tensor, values: Tensor, slot_mask: Tensor | None, k: int, scale: float, indices: Tensor
 ):
-    chosen = at(scores(query, keys, slot_mask, scale), indices)
-    weights, _ = softmax(chosen)
-    rows = gather_rows(inert(values, slot_mask).to(weights.dtype), indices)
+    return read_chosen(scores(query, keys, slot_mask, scale), inert(values, slot_mask), indices, query.dtype)
+
+
+def read_chosen(all_scores: Tensor, values: Tensor, indices: Tensor, dtype: torch.dtype):
+    """The softmax of the chosen among all scores, and the sum of their rows: ``(read in dtype, indices, weights)``."""
+    weights, _ = softmax(at(all_scores, indices))
+    rows = gather_rows(values.to(weights.dtype), indices)
     read = torch.einsum("...tk,...tkv->...tv", weights, rows)
-    lead = read.shape[:-1]
-    return read.to(query.dtype), indices.expand(*lead, k), weights.expand(*lead, k)
+    lead, k = read.shape[:-1], indices.shape[-1]
+    return read.to(dtype), indices.expand(*lead, k), weights.expand(*lead, k)
 
 
 OP = register(
