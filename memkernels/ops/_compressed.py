@@ -16,6 +16,8 @@ from torch import Tensor
 
 from ..spec import COMPRESSED, Arg, Op, stats_dtype
 
+_places: dict[str, list[int]] = {}  # name of a twin -> which arguments may be compressed
+
 
 def compressed(op: Op, **scales: str) -> Op:
     """The twin of ``op`` whose arguments named in ``scales`` are compressed; argument -> name of its scale."""
@@ -23,6 +25,8 @@ def compressed(op: Op, **scales: str) -> Op:
     args += [Arg(name, "N", "memory", "scale", optional=True) for name in scales.values()]
     lead = next(i for i, a in enumerate(op.args) if a.dtype == "lead")
     rows = [(op.index(name), len(op.args) + i) for i, name in enumerate(scales)]
+    twin = f"{op.name}_compressed"
+    _places[twin] = [place for place, _ in rows]
 
     def multiplied_out(inputs) -> list:
         exact = stats_dtype(inputs[lead].dtype)
@@ -34,7 +38,7 @@ def compressed(op: Op, **scales: str) -> Op:
 
     return replace(
         op,
-        name=f"{op.name}_compressed",
+        name=twin,
         args=tuple(args),
         reference=lambda *inputs: op.reference(*multiplied_out(inputs)),
         selected=op.selected and (lambda *inputs: op.selected(*multiplied_out(inputs))),
@@ -45,11 +49,14 @@ def compressed(op: Op, **scales: str) -> Op:
 
 def choose(op: Op, twin: Op, tensors: list[Tensor | None], scales: dict[str, Tensor | None]) -> tuple[Op, list]:
     """``op``, or its twin with the scales where slots are compressed. ``scales``: argument -> what multiplies it."""
-    slots = [tensors[op.index(name)] for name in scales]
-    if not any(isinstance(x, Tensor) and x.dtype in COMPRESSED for x in slots) and not any(
-        scale is not None for scale in scales.values()
-    ):
+    places = _places[twin.name]
+    for place, scale in zip(places, scales.values()):  # a loop: any() over generators would be a tenth of a small call
+        x = tensors[place]
+        if scale is not None or (isinstance(x, Tensor) and x.dtype in COMPRESSED):
+            break
+    else:
         return op, tensors
+    slots = [tensors[place] for place in places]
     for (name, scale), x, arg in zip(scales.items(), slots, twin.args[len(op.args) :]):
         if isinstance(x, Tensor) and (x.dtype in COMPRESSED) != (scale is not None):
             wanted = "must be given with" if scale is None else "is for int8 and float8_e4m3fn slots, got"
