@@ -23,70 +23,66 @@ constexpr int kWidest = 2;
 constexpr int kRows[5] = {0, 8, 6, 0, 0};
 #endif
 
-// How the scalars of A lie: `rows`: along k (cs = 1), `columns`: along m (rs = 1). Known when compiled, one stride is left to
-// keep in a register, and a step of four is one addition.
+// How the scalars of A lie: `rows`: along k (cs = 1), `columns`: along m (rs = 1).
 enum class Order { rows, columns };
 constexpr int kUnroll = 4;
 
 // Keeps the compiler from turning pointers that advance into a table of offsets, each loaded from the stack before it is used.
 #define MK_OPAQUE(p) asm("" : "+r"(p))
 
+// Rows of A have a pointer each, columns share one: no address is a sum, which would cost the front of the core a second slot where
+// a scalar is used once, and four steps are one addition for each pointer.
+template <class F, int R, Order O>
+struct Left {
+  static constexpr int kPointers = O == Order::rows ? R : 1;
+  const F* at[kPointers];
+
+  MK_INLINE Left(const F* a, int64_t stride) {
+#pragma GCC unroll 16
+    for (int r = 0; r < kPointers; ++r) at[r] = a + r * stride;
+  }
+};
+
 template <class F, int R, int NV, Order O, int U>
-MK_INLINE void steps(Vec<F> (&acc)[R][NV], const F*& a, int64_t stride, const F*& b, int64_t ldb) {
+MK_INLINE void steps(Vec<F> (&acc)[R][NV], Left<F, R, O>& a, int64_t stride, const F*& b, int64_t ldb) {
   constexpr int W = kLanes<F>;
 #pragma GCC unroll 4
   for (int u = 0; u < U; ++u) {
     Vec<F> bv[NV];
 #pragma GCC unroll 8
     for (int j = 0; j < NV; ++j) bv[j] = load<F>(b + j * W);
-    const F* row = a;
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
-      if (O == Order::rows && r % 3 == 0 && r > 0) {  // an address can add once or twice a register
-        row += 3 * stride;
-        MK_OPAQUE(row);
-      }
-      const Vec<F> av = fill<F>(O == Order::columns ? a[r] : row[r % 3 * stride]);
+      const Vec<F> av = fill<F>(O == Order::rows ? a.at[r][u] : a.at[0][r]);
 #pragma GCC unroll 8
       for (int j = 0; j < NV; ++j) acc[r][j] += av * bv[j];
     }
-    a += O == Order::rows ? 1 : stride;
+    if (O == Order::columns) {
+      a.at[0] += stride;
+      MK_OPAQUE(a.at[0]);
+    }
     b += ldb;
-    MK_OPAQUE(a);
     MK_OPAQUE(b);
+  }
+  if (O == Order::rows) {
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      a.at[r] += U;
+      MK_OPAQUE(a.at[r]);
+    }
   }
 }
 
-// One register of lanes: every scalar of A is used once, straight from memory, and an operand whose address is a sum costs the front
-// of the core a second slot. So every row has a pointer of its own. topk_search T=16 N=2^20 K=64, one core: 1.13x.
-template <class F, int R>
-MK_INLINE void lines(Vec<F> (&acc)[R][1], const F*& a, const F*& b, const Gemm<F>& g, int64_t& k, int line) {
-  const F* rows[R];
+// A line of each row of A at a time, after the line that lies `ahead` is asked for.
+template <class F, int R, int NV>
+MK_INLINE void lines(Vec<F> (&acc)[R][NV], Left<F, R, Order::rows>& a, const F*& b, const Gemm<F>& g, int64_t& k) {
+  constexpr int kLine = 64 / int(sizeof(F));
+  for (; k + kLine <= g.k; k += kLine) {
 #pragma GCC unroll 16
-  for (int r = 0; r < R; ++r) rows[r] = a + r * g.rs;
-  for (; k + line <= g.k; k += line) {
-    if (g.ahead != 0) {
-#pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) __builtin_prefetch(rows[r] + g.ahead, 0, 2);
-    }
+    for (int r = 0; r < R; ++r) __builtin_prefetch(a.at[r] + g.ahead, 0, 2);
 #pragma GCC unroll 1
-    for (int v = 0; v < line; v += kUnroll) {
-#pragma GCC unroll 4
-      for (int u = 0; u < kUnroll; ++u) {
-        const Vec<F> bv = load<F>(b);
-#pragma GCC unroll 16
-        for (int r = 0; r < R; ++r) acc[r][0] += fill<F>(rows[r][u]) * bv;
-        b += g.ldb;
-        MK_OPAQUE(b);
-      }
-#pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) {
-        rows[r] += kUnroll;
-        MK_OPAQUE(rows[r]);
-      }
-    }
+    for (int u = 0; u < kLine; u += kUnroll) steps<F, R, NV, Order::rows, kUnroll>(acc, a, g.rs, b, g.ldb);
   }
-  a = rows[0];
 }
 
 template <class F, int R, int NV, Order O>
@@ -99,23 +95,14 @@ void tile(const Gemm<F>& g, int64_t m, int64_t lane) {
 #pragma GCC unroll 8
     for (int j = 0; j < NV; ++j) acc[r][j] = g.accumulate ? load<F>(c + r * g.ldc + j * W) : fill<F>(0);
   }
-  const F* a = g.a + m * g.rs;
   const F* b = g.b + lane;
   const int64_t stride = O == Order::rows ? g.rs : g.cs, ldb = g.ldb;
+  Left<F, R, O> a(g.a + m * g.rs, stride);
   int64_t k = 0;
-  if constexpr (sizeof(F) == 4 && NV == kWidest && R == kRows[NV]) {
-    for (; k + kUnroll <= g.k; k += kUnroll) steps<F, R, NV, O, kUnroll>(acc, a, stride, b, ldb);
+  if constexpr (O == Order::rows && (NV <= 2 || R == kRows[NV])) {
+    if (g.ahead != 0) lines<F, R, NV>(acc, a, b, g, k);
   }
-  constexpr int kLine = 64 / int(sizeof(F));
-  if constexpr (O == Order::rows && NV == 1) {
-    lines<F, R>(acc, a, b, g, k, kLine);
-  } else if constexpr (O == Order::rows && NV == 2) {
-    for (; g.ahead != 0 && k + kLine <= g.k; k += kLine) {
-      for (int r = 0; r < R; ++r) __builtin_prefetch(a + r * stride + g.ahead, 0, 2);
-#pragma GCC unroll 1
-      for (int u = 0; u < kLine; ++u) steps<F, R, NV, O, 1>(acc, a, stride, b, ldb);
-    }
-  }
+  for (; k + kUnroll <= g.k; k += kUnroll) steps<F, R, NV, O, kUnroll>(acc, a, stride, b, ldb);
   for (; k < g.k; ++k) steps<F, R, NV, O, 1>(acc, a, stride, b, ldb);
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {

@@ -19,9 +19,9 @@ struct Gemm {
   F* c;
   int64_t ldc;
   bool accumulate;
-  // Where A comes from memory, row by row, and is used for few lanes: what lies so many elements further on is asked for, a line
-  // for a line. Asked for in one go between products it stalls them: topk_search N=2^20 K=64, one core, T=16
-  // 36.7 -> 34.1 ms, T=32 54.8 -> 41.8.
+  // Where A comes from memory, row by row: what lies so many elements further on is asked for, a line for a line, full tiles only.
+  // More than the core has line buffers, asked for in one go between products, stalls them: topk_read, one core, T=256 N=2^18 K=V=64
+  // 1.09x, T=1024 N=65536 K=V=128 1.09x; topk_search T=16 K=64 N=2^20 1.08x, N=65536 1.37x, N=2048 0.98x.
   int64_t ahead = 0;
 };
 

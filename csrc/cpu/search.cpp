@@ -67,7 +67,7 @@ struct SearchTile {
       : board(arena, round_up(s.tile, kLanes<F>), s.k),
         q(arena.take<F>(round_up(s.tile, kLanes<F>) * Slots<F>::padded(K))),
         S(arena.take<F>(most(1, s.first) * kSlotBlock * round_up(s.tile, kLanes<F>))),
-        row(arena.take<F>(Slots<F>::padded(K))),
+        row(arena.take<F>(kLanes<F> * Slots<F>::padded(K))),
         maxima(arena.take<F>(s.first * div_up(kSlotBlock, s.group) * round_up(s.tile, kLanes<F>))),
         which(arena.take<int32_t>(s.first * kSlotBlock)),
         buffers(Slots<F>::buffers(arena, kSlotBlock, K, 0)) {}
@@ -219,7 +219,7 @@ class FirstLook {
   bool open_;
 };
 
-// Visits the slots of [lo, hi) for one tile of one batch. The next block is asked for while this one is computed.
+// Visits the slots of [lo, hi) for one tile of one batch. Keys are asked for while those before them are multiplied.
 template <class F, bool wide>
 void search_range(const TopkSearch& p, const SearchPlan<F>& s, int64_t batch, int64_t lo, int64_t hi,
                   SearchTile<F, wide>& tile) {
@@ -228,9 +228,8 @@ void search_range(const TopkSearch& p, const SearchPlan<F>& s, int64_t batch, in
   const int64_t L = round_up(tile.n, kLanes<F>);
   if (s.few) rows_query(query, tile.first, tile.n, p.K, F(p.scale), tile.q);
   else pack_query(query, tile.first, tile.n, L, p.K, F(p.scale), tile.row, tile.q);
-  const bool far = p.N * slots.lines() * 64 >= kFarBytes, narrow = !s.few && L <= 2 * kLanes<F>;
-  const int64_t askings = s.few ? kSlotBlock / kLanes<F> * tile.n : div_up(kSlotBlock, kGroup);
-  const int64_t lines = far && !narrow ? div_up(kSlotBlock * slots.lines(), askings) : 0;
+  const bool far = p.N * slots.lines() * 64 >= kFarBytes;
+  const int64_t lines = far ? div_up(kLanes<F> * slots.lines(), tile.n) : 0;
   if (tile.shared != nullptr) tile.board.share(tile.shared, tile.n);
   FirstLook<F, wide> look(s, tile);
   for (Visit here(lo, hi, s.chunk), next = here; here.more(); here = next) {
@@ -246,7 +245,7 @@ void search_range(const TopkSearch& p, const SearchPlan<F>& s, int64_t batch, in
       offer_rows<F, wide>(tile, block, here.first());
     } else {
       F* S = look.open() ? look.scores() : tile.S;
-      score_columns(block, p.K, tile.q, L, S, ask, far && narrow ? 2 * kGroup : 0);
+      score_columns(block, p.K, tile.q, L, S, Nothing{}, 2 * kGroup);
       if (look.open()) look.add(block, here.first());
       else offer_columns<F, wide>(tile, block, here.first(), S);
     }
