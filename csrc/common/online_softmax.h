@@ -69,4 +69,41 @@ inline F merge_ranges(const Partial<F>* parts, int64_t ranges, int64_t lane, int
   return l == 0 ? -kInf<F> : (base + std::log2(l)) * F(kLn2);
 }
 
+// The same for a register of tokens, of which parts[r].acc + v * stride holds column v: rows[t * V + v] of token t, lse[t].
+template <class F>
+inline void merge_lanes(const Partial<F>* parts, int64_t ranges, int64_t lane, int64_t at, int64_t stride, int64_t V,
+                        F* rows, F* lse) {
+  constexpr int W = kLanes<F>;
+  Vec<F> m = fill<F>(-kInf<F>), l = fill<F>(0);
+  for (int64_t r = 0; r < ranges; ++r) m = max<F>(load<F>(parts[r].m + lane), m);
+  const auto weight = [&](int64_t r) {
+    const Vec<F> mr = load<F>(parts[r].m + lane), lr = load<F>(parts[r].l + lane);
+    const Vec<F> none = lr == lr ? fill<F>(0) : fill<F>(1);  // a NaN score never enters the maximum
+    return mr == m ? fill<F>(1) : mr == -kInf<F> ? none : exp2<F>(mr - m);
+  };
+  // What has no weight may be infinite.
+  const auto share = [](Vec<F> w, Vec<F> x) { return w == 0 ? fill<F>(0) : w * x; };
+  for (int64_t r = 0; r < ranges; ++r) l += share(weight(r), load<F>(parts[r].l + lane));
+  const Vec<F> inverse = l == 0 ? fill<F>(0) : F(1) / l;
+  for (int64_t v = 0; v < V; v += W) {
+    const int64_t columns = least(W, V - v);
+    Vec<F> x[W];
+    for (int i = 0; i < W; ++i) x[i] = fill<F>(0);
+    for (int64_t r = 0; r < ranges; ++r) {
+      const Vec<F> w = weight(r);
+      const F* acc = parts[r].acc + at + v * stride;
+      for (int64_t i = 0; i < columns; ++i) x[i] += share(w, load<F>(acc + i * stride));
+    }
+    for (int i = 0; i < W; ++i) x[i] *= inverse;
+    transpose<F>(x);
+    for (int t = 0; t < W; ++t) {
+      if (columns == W) store<F>(rows + t * V + v, x[t]);
+      else
+        for (int64_t i = 0; i < columns; ++i) rows[t * V + v + i] = x[t][i];
+    }
+  }
+  for (int t = 0; t < W; ++t)
+    lse[t] = l[t] == 0 ? -kInf<F> : ((m[t] == -kInf<F> ? F(0) : m[t]) + std::log2(l[t])) * F(kLn2);
+}
+
 }  // namespace mk::MK_ISA

@@ -147,15 +147,26 @@ inline const F* row_as(const char* src, DType dtype, int64_t n, F* buffer) {
 template <class F>
 constexpr DType kOwn = sizeof(F) == 4 ? DType::f32 : DType::f64;
 
-// out[c * ld + r] = factor * row_r[c]: rows become lanes. Rows count to next multiple of the register width; the rest is 0.
+// out[c * lanes + r] = factor * row_r[c]: rows become lanes. Lanes count to the next multiple of the register width; the rest is 0.
+// row(r, buffer) may convert row r into `buffer`, which has room for a register of rows.
 template <class F, class Row>
 inline void pack_lanes(int64_t rows, int64_t lanes, int64_t cols, F factor, F* buffer, F* out, Row&& row) {
-  for (int64_t r = 0; r < lanes; ++r) {
-    if (r < rows) {
-      const F* p = row(r, buffer);
-      for (int64_t c = 0; c < cols; ++c) out[c * lanes + r] = factor * p[c];
-    } else {
-      for (int64_t c = 0; c < cols; ++c) out[c * lanes + r] = 0;
+  constexpr int W = kLanes<F>;
+  for (int64_t r = 0; r < lanes; r += W, out += W) {
+    const int64_t live = least(W, most(0, rows - r));
+    const F* p[W];
+    for (int64_t i = 0; i < live; ++i) p[i] = row(r + i, buffer + i * cols);
+    int64_t c = 0;
+    for (; c + W <= cols; c += W) {
+      Vec<F> x[W];
+#pragma GCC unroll 16
+      for (int i = 0; i < W; ++i) x[i] = i < live ? factor * load<F>(p[i] + c) : fill<F>(0);
+      transpose<F>(x);
+#pragma GCC unroll 16
+      for (int i = 0; i < W; ++i) store<F>(out + (c + i) * lanes, x[i]);
+    }
+    for (; c < cols; ++c) {
+      for (int64_t i = 0; i < W; ++i) out[c * lanes + i] = i < live ? factor * p[i][c] : F(0);
     }
   }
 }

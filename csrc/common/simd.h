@@ -146,24 +146,39 @@ MK_INLINE F largest(Vec<F> v) {
   return m;
 }
 
-// --- sums of W registers at once: result lane r is the sum of the lanes of x[r] -------------------------------------------
+// --- W registers at once ----------------------------------------------------------------------------------------------------
+// Lanes whose bit D is clear are a's in `first`, and a's partners D lanes further on in `second`; the others are b's.
 template <class F, int D, size_t... I>
-MK_INLINE Vec<F> add_pairs(Vec<F> a, Vec<F> b, std::index_sequence<I...>) {
+MK_INLINE void trade(Vec<F>& a, Vec<F>& b, std::index_sequence<I...>) {
   constexpr int W = kLanes<F>;
-  // Lanes whose bit D is clear keep a's sums, the others b's: both shuffles bring the partner lane D further.
-  Vec<F> first = __builtin_shufflevector(a, b, (int(I) & D ? W + int(I) - D : int(I))...);
-  Vec<F> second = __builtin_shufflevector(a, b, (int(I) & D ? W + int(I) : int(I) + D)...);
-  return first + second;
+  const Vec<F> first = __builtin_shufflevector(a, b, (int(I) & D ? W + int(I) - D : int(I))...);
+  const Vec<F> second = __builtin_shufflevector(a, b, (int(I) & D ? W + int(I) : int(I) + D)...);
+  a = first, b = second;
 }
 template <class F, int D>
 MK_INLINE void add_level(Vec<F>* x) {
   constexpr int W = kLanes<F>;
   if constexpr (D < W) {
 #pragma GCC unroll 16
-    for (int i = 0; i < W; i += 2 * D) x[i] = add_pairs<F, D>(x[i], x[i + D], std::make_index_sequence<size_t(W)>());
+    for (int i = 0; i < W; i += 2 * D) {
+      trade<F, D>(x[i], x[i + D], std::make_index_sequence<size_t(W)>());
+      x[i] += x[i + D];
+    }
     add_level<F, 2 * D>(x);
   }
 }
+template <class F, int D = 1>
+MK_INLINE void transpose(Vec<F>* x) {
+  constexpr int W = kLanes<F>;
+  if constexpr (D < W) {
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i) {
+      if ((i & D) == 0) trade<F, D>(x[i], x[i + D], std::make_index_sequence<size_t(W)>());
+    }
+    transpose<F, 2 * D>(x);
+  }
+}
+// Lane r of the result is the sum of the lanes of x[r].
 template <class F>
 MK_INLINE Vec<F> sums(Vec<F>* x) {
   add_level<F, 1>(x);

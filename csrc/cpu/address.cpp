@@ -17,7 +17,7 @@ void run(const Address& p) {
   const int64_t tiles = div_up(s.tokens, s.tile);
   Arena measure;
   Slots<F>::buffers(measure, kSlotBlock, p.K, 0);
-  measure.take<F>(s.lanes * s.KP + kSlotBlock * (most(s.lanes, W) + 1) + s.KP);
+  measure.take<F>(s.lanes * s.KP + kSlotBlock * (most(s.lanes, W) + 1) + W * s.KP);
   const size_t scratch = measure.used() + 8 * 64;
 
   parallel(s.batches * tiles * s.chunks, scratch, [&](int64_t task, char* memory) {
@@ -31,7 +31,7 @@ void run(const Address& p) {
     const auto buffers = Slots<F>::buffers(arena, kSlotBlock, p.K, 0);
     F* q = arena.take<F>(s.lanes * s.KP);
     F* S = arena.take<F>(kSlotBlock * most(s.lanes, W));
-    F* row = arena.take<F>(most(kSlotBlock, s.KP));
+    F* row = arena.take<F>(most(kSlotBlock, W * s.KP));
     const F factor = F(p.scale * kLog2e);
     if (s.few) rows_query<F>(query, t0, n, p.K, factor, q);
     else pack_query<F>(query, t0, n, L, p.K, factor, row, q);

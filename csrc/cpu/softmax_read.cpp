@@ -57,33 +57,52 @@ Plan plan(const SoftmaxRead& p) {
   return s;
 }
 
-// The softmax of one block for one panel of tokens, in place: S becomes exp2(S - m); acc, [V][lanes] panel after panel, is rescaled
-// when m moves.
-template <class F>
+// The softmax of one block for R registers of tokens, in place: S becomes exp2(S - m); acc, [V][L], is rescaled when m moves. Maxima
+// and sums are chains along the slots: one register at a time would wait for each.
+template <class F, int R>
 void exponentials(F* S, int64_t slots, int64_t L, F* ms, F* ls, F* acc, int64_t V) {
   constexpr int W = kLanes<F>;
-  for (int64_t j = 0; j < L; j += W) {
-    F* s = S + j;
-    Vec<F> top = load<F>(s);
-    for (int64_t r = 1; r < slots; ++r) top = max<F>(load<F>(s + r * L), top);
-    Vec<F> m = load<F>(ms + j), l = load<F>(ls + j);
-    if (any<F>(top > m + F(kSlack))) {
-      const Vec<F> moved = max<F>(top, m);
+  Vec<F> top[R], base[R], l[R];
+#pragma GCC unroll 4
+  for (int i = 0; i < R; ++i) top[i] = load<F>(S + i * W);
+  for (int64_t r = 1; r < slots; ++r) {
+#pragma GCC unroll 4
+    for (int i = 0; i < R; ++i) top[i] = max<F>(load<F>(S + r * L + i * W), top[i]);
+  }
+  for (int i = 0; i < R; ++i) {
+    const int64_t j = i * W;
+    Vec<F> m = load<F>(ms + j);
+    l[i] = load<F>(ls + j);
+    if (any<F>(top[i] > m + F(kSlack))) {
+      const Vec<F> moved = max<F>(top[i], m);
       // Where m is -inf nothing has been summed yet, and -inf - -inf must not become NaN.
       const Vec<F> factor = m == -kInf<F> ? fill<F>(0) : exp2<F>(m - moved);
-      l *= factor;
+      l[i] *= factor;
       for (int64_t v = 0; v < V; ++v) store<F>(acc + v * L + j, load<F>(acc + v * L + j) * factor);
       m = moved;
       store<F>(ms + j, m);
     }
-    const Vec<F> base = m == -kInf<F> ? fill<F>(0) : m;
-    for (int64_t r = 0; r < slots; ++r) {
-      const Vec<F> e = exp2<F>(load<F>(s + r * L) - base);
-      l += e;
-      store<F>(s + r * L, e);
-    }
-    store<F>(ls + j, l);
+    base[i] = m == -kInf<F> ? fill<F>(0) : m;
   }
+  for (int64_t r = 0; r < slots; ++r) {
+#pragma GCC unroll 4
+    for (int i = 0; i < R; ++i) {
+      F* s = S + r * L + i * W;
+      const Vec<F> e = exp2<F>(load<F>(s) - base[i]);
+      l[i] += e;
+      store<F>(s, e);
+    }
+  }
+  for (int i = 0; i < R; ++i) store<F>(ls + i * W, l[i]);
+}
+
+// The same for a panel of L tokens.
+template <class F>
+void exponentials(F* S, int64_t slots, int64_t L, F* ms, F* ls, F* acc, int64_t V) {
+  constexpr int W = kLanes<F>, R = kTokenTile<F> / W < 4 ? kTokenTile<F> / W : 4;
+  int64_t j = 0;
+  for (; j + R * W <= L; j += R * W) exponentials<F, R>(S + j, slots, L, ms + j, ls + j, acc + j, V);
+  for (; j < L; j += W) exponentials<F, 1>(S + j, slots, L, ms + j, ls + j, acc + j, V);
 }
 
 template <class F>
@@ -93,7 +112,7 @@ void columns(const SoftmaxRead& p, const Slots<F>& slots, const TokenRows& query
   const int64_t lanes = round_up(n, kLanes<F>);
   F* q = arena.take<F>(p.K * lanes);
   F* S = arena.take<F>(kSlotBlock * least(lanes, panel));
-  F* row = arena.take<F>(p.K);
+  F* row = arena.take<F>(kLanes<F> * p.K);
   const auto buffers = Slots<F>::buffers(arena, kSlotBlock, p.K, p.V);
   for (int64_t x = 0; x < lanes; x += panel) {
     pack_query(query, t0 + x, least(panel, n - x), least(panel, lanes - x), p.K, F(p.scale * kLog2e), row, q + x * p.K);
@@ -218,19 +237,28 @@ void run(const SoftmaxRead& p) {
   Buffer<F> waiting(merge ? s.batches * s.tiles * s.ranges * size : 0);
   Arena measure;
   Slots<F>::buffers(measure, kSlotBlock, p.K, p.V);
-  measure.take<F>((Slots<F>::padded(p.K) + kSlotBlock) * lanes + Slots<F>::padded(p.K) + size + p.V + VP + kSlotBlock);
+  measure.take<F>((Slots<F>::padded(p.K) + kSlotBlock) * lanes + kLanes<F> * (p.K + p.V + 1) + size + VP + kSlotBlock);
   for (int i = 0; i < 2; ++i) RowList<F>::take(measure, kSlotBlock);
   const size_t scratch = measure.used() + 8 * 64;
 
+  // `row` has room for a register of reads and their lse.
   auto finish_tile = [&](int64_t batch, int64_t tile, const Partial<F>* parts, F* row) {
-    const int64_t t0 = tile * s.tile, n = least(s.tile, s.tokens - t0);
-    const int64_t lanes = round_up(n, kLanes<F>);
+    constexpr int64_t W = kLanes<F>;
+    const int64_t t0 = tile * s.tile, n = least(s.tile, s.tokens - t0), together = few ? 1 : W;
+    const int64_t lanes = round_up(n, W);
     const TokenRows read(p.read, p.lead, batch, p.T), lse(p.lse, p.lead, batch, p.T);
-    for (int64_t t = 0; t < n; ++t) {
-      const int64_t panel = t / kTokenTile<F> * kTokenTile<F>, L = least(kTokenTile<F>, lanes - panel);
-      const F l = merge_ranges<F>(parts, s.ranges, t, few ? t * VP : panel * p.V + t - panel, few ? 1 : L, p.V, row);
-      if (read) write_row<F>(row, p.V, read.dtype, read.row(t0 + t));
-      *reinterpret_cast<F*>(lse.row(t0 + t)) = l;
+    F* ends = row + W * p.V;
+    for (int64_t t = 0; t < n; t += together) {
+      if (few) {
+        ends[0] = merge_ranges<F>(parts, s.ranges, t, t * VP, 1, p.V, row);
+      } else {
+        const int64_t panel = t / kTokenTile<F> * kTokenTile<F>, L = least(kTokenTile<F>, lanes - panel);
+        merge_lanes<F>(parts, s.ranges, t, panel * p.V + t - panel, L, p.V, row, ends);
+      }
+      for (int64_t i = 0; i < least(together, n - t); ++i) {
+        if (read) write_row<F>(row + i * p.V, p.V, read.dtype, read.row(t0 + t + i));
+        *reinterpret_cast<F*>(lse.row(t0 + t + i)) = ends[i];
+      }
     }
   };
 
@@ -243,7 +271,7 @@ void run(const SoftmaxRead& p) {
     const int64_t lo = range * s.range, hi = least(lo + s.range, p.N);
     const int64_t t0 = tile * s.tile, n = least(s.tile, s.tokens - t0);
     F* own = arena.take<F>(size);
-    F* row = arena.take<F>(p.V);
+    F* row = arena.take<F>(kLanes<F> * (p.V + 1));
     const Partial<F> part = partial(merge ? waiting.data() + task * size : own);
     if (few && as_stored<F>(p, s.tokens)) stored_rows<F>(p, slots, query, n, lo, hi, part, arena);
     else if (few) rows<F>(p, slots, query, n, lo, hi, part, arena);
@@ -251,7 +279,7 @@ void run(const SoftmaxRead& p) {
     if (!merge) finish_tile(batch, tile, &part, row);
   });
   if (!merge) return;
-  parallel(s.batches * s.tiles, size_t(p.V) * sizeof(F) + 64, [&](int64_t task, char* memory) {
+  parallel(s.batches * s.tiles, size_t(kLanes<F> * (p.V + 1)) * sizeof(F) + 64, [&](int64_t task, char* memory) {
     FlushDenormals flush;
     Partial<F> parts[kTasks];
     for (int64_t r = 0; r < s.ranges; ++r) parts[r] = partial(waiting.data() + (task * s.ranges + r) * size);
