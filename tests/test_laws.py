@@ -55,6 +55,20 @@ def test_softmax_read_equals_scaled_dot_product_attention(backend):
     close(mk.softmax_read(query, keys, values, backend=backend), wanted)
 
 
+@pytest.mark.parametrize("tokens", [3, 40])
+def test_ranges_of_slots_merge_though_one_is_empty_and_one_decides(tokens, backend):
+    query, keys, values = randn(tokens, K, seed=1), randn(4200, K, seed=2), randn(4200, V, seed=3)
+    keys[3000:] *= 40  # beside these scores the weights of the others vanish
+    query[-1] = torch.nan
+    mask = torch.zeros(4200).double()
+    mask[:1100] = -torch.inf
+    read, lse = mk.softmax_read(query, keys, values, slot_mask=mask, return_lse=True, backend=backend)
+    scores = K**-0.5 * query @ keys.T + mask
+    close(lse[:-1], scores[:-1].logsumexp(-1))
+    close(read[:-1], scores[:-1].softmax(-1) @ values)
+    assert lse[-1].isnan() and read[-1].isnan().all()
+
+
 def test_a_read_of_equal_values_is_that_value(backend):
     query, (keys, _) = tokens(B)[0], memory(B)
     close(
