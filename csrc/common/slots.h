@@ -50,12 +50,12 @@ class Slots {
   }
   static int64_t padded(int64_t width) { return round_up(width, kLanes<F>); }
 
-  // Asks for the rows of slots [first, end) before they are needed, some cache lines at a time. Hardware follows a few streams; a
-  // block is a hundred rows, read half a dozen at a time.
+  // Asks for the rows of slots [first, end), values alone where `keys` is false, before they are needed, some cache lines at a time.
+  // Hardware follows a few streams; a block is a hundred rows, read half a dozen at a time.
   class Ahead {
    public:
-    Ahead(const Slots& s, int64_t first, int64_t end)
-        : sources_{Walk(s.keys_, s.K_, first), Walk(s.values_, s.V_, first)}, left_(end - first) {}
+    Ahead(const Slots& s, int64_t first, int64_t end, bool keys = true)
+        : sources_{Walk(s.keys_, keys ? s.K_ : 0, first), Walk(s.values_, s.V_, first)}, left_(end - first) {}
     MK_INLINE void ask(int64_t lines) {
       while (lines > 0 && left_ > 0) {
         for (Walk& w : sources_) lines -= w.ask(lines);
@@ -82,10 +82,8 @@ class Slots {
   };
 
   // Cache lines of one slot.
-  int64_t lines() const {
-    return div_up(K_ * size_of(keys_.dtype), 64) +
-           (values_.base == nullptr ? 0 : div_up(V_ * size_of(values_.dtype), 64));
-  }
+  int64_t lines() const { return div_up(K_ * size_of(keys_.dtype), 64) + value_lines(); }
+  int64_t value_lines() const { return values_.base == nullptr ? 0 : div_up(V_ * size_of(values_.dtype), 64); }
 
   const Source& stored_keys() const { return keys_; }
   const Source& stored_values() const { return values_; }

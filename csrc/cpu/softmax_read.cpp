@@ -120,16 +120,17 @@ void columns(const SoftmaxRead& p, const Slots<F>& slots, const TokenRows& query
   for (int64_t j = 0; j < lanes; ++j) out.m[j] = -kInf<F>, out.l[j] = 0;
   std::memset(out.acc, 0, size_t(p.V * lanes) * sizeof(F));
 
+  // Keys are asked for by the first product that takes them, values of the next block between products.
   const int64_t groups = div_up(lanes, panel) * (div_up(kSlotBlock, kGroup) + div_up(p.V, kGroup));
-  const int64_t lines = div_up(kSlotBlock * slots.lines(), groups);
+  const int64_t lines = div_up(kSlotBlock * slots.value_lines(), groups);
   for (int64_t i = lo; i < hi; i += kSlotBlock) {
     const SlotBlock<F> block = slots.load(i, least(kSlotBlock, hi - i), buffers);
     if (block.n == 0) continue;
-    typename Slots<F>::Ahead next(slots, least(i + kSlotBlock, hi), least(i + 2 * kSlotBlock, hi));
+    typename Slots<F>::Ahead next(slots, least(i + kSlotBlock, hi), least(i + 2 * kSlotBlock, hi), false);
     for (int64_t x = 0; x < lanes; x += panel) {
       const int64_t L = least(panel, lanes - x);
       F* acc = out.acc + x * p.V;
-      score_columns(block, p.K, q + x * p.K, L, S, [&] { next.ask(lines); });
+      score_columns(block, p.K, q + x * p.K, L, S, [&] { next.ask(lines); }, x == 0 ? 2 * kGroup : 0);
       exponentials<F>(S, block.n, L, out.m + x, out.l + x, acc, p.V);
       for (int64_t v = 0; v < p.V; v += kGroup, next.ask(lines)) {
         gemm(Gemm<F>{least(kGroup, p.V - v), L, block.n, block.values + v, 1, block.vs, S, L, acc + v * L, L, true});
