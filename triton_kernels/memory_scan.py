@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import launch, plan, summed, width
+from .launch import STEP, bits, launch, narrowed, plan, summed, width
 from .layout import Call, Gradient, precision
 from .memory_scan_backward import memory_scan_backward_kernel, read_weights
 from .score_gradients import row_dots, score_gradients
@@ -95,7 +95,9 @@ class Scan:
         call.require(token_mask is None or token_mask.element_size() == 1, "token_mask must be bool")
         self.values, self.scale, self.count = values, scale, call.F * T
         self.plan = plan("memory_scan", call.device, max(K, V), read_query, values)
-        wide_k, wide_v = summed(K, read_query, values), width(V, read_query, values)
+        # Two products with the same keys: whole wide rows of them do not stay in registers beside a block of v.
+        wide_k = narrowed(summed(K, read_query, values), STEP[bits(read_query, values)])
+        wide_v = width(V, read_query, values)
         self.blocks, self.columns = triton.cdiv(N, self.plan.config.block_n), triton.cdiv(V, wide_v.block)
         self.inner = T if call.F > 1 else None
         self.sources = (
