@@ -2,7 +2,8 @@
 
 The record of ``python -m bench.compile_check`` must have every class of dtype, width and architecture, without a fault,
 and is compared by hash: only what has changed since is compiled here, and a few that have not, to prove the record.
-Under another version of Triton nothing can be compared: then every kernel is compiled in bfloat16 with rows of 64.
+Where no source has changed since all was compared, only those few are looked at. Under another version of Triton
+nothing can be compared: then every kernel is compiled in bfloat16 with rows of 64.
 """
 
 from __future__ import annotations
@@ -93,5 +94,29 @@ for change, same in (
     change(tiles.tile)
     compilation._sources.cache_clear()
     assert (key() == first) is same
+"""
+    finished("-c", code)
+
+
+def test_all_classes_are_compared_where_a_source_has_changed():
+    code = """
+from pathlib import Path
+from bench import compile_check as check
+
+present, read = check.sources(), Path.read_text
+for name in ("configs.json", "layout.py", "launches.py"):
+    Path.read_text = lambda path: read(path) + " " * (path.name == name)
+    assert check.sources() != present, name
+Path.read_text = read
+recorded, asked = check.Record(), []
+check.compiled = lambda arch, dtype, width, known: asked.append((dtype, width, arch)) or ()
+check.sources = lambda: recorded.compared
+assert check.main(["--recorded"]) == 0 and not asked
+check.main(["--recorded", "--sample", "2"])
+assert 0 < len(asked) < 4
+asked.clear()
+check.sources = lambda: "changed"
+check.main(["--recorded"])
+assert set(asked) == recorded.classes
 """
     finished("-c", code)
