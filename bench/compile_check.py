@@ -7,7 +7,8 @@
 A kernel fails that spills registers, asks for more shared memory than a block may have, or has no matrix instruction
 where it multiplies 16-bit (or TF32) matrices. Exit status 1 when one does. What a compilation needed is recorded in
 ``bench/results/triton-compiled.jsonl`` by a hash of all that decides it (``bench.compilation``), so that a check takes
-a minute where nothing has changed; all of it compiled anew takes hours.
+half a minute where nothing that is compiled has changed; all of it compiled anew takes hours. Where not even a source
+has changed since ``--recorded --write`` went through all classes, ``--recorded`` looks only at what ``--sample`` names.
 """
 
 from __future__ import annotations
@@ -15,12 +16,16 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import gc
+import hashlib
 import itertools
 import json
 import sys
 from collections.abc import Container, Sequence
+from pathlib import Path
 
 import triton
+
+from memkernels import _triton
 
 from .compilation import TARGETS, Needs
 from .compile import ROWS, Compiled, compiled
@@ -31,19 +36,30 @@ WIDTHS = (64, 128, 256, 512)
 FILE = DIRECTORY / "triton-compiled.jsonl"
 TOLD = ("key", "kernel", "arch", "dtype", "width", "constants")
 NEEDS = tuple(field.name for field in dataclasses.fields(Needs))
+DECIDING = ("compilation.py", "compile.py", "launches.py")  # of this folder, which builds are asked for and how
+
+
+def sources() -> str:
+    """Hash of every file that decides what is launched and compiled, and of Triton's version."""
+    own, kernels = Path(__file__).parent, Path(_triton.kernels().__file__).parent
+    files = (*sorted(kernels.glob("*.py")), kernels / "configs.json", *(own / name for name in DECIDING))
+    parts = [triton.__version__, *(text for file in files for text in (file.name, file.read_text()))]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
 class Record:
     """What compilations needed, by their key: one line each, with the first class that launches it.
 
     classes: (dtype, width, architecture) of which everything is recorded, without a fault.
+    compared: ``sources`` when all classes were last gone through at once, empty where the record has changed since.
     """
 
     def __init__(self) -> None:
-        self.classes, self.rows = set(), {}
+        self.classes, self.rows, self.compared = set(), {}, ""
         if FILE.exists():
             head, *rows = map(json.loads, FILE.read_text().splitlines())
             self.classes, self.rows = set(map(tuple, head["classes"])), {row[0]: row for row in rows}
+            self.compared = head["compared"]
 
     def needs(self) -> dict[str, Needs]:
         """Key -> what it needs."""
@@ -67,7 +83,8 @@ class Record:
     def write(self) -> None:
         """Lines in an order in which a changed kernel changes lines that stand together."""
         rows = sorted(self.rows.values(), key=lambda row: (row[1], row[2].zfill(3), *row[3:6], row[0]))
-        head = {"triton": triton.__version__, "columns": [*TOLD, *NEEDS], "classes": sorted(self.classes, key=str)}
+        head = {"triton": triton.__version__, "columns": [*TOLD, *NEEDS], "compared": self.compared}
+        head["classes"] = sorted(self.classes, key=str)
         FILE.write_text("".join(json.dumps(line, separators=(",", ":")) + "\n" for line in (head, *rows)))
 
 
@@ -89,6 +106,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     keys = sorted(key for key, row in record.rows.items() if (row[3], row[4], row[2]) in chosen)
     again = set(keys if options.fresh else keys[:: max(1, len(keys) // options.sample)] if options.sample else ())
     known = {key: needs for key, needs in recorded.items() if key not in again}
+    present = sources()
+    if options.recorded and record.compared == present:
+        print(f"no source has changed since {len(chosen)} classes were compared")
+        chosen = sorted({(row[3], row[4], row[2]) for key, row in record.rows.items() if key in again})
+        if not chosen:
+            return 0
+    record.compared = ""
     launched, kernels, failed, fresh = set(), set(), 0, 0
     for dtype, width, arch in chosen:
         before = failed
@@ -112,6 +136,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for kernel in sorted(set(ROWS) - kernels):
         failed += 1
         print(f"FAILED {kernel}: nothing launches it")
+    if options.recorded and options.write and not failed:
+        record.compared = present
+        record.write()
     print(f"{len(launched)} kernels, {fresh} of them compiled now, {failed} faults")
     return 1 if failed or not launched else 0
 

@@ -1,12 +1,14 @@
 """What the compiler makes of every Triton kernel and configuration, for every architecture, on any machine.
 
-Every class of dtype, width and architecture that the record of ``python -m bench.compile_check`` has whole is compared
-with it by hash: only what has changed since is compiled here, and a few that have not, to prove the record. Under
-another version of Triton nothing can be compared: then every kernel is compiled in bfloat16 with rows of 64.
+The record of ``python -m bench.compile_check`` must have every class of dtype, width and architecture, without a fault,
+and is compared by hash: only what has changed since is compiled here, and a few that have not, to prove the record.
+Where no source has changed since all was compared, only those few are looked at. Under another version of Triton
+nothing can be compared: then every kernel is compiled in bfloat16 with rows of 64.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -20,8 +22,8 @@ LINES = [json.loads(line) for line in (ROOT / "bench" / "results" / "triton-comp
 HEAD, ROWS = LINES[0], [dict(zip(LINES[0]["columns"], line)) for line in LINES[1:]]
 RECORDED = HEAD["triton"] == triton.__version__
 SAMPLE = 6  # compiled again, spread over the record
-# What the record may not lose: dtype -> widths of rows, each on every architecture.
-WHOLE = {"bfloat16": (64, 128, 256, 512), "float16": (128,), "float32": (64, 128, 256, 512)}
+# What the record may not lose: dtypes, widths of rows, architectures.
+WHOLE = (("bfloat16", "float16", "float32", "tf32"), (64, 128, 256, 512), ("80", "90", "100"))
 # Calls that launch the kernels which no main call does.
 MORE = (
     "softmax_read, few tokens",
@@ -45,8 +47,7 @@ def finished(*command: str) -> str:
 
 @pytest.mark.skipif(not RECORDED, reason=f"the record is of Triton {HEAD['triton']}")
 def test_recorded_kernels_need_no_spills_fit_shared_memory_and_use_the_matrix_unit():
-    least = {(dtype, width, arch) for dtype in WHOLE for width in WHOLE[dtype] for arch in ("80", "90", "100")}
-    assert least <= {tuple(kind) for kind in HEAD["classes"]}
+    assert set(itertools.product(*WHOLE)) == {tuple(kind) for kind in HEAD["classes"]}
     finished("-m", "bench.compile_check", "--recorded", "--sample", str(SAMPLE))
 
 
@@ -93,5 +94,29 @@ for change, same in (
     change(tiles.tile)
     compilation._sources.cache_clear()
     assert (key() == first) is same
+"""
+    finished("-c", code)
+
+
+def test_all_classes_are_compared_where_a_source_has_changed():
+    code = """
+from pathlib import Path
+from bench import compile_check as check
+
+present, read = check.sources(), Path.read_text
+for name in ("configs.json", "layout.py", "launches.py"):
+    Path.read_text = lambda path: read(path) + " " * (path.name == name)
+    assert check.sources() != present, name
+Path.read_text = read
+recorded, asked = check.Record(), []
+check.compiled = lambda arch, dtype, width, known: asked.append((dtype, width, arch)) or ()
+check.sources = lambda: recorded.compared
+assert check.main(["--recorded"]) == 0 and not asked
+check.main(["--recorded", "--sample", "2"])
+assert 0 < len(asked) < 4
+asked.clear()
+check.sources = lambda: "changed"
+check.main(["--recorded"])
+assert set(asked) == recorded.classes
 """
     finished("-c", code)

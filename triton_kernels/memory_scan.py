@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import launch, plan, summed, width
+from .launch import bits, launch, narrowed, plan, summed, width
 from .layout import Call, Gradient, precision
 from .memory_scan_backward import memory_scan_backward_kernel, read_weights
 from .score_gradients import row_dots, score_gradients
@@ -25,6 +25,10 @@ from .softmax_read import softmax_lse
 from .tiles import open_slots, put, slot_block, slots, tile
 from .write_scan import WORKSPACE, at_token, token_row
 from .write_tiles import gates, open_tokens
+
+# The widest block of columns, by bits of an element: a tile of v lies in registers beside the operands of two products,
+# and in TF32 those of more columns do not fit.
+BLOCKS = {16: 256, 32: 64}
 
 
 @triton.jit
@@ -95,7 +99,8 @@ class Scan:
         call.require(token_mask is None or token_mask.element_size() == 1, "token_mask must be bool")
         self.values, self.scale, self.count = values, scale, call.F * T
         self.plan = plan("memory_scan", call.device, max(K, V), read_query, values)
-        wide_k, wide_v = summed(K, read_query, values), width(V, read_query, values)
+        most = BLOCKS[bits(read_query, values)]
+        wide_k, wide_v = (narrowed(f(n, read_query, values), most) for f, n in ((summed, K), (width, V)))
         self.blocks, self.columns = triton.cdiv(N, self.plan.config.block_n), triton.cdiv(V, wide_v.block)
         self.inner = T if call.F > 1 else None
         self.sources = (
