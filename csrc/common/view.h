@@ -10,8 +10,10 @@
 // Parameters travel to the GPU as they are: what reads them runs on both sides.
 #ifdef __CUDACC__
 #define MK_BOTH __host__ __device__
+#define MK_ROLLED _Pragma("unroll 1")  // for loops of divisions: unrolled everywhere they double what nvcc compiles
 #else
 #define MK_BOTH
+#define MK_ROLLED
 #endif
 
 namespace mk {
@@ -45,6 +47,7 @@ struct Lead {
  private:
   MK_BOTH int64_t product(bool which) const {
     int64_t n = 1;
+    MK_ROLLED
     for (int d = 0; d < rank; ++d) n *= shared[d] == which ? size[d] : 1;
     return n;
   }
@@ -62,6 +65,7 @@ struct View {
   // Where batch `b` begins.
   MK_BOTH char* batch(const Lead& l, int64_t b) const {
     char* p = data;
+    MK_ROLLED
     for (int d = l.rank - 1; d >= 0; --d) {
       if (l.shared[d]) continue;
       p += b % l.size[d] * lead[d];
