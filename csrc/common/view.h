@@ -10,9 +10,14 @@
 // Parameters travel to the GPU as they are: what reads them runs on both sides.
 #ifdef __CUDACC__
 #define MK_BOTH __host__ __device__
-#define MK_ROLLED _Pragma("unroll 1")  // for loops of divisions: unrolled everywhere they double what nvcc compiles
 #else
 #define MK_BOTH
+#endif
+
+// For loops of divisions: unrolled everywhere they double what nvcc compiles.
+#ifdef __CUDA_ARCH__
+#define MK_ROLLED _Pragma("unroll 1")
+#else
 #define MK_ROLLED
 #endif
 
