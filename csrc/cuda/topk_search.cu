@@ -4,6 +4,7 @@
 // threshold. Of every 32 scores those above it go into a queue, their places by ballot and prefix; a full queue is sorted and merged
 // (bitonic), which raises the threshold. In ascending order every score survives: then the cost is one sort of 128 per 96 or more
 // scores, whatever N is.
+//
 // More than kFew tokens that share a memory are taken in tiles (topk_search_tiles.cu) where their lists fit shared memory.
 //
 // Ranges of slots fill the chip. Each leaves its list in scratch memory; a block per token merges them. Keys of different slots are
@@ -183,7 +184,8 @@ void search(const Device& device, const char* name, const TopkSearch& p, const V
     with_queries(list <= kListsOfMany ? queries_at_once(tokens, p.K) : 1,
                  [&]<int Q>() { with_type(p.keys.dtype, [&]<class X>() { run<X, Q>(device, name, r); }); });
   }
-  const int merging = int(most(1, least(kWarps, kMergeRoom / (list * int64_t(sizeof(Key))))));
+  const int64_t room = most(1, kMergeRoom / (list * int64_t(sizeof(Key))));
+  const int merging = int(least(least(kWarps, r.lists.splits), room));
   launch(device, name, finish_search, r.lists.rows, kThreads, merging * list * int64_t(sizeof(Key)), p, weights,
          r.lists, merging);
 }
