@@ -30,6 +30,25 @@ rows = [r for op in sys.argv[1].split(",") for d in sys.argv[2].split(",")
         for r in check(op, "cuda", d, quick=sys.argv[3] == "quick")]
 print(json.dumps([len(rows), [str(r) for r in rows if not r.passed]]))
 """
+CASES = """
+import json, sys
+import torch
+from memkernels.registration import OPS
+from memkernels.testing.cases import Case
+from memkernels.testing.grid import Subject
+
+rows, op = [], OPS[sys.argv[1]]
+for case in json.loads(sys.argv[2]):
+    sizes = dict(zip("TNKVk", case.pop("sizes")))
+    lead = {"tokens": tuple(case.pop("tokens", (2,))), "memory": tuple(case.pop("memory", (2,)))}
+    for dtype in sys.argv[3].split(","):
+        for mixed in (False, True) if dtype != "float32" else (False,):
+            this = Case(f"{sizes} {case}", sizes=sizes, mixed=mixed, **lead, **case)
+            if not mixed or Case("", ("mixed",)).fits(op):
+                rows += Subject(op, this, getattr(torch, dtype), "cpu").rows("cuda", sys.argv[4:])
+print(json.dumps([str(r) for r in rows if not r.passed]))
+"""
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def ops() -> list[str]:
@@ -96,3 +115,23 @@ def failures(done) -> list[str]:
     rows, failed = json.loads(done.stdout.splitlines()[-1])
     assert rows
     return failed
+
+
+def run_cases(built: Path, op: str, cases: list[dict], dtypes=DTYPES, directions=(), **environment: str):
+    """Runs ``op`` in cases like those of the contract grid; ``sizes`` are those of T, N, K, V and k, in order."""
+    return on_host(built, CASES, op, json.dumps(cases), ",".join(dtypes), *directions, **environment)
+
+
+def wrong(built: Path, op: str, cases: list[dict], **environment: str) -> list[str]:
+    """What is wrong in these cases, in every dtype and direction."""
+    done = run_cases(built, op, cases, **environment)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def is_noticed(done) -> bool:
+    """Whether a run of cases over a library with a fault says so: by a result, or as the machine itself refuses."""
+    if done.returncode != 0:
+        assert "simt: block" in done.stderr, done.stderr[-4000:]
+        return True
+    return bool(json.loads(done.stdout.splitlines()[-1]))

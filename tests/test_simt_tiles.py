@@ -6,16 +6,13 @@ are the sizes and situations in which tiles have edges.
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
-from cuda_support import WHOLE, asan_environment, broken, can_run, library, on_host, whole
+from cuda_support import WHOLE, asan_environment, broken, can_run, is_noticed, library, on_host, run_cases, whole, wrong
 
 from memkernels.testing.compare import TOLERANCE
 
 pytestmark = can_run
-DTYPES = ("float32", "bfloat16", "float16")
 # Tokens, slots, key width, value width: around tiles of 16, 32 and 64, parts of 128 columns, and splits of the slots.
 SIZES = [(65, 31, 40, 7), (17, 65, 7, 64), (130, 1, 64, 1), (20, 600, 8, 40)]
 EDGES = [
@@ -46,43 +43,16 @@ CASES = [{"sizes": s} for s in SIZES] + [{"sizes": USUAL, **SITUATIONS["empty sl
 # Several ranges of tokens for one tile of slots, and a gradient of the mask.
 CASES += [{"sizes": (300, 33, 24, 40), "give": {"slot_mask": "mask_float"}}]
 MORE = [{"sizes": s, "params": {"scale": 0.3}} for s in EDGES] + [{"sizes": USUAL, **s} for s in SITUATIONS.values()]
-CHECK = """
-import json, sys
-import torch
-from memkernels.registration import OPS
-from memkernels.testing.cases import Case
-from memkernels.testing.grid import Subject
-
-rows = []
-for case in json.loads(sys.argv[1]):
-    sizes = dict(zip("TNKV", case.pop("sizes")))
-    lead = {"tokens": tuple(case.pop("tokens", (2,))), "memory": tuple(case.pop("memory", (2,)))}
-    for dtype in sys.argv[2].split(","):
-        for mixed in (False, True) if dtype != "float32" else (False,):
-            this = Case(f"{sizes} {case}", sizes=sizes, mixed=mixed, **lead, **case)
-            subject = Subject(OPS["softmax_read"], this, getattr(torch, dtype), "cpu")
-            rows += subject.rows("cuda", sys.argv[3:])
-print(json.dumps([str(r) for r in rows if not r.passed]))
-"""
-
-
-def run_cases(built, cases, dtypes, directions, **environment: str):
-    return on_host(built, CHECK, json.dumps(cases), ",".join(dtypes), *directions, **environment)
-
-
-def wrong(built, cases, dtypes=DTYPES, directions=("forward", "backward"), **environment: str) -> list[str]:
-    done = run_cases(built, cases, dtypes, directions, **environment)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
+OP = "softmax_read"
 
 
 def test_tiles_equal_the_float64_reference():
-    assert not wrong(library(), CASES + MORE if WHOLE else CASES)
+    assert not wrong(library(), OP, CASES + MORE if WHOLE else CASES)
 
 
 @whole
 def test_no_address_is_wrong():
-    assert not wrong(library("address"), CASES + MORE, **asan_environment())
+    assert not wrong(library("address"), OP, CASES + MORE, **asan_environment())
 
 
 BITS = """
@@ -311,11 +281,7 @@ def test_a_seeded_fault_is_noticed(fault, tmp_path):
     built = broken(tmp_path, *FAULTS[fault], kernel)
 
     def noticed(seed: str) -> bool:
-        done = run_cases(built, what[0], ("float32", "float16"), what[1], MEMKERNELS_SIMT_SEED=seed)
-        if done.returncode != 0:  # the machine itself refuses: rows that are looked up too late are no addresses
-            assert "simt: block" in done.stderr, done.stderr[-4000:]
-            return True
-        return bool(json.loads(done.stdout.splitlines()[-1]))
+        return is_noticed(run_cases(built, OP, what[0], ("float32", "float16"), what[1], MEMKERNELS_SIMT_SEED=seed))
 
     assert any(noticed(seed) for seed in ("1", "2", "3", "4")), fault
 
@@ -339,5 +305,5 @@ def test_the_lift_of_float16_is_needed(tmp_path):
 def test_a_seeded_overrun_is_noticed_by_the_address_sanitizer(direction, file, kernel, size, tmp_path):
     old, new = f"int64_t(sizeof({size})) +", f"int64_t(sizeof({size})) - 64 +"
     built = broken(tmp_path, file, old, new, kernel, "address")
-    done = on_host(built, CHECK, json.dumps(CASES), "float32", direction, **asan_environment())
+    done = run_cases(built, OP, CASES, ("float32",), (direction,), **asan_environment())
     assert done.returncode != 0 and "heap-buffer-overflow" in done.stderr, done.stderr[-2000:]

@@ -22,8 +22,9 @@ MK_DEVICE int64_t slot_of(Key key) { return int64_t(uint32_t(~uint32_t(key))); }
 
 // One step of a bitonic network over n keys (a power of two): pairs `stride` apart, larger first in blocks of `block`.
 MK_DEVICE void compare(Key* keys, int n, int block, int stride) {
+#pragma unroll 1  // rarely more than two rounds, and the callers need the registers
   for (int i = int(threadIdx.x) & 31; i < n / 2; i += 32) {
-    const int a = i / stride * 2 * stride + i % stride, b = a + stride;
+    const int a = 2 * i - (i & (stride - 1)), b = a + stride;
     const Key x = keys[a], y = keys[b];
     if ((x < y) == ((a & block) == 0)) keys[a] = y, keys[b] = x;
   }

@@ -1,9 +1,9 @@
 // The device of a call, as launchers see it, and how a kernel is launched.
 #pragma once
 
-#include <algorithm>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #ifdef MK_SIMT
 #include "simt.h"

@@ -14,6 +14,10 @@
 
 namespace mk::cuda {
 
+// The most tokens that share a memory and are not taken in tiles. A choice, not a measurement: of a tile of 64 tokens a quarter is
+// used then, and a stream of 8 reads the memory twice.
+constexpr int64_t kFew = 16;
+
 // Names an arithmetic, as bf16, f16 and float do: float32 rounded to tf32, for products that end as 16-bit numbers.
 struct tf32 {};
 

@@ -72,6 +72,7 @@ MK_DEVICE char* token_row(const View& v, const Lead& l, char* base, int64_t T, i
   if (t < T) return base + t * v.row;
   char* p = base + t % T * v.row;
   t /= T;
+  MK_ROLLED
   for (int d = l.rank - 1; d >= 0; --d) {
     if (!l.shared[d]) continue;
     p += t % l.size[d] * v.lead[d];

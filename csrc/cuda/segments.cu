@@ -5,6 +5,8 @@
 // its chunk, one block turns the counts into places, every block puts its entries there in their order. An index that names no row
 // of the memory gets a key behind all rows and is never summed.
 // Then one warp per row of the result finds its entries by bisection and adds them up; rows that nobody chose become zero.
+#include <utility>
+
 #include "cuda/chosen.h"
 #include "cuda/numbers.h"
 

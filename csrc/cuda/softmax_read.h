@@ -8,10 +8,6 @@
 
 namespace mk::cuda {
 
-// The most tokens that share a memory and are not taken in tiles. A choice, not a measurement: of a tile of 64 tokens a quarter is
-// used then, and a stream of 8 reads keys and values twice.
-constexpr int64_t kFew = 16;
-
 // Where ranges of slots meet when there are several: maxima m, sums l of exp(s - m), and sums of exp(s - m) v.
 struct Ranges {
   int64_t splits = 1;

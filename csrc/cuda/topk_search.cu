@@ -4,10 +4,13 @@
 // threshold. Of every 32 scores those above it go into a queue, their places by ballot and prefix; a full queue is sorted and merged
 // (bitonic), which raises the threshold. In ascending order every score survives: then the cost is one sort of 128 per 96 or more
 // scores, whatever N is.
+//
+// More than kFew tokens that share a memory are taken in tiles (topk_search_tiles.cu) where their lists fit shared memory.
+//
 // Ranges of slots fill the chip. Each leaves its list in scratch memory; a block per token merges them. Keys of different slots are
 // different, so the result does not depend on the order of merging, nor on how the slots were split.
-#include "cuda/best.h"
 #include "cuda/chosen.h"
+#include "cuda/fragments.h"
 #include "cuda/stream_plan.h"
 #include "cuda/topk_search.h"
 
@@ -19,11 +22,8 @@ constexpr int kWarps = kThreads / 32;
 struct Searching {
   TopkSearch p;
   StreamPlan plan;
-  View weights;
-  int list, queue;  // lengths, powers of two; list >= k
-  int merging;      // warps that merge the lists of a token
-  Key* lists;       // [splits][rows][list]
-  int64_t rows;
+  int queue;  // length, a power of two, at least that of a list
+  Lists lists;
 };
 
 template <class X, int Q>
@@ -40,7 +40,7 @@ search_stream(MK_PARAM(Searching) r) {
 
   char* buffers = shared_memory();
   auto* lists = reinterpret_cast<Key*>(buffers + kStages * plan.stage_bytes);  // [Q]: list, then queue
-  const int both = r.list + r.queue;
+  const int length = r.lists.length, both = length + r.queue;
   auto* query = reinterpret_cast<float*>(lists + Q * both);
   float* scores = query + Q * plan.padded;
   for (int q = warp; q < Q; q += kWarps) clear_keys(lists + q * both, both);
@@ -76,7 +76,7 @@ search_stream(MK_PARAM(Searching) r) {
     for (int n = 0; n < (Q + kWarps - 1) / kWarps; ++n) {
       const int q = n * kWarps + warp;
       if (q >= Q || t0 + q >= tokens) continue;
-      Key *list = lists + q * both, *queue = list + r.list;
+      Key *list = lists + q * both, *queue = list + length;
       for (int i0 = 0; i0 < S; i0 += 32) {
         const int i = i0 + lane;
         const Key key = i < S ? key_of(scores[q * S + i], step.first + i) : 0;
@@ -87,7 +87,7 @@ search_stream(MK_PARAM(Searching) r) {
         __syncwarp();
         if (queued[n] <= r.queue - 32) continue;
         sort_keys(queue, r.queue);
-        merge_keys(list, queue, r.list);
+        merge_keys(list, queue, length);
         clear_keys(queue, r.queue);
         queued[n] = 0;
         __syncwarp();
@@ -97,31 +97,31 @@ search_stream(MK_PARAM(Searching) r) {
   wait_copies<0>();
   __syncthreads();
   for (int q = warp; q < Q && t0 + q < tokens; q += kWarps) {
-    Key *list = lists + q * both, *queue = list + r.list;
+    Key *list = lists + q * both, *queue = list + length;
     sort_keys(queue, r.queue);
-    merge_keys(list, queue, r.list);
-    Key* out = r.lists + (split * r.rows + batch * tokens + t0 + q) * r.list;
-    for (int i = lane; i < r.list; i += 32) out[i] = list[i];
+    merge_keys(list, queue, length);
+    Key* out = r.lists.keys + (split * r.lists.rows + batch * tokens + t0 + q) * length;
+    for (int i = lane; i < length; i += 32) out[i] = list[i];
   }
 }
 
-// One block per token: merges the lists of its ranges, then writes scores or weights, and indices.
-MK_KERNEL(kThreads) finish_search(MK_PARAM(Searching) r) {
-  const TopkSearch& p = r.p;
+// One block per token: `merging` warps merge the lists of its ranges, then scores or weights, and indices, are written.
+MK_KERNEL(kThreads)
+finish_search(MK_PARAM(TopkSearch) p, MK_PARAM(View) weights, MK_PARAM(Lists) r, int merging) {
   const int64_t token = blockIdx.x, tokens = p.lead.folded() * p.T, batch = token / tokens, t = token % tokens;
   const int lane = int(threadIdx.x) & 31, warp = int(threadIdx.x) / 32;
-  auto* lists = reinterpret_cast<Key*>(shared_memory());  // [merging][list]
-  Key* list = lists + warp * r.list;
-  if (warp < r.merging) {
-    clear_keys(list, r.list);
+  auto* lists = reinterpret_cast<Key*>(shared_memory());  // [merging][length]
+  Key* list = lists + warp * r.length;
+  if (warp < merging) {
+    clear_keys(list, r.length);
     __syncwarp();
-    for (int64_t i = warp; i < r.plan.splits; i += r.merging) {
-      merge_keys(list, r.lists + (i * r.rows + token) * r.list, r.list);
+    for (int64_t i = warp; i < r.splits; i += merging) {
+      merge_keys(list, r.keys + (i * r.rows + token) * r.length, r.length);
     }
   }
   __syncthreads();
   if (warp != 0) return;
-  for (int w = 1; w < r.merging; ++w) merge_keys(list, lists + w * r.list, r.list);
+  for (int w = 1; w < merging; ++w) merge_keys(list, lists + w * r.length, r.length);
   auto* indices = reinterpret_cast<int64_t*>(token_row(p.indices, p.lead, p.indices.batch(p.lead, batch), p.T, t));
   const float top = list[0] == 0 ? 0.f : score_of(list[0]);
   float sum = 0;
@@ -136,23 +136,22 @@ MK_KERNEL(kThreads) finish_search(MK_PARAM(Searching) r) {
   }
   if (p.scores) return;
   sum = warp_sum(sum);
-  auto* weights = reinterpret_cast<float*>(token_row(r.weights, p.lead, r.weights.batch(p.lead, batch), p.T, t));
+  auto* out = reinterpret_cast<float*>(token_row(weights, p.lead, weights.batch(p.lead, batch), p.T, t));
   for (int j = lane; j < p.k; j += 32) {
     const float e = list[j] == 0 ? 0.f : exponential(score_of(list[j]) - top);
-    weights[j] = list[j] == 0 || isinf(top) ? e : e / sum;  // beside an infinite score finite ones weigh nothing
+    out[j] = list[j] == 0 || isinf(top) ? e : e / sum;  // beside an infinite score finite ones weigh nothing
   }
 }
 
 template <class X, int Q>
-void run(const Device& device, const char* name, Searching r) {
+void run(const Device& device, const char* name, Searching& r) {
   const TopkSearch& p = r.p;
   r.plan = plan_stream(device, {p.lead, p.T, p.N, p.K, p.keys, 0, 0, 1, Q});
-  r.rows = p.lead.batches() * p.lead.folded() * p.T;
-  r.lists = device.scratch<Key>(r.plan.splits * r.rows * r.list);
+  r.lists.splits = r.plan.splits, r.lists.rows = p.lead.batches() * p.lead.folded() * p.T;
+  r.lists.keys = device.scratch<Key>(r.lists.splits * r.lists.rows * r.lists.length);
   const int64_t shared = kStages * r.plan.stage_bytes +
-                         Q * ((r.list + r.queue) * int64_t(sizeof(Key)) + (r.plan.padded + r.plan.slots) * 4);
+                         Q * ((r.lists.length + r.queue) * int64_t(sizeof(Key)) + (r.plan.padded + r.plan.slots) * 4);
   launch(device, name, search_stream<X, Q>, p.lead.batches() * r.plan.tiles * r.plan.splits, kThreads, shared, r);
-  launch(device, name, finish_search, r.rows, kThreads, r.merging * r.list * int64_t(sizeof(Key)), r);
 }
 
 // The gradient of scores that no slot has is nobody's.
@@ -174,12 +173,21 @@ void search(const Device& device, const char* name, const TopkSearch& p, const V
   if (p.N >= 0xffffffff || p.k > 1 << 20) {
     throw std::runtime_error(std::string(name) + ": 2^32 slots, or more than 2^20 neighbours, have no CUDA kernel");
   }
-  Searching r{p, {}, weights, 32, 0, 0, nullptr, 0};
-  while (r.list < p.k) r.list *= 2;
-  r.queue = int(most(r.list, kQueue));
-  r.merging = int(most(1, least(kWarps, kMergeRoom / (r.list * int64_t(sizeof(Key))))));
-  const int queries = r.list <= kListsOfMany ? queries_at_once(p.lead.folded() * p.T, p.K) : 1;
-  with_queries(queries, [&]<int Q>() { with_type(p.keys.dtype, [&]<class X>() { run<X, Q>(device, name, r); }); });
+  const int64_t tokens = p.lead.folded() * p.T;
+  Searching r{p, {}, 0, {32}};
+  int& list = r.lists.length;
+  while (list < p.k) list *= 2;
+  if (tokens > kFew && tiles_take(device, p, list)) {
+    r.lists = search_in_tiles(device, name, p, list);
+  } else {
+    r.queue = int(most(list, kQueue));
+    with_queries(list <= kListsOfMany ? queries_at_once(tokens, p.K) : 1,
+                 [&]<int Q>() { with_type(p.keys.dtype, [&]<class X>() { run<X, Q>(device, name, r); }); });
+  }
+  const int64_t room = most(1, kMergeRoom / (list * int64_t(sizeof(Key))));
+  const int merging = int(least(least(kWarps, r.lists.splits), room));
+  launch(device, name, finish_search, r.lists.rows, kThreads, merging * list * int64_t(sizeof(Key)), p, weights,
+         r.lists, merging);
 }
 
 View dense(const Device& device, const Choice& c) {
