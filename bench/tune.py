@@ -12,6 +12,7 @@ that does not is replaced by the first smaller candidate that does. Measured row
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import importlib
 import itertools
@@ -30,12 +31,13 @@ from .launches import Launch, launches
 from .timers import interleave
 
 DTYPES = {16: ("bfloat16", "float16"), 32: ("float32", "tf32")}
+DTYPE = {16: torch.bfloat16, 32: torch.float32}  # that is measured
 # Beside the main calls, what needs most registers.
 WORST = ("gated_write, erase 0.5, retained", "softmax_write, erase 0.5, retained", "topk, k = 128", "topk, k = 256")
 REGISTERS = 65536  # of one processor, for all threads of a block
 GAIN = 0.98  # a candidate replaces the present row when it takes less than this share of its time
 
-configs = importlib.import_module(f"{_triton.kernels().__name__}.configs")
+configs, launch = (importlib.import_module(f"{_triton.kernels().__name__}.{name}") for name in ("configs", "launch"))
 
 
 def save() -> None:
@@ -139,24 +141,57 @@ def seconds(calls: Sequence[Launch]) -> float:
     return spread.low
 
 
+def served(bits: int) -> Iterator[tuple[str, int]]:
+    """Precision of products and the row widths of calls that between them reach every row of so many bits, each once.
+
+    Where products are exact, rows of 32 bits go in several blocks from 128 columns on: 128 is a row of TF32 alone.
+    """
+    rows = set()
+    for precision in ("ieee",) if bits == 16 else ("ieee", "tf32"):
+        with matmul_precision(precision):
+            for width in WIDTHS:
+                row = configs.reach(launch.width(width, torch.empty(0, dtype=DTYPE[bits])))
+                if row == width and row not in rows:
+                    rows.add(row)
+                    yield precision, width
+
+
+@contextlib.contextmanager
+def matmul_precision(precision: str) -> Iterator[None]:
+    """float32 products on CUDA: "ieee" or "tf32"."""
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = precision
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
 def measured(bits: Sequence[int], widths: Sequence[int]) -> None:
     """Time candidates on this GPU and keep the fastest."""
     major, minor = torch.cuda.get_device_capability()
     arch = configs.nearest(10 * major + minor)
-    for b, w in itertools.product(bits, widths):
-        every = tuple(launches(torch.bfloat16 if b == 16 else torch.float32, w, "cuda"))
-        for kernel in dict.fromkeys((*ROWS.values(), *map(compressed, DECODING))):
-            calls = [one for one in every if (one.packed if kernel.endswith("_compressed") else one.main)]
-            key = (kernel, arch, b, w)
-            present = configs.table()[key]
-            best, time = present, seconds(calls)
-            for candidate in candidates(present, kernel):
-                put(key, candidate)
-                if (now := seconds(calls)) < GAIN * time:
-                    best, time = candidate, now
-            put(key, dataclasses.replace(best, source="measured"))
-            print(f"{kernel} sm_{arch} {b} bits, width {w}: {best}, {time * 1e3:.3f} ms", flush=True)
-            save()
+    for b in bits:
+        for precision, w in served(b):
+            if w in widths:
+                with matmul_precision(precision):
+                    _fastest(arch, b, w)
+
+
+def _fastest(arch: str, bits: int, width: int) -> None:
+    every = tuple(launches(DTYPE[bits], width, "cuda"))
+    for kernel in dict.fromkeys((*ROWS.values(), *map(compressed, DECODING))):
+        calls = [one for one in every if (one.packed if kernel.endswith("_compressed") else one.main)]
+        key = (kernel, arch, bits, width)
+        present = configs.table()[key]
+        best, time = present, seconds(calls)
+        for candidate in candidates(present, kernel):
+            put(key, candidate)
+            if (now := seconds(calls)) < GAIN * time:
+                best, time = candidate, now
+        put(key, dataclasses.replace(best, source="measured"))
+        print(f"{kernel} sm_{arch} {bits} bits, width {width}: {best}, {time * 1e3:.3f} ms", flush=True)
+        save()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
