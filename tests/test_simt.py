@@ -90,12 +90,6 @@ FAULTS = {
         "mask_base == nullptr || first + slot < end ? mask_at(mask, mask_base, first + slot) : -kInfinity",
         "softmax_read.cu",
     ),
-    "removed barrier, write": (
-        "gated_write.cu",
-        "      if (tid == 0) tile.alive = alive;\n    }\n    __syncthreads();",
-        "      if (tid == 0) tile.alive = alive;\n    }",
-        "gated_write.cu",
-    ),
     "a token beyond the last one writes": (
         "gates.h",
         "if (writes && tile.open[slot]) {",

@@ -125,6 +125,7 @@ void wait_copies() {
 }
 inline int opaque(int x) { return x; }
 inline float power_of_two(float x) { return std::exp2(x); }
+inline float reciprocal(float x) { return 1 / x; }
 inline uint32_t half_pair(float low, float high) {
   return uint32_t(half_from_float(high)) << 16 | half_from_float(low);
 }
