@@ -129,13 +129,16 @@ MK_DEVICE void copy_rows(int tid, int rows, int64_t columns, bool packs, const c
   const int whole = pitch / 16 - 1;
   for (int row = tid / 8; row < rows; row += threads / 8) {
     const char* from = row_of(row);
-    for (int c = tid % 8; c < whole; c += 8) {
-      char* to = tile + row * pitch + c * 16;
-      if (packs) {
+    char* to = tile + row * pitch;
+    if (packs) {
+      for (int c = tid % 8; c < whole; c += 8) {
         const bool there = from != nullptr && c * E < columns;
-        copy16(to, there ? from + c * 16 : base, there);
-        continue;
+        copy16(to + c * 16, there ? from + c * 16 : base, there);
       }
+      continue;
+    }
+#pragma unroll 1
+    for (int c = tid % 8; c < whole; c += 8) {
       Pack<X> pack;
 #pragma unroll
       for (int e = 0; e < E; ++e) {
@@ -143,7 +146,7 @@ MK_DEVICE void copy_rows(int tid, int rows, int64_t columns, bool packs, const c
         const bool there = from != nullptr && column < columns;
         pack.x[e] = there ? reinterpret_cast<const X*>(from)[column] : from_float<X>(0.f);
       }
-      *reinterpret_cast<Pack<X>*>(to) = pack;
+      *reinterpret_cast<Pack<X>*>(to + c * 16) = pack;
     }
   }
 }
@@ -155,6 +158,7 @@ MK_DEVICE void widen_rows(int tid, DType from_type, int rows, int64_t columns, c
   for (int row = tid / 8; row < rows; row += threads / 8) {
     const char* from = row_of(row);
     auto* to = reinterpret_cast<float*>(tile + row * pitch);
+#pragma unroll 1
     for (int c = tid % 8; c < whole; c += 8) to[c] = from != nullptr && c < columns ? load(from, from_type, c) : 0.f;
   }
 }

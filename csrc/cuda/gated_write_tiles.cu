@@ -17,6 +17,7 @@ namespace {
 
 struct Tiling {
   Writing w;
+  Views views;
   View out, retained;
   Rows query, keys, write;
   int64_t slot_tiles, token_tiles;  // per batch
@@ -31,7 +32,7 @@ constexpr int S = 32;  // tokens of a tile; with more, registers run short
 struct alignas(16) Shared {
   int64_t batch, first, column0;  // the first slot and value column
   int columns;                    // of values
-  const char* keys;
+  Bases bases;
   float added[kRows], left[kRows], kept[kRows];
   bool alive[kThreads / 32];  // is anything left of a slot of this warp?
   Tokens<S> tile[2];          // this one and the next
@@ -55,16 +56,16 @@ write_slots(MK_PARAM(Tiling) r) {
     at /= r.value_blocks;
     block.first = at % r.slot_tiles * kRows, block.batch = at / r.slot_tiles;
     block.columns = int(least(r.width, p.V - block.column0));
-    block.keys = given ? nullptr : p.keys.batch(p.lead, block.batch);
   }
   __syncthreads();
-  if (tid < kRows) block.added[tid] = added_to(p, block.batch, block.first + tid);
-  if (r.token_tiles > 0) look_up(block.tile[(r.token_tiles - 1) % 2], w, block.batch, (r.token_tiles - 1) * S);
+  find_bases(block.bases, r.views, p.lead, block.batch);
+  __syncthreads();
+  if (tid < kRows) block.added[tid] = added_to(p, block.bases.of[kMask], block.first + tid);
+  if (r.token_tiles > 0) look_up(block.tile[(r.token_tiles - 1) % 2], w, r.views, block.bases, block.batch, (r.token_tiles - 1) * S);
   __syncthreads();
 
   auto key_row = [&](int i) -> const char* {
-    return block.added[i] == -kInfinity || block.keys == nullptr ? nullptr
-                                                                 : block.keys + (block.first + i) * p.keys.row;
+    return block.added[i] == -kInfinity ? nullptr : block.bases.of[kKeys] + (block.first + i) * p.keys.row;
   };
   if (r.held) ask_rows<X>(tid, kRows, r.keys, 0, p.K, held_keys, r.key_pitch, key_row);
   // Rows take turns in the buffers: the parts of the queries of a tile, then what its tokens write. Each is asked for one step ahead.
@@ -97,7 +98,7 @@ write_slots(MK_PARAM(Tiling) r) {
         wait_copies<0>();
         __syncthreads();
         const char* buffer = buffers + (turn ^ 1) * r.buffer_bytes;
-        if (part == 0 && n > 0) look_up(block.tile[(n - 1) % 2], w, block.batch, (n - 1) * S);
+        if (part == 0 && n > 0) look_up(block.tile[(n - 1) % 2], w, r.views, block.bases, block.batch, (n - 1) * S);
         ask(n, part + 1);
         if (!busy) continue;
         if (given) {
@@ -138,13 +139,10 @@ write_slots(MK_PARAM(Tiling) r) {
           float &x0 = x[j][2 * row], &x1 = x[j][2 * row + 1];
           const float a0 = gates.open(x0), a1 = gates.open(x1), keep0 = gates.keep(x0), keep1 = gates.keep(x1);
           const float f0 = left_by(a0, keep0, w.erase_scale), f1 = left_by(a1, keep1, w.erase_scale);
-          const float pair = f0 * f1, next = __shfl_xor_sync(kAllLanes, pair, 1);
-          const float half = pair * next, other = __shfl_xor_sync(kAllLanes, half, 2);
-          float after = left[row];
-          if (lane % 4 < 2) after *= other;
-          if (lane % 2 == 0) after *= next;
-          x1 = a1 * after, x0 = a0 * (after * f1);
-          left[row] *= half * other, kept[row] *= keep0 * keep1;
+          float r0, r1;
+          leave(lane, f0, f1, left[row], r0, r1);
+          x0 = a0 * r0, x1 = a1 * r1;
+          kept[row] *= keep0 * keep1;
         }
       }
       const bool open = block.added[own] != -kInfinity, open_below = block.added[own + 8] != -kInfinity;
@@ -227,7 +225,7 @@ void write(const Device& device, const char* name, Tiling& r) {
 void gated_write(const Device& device, const GatedWrite& g) {
   const char* name = name_of(g);
   Tiling r{};
-  r.w = writing_of(device, name, g);
+  r.w = writing_of(device, name, g), r.views = views_of(r.w);
   const Pairs& p = r.w.pairs;
   r.out = g.out, r.retained = g.retained;
   const View& scored = p.weights ? p.weights : p.query;

@@ -47,6 +47,24 @@ MK_DEVICE void ask_rows(int tid, int rows, const Rows& from, int64_t at, int64_t
   }
 }
 
+// Tensors whose rows a block looks up, and where those of its batch begin, in shared memory: found once, by one thread for each.
+enum Tensor : int8_t { kQuery, kWrite, kTokenMask, kKeys, kMask, kUpper, kRetained, kDRetained, kTensors };
+struct Views {
+  View of[kTensors];
+};
+struct Bases {
+  char* of[kTensors];
+};
+
+inline Views views_of(const Writing& w) {
+  const Pairs& p = w.pairs;
+  return {{p.weights ? p.weights : p.query, w.write, w.token_mask, p.keys, p.mask, {}, {}, {}}};
+}
+MK_DEVICE void find_bases(Bases& bases, const Views& views, const Lead& lead, int64_t batch) {
+  const int i = int(threadIdx.x);
+  if (i < kTensors) bases.of[i] = views.of[i] ? views.of[i].batch(lead, batch) : nullptr;
+}
+
 // Tokens of a tile, in shared memory.
 template <int S>
 struct Tokens {
@@ -57,24 +75,26 @@ struct Tokens {
 
 // Threads below S: finds the tokens from t0 on.
 template <int S>
-MK_DEVICE void look_up(Tokens<S>& tile, const Writing& w, int64_t batch, int64_t t0) {
+MK_DEVICE void look_up(Tokens<S>& tile, const Writing& w, const Views& views, const Bases& bases, int64_t batch,
+                       int64_t t0) {
   const int r = int(threadIdx.x);
   if (r >= S) return;
   const Pairs& p = w.pairs;
   const int64_t t = t0 + r, all = p.lead.folded() * p.T;
   bool writes = t < all;
-  auto row_of = [&](const View& v) -> char* {
-    return v && writes ? token_row(v, p.lead, v.batch(p.lead, batch), p.T, t) : nullptr;
+  auto row_of = [&](Tensor which) -> char* {
+    char* base = bases.of[which];
+    return base != nullptr && writes ? token_row(views.of[which], p.lead, base, p.T, t) : nullptr;
   };
-  if (const char* mask = row_of(w.token_mask); mask != nullptr) writes = *mask != 0;
-  tile.query[r] = row_of(p.weights ? p.weights : p.query), tile.write[r] = row_of(w.write);
+  if (const char* mask = row_of(kTokenMask); mask != nullptr) writes = *mask != 0;
+  tile.query[r] = row_of(kQuery), tile.write[r] = row_of(kWrite);
   if (w.softmax != nullptr && writes) tile.softmax[r] = w.softmax[batch * all + t];
   tile.writes[r] = writes;
 }
 
 // What the mask adds to the scores of slot i: -inf where it is empty, or there is none.
-MK_DEVICE float added_to(const Pairs& p, int64_t batch, int64_t i) {
-  return i < p.N ? mask_at(p.mask, p.mask ? p.mask.batch(p.lead, batch) : nullptr, i) : -kInfinity;
+MK_DEVICE float added_to(const Pairs& p, const char* mask, int64_t i) {
+  return i < p.N ? mask_at(p.mask, mask, i) : -kInfinity;
 }
 
 // A gate in one register: a, or where that is above 1/2 and has been computed, a - 1 with the sign bit set: there 1 - a is what
@@ -118,6 +138,17 @@ MK_DEVICE void to_gates(float (&x)[S / 8][4], const Writing& w, const Tokens<R>&
       return s > 0 ? -small : small;
     });
   }
+}
+
+// R behind two neighbouring tokens of a row, whose columns four neighbouring lanes share two by two: r0 and r1, from what they leave,
+// f0 and f1. left: R behind the eight tokens, then before them.
+MK_DEVICE void leave(int lane, float f0, float f1, float& left, float& r0, float& r1) {
+  const float pair = f0 * f1, next = __shfl_xor_sync(kAllLanes, pair, 1);
+  const float half = pair * next, other = __shfl_xor_sync(kAllLanes, half, 2);
+  r1 = left;
+  if (lane % 4 < 2) r1 *= other;
+  if (lane % 2 == 0) r1 *= next;
+  r0 = r1 * f1, left *= half * other;
 }
 
 // Calls body<M>() for the arithmetic of a call with these operands.
