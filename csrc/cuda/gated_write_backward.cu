@@ -10,14 +10,15 @@
 //
 // What 16 tokens do to p is a map p -> k p + b, and k is what they leave of R. A first pass over all pairs finds the maps, in any
 // order; the kernel here walks them, one thread per slot, and leaves R behind and p before the 16 tokens in their place:
-// 2 N T / 16 numbers. Every tile is then known by itself, and each result is one more pass (write_gradients.h): no [T, N], one fixed
+// 2 N T / 16 numbers. Every tile is then known by itself, and each result is one more pass (write_gradient_tiles.h): no [T, N], one fixed
 // order, nothing divided by 1 - a but what a softmax asks for. Tokens that leave no trace, because R is 0 behind them, are passed over.
 #include "cuda/write_gradients.h"
 
 namespace mk::cuda {
 namespace {
 
-constexpr int kSettled = 32, kAhead = 8;  // slots of a block; numbers that are read at a time, because each read takes long
+constexpr int kSettled = 32,
+              kAhead = 8;  // slots of a block; numbers that are read at a time, because each read takes long
 
 struct Settled {
   float left[kSettled], share[kSettled];
@@ -31,7 +32,7 @@ MK_KERNEL(kThreads) settle(MK_PARAM(Gradients) g, int64_t tiles) {
   const int64_t batch = blockIdx.x / tiles, first = blockIdx.x % tiles * kSettled, i = first + tid;
   const bool mine = tid < kSettled && i < p.N;
   float *lefts = g.lefts + batch * g.borders * p.N + i, *shares = g.shares + batch * g.borders * p.N + i;
-  auto read = [&](const float* from, int64_t border, float (&x)[kAhead]) {
+  auto read = [&](const float* from, int64_t border, float(&x)[kAhead]) {
 #pragma unroll
     for (int n = 0; n < kAhead; ++n) x[n] = border + n < g.borders ? from[(border + n) * p.N] : 1.f;
   };
@@ -104,7 +105,8 @@ void gated_write_backward(const Device& device, const GatedWriteBackward& b) {
   g.d_query = b.d_query, g.d_write = b.d_write, g.d_weights = b.d_weights;
   g.tokens = f.lead.folded() * f.T, g.borders = div_up(g.tokens, kBorder);
   const int64_t batches = f.lead.batches(), tiles = div_up(f.N, kSettled);
-  g.lefts = device.scratch<float>(batches * g.borders * f.N), g.shares = device.scratch<float>(batches * g.borders * f.N);
+  g.lefts = device.scratch<float>(batches * g.borders * f.N),
+  g.shares = device.scratch<float>(batches * g.borders * f.N);
   g.firsts = device.scratch<int>(batches * f.N);
   if (g.tokens > 0) sum_by_slots(device, name, g, Of::maps);
   launch(device, name, settle, batches * tiles, kThreads, sizeof(Settled), g, tiles);

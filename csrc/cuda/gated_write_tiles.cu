@@ -61,13 +61,14 @@ write_slots(MK_PARAM(Tiling) r) {
   find_bases(block.bases, r.views, p.lead, block.batch);
   __syncthreads();
   if (tid < kRows) block.added[tid] = added_to(p, block.bases.of[kMask], block.first + tid);
-  if (r.token_tiles > 0) look_up(block.tile[(r.token_tiles - 1) % 2], w, r.views, block.bases, block.batch, (r.token_tiles - 1) * S);
+  if (r.token_tiles > 0)
+    look_up(block.tile[(r.token_tiles - 1) % 2], w, r.views, block.bases, block.batch, (r.token_tiles - 1) * S);
   __syncthreads();
 
   auto key_row = [&](int i) -> const char* {
     return block.added[i] == -kInfinity ? nullptr : block.bases.of[kKeys] + (block.first + i) * p.keys.row;
   };
-  if (r.held) ask_rows<X>(tid, kRows, r.keys, 0, p.K, held_keys, r.key_pitch, key_row);
+  if (r.held) ask_rows<X>(tid, kRows, r.views, r.keys, 0, p.K, held_keys, r.key_pitch, key_row);
   // Rows take turns in the buffers: the parts of the queries of a tile, then what its tokens write. Each is asked for one step ahead.
   int turn = 0;
   auto ask = [&](int64_t n, int part) {
@@ -77,10 +78,10 @@ write_slots(MK_PARAM(Tiling) r) {
     char* buffer = buffers + turn * r.buffer_bytes;
     turn ^= 1;
     const int64_t at = !scored ? block.column0 : given ? block.first : int64_t(part) * kPart;
-    ask_rows<X>(tid, S, scored ? r.query : r.write, at, scored ? r.part : r.width, buffer,
+    ask_rows<X>(tid, S, r.views, scored ? r.query : r.write, at, scored ? r.part : r.width, buffer,
                 scored ? r.part_pitch : r.write_pitch, [&](int i) { return rows[i]; });
     if (scored && !r.held) {
-      ask_rows<X>(tid, kRows, r.keys, at, kPart, buffer + S * r.part_pitch, r.part_pitch, key_row);
+      ask_rows<X>(tid, kRows, r.views, r.keys, at, kPart, buffer + S * r.part_pitch, r.part_pitch, key_row);
     }
     commit_copies();
   };
@@ -228,11 +229,10 @@ void gated_write(const Device& device, const GatedWrite& g) {
   r.w = writing_of(device, name, g), r.views = views_of(r.w);
   const Pairs& p = r.w.pairs;
   r.out = g.out, r.retained = g.retained;
-  const View& scored = p.weights ? p.weights : p.query;
+  r.query = rows_of(r.views, kQuery, p.lead, p.weights ? p.N : p.K), r.keys = rows_of(r.views, kKeys, p.lead, p.K);
+  r.write = rows_of(r.views, kWrite, p.lead, p.V);
   const View keys = p.weights ? View{} : p.keys;
-  r.query = rows_of(scored, p.lead, p.weights ? p.N : p.K), r.keys = rows_of(keys, p.lead, p.K);
-  r.write = rows_of(r.w.write, p.lead, p.V);
-  with_arithmetic(device, r.w, {&scored, &keys, &r.w.write}, [&]<class M>() { write<M>(device, name, r); });
+  with_arithmetic(device, r.w, {&r.views.of[kQuery], &keys, &r.w.write}, [&]<class M>() { write<M>(device, name, r); });
 }
 
 }  // namespace mk::cuda

@@ -1,4 +1,4 @@
-#include "cuda/write_gradients.h"
+#include "cuda/write_gradient_passes.h"
 
 namespace mk::cuda {
 

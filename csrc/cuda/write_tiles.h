@@ -19,34 +19,6 @@ constexpr DType kTypeOf = std::is_same_v<X, bf16>  ? DType::bf16
                           : std::is_same_v<X, f16> ? DType::f16
                                                    : DType::f32;
 
-// Rows that are copied to shared memory.
-struct Rows {
-  View view;
-  int64_t width;
-  bool packs;
-};
-
-inline Rows rows_of(const View& v, const Lead& lead, int64_t width) {
-  return {v, width, v && width > 0 && in_packs(v, lead, width)};
-}
-
-// All threads: starts the copy of columns [at, at + columns) of rows to a tile, zeros where row_of(row) is null.
-template <class X, class Row>
-MK_DEVICE void ask_rows(int tid, int rows, const Rows& from, int64_t at, int64_t columns, char* tile, int pitch,
-                        Row&& row_of) {
-  const DType type = from.view.dtype;
-  auto part_of = [&](int i) -> const char* {
-    const char* row = row_of(i);
-    return row == nullptr ? nullptr : row + at * size_of(type);
-  };
-  columns = least(columns, from.width - at);
-  if (type == kTypeOf<X>) {
-    copy_rows<X, kThreads>(tid, rows, columns, from.packs, from.view.data, tile, pitch, part_of);
-  } else if constexpr (sizeof(X) == 4) {
-    widen_rows<kThreads>(tid, type, rows, columns, tile, pitch, part_of);
-  }
-}
-
 // Tensors whose rows a block looks up, and where those of its batch begin, in shared memory: found once, by one thread for each.
 enum Tensor : int8_t { kQuery, kWrite, kTokenMask, kKeys, kMask, kUpper, kRetained, kDRetained, kTensors };
 struct Views {
@@ -63,6 +35,34 @@ inline Views views_of(const Writing& w) {
 MK_DEVICE void find_bases(Bases& bases, const Views& views, const Lead& lead, int64_t batch) {
   const int i = int(threadIdx.x);
   if (i < kTensors) bases.of[i] = views.of[i] ? views.of[i].batch(lead, batch) : nullptr;
+}
+
+// Rows that are copied to shared memory.
+struct Rows {
+  Tensor of;
+  bool packs;
+  int64_t width;
+};
+inline Rows rows_of(const Views& views, Tensor of, const Lead& lead, int64_t width) {
+  const View& v = views.of[of];
+  return {of, v && width > 0 && in_packs(v, lead, width), width};
+}
+
+// All threads: starts the copy of columns [at, at + columns) of rows to a tile, zeros where row_of(row) is null.
+template <class X, class Row>
+MK_DEVICE void ask_rows(int tid, int rows, const Views& views, const Rows& from, int64_t at, int64_t columns,
+                        char* tile, int pitch, Row&& row_of) {
+  const DType type = views.of[from.of].dtype;
+  auto part_of = [&](int i) -> const char* {
+    const char* row = row_of(i);
+    return row == nullptr ? nullptr : row + at * size_of(type);
+  };
+  columns = least(columns, from.width - at);
+  if (type == kTypeOf<X>) {
+    copy_rows<X, kThreads>(tid, rows, columns, from.packs, views.of[from.of].data, tile, pitch, part_of);
+  } else if constexpr (sizeof(X) == 4) {
+    widen_rows<kThreads>(tid, type, rows, columns, tile, pitch, part_of);
+  }
 }
 
 // Tokens of a tile, in shared memory.
