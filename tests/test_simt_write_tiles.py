@@ -35,7 +35,7 @@ SITUATIONS = {
     "empty slots": {"give": {"slot_mask": "mask_empty"}},
     "no slot open": {"give": {"slot_mask": "mask_all_empty"}},
     "infinite scores": {"give": {"slot_mask": "mask_infinite"}},
-    "float mask, NaN in a token": {"give": {"slot_mask": "mask_float", "query": "nan_token", "weights": "nan_token"}},
+    "float mask, NaN in a token": {"give": {"slot_mask": "mask_float", "query": "nan_token"}},
     "tokens that do not write": {"give": {"token_mask": "token_mask"}, "params": {"erase_scale": 0.5}},
     "no token writes": {"give": {"token_mask": "token_mask_none"}},
     "gates of 0 and 1": {"give": {"weights": "bits"}},
@@ -46,7 +46,7 @@ SITUATIONS = {
     "inside NaN": {"layout": "sliced"},
 }
 CASES = [{"sizes": s} for s in SIZES] + [{"sizes": USUAL, **SITUATIONS["tokens that do not write"]}]
-MORE = [{"sizes": s, "params": {"scale": 0.3}} for s in EDGES] + [{"sizes": USUAL, **s} for s in SITUATIONS.values()]
+MORE = [{"sizes": s} for s in EDGES] + [{"sizes": USUAL, **s} for s in SITUATIONS.values()]
 CHECK = """
 import json, sys
 import torch
