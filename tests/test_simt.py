@@ -96,12 +96,6 @@ FAULTS = {
         "if (tile.open[slot]) {",
         "gated_write.cu",
     ),
-    "one token off, gradient of a write": (
-        "gated_write_backward.cu",
-        "c = gates.pairs.a[t][slot]",
-        "c = gates.pairs.a[t == 0 ? 0 : t - 1][slot]",
-        "gated_write_backward.cu",
-    ),
     "the first slot is the largest, softmax": (
         "softmax_write.cu",
         "if (higher) top = other.top, slot = other.slot;",
@@ -110,9 +104,9 @@ FAULTS = {
     ),
     "no delta, gradient of a softmax": (
         "gates.h",
-        "(keep > 0 ? faded / keep : 0.f) - delta)",
-        "(keep > 0 ? faded / keep : 0.f))",
-        "gated_write_backward.cu",
+        "(keep > 0 ? quotient(faded, keep) : 0.f) - delta)",
+        "(keep > 0 ? quotient(faded, keep) : 0.f))",
+        "write_gradients_by_tokens.cu",
     ),
     "entries in another order": (
         "sparse_write.cu",
@@ -137,7 +131,6 @@ FAULTS = {
 OP = {
     "no delta, gradient of a softmax": "softmax_write",
     "gated_write.cu": "gated_write",
-    "gated_write_backward.cu": "gated_write",
     "pairs.cu": "slot_usage",
     "softmax_read.cu": "softmax_read",
     "softmax_write.cu": "softmax_write",
