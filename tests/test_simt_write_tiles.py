@@ -292,8 +292,8 @@ def test_a_seeded_fault_is_noticed(fault, tmp_path):
         cases, direction = (GRADIENT_CASES, "backward") if backward else (CASES, "forward")
         dtypes = ("float32", "float16")
         done = run_cases(built, cases, ("gated_write",), dtypes, (direction,), MEMKERNELS_SIMT_SEED=seed)
-        if done.returncode != 0:  # the machine itself refuses: rows that are looked up too late are no addresses
-            assert "simt: block" in done.stderr, done.stderr[-4000:]
+        if done.returncode != 0:  # by a signal: rows that are looked up too late are no addresses
+            assert done.returncode < 0, done.stderr[-4000:]
             return True
         return bool(json.loads(done.stdout.splitlines()[-1]))
 
