@@ -50,8 +50,7 @@ sanitize: $(READY)
 cuda: $(READY)
 	MEMKERNELS_CUDA=1 $(PY) -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) --no-build-isolation --no-deps -e .
 	$(PY) -m bench.cuda_check
-	MEMKERNELS_CUDA=1 $(PY) -m pytest tests/test_cuda.py tests/test_simt.py tests/test_simt_contract.py tests/test_simt_tiles.py \
-		tests/test_simt_search_tiles.py
+	MEMKERNELS_CUDA=1 $(PY) -m pytest tests/test_cuda.py tests/test_simt*.py
 
 # On a machine with a GPU: no network, the interpreter's own torch, build, contract grid on the GPU.
 gpu-check:

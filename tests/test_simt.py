@@ -90,23 +90,11 @@ FAULTS = {
         "mask_base == nullptr || first + slot < end ? mask_at(mask, mask_base, first + slot) : -kInfinity",
         "softmax_read.cu",
     ),
-    "removed barrier, write": (
-        "gated_write.cu",
-        "      if (tid == 0) tile.alive = alive;\n    }\n    __syncthreads();",
-        "      if (tid == 0) tile.alive = alive;\n    }",
-        "gated_write.cu",
-    ),
     "a token beyond the last one writes": (
         "gates.h",
         "if (writes && tile.open[slot]) {",
         "if (tile.open[slot]) {",
         "gated_write.cu",
-    ),
-    "one token off, gradient of a write": (
-        "gated_write_backward.cu",
-        "c = gates.pairs.a[t][slot]",
-        "c = gates.pairs.a[t == 0 ? 0 : t - 1][slot]",
-        "gated_write_backward.cu",
     ),
     "the first slot is the largest, softmax": (
         "softmax_write.cu",
@@ -116,9 +104,9 @@ FAULTS = {
     ),
     "no delta, gradient of a softmax": (
         "gates.h",
-        "(keep > 0 ? faded / keep : 0.f) - delta)",
-        "(keep > 0 ? faded / keep : 0.f))",
-        "gated_write_backward.cu",
+        "(keep > 0 ? quotient(faded, keep) : 0.f) - delta)",
+        "(keep > 0 ? quotient(faded, keep) : 0.f))",
+        "write_gradients_by_tokens.cu",
     ),
     "entries in another order": (
         "sparse_write.cu",
@@ -143,7 +131,6 @@ FAULTS = {
 OP = {
     "no delta, gradient of a softmax": "softmax_write",
     "gated_write.cu": "gated_write",
-    "gated_write_backward.cu": "gated_write",
     "pairs.cu": "slot_usage",
     "softmax_read.cu": "softmax_read",
     "softmax_write.cu": "softmax_write",

@@ -288,7 +288,7 @@ def test_a_seeded_fault_is_noticed(fault, tmp_path):
 
 @whole
 def test_the_lift_of_float16_is_needed(tmp_path):
-    file, kernel = "gradient_tiles.h", "softmax_read_tiles_backward_f16.cu"
+    file, kernel = "fragments.h", "softmax_read_tiles_backward_f16.cu"
     done = on_host(broken(tmp_path, file, "lift = lift_of(top)", "lift = 1", kernel), EXTREMES)
     assert done.returncode == 0, done.stderr[-4000:]
     assert not any(float(x) < TOLERANCE[torch.float16] for x in done.stdout.split()), done.stdout

@@ -133,13 +133,16 @@ MK_DEVICE void copy_rows(int tid, int rows, int64_t columns, bool packs, const c
   const int whole = pitch / 16 - 1;
   for (int row = tid / 8; row < rows; row += threads / 8) {
     const char* from = row_of(row);
-    for (int c = tid % 8; c < whole; c += 8) {
-      char* to = tile + row * pitch + c * 16;
-      if (packs) {
+    char* to = tile + row * pitch;
+    if (packs) {
+      for (int c = tid % 8; c < whole; c += 8) {
         const bool there = from != nullptr && c * E < columns;
-        copy16(to, there ? from + c * 16 : base, there);
-        continue;
+        copy16(to + c * 16, there ? from + c * 16 : base, there);
       }
+      continue;
+    }
+#pragma unroll 1
+    for (int c = tid % 8; c < whole; c += 8) {
       Pack<X> pack;
 #pragma unroll
       for (int e = 0; e < E; ++e) {
@@ -147,21 +150,88 @@ MK_DEVICE void copy_rows(int tid, int rows, int64_t columns, bool packs, const c
         const bool there = from != nullptr && column < columns;
         pack.x[e] = there ? reinterpret_cast<const X*>(from)[column] : from_float<X>(0.f);
       }
-      *reinterpret_cast<Pack<X>*>(to) = pack;
+      *reinterpret_cast<Pack<X>*>(to + c * 16) = pack;
     }
   }
 }
 
-// The same for rows of a 16-bit type that become float32; what is written is there after the next barrier.
-template <class X, int threads, class Row>
-MK_DEVICE void widen_rows(int tid, int rows, int64_t columns, char* tile, int pitch, Row&& row_of) {
+// The same for rows of another type that become float32; what is written is there after the next barrier.
+template <int threads, class Row>
+MK_DEVICE void widen_rows(int tid, DType from_type, int rows, int64_t columns, char* tile, int pitch, Row&& row_of) {
   const int whole = pitch / 4 - 4;
   for (int row = tid / 8; row < rows; row += threads / 8) {
-    const auto* from = reinterpret_cast<const X*>(row_of(row));
+    const char* from = row_of(row);
     auto* to = reinterpret_cast<float*>(tile + row * pitch);
-    for (int c = tid % 8; c < whole; c += 8) {
-      to[c] = from != nullptr && c < columns ? to_float(from[c]) : 0.f;
+#pragma unroll 1
+    for (int c = tid % 8; c < whole; c += 8) to[c] = from != nullptr && c < columns ? load(from, from_type, c) : 0.f;
+  }
+}
+
+// sums += 16 rows on the left, from byte `at` of each, times the S rows of a tile as columns, `bytes` of each.
+template <class M, int S>
+MK_DEVICE void add_products(Sums<M> (&sums)[S / 8], const char* left, int left_pitch, int at, const char* tile,
+                            int pitch, int bytes) {
+  const int lane = opaque(int(threadIdx.x)) % 32;
+  for (int step = 0; step * 32 < bytes; ++step) {
+    uint32_t x[4];
+    load_left(x, left, left_pitch, at + step * 32, lane);
+    const Left<M> a = left_of<M>(x);
+#pragma unroll
+    for (int j = 0; j < S / 16; ++j) {
+      uint32_t b[4];
+      load_columns(b, tile + j * 16 * pitch, pitch, step * 32, lane);
+      add_product(sums[2 * j], a, b[0], b[1]);
+      add_product(sums[2 * j + 1], a, b[2], b[3]);
     }
+  }
+}
+
+// The power of two that brings `x`, the largest of its row, near 2^14; 1 for what is not finite. Its inverse is a normal number.
+MK_DEVICE float lift_of(float x) {
+  const int exponent = int(__float_as_uint(x) >> 23 & 0xff), e = 268 - exponent;
+  return exponent == 0xff ? 1.f : __uint_as_float(uint32_t(e < 253 ? e : 253) << 23);
+}
+
+// Brings the rows of x near 2^14 by powers of two, `drop` are their inverses; for float16 alone, other types have the range of float32.
+template <class M, int S>
+MK_DEVICE void lift_rows(float (&x)[S / 8][4], float (&drop)[2]) {
+  drop[0] = drop[1] = 1;
+  if constexpr (std::is_same_v<M, f16>) {
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      float top = 0;
+#pragma unroll
+      for (int j = 0; j < S / 8; ++j) top = fmaxf(top, fmaxf(fabsf(x[j][2 * row]), fabsf(x[j][2 * row + 1])));
+      top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 1));
+      top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 2));
+      const float lift = lift_of(top);
+      drop[row] = 1 / lift;
+#pragma unroll
+      for (int j = 0; j < S / 8; ++j) x[j][2 * row] *= lift, x[j][2 * row + 1] *= lift;
+    }
+  }
+}
+
+// acc += weights times the rows of a tile, whose columns from `columns` on are left out. The tile has as many rows as the weights
+// have columns; `lane`: see opaque().
+template <class M, int kSteps, int kColumns>
+MK_DEVICE void add_weighted(float (&acc)[kColumns / 8][4], const Left<M> (&weights)[kSteps], const float (&drop)[2],
+                            const char* tile, int pitch, int64_t columns, int lane) {
+  using X = Stored<M>;
+  constexpr int kDepth = 32 / int(sizeof(X));  // rows of one step
+#pragma unroll
+  for (int c = 0; c < kColumns / 16; ++c) {
+    if (c * 16 >= columns) break;
+    Sums<M> sums[2];
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      uint32_t b[4];
+      load_depth<X>(b, tile + step * kDepth * pitch, pitch, c * 16, lane);
+      add_product(sums[0], weights[step], b[0], b[1]);
+      add_product(sums[1], weights[step], b[2], b[3]);
+    }
+#pragma unroll
+    for (int i = 0; i < 8; ++i) acc[2 * c + i / 4][i % 4] += sums[i / 4][i % 4] * drop[i % 4 / 2];
   }
 }
 

@@ -41,9 +41,7 @@ inline Writing writing_of(const Device& device, const char* name, const GatedWri
 struct GateTile {
   Tile pairs;                     // after open_gates w[t][i] is a, ds[t][i] is 1 - a
   const char* erase_rows[kTile];  // of tokens that write
-  float left[kTile];              // the share of a slot that later tokens leave
   bool open[kTile];               // not an empty slot, nor beyond the last one
-  bool alive;
 };
 
 // 1 - e a without cancellation where e is 1; `keep` is 1 - a.
@@ -63,7 +61,8 @@ MK_DEVICE void soften(const SoftmaxRow<float>& row, float s, int64_t i, float& a
 MK_DEVICE float score_gradient(const Writing& w, float a, float keep, float da, float faded, float delta) {
   if (w.pairs.weights) return da;
   if (w.softmax == nullptr) return da * a * keep - faded * a;
-  return a * (da - (keep > 0 ? faded / keep : 0.f) - delta);  // a gate of 1 has taken all: `faded` is 0 with it
+  return a *
+         (da - (keep > 0 ? quotient(faded, keep) : 0.f) - delta);  // a gate of 1 has taken all: `faded` is 0 with it
 }
 
 // Once per tile of slots; a barrier must follow.

@@ -86,31 +86,6 @@ MK_DEVICE void look_up(Rows<R>& rows, const Tiling& g, int64_t batch, int64_t fr
   }
 }
 
-// sums += 16 rows on the left, from byte `at` of each, times the rows of a tile as columns.
-template <class M, int S>
-MK_DEVICE void multiply(Sums<M> (&sums)[S / 8], const char* left, int left_pitch, int at, const char* tile, int pitch,
-                        int bytes) {
-  const int lane = opaque(int(threadIdx.x)) % 32;
-  for (int step = 0; step * 32 < bytes; ++step) {
-    uint32_t x[4];
-    load_left(x, left, left_pitch, at + step * 32, lane);
-    const Left<M> a = left_of<M>(x);
-#pragma unroll
-    for (int j = 0; j < S / 16; ++j) {
-      uint32_t b[4];
-      load_columns(b, tile + j * 16 * pitch, pitch, step * 32, lane);
-      add_product(sums[2 * j], a, b[0], b[1]);
-      add_product(sums[2 * j + 1], a, b[2], b[3]);
-    }
-  }
-}
-
-// The power of two that brings `x`, the largest of its row, near 2^14; 1 for what is not finite. Its inverse is a normal number.
-MK_DEVICE float lift_of(float x) {
-  const int exponent = int(__float_as_uint(x) >> 23 & 0xff), e = 268 - exponent;
-  return exponent == 0xff ? 1.f : __uint_as_float(uint32_t(e < 253 ? e : 253) << 23);
-}
-
 // M: the arithmetic of scores and of the sum; W: the numbers of values, with which dw is multiplied.
 template <class M, class W, Of of>
 MK_KERNEL_BLOCKS(kThreads, 3)
@@ -148,7 +123,7 @@ sum_tiles(MK_PARAM(Tiling) g) {
       copy_rows<W, kThreads>(tid, kRows, p.V, by_slots ? g.value_packs : g.read_packs, valued_rows.data, valued,
                              g.value_pitch, row_of);
     } else {
-      widen_rows<X, kThreads>(tid, kRows, p.V, valued, g.value_pitch, row_of);
+      widen_rows<kThreads>(tid, g.b.d_read.dtype, kRows, p.V, valued, g.value_pitch, row_of);
     }
   }
 
@@ -183,7 +158,8 @@ sum_tiles(MK_PARAM(Tiling) g) {
         copy_rows<Given, kThreads>(tid, S, least(kColumns, p.V - at), by_slots ? g.read_packs : g.value_packs,
                                    (by_slots ? g.b.d_read : p.values).data, buffer, g.value_step, row_of);
       } else {
-        widen_rows<Given, kThreads>(tid, S, least(kColumns, p.V - at), buffer, g.value_step, row_of);
+        widen_rows<kThreads>(tid, (by_slots ? g.b.d_read : p.values).dtype, S, least(kColumns, p.V - at), buffer,
+                             g.value_step, row_of);
       }
     }
     commit_copies();
@@ -214,8 +190,8 @@ sum_tiles(MK_PARAM(Tiling) g) {
         buffer = arrived(part);
         if (!busy) continue;
         const int64_t at = int64_t(part) * kColumns;
-        multiply<D, S>(sums, valued + warp * 16 * g.value_pitch, g.value_pitch, int(at * sizeof(W)), buffer,
-                       g.value_step, int(least(kColumns, p.V - at) * sizeof(W)));
+        add_products<D, S>(sums, valued + warp * 16 * g.value_pitch, g.value_pitch, int(at * sizeof(W)), buffer,
+                           g.value_step, int(least(kColumns, p.V - at) * sizeof(W)));
       }
 #pragma unroll
       for (int j = 0; j < S / 8; ++j) {
@@ -229,8 +205,8 @@ sum_tiles(MK_PARAM(Tiling) g) {
         buffer = arrived(part);
         if (!busy) continue;
         const int64_t at = int64_t(key_part(k)) * kColumns;
-        multiply<M, S>(sums, keyed + warp * 16 * g.key_pitch, g.key_pitch, int(at * sizeof(X)), buffer, g.key_step,
-                       int(least(kColumns, p.K - at) * sizeof(X)));
+        add_products<M, S>(sums, keyed + warp * 16 * g.key_pitch, g.key_pitch, int(at * sizeof(X)), buffer, g.key_step,
+                           int(least(kColumns, p.K - at) * sizeof(X)));
       }
 #pragma unroll
       for (int j = 0; j < S / 8; ++j) {
@@ -254,40 +230,14 @@ sum_tiles(MK_PARAM(Tiling) g) {
     if constexpr (of_values) buffer = arrived(part);
     if (!busy) continue;
 
-    float drop[2] = {1, 1};
-    if constexpr (std::is_same_v<M, f16>) {
-#pragma unroll
-      for (int row = 0; row < 2; ++row) {
-        float top = 0;
-#pragma unroll
-        for (int j = 0; j < S / 8; ++j) top = fmaxf(top, fmaxf(fabsf(x[j][2 * row]), fabsf(x[j][2 * row + 1])));
-        top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 1));
-        top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 2));
-        const float lift = lift_of(top);
-        drop[row] = 1 / lift;
-#pragma unroll
-        for (int j = 0; j < S / 8; ++j) x[j][2 * row] *= lift, x[j][2 * row + 1] *= lift;
-      }
-    }
+    float drop[2];
+    lift_rows<M, S>(x, drop);
     Left<M> weights[kSteps];
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) weights[step] = weights_left<M>(x, step);
     const int again = opaque(lane), pitch = of_values ? g.value_step : g.key_step;
     const int64_t columns = (of_values ? p.V : p.K) - int64_t(block.block) * kColumns;
-#pragma unroll
-    for (int c = 0; c < kColumns / 16; ++c) {
-      if (c * 16 >= columns) break;
-      Sums<M> sums[2];
-#pragma unroll
-      for (int step = 0; step < kSteps; ++step) {
-        uint32_t b[4];
-        load_depth<X>(b, buffer + step * (S / kSteps) * pitch, pitch, c * 16, again);
-        add_product(sums[0], weights[step], b[0], b[1]);
-        add_product(sums[1], weights[step], b[2], b[3]);
-      }
-#pragma unroll
-      for (int i = 0; i < 8; ++i) acc[2 * c + i / 4][i % 4] += sums[i / 4][i % 4] * drop[i % 4 / 2];
-    }
+    add_weighted<M, kSteps, kColumns>(acc, weights, drop, buffer, pitch, columns, again);
   }
 
   const View& result = of == Of::query ? g.b.d_query : of == Of::keys ? g.b.d_keys : g.b.d_values;

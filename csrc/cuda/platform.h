@@ -79,9 +79,23 @@ MK_DEVICE float power_of_two(float x) {
   return y;
 }
 
+// 1 / x for x in [1, 2], to one unit in the last place.
+MK_DEVICE float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// x / y for y up to 1, to two units in the last place.
+MK_DEVICE float quotient(float x, float y) { return __fdividef(x, y); }
+
 // x, unknown to the compiler: what depends on it is computed where it stands, and not kept in registers from before a loop.
 MK_DEVICE int opaque(int x) {
   asm volatile("" : "+r"(x));
+  return x;
+}
+MK_DEVICE float opaque(float x) {
+  asm volatile("" : "+f"(x));
   return x;
 }
 

@@ -96,7 +96,7 @@ def _param(name: str, case: Case, axes: dict[str, int]):
         return case.params[name]
     if name == "k":
         return axes["k"]
-    defaults = {"scale": axes["K"] ** -0.5, "sigmoid": False, "erase_scale": 1.0, "read_first": False}
+    defaults = {"scale": max(axes["K"], 1) ** -0.5, "sigmoid": False, "erase_scale": 1.0, "read_first": False}
     return defaults[name]
 
 

@@ -124,7 +124,10 @@ void wait_copies() {
   simt::wait(pending);
 }
 inline int opaque(int x) { return x; }
+inline float opaque(float x) { return x; }
 inline float power_of_two(float x) { return std::exp2(x); }
+inline float reciprocal(float x) { return 1 / x; }
+inline float quotient(float x, float y) { return x / y; }
 inline uint32_t half_pair(float low, float high) {
   return uint32_t(half_from_float(high)) << 16 | half_from_float(low);
 }
