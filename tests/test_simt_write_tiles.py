@@ -9,12 +9,11 @@ import json
 
 import pytest
 import torch
-from cuda_support import WHOLE, asan_environment, broken, can_run, library, on_host, whole
+from cuda_support import WHOLE, asan_environment, broken, can_run, library, on_host, run_cases, whole, wrong
 
 from memkernels.testing.compare import TOLERANCE
 
 pytestmark = can_run
-DTYPES = ("float32", "bfloat16", "float16")
 OPS = ("gated_write", "slot_write", "softmax_write")
 # Tokens, slots, key width, value width: around tiles of 16, 32 and 64, parts of 128 columns, and ranges of both sides.
 SIZES = [(65, 63, 40, 7), (17, 65, 7, 130), (200, 20, 64, 1)]
@@ -47,46 +46,17 @@ SITUATIONS = {
 }
 CASES = [{"sizes": s} for s in SIZES] + [{"sizes": USUAL, **SITUATIONS["tokens that do not write"]}]
 MORE = [{"sizes": s} for s in EDGES] + [{"sizes": USUAL, **s} for s in SITUATIONS.values()]
-CHECK = """
-import json, sys
-import torch
-from memkernels.registration import OPS
-from memkernels.testing.cases import Case
-from memkernels.testing.grid import Subject
-
-rows = []
-for case in json.loads(sys.argv[1]):
-    sizes = dict(zip("TNKV", case.pop("sizes")))
-    lead = {"tokens": tuple(case.pop("tokens", (2,))), "memory": tuple(case.pop("memory", (2,)))}
-    for dtype in sys.argv[2].split(","):
-        for mixed in (False, True) if dtype != "float32" else (False,):
-            this = Case(f"{sizes} {case}", sizes=sizes, mixed=mixed, **lead, **case)
-            for op in sys.argv[3].split(","):
-                subject = Subject(OPS[op], this, getattr(torch, dtype), "cpu")
-                rows += subject.rows("cuda", sys.argv[4:])
-assert rows
-print(json.dumps([str(r) for r in rows if not r.passed]))
-"""
-
-
-def run_cases(built, cases, ops, dtypes, directions, **environment: str):
-    return on_host(built, CHECK, json.dumps(cases), ",".join(dtypes), ",".join(ops), *directions, **environment)
-
-
-def wrong(built, cases, ops=OPS, dtypes=DTYPES, directions=("forward", "backward"), **environment: str) -> list[str]:
-    done = run_cases(built, cases, ops, dtypes, directions, **environment)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_tiles_equal_the_float64_reference(op):
-    assert not wrong(library(), CASES + MORE if WHOLE else CASES, (op,))
+    assert not wrong(library(), op, CASES + MORE if WHOLE else CASES)
 
 
 @whole
-def test_no_address_is_wrong():
-    assert not wrong(library("address"), CASES + MORE, **asan_environment())
+@pytest.mark.parametrize("op", OPS)
+def test_no_address_is_wrong(op):
+    assert not wrong(library("address"), op, CASES + MORE, **asan_environment())
 
 
 FORGOTTEN = """
@@ -289,7 +259,7 @@ def test_a_seeded_fault_is_noticed(fault, tmp_path):
     def noticed(seed: str) -> bool:
         cases, direction = (GRADIENT_CASES, "backward") if backward else (CASES, "forward")
         dtypes = ("float32", "float16")
-        done = run_cases(built, cases, ("gated_write",), dtypes, (direction,), MEMKERNELS_SIMT_SEED=seed)
+        done = run_cases(built, "gated_write", cases, dtypes, (direction,), MEMKERNELS_SIMT_SEED=seed)
         if done.returncode != 0:  # by a signal: rows that are looked up too late are no addresses
             assert done.returncode < 0, done.stderr[-4000:]
             return True
@@ -355,5 +325,5 @@ def test_a_seeded_overrun_is_noticed_by_the_address_sanitizer(direction, file, k
     old, new = f"int64_t(sizeof({size})) +", f"int64_t(sizeof({size})) - 64 +"
     built = broken(tmp_path, file, old, new, kernel, "address")
     cases = [{"sizes": (65, 70, 136, 136)}]
-    done = run_cases(built, cases, ("gated_write",), ("float32",), (direction,), **asan_environment())
+    done = run_cases(built, "gated_write", cases, ("float32",), (direction,), **asan_environment())
     assert done.returncode != 0 and "heap-buffer-overflow" in done.stderr, done.stderr[-2000:]
