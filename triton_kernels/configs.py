@@ -16,8 +16,8 @@ TABLE = Path(__file__).with_name("configs.json")
 ARCHITECTURES = ("80", "90", "100")
 # Streaming multiprocessors of the largest device of each: what a split must fill.
 PROCESSORS = {"80": 108, "90": 132, "100": 148, "interpreter": 4}
-# A row width belongs to the first that holds it; 512 stands for everything that goes in several blocks: of 32 bits above 128
-# columns, above 64 where products are exact (launch.width).
+# A row width belongs to the first that holds it; 512 stands for everything that goes in several blocks: of 32 bits that
+# is above 128 columns, above 64 where products are exact (launch.width).
 WIDTHS = (64, 128, 256, 512)
 
 
