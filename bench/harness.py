@@ -52,7 +52,7 @@ def run_case(case: Case, settings: Settings, extra: Mapping[str, Callable] | Non
         numbers has ``median`` None and says why.
     """
     sizes = case.quick if settings.quick else case.sizes
-    backend, gap = own_backend(case, settings.device)
+    backend, gap = own_backend(case, settings.device, sizes)
     row = {
         "op": case.op,
         "case": case.title(sizes),

@@ -10,19 +10,19 @@ from torch import Tensor
 
 import memkernels as mk
 from memkernels import spec
-from memkernels.backends import BACKENDS, requested, select
+from memkernels.backends import BACKENDS, FEW, requested, select
 from memkernels.registration import OPS
 
 from .case import Case
 
 
-def own_backend(case: Case, device: str) -> tuple[str, str]:
+def own_backend(case: Case, device: str, sizes: Mapping[str, int]) -> tuple[str, str]:
     """The backend that runs the case, and an empty string; or an empty name and the reason why there is none."""
     wanted = requested()
     if wanted == "reference":
         return "reference", ""
     try:
-        backend = select(case.op, device, case.torch_dtype, wanted)
+        backend = select(case.op, device, case.torch_dtype, wanted, sizes.get("T", 1) <= FEW)
     except NotImplementedError as error:
         return "", str(error)
     candidates = BACKENDS if backend is None else (backend,)

@@ -2,15 +2,18 @@
 
 A backend is one row of ``BACKENDS``: the namespace of its torch operators, the devices it serves, and a reason why it
 cannot run at all, if there is one. What it has is read off the dispatcher, never listed by hand. ``auto`` takes the
-first row that can run the call.
+first row that can run the call; on a GPU the faster one comes first, as far as that was measured (``fastest.json``).
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -59,9 +62,7 @@ def note_kernels(qualified: str) -> None:
             _kernels.add((qualified, device))
 
 
-# In order of preference. On a GPU nothing has been measured yet: Triton comes first, because its products use the
-# matrix units and those of the CUDA kernels do not. "reference" is not a row: it is the formula itself and runs
-# anywhere.
+# In order of preference; on a GPU see ``_order``. "reference" is not a row: it is the formula itself, runs anywhere.
 BACKENDS: tuple[Backend, ...] = (
     Backend("cpu", ("cpu",), _native.missing),
     Backend("triton", _triton.DEVICES, _triton.missing, _triton.DTYPES),
@@ -70,6 +71,38 @@ BACKENDS: tuple[Backend, ...] = (
 
 _BY_NAME = {b.name: b for b in BACKENDS}
 NAMES = ("auto", "reference", *_BY_NAME)
+
+FASTEST = Path(__file__).with_name("fastest.json")  # written by python -m bench.fastest
+FEW = 16  # tokens that share a memory: up to so many, a call is bound by latency and bandwidth
+
+
+@functools.cache
+def measured() -> dict[tuple[str, str, int, bool], str]:
+    """(op, compute capability, bits of an element, few tokens?) -> the backend that was the fastest."""
+    return {(r["op"], r["capability"], r["bits"], r["few"]): r["backend"] for r in json.loads(FASTEST.read_text())}
+
+
+def _first(op: str, bits: int, few: bool) -> str:
+    """The backend to ask first on this GPU.
+
+    Where nothing was measured: few tokens go to ``cuda``, whose kernels stream a memory and need no compilation at the
+    first call; many to ``triton``, which compiles for the matrix unit of the very GPU.
+    """
+    capability = ".".join(map(str, torch.cuda.get_device_capability()))
+    return measured().get((op, capability, bits, few), "cuda" if few else "triton")
+
+
+# As torch.compiler.assume_constant_result does, which would import the compiler here.
+_first._dynamo_marked_constant = True
+
+
+def _order(op: str, device: str, dtype: torch.dtype, few: bool) -> tuple[Backend, ...]:
+    if device != "cuda":
+        return BACKENDS
+    bits = 8 * dtype.itemsize
+    # Under torch.compile `few` may be symbolic: a branch makes it a constant, and a guard.
+    first = _BY_NAME[_first(op, bits, True) if few else _first(op, bits, False)]
+    return (first, *(b for b in BACKENDS if b is not first))
 
 
 def _named(name: str) -> str:
@@ -100,12 +133,13 @@ def requested() -> str:
     return _requested[-1]
 
 
-def select(op: str, device: str, dtype: torch.dtype, name: str) -> Backend | None:
-    """The backend for one call; None is the reference. A named backend that cannot run it raises its reason."""
+def select(op: str, device: str, dtype: torch.dtype, name: str, few: bool = False) -> Backend | None:
+    """The backend for one call, of a few tokens per memory or more; None is the reference. A named backend that cannot
+    run it raises its reason."""
     if _named(name) == "reference":
         return None
     if name == "auto":
-        return next((b for b in BACKENDS if b.gap(op, device, dtype) is None), None)
+        return next((b for b in _order(op, device, dtype, few) if b.gap(op, device, dtype) is None), None)
     if (why := _BY_NAME[name].gap(op, device, dtype)) is not None:
         raise NotImplementedError(why)
     return _BY_NAME[name]

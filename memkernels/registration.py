@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import spec
-from .backends import BACKENDS, note_kernels, requested, select
+from .backends import BACKENDS, FEW, note_kernels, requested, select
 from .spec import Op
 
 OPS: dict[str, Op] = {}
@@ -257,7 +257,8 @@ def _eager(op: Op, operator: Callable[..., Any], recorded: Callable[..., Any], f
 def _plan(op: Op, tensors: list[Tensor | None], name: str, inplace: bool) -> Callable[..., Any]:
     layout = spec.check(op, tensors)
     device = next(t.device.type for t in tensors if t is not None)
-    backend = select(op.name, device, layout.dtype, name)
+    few = device == "cuda" and bool(layout.tokens <= FEW)
+    backend = select(op.name, device, layout.dtype, name, few)
     formula = _reference_inplace(op) if inplace else op.reference
     if backend is None:
         return formula

@@ -13,6 +13,7 @@ is *shared*: its tokens are folded into ``T`` in row-major order.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -145,6 +146,11 @@ class Layout:
     lead: tuple[int, ...]
     memory: tuple[int, ...]
     dtype: torch.dtype
+
+    @property
+    def tokens(self) -> int:
+        """How many share one memory."""
+        return self.axes.get("T", 1) * math.prod(self.lead) // max(1, math.prod(self.memory))
 
     def shape(self, op: Op, out: Out, tensors: Sequence[Tensor | None]) -> tuple[tuple[int, ...], torch.dtype]:
         lead = self.lead if out.lead == "all" else self.memory
