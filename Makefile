@@ -18,6 +18,7 @@ SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu te
 
 # Files of tests run side by side where pytest-xdist is installed, the longest first.
 SIDE_BY_SIDE := -n auto --maxprocesses=8 --dist loadfile
+PYTEST = $(PY) -m pytest $$($(PY) -c "import xdist" 2>/dev/null && printf '%s ' $(SIDE_BY_SIDE))
 
 .PHONY: dev demo test lint format bench sanitize cuda gpu-check clean
 
@@ -27,7 +28,7 @@ demo: .build/native
 	$(PY) -m memkernels demo
 
 test: .build/native
-	$(PY) -m pytest $$($(PY) -c "import xdist" 2>/dev/null && printf '%s ' $(SIDE_BY_SIDE)) tests/test_triton.py tests
+	$(PYTEST) tests/test_triton.py tests
 
 lint: $(READY)
 	$(PY) -m ruff check .
@@ -50,7 +51,7 @@ sanitize: $(READY)
 cuda: $(READY)
 	MEMKERNELS_CUDA=1 $(PY) -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) --no-build-isolation --no-deps -e .
 	$(PY) -m bench.cuda_check
-	MEMKERNELS_CUDA=1 $(PY) -m pytest tests/test_cuda.py tests/test_simt*.py
+	MEMKERNELS_CUDA=1 $(PYTEST) tests/test_simt.py tests/test_simt_*.py tests/test_cuda.py
 
 # On a machine with a GPU: no network, the interpreter's own torch, build, contract grid on the GPU.
 gpu-check:

@@ -10,6 +10,7 @@ in ``build/``, so a second run is short.
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import os
 import re
@@ -61,10 +62,13 @@ def cmake(source: Path, folder: Path, target: str, *options: str) -> None:
     configure = [tool("cmake"), "-S", source, "-B", folder, "-G", "Ninja", *options]
     configure += [f"-DPython_EXECUTABLE={sys.executable}", f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}"]
     jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
-    for command in (configure, [tool("cmake"), "--build", folder, "--target", target, "--parallel", jobs]):
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            raise RuntimeError(done.stdout[-4000:] + done.stderr[-4000:])
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:  # tests run side by side, and ask for the same folder
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for command in (configure, [tool("cmake"), "--build", folder, "--target", target, "--parallel", jobs]):
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode != 0:
+                raise RuntimeError(done.stdout[-4000:] + done.stderr[-4000:])
 
 
 def cuobjdump() -> str | None:
