@@ -155,7 +155,7 @@ inline void pack_lanes(int64_t rows, int64_t lanes, int64_t cols, F factor, F* b
   for (int64_t r = 0; r < lanes; r += W, out += W) {
     const int64_t live = least(W, most(0, rows - r));
     const F* p[W];
-    for (int64_t i = 0; i < live; ++i) p[i] = row(r + i, buffer + i * cols);
+    for (int64_t i = 0; i < live; ++i) p[i] = row(r + i, buffer == nullptr ? nullptr : buffer + i * cols);
     int64_t c = 0;
     for (; c + W <= cols; c += W) {
       Vec<F> x[W];
