@@ -50,35 +50,25 @@ class Slots {
   }
   static int64_t padded(int64_t width) { return round_up(width, kLanes<F>); }
 
-  // Asks for the rows of slots [first, end), values alone where `keys` is false, before they are needed, some cache lines at a time.
-  // Hardware follows a few streams; a block is a hundred rows, read half a dozen at a time.
+  // Asks for the values of slots [first, end) before they are needed, some cache lines at a time. Hardware follows a few streams; a
+  // block is a hundred rows, read half a dozen at a time.
   class Ahead {
    public:
-    Ahead(const Slots& s, int64_t first, int64_t end, bool keys = true)
-        : sources_{Walk(s.keys_, keys ? s.K_ : 0, first), Walk(s.values_, s.V_, first)}, left_(end - first) {}
+    Ahead(const Slots& s, int64_t first, int64_t end)
+        : row_(s.values_.base + first * s.values_.stride),
+          bytes_(s.values_.base == nullptr ? 0 : s.V_ * size_of(s.values_.dtype)),
+          stride_(s.values_.stride),
+          left_(end - first) {}
     MK_INLINE void ask(int64_t lines) {
-      while (lines > 0 && left_ > 0) {
-        for (Walk& w : sources_) lines -= w.ask(lines);
-        if (sources_[0].at < sources_[0].bytes || sources_[1].at < sources_[1].bytes) return;
-        for (Walk& w : sources_) w.row += w.stride, w.at = 0;
-        --left_;
+      for (; lines > 0 && left_ > 0; row_ += stride_, at_ = 0, --left_) {
+        for (; at_ < bytes_ && lines > 0; at_ += 64, --lines) __builtin_prefetch(row_ + at_, 0, 2);
+        if (at_ < bytes_) return;
       }
     }
 
    private:
-    struct Walk {
-      const char* row;
-      int64_t bytes, stride, at = 0;
-      Walk(const Source& s, int64_t width, int64_t first)
-          : row(s.base + first * s.stride), bytes(s.base == nullptr ? 0 : width * size_of(s.dtype)), stride(s.stride) {}
-      MK_INLINE int64_t ask(int64_t lines) {
-        const int64_t from = at, end = least(bytes, at + lines * 64);
-        for (; at < end; at += 64) __builtin_prefetch(row + at, 0, 2);
-        return (at - from) / 64;
-      }
-    };
-    Walk sources_[2];
-    int64_t left_;
+    const char* row_;
+    int64_t bytes_, stride_, left_, at_ = 0;
   };
 
   // Cache lines of one slot.

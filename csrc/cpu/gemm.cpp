@@ -14,7 +14,7 @@ namespace {
 
 #if defined(__AVX512F__)
 constexpr int kWidest = 4;
-constexpr int kRows[9] = {0, 12, 12, 8, 6, 0, 0, 0, 2};
+constexpr int kRows[9] = {0, 12, 12, 8, 6, 0, 0, 0, 3};
 #elif defined(__aarch64__)
 constexpr int kWidest = 4;
 constexpr int kRows[9] = {0, 12, 8, 6, 6, 0, 0, 0, 2};
@@ -136,7 +136,7 @@ void run(const Gemm<F>& g) {
   int64_t lane = 0;
   if constexpr (kWidest == 4) {
     // One or two rows alone: a wide tile has accumulators enough and reads B in longer pieces.
-    if (g.M <= kRows[8]) lane = columns<F, 8, O>(g, lane);
+    if (g.M <= 8) lane = columns<F, 8, O>(g, lane);
     lane = columns<F, 4, O>(g, lane);
     lane = columns<F, 3, O>(g, lane);
   }

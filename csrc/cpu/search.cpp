@@ -228,20 +228,17 @@ void search_range(const TopkSearch& p, const SearchPlan<F>& s, int64_t batch, in
   const int64_t L = round_up(tile.n, kLanes<F>);
   if (s.few) rows_query(query, tile.first, tile.n, p.K, F(p.scale), tile.q);
   else pack_query(query, tile.first, tile.n, L, p.K, F(p.scale), tile.row, tile.q);
-  const bool far = p.N * slots.lines() * 64 >= kFarBytes;
-  const int64_t lines = far ? div_up(kLanes<F> * slots.lines(), tile.n) : 0;
+  const bool far = p.keys.dtype == kOwn<F> && p.N * slots.lines() * 64 >= kFarBytes;
   if (tile.shared != nullptr) tile.board.share(tile.shared, tile.n);
   FirstLook<F, wide> look(s, tile);
   for (Visit here(lo, hi, s.chunk), next = here; here.more(); here = next) {
     next.advance();
     const SlotBlock<F> block = slots.load(here.first(), here.count(), tile.buffers);
     if (block.n == 0) continue;
-    typename Slots<F>::Ahead ahead(slots, next.first(), next.first() + next.count());
-    auto ask = [&] { ahead.ask(lines); };
     if (tile.shared != nullptr) tile.board.share(tile.shared, tile.n);
     tile.board.begin(here.first());
     if (s.few) {
-      score_rows(block, p.K, tile.q, tile.n, tile.S, ask);
+      score_rows(block, p.K, tile.q, tile.n, tile.S, far);
       offer_rows<F, wide>(tile, block, here.first());
     } else {
       F* S = look.open() ? look.scores() : tile.S;

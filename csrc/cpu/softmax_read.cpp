@@ -126,7 +126,7 @@ void columns(const SoftmaxRead& p, const Slots<F>& slots, const TokenRows& query
   for (int64_t i = lo; i < hi; i += kSlotBlock) {
     const SlotBlock<F> block = slots.load(i, least(kSlotBlock, hi - i), buffers);
     if (block.n == 0) continue;
-    typename Slots<F>::Ahead next(slots, least(i + kSlotBlock, hi), least(i + 2 * kSlotBlock, hi), false);
+    typename Slots<F>::Ahead next(slots, least(i + kSlotBlock, hi), least(i + 2 * kSlotBlock, hi));
     for (int64_t x = 0; x < lanes; x += panel) {
       const int64_t L = least(panel, lanes - x);
       F* acc = out.acc + x * p.V;
@@ -158,22 +158,23 @@ void rows(const SoftmaxRead& p, const Slots<F>& slots, const TokenRows& query, i
   F* S = arena.take<F>(n * kSlotBlock);
   const auto buffers = Slots<F>::buffers(arena, kSlotBlock, p.K, p.V);
 
-  // The next block is asked for while this one is computed, after a register of dot products and after a register of slots read.
-  // A cache needs no asking: from L3 one query would be 15% slower.
-  const bool far = p.N * slots.lines() * 64 >= kFarBytes;
-  const int64_t lines = far ? div_up(W * slots.lines(), 2 * n) : 0;
+  // Values of the next block are asked for after each register of slots read, by tokens too many to take them row after row. A cache
+  // needs no asking: from L3 one query would be 15% slower.
+  const bool far = n >= kBlocked && p.N * slots.lines() * 64 >= kFarBytes;
+  const int64_t lines = far ? W * slots.value_lines() : 0;
   // Rows that are widened pass through a buffer: short blocks keep it in L1 until it is read.
   const int64_t step = p.keys.dtype == kOwn<F> && p.values.dtype == kOwn<F> ? kSlotBlock : kWidened;
   for (int64_t i = lo; i < hi; i += step) {
     const SlotBlock<F> block = slots.load(i, least(step, hi - i), buffers);
     if (block.n == 0) continue;
     typename Slots<F>::Ahead next(slots, least(i + step, hi), least(i + 2 * step, hi));
-    score_rows(block, p.K, q, n, S, [&] { next.ask(lines); });
+    score_rows(block, p.K, q, n, S, far && p.keys.dtype == kOwn<F>);
     exponential_rows<F>(S, block.n, n, VP, out);
-    for (int64_t r = 0; r < block.n; r += W) {
-      gemm({n, VP, least(W, block.n - r), S + r, kSlotBlock, 1, block.values + r * block.vs, block.vs, out.acc, VP,
+    const int64_t group = far ? W : block.n;
+    for (int64_t r = 0; r < block.n; r += group) {
+      gemm({n, VP, least(group, block.n - r), S + r, kSlotBlock, 1, block.values + r * block.vs, block.vs, out.acc, VP,
             true});
-      next.ask(n * lines);
+      next.ask(lines);
     }
   }
 }
