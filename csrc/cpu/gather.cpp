@@ -111,32 +111,22 @@ inline void sum_of(const char* const* rows, const F* weights, int64_t n, int64_t
   if (c < width) sum_block<F, D, 1, false>(rows, weights, n, c * kSize<D>, width - c, out + c);
 }
 
+// Row after row: where rows follow one another the hardware reads ahead, in that order best.
 template <class F, DType D>
 inline void products_of(const char* const* rows, int64_t n, int64_t width, const F* x, F* out) {
   constexpr int W = kLanes<F>;
   const int64_t whole = width / W * W;
   for (int64_t j = 0; j < n; j += W) {
     Vec<F> acc[W];
-    const char *p[W], *ahead[W];
+#pragma GCC unroll 16
     for (int i = 0; i < W; ++i) {
+      const char* p = rows[least(j + i, n - 1)];
+      const char* ahead = rows[least(j + i, n - 1) + kAhead];
+      for (int64_t at = 0; at < width * kSize<D>; at += 64) __builtin_prefetch(ahead + at, 0, 2);
       acc[i] = fill<F>(0);
-      p[i] = rows[least(j + i, n - 1)];
-      ahead[i] = rows[least(j + W + i, n + kAhead - 1)];
-    }
-    // A line of the next group for each line of this one: that is what a stream from memory keeps pace with.
-    constexpr int64_t step = 64 / kSize<D>;
-    for (int64_t c = 0; c < whole; c += W) {
-      if (c % step == 0) {
-#pragma GCC unroll 16
-        for (int i = 0; i < W; ++i) __builtin_prefetch(ahead[i] + c * kSize<D>, 0, 2);
-      }
-      const Vec<F> xv = load<F>(x + c);
-#pragma GCC unroll 16
-      for (int i = 0; i < W; ++i) acc[i] += load_as<F, D>(p[i] + c * kSize<D>) * xv;
-    }
-    if (whole < width) {
-      const Vec<F> xv = load<F>(x + whole);
-      for (int i = 0; i < W; ++i) acc[i] += load_first_as<F, D>(p[i] + whole * kSize<D>, width - whole) * xv;
+#pragma GCC unroll 1
+      for (int64_t c = 0; c < whole; c += W) acc[i] += load_as<F, D>(p + c * kSize<D>) * load<F>(x + c);
+      if (whole < width) acc[i] += load_first_as<F, D>(p + whole * kSize<D>, width - whole) * load<F>(x + whole);
     }
     const Vec<F> s = sums<F>(acc);
     if (j + W <= n) {
