@@ -8,6 +8,7 @@ namespace {
 
 std::string isa_name() {
   switch (mk::isa()) {
+    case mk::Isa::avx512bf16: return "avx512bf16";
     case mk::Isa::avx512: return "avx512";
     case mk::Isa::avx2: return "avx2";
     default: return "baseline";

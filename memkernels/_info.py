@@ -17,6 +17,7 @@ _NEEDS = {
     "avx2": ("avx2", "fma", "f16c"),
     "avx512": ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl"),
 }
+_NEEDS["avx512bf16"] = (*_NEEDS["avx512"], "avx512_bf16")
 
 
 def collect() -> dict[str, Any]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-ISAS = ("baseline", "avx2", "avx512")
+ISAS = ("baseline", "avx2", "avx512", "avx512bf16")
 LIBRARY = Path(__file__).parent / "_lib" / "libmemkernels_cpu.so"
 
 

@@ -53,6 +53,7 @@ def test_wider_numbers_have_a_lower_peak():
 def test_bfloat16_peak_follows_the_feature():
     peak = host.multiply_add_peak("bfloat16", threads=1, seconds=0.05)
     assert (peak > 0) == host.features().get("avx512_bf16", False)
+    assert host.multiply_add_peak("bfloat16", threads=1, seconds=0.02, isa="avx512") == 0
 
 
 def test_narrower_instruction_sets_have_a_lower_peak():
@@ -76,7 +77,10 @@ def test_more_threads_than_cores():
     "call, says",
     [
         (lambda: host.multiply_add_peak("int8", 1, 0.1), "dtype must be float32, float64 or bfloat16, got int8"),
-        (lambda: host.multiply_add_peak("float32", 1, 0.1, "sse9"), "isa must be baseline, avx2 or avx512, got sse9"),
+        (
+            lambda: host.multiply_add_peak("float32", 1, 0.1, "sse9"),
+            "isa must be baseline, avx2, avx512 or avx512bf16, got sse9",
+        ),
         (lambda: host.multiply_add_peak("float32", 0, 0.1), "threads must be at least 1"),
         (lambda: host.multiply_add_peak("float32", 1, 0.0), "seconds must be positive"),
         (lambda: host.read_bandwidth(-1, 1, 0.1), "bytes must not be negative"),

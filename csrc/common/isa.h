@@ -8,9 +8,10 @@
 
 namespace mk {
 
-enum class Isa : int64_t { baseline = 0, avx2 = 1, avx512 = 2 };
+// avx512bf16 is the code of avx512 that also multiplies pairs of bfloat16.
+enum class Isa : int64_t { baseline = 0, avx2 = 1, avx512 = 2, avx512bf16 = 3 };
 
-// The set in use: the best one this processor has, or the one named by MEMKERNELS_CPU_ISA. Throws std::runtime_error when
+// The set in use: the fastest one that this processor has, or the one named by MEMKERNELS_CPU_ISA. Throws std::runtime_error when
 // that name is unknown or the processor lacks it.
 Isa isa();
 
@@ -32,7 +33,7 @@ Isa isa();
   signature;                  \
   }
 #define MK_CALL(function, ...)                                      \
-  (mk::isa() == mk::Isa::avx512 ? mk::avx512::function(__VA_ARGS__) \
+  (mk::isa() >= mk::Isa::avx512 ? mk::avx512::function(__VA_ARGS__) \
    : mk::isa() == mk::Isa::avx2 ? mk::avx2::function(__VA_ARGS__)   \
                                 : mk::baseline::function(__VA_ARGS__))
 #else

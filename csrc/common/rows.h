@@ -148,8 +148,9 @@ template <class F>
 constexpr DType kOwn = sizeof(F) == 4 ? DType::f32 : DType::f64;
 
 // out[c * lanes + r] = factor * row_r[c]: rows become lanes. Lanes count to the next multiple of the register width; the rest is 0.
-// row(r, buffer) may convert row r into `buffer`, which has room for a register of rows.
-template <class F, class Row>
+// row(r, buffer) may convert row r into `buffer`, which has room for a register of rows. Of `kBits` no number is touched: what is
+// packed are the bits, of two of 16 bits perhaps, at any address.
+template <class F, bool kBits = false, class Row>
 inline void pack_lanes(int64_t rows, int64_t lanes, int64_t cols, F factor, F* buffer, F* out, Row&& row) {
   constexpr int W = kLanes<F>;
   for (int64_t r = 0; r < lanes; r += W, out += W) {
@@ -160,13 +161,18 @@ inline void pack_lanes(int64_t rows, int64_t lanes, int64_t cols, F factor, F* b
     for (; c + W <= cols; c += W) {
       Vec<F> x[W];
 #pragma GCC unroll 16
-      for (int i = 0; i < W; ++i) x[i] = i < live ? factor * load<F>(p[i] + c) : fill<F>(0);
+      for (int i = 0; i < W; ++i)
+        x[i] = i >= live ? fill<F>(0) : kBits ? load<F>(p[i] + c) : factor * load<F>(p[i] + c);
       transpose<F>(x);
 #pragma GCC unroll 16
       for (int i = 0; i < W; ++i) store<F>(out + (c + i) * lanes, x[i]);
     }
     for (; c < cols; ++c) {
-      for (int64_t i = 0; i < W; ++i) out[c * lanes + i] = i < live ? factor * p[i][c] : F(0);
+      for (int64_t i = 0; i < W; ++i) {
+        F x = 0;
+        if (i < live) std::memcpy(&x, p[i] + c, sizeof x);
+        out[c * lanes + i] = kBits ? x : factor * x;
+      }
     }
   }
 }

@@ -114,7 +114,8 @@ template <class F, int TT>
 inline void dot_groups(const F* rows, int64_t stride, int64_t padded, const F* x, int64_t ahead, F* out, int64_t ld) {
   constexpr int R = kLanes<F> / TT;
   for (int64_t r = 0; r < kLanes<F>; r += R) {
-    if (TT == kBlocked && ahead != 0) dot_group<F, TT, TT == kBlocked>(rows + r * stride, stride, padded, x, ahead, out + r, ld);
+    if (TT == kBlocked && ahead != 0)
+      dot_group<F, TT, TT == kBlocked>(rows + r * stride, stride, padded, x, ahead, out + r, ld);
     else dot_group<F, TT, false>(rows + r * stride, stride, padded, x, 0, out + r, ld);
   }
 }
@@ -142,7 +143,8 @@ inline void dot_rows(int64_t slots, const F* rows, int64_t stride, int64_t width
     Vec<F> acc[W];
     for (int i = 0; i < W; ++i) acc[i] = fill<F>(0);
     for (int64_t i = 0; r + i < slots; ++i) {
-      for (int64_t c = 0; c < padded; c += W) acc[i] += load<F>(rows + (r + i) * stride + c) * load<F>(x + t * padded + c);
+      for (int64_t c = 0; c < padded; c += W)
+        acc[i] += load<F>(rows + (r + i) * stride + c) * load<F>(x + t * padded + c);
     }
     store<F>(out + t * ld + r, sums<F>(acc));
     for (int64_t i = slots - r; i < W; ++i) out[t * ld + r + i] = rest;

@@ -249,6 +249,17 @@ MK_INLINE void sigmoid2(Vec<F> t, Vec<F>& a, Vec<F>& keep) {
   keep = t > 0 ? er : r;
 }
 
+#if defined(__AVX512F__)
+// Both rounded to bfloat16, lane by lane side by side, `a` first. For Isa::avx512bf16.
+MK_INLINE Vec<float> pairs_of(Vec<float> a, Vec<float> b) {
+  __m512i x;
+  asm("vcvtne2ps2bf16 %2, %1, %0" : "=v"(x) : "v"(b), "v"(a));
+  const __m512i low = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  return (Vec<float>)_mm512_permutexvar_epi16(
+      _mm512_add_epi32(low, _mm512_slli_epi32(_mm512_add_epi32(low, _mm512_set1_epi32(16)), 16)), x);
+}
+#endif
+
 constexpr double kLog2e = 1.4426950408889634;
 constexpr double kLn2 = 0.6931471805599453;
 

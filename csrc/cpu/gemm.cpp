@@ -26,6 +26,7 @@ constexpr int kRows[5] = {0, 8, 6, 0, 0};
 // How the scalars of A lie: `rows`: along k (cs = 1), `columns`: along m (rs = 1).
 enum class Order { rows, columns };
 constexpr int kUnroll = 4;
+constexpr int kFewRows = 8;
 
 // Keeps the compiler from turning pointers that advance into a table of offsets, each loaded from the stack before it is used.
 #define MK_OPAQUE(p) asm("" : "+r"(p))
@@ -43,7 +44,28 @@ struct Left {
   }
 };
 
-template <class F, int R, int NV, Order O, int U>
+// An element: a number, or a pair of bfloat16 in the bits of a float, perhaps at an odd address.
+template <class F>
+MK_INLINE F element(const F* p) {
+  F x;
+  std::memcpy(&x, p, sizeof x);
+  return x;
+}
+
+// As in common/pairs.h.
+enum class Of { numbers, pairs };
+
+template <Of E, class F>
+MK_INLINE void multiply_add(Vec<F>& acc, Vec<F> a, Vec<F> b) {
+#if defined(__AVX512F__)
+  // By name: the file is compiled for processors that lack it.
+  if constexpr (E == Of::pairs) asm("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(b), "v"(a));
+  else
+#endif
+    acc += a * b;
+}
+
+template <Of E, class F, int R, int NV, Order O, int U>
 MK_INLINE void steps(Vec<F> (&acc)[R][NV], Left<F, R, O>& a, int64_t stride, const F*& b, int64_t ldb) {
   constexpr int W = kLanes<F>;
 #pragma GCC unroll 4
@@ -53,9 +75,9 @@ MK_INLINE void steps(Vec<F> (&acc)[R][NV], Left<F, R, O>& a, int64_t stride, con
     for (int j = 0; j < NV; ++j) bv[j] = load<F>(b + j * W);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
-      const Vec<F> av = fill<F>(O == Order::rows ? a.at[r][u] : a.at[0][r]);
+      const Vec<F> av = fill<F>(element(O == Order::rows ? a.at[r] + u : a.at[0] + r));
 #pragma GCC unroll 8
-      for (int j = 0; j < NV; ++j) acc[r][j] += av * bv[j];
+      for (int j = 0; j < NV; ++j) multiply_add<E, F>(acc[r][j], av, bv[j]);
     }
     if (O == Order::columns) {
       a.at[0] += stride;
@@ -74,19 +96,19 @@ MK_INLINE void steps(Vec<F> (&acc)[R][NV], Left<F, R, O>& a, int64_t stride, con
 }
 
 // A line of each row of A at a time, after the line that lies `ahead` is asked for.
-template <class F, int R, int NV>
+template <Of E, class F, int R, int NV>
 MK_INLINE void lines(Vec<F> (&acc)[R][NV], Left<F, R, Order::rows>& a, const F*& b, const Gemm<F>& g, int64_t& k) {
   constexpr int kLine = 64 / int(sizeof(F));
   for (; k + kLine <= g.k; k += kLine) {
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) __builtin_prefetch(a.at[r] + g.ahead, 0, 2);
 #pragma GCC unroll 1
-    for (int u = 0; u < kLine; u += kUnroll) steps<F, R, NV, Order::rows, kUnroll>(acc, a, g.rs, b, g.ldb);
+    for (int u = 0; u < kLine; u += kUnroll) steps<E, F, R, NV, Order::rows, kUnroll>(acc, a, g.rs, b, g.ldb);
   }
 }
 
-template <class F, int R, int NV, Order O>
-void tile(const Gemm<F>& g, int64_t m, int64_t lane) {
+template <Of E, class F, int R, int NV, Order O>
+void tile(const Gemm<F>& g, int64_t m, int64_t lane, F factor) {
   constexpr int W = kLanes<F>;
   Vec<F> acc[R][NV];
   F* c = g.c + m * g.ldc + lane;
@@ -100,59 +122,65 @@ void tile(const Gemm<F>& g, int64_t m, int64_t lane) {
   Left<F, R, O> a(g.a + m * g.rs, stride);
   int64_t k = 0;
   if constexpr (O == Order::rows && (NV <= 2 || R == kRows[NV])) {
-    if (g.ahead != 0) lines<F, R, NV>(acc, a, b, g, k);
+    if (g.ahead != 0) lines<E, F, R, NV>(acc, a, b, g, k);
   }
-  for (; k + kUnroll <= g.k; k += kUnroll) steps<F, R, NV, O, kUnroll>(acc, a, stride, b, ldb);
-  for (; k < g.k; ++k) steps<F, R, NV, O, 1>(acc, a, stride, b, ldb);
+  for (; k + kUnroll <= g.k; k += kUnroll) steps<E, F, R, NV, O, kUnroll>(acc, a, stride, b, ldb);
+  for (; k < g.k; ++k) steps<E, F, R, NV, O, 1>(acc, a, stride, b, ldb);
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
-    for (int j = 0; j < NV; ++j) store<F>(c + r * g.ldc + j * W, acc[r][j]);
+    for (int j = 0; j < NV; ++j) {
+      if (E == Of::pairs && !g.accumulate) acc[r][j] *= factor;
+      store<F>(c + r * g.ldc + j * W, acc[r][j]);
+    }
   }
 }
 
 // The last rows, fewer than a full tile: one instance per count, so that none is computed in vain.
-template <class F, int NV, Order O, int R>
-void last_rows(const Gemm<F>& g, int64_t m, int64_t lane) {
+template <Of E, class F, int NV, Order O, int R>
+void last_rows(const Gemm<F>& g, int64_t m, int64_t lane, F factor) {
   if constexpr (R > 0) {
-    if (g.M - m == R) tile<F, R, NV, O>(g, m, lane);
-    else last_rows<F, NV, O, R - 1>(g, m, lane);
+    if (g.M - m == R) tile<E, F, R, NV, O>(g, m, lane, factor);
+    else last_rows<E, F, NV, O, R - 1>(g, m, lane, factor);
   }
 }
 
-template <class F, int NV, Order O>
-int64_t columns(const Gemm<F>& g, int64_t lane) {
+template <Of E, class F, int NV, Order O>
+int64_t columns(const Gemm<F>& g, int64_t lane, F factor) {
   constexpr int R = kRows[NV], width = NV * kLanes<F>;
   for (; lane + width <= g.L; lane += width) {
     int64_t m = 0;
-    for (; m + R <= g.M; m += R) tile<F, R, NV, O>(g, m, lane);
-    last_rows<F, NV, O, R - 1>(g, m, lane);
+    for (; m + R <= g.M; m += R) tile<E, F, R, NV, O>(g, m, lane, factor);
+    last_rows<E, F, NV, O, R - 1>(g, m, lane, factor);
   }
   return lane;
 }
 
-template <class F, Order O>
-void run(const Gemm<F>& g) {
+template <Of E, class F, Order O>
+void run(const Gemm<F>& g, F factor) {
   int64_t lane = 0;
   if constexpr (kWidest == 4) {
-    // One or two rows alone: a wide tile has accumulators enough and reads B in longer pieces.
-    if (g.M <= 8) lane = columns<F, 8, O>(g, lane);
-    lane = columns<F, 4, O>(g, lane);
-    lane = columns<F, 3, O>(g, lane);
+    // Few rows alone: a wide tile has accumulators enough and reads B row after row, the order of memory.
+    if (E == Of::numbers && g.M <= kFewRows) lane = columns<Of::numbers, F, 8, O>(g, lane, factor);
+    lane = columns<E, F, 4, O>(g, lane, factor);
+    lane = columns<E, F, 3, O>(g, lane, factor);
   }
-  lane = columns<F, 2, O>(g, lane);
-  columns<F, 1, O>(g, lane);
+  lane = columns<E, F, 2, O>(g, lane, factor);
+  columns<E, F, 1, O>(g, lane, factor);
 }
 
-template <class F>
-void choose(const Gemm<F>& g) {
-  if (g.cs == 1) run<F, Order::rows>(g);
-  else run<F, Order::columns>(g);
+template <Of E, class F>
+void choose(const Gemm<F>& g, F factor = 1) {
+  if (g.cs == 1) run<E, F, Order::rows>(g, factor);
+  else run<E, F, Order::columns>(g, factor);
 }
 
 }  // namespace
 
-void gemm(const Gemm<float>& g) { choose(g); }
-void gemm(const Gemm<double>& g) { choose(g); }
+void gemm(const Gemm<float>& g) { choose<Of::numbers>(g); }
+void gemm(const Gemm<double>& g) { choose<Of::numbers>(g); }
+#if defined(__AVX512F__)
+void gemm_pairs(const Gemm<float>& g, float factor) { choose<Of::pairs>(g, factor); }
+#endif
 
 }  // namespace mk::MK_ISA

@@ -29,3 +29,7 @@ struct Gemm {
 
 MK_DECLARE(void gemm(const Gemm<float>&))
 MK_DECLARE(void gemm(const Gemm<double>&))
+
+// The same of bfloat16: an element of A or B is a pair of numbers, neighbours along k, as they lie in memory; strides and k count
+// pairs, and c = factor * the products unless it accumulates. For Isa::avx512bf16.
+MK_DECLARE(void gemm_pairs(const Gemm<float>&, float factor))

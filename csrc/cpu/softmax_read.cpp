@@ -5,7 +5,7 @@
 //
 // Many tokens (`columns`): lanes are tokens. Panels of 64 tokens are packed once, [K][lanes]; the scores S[slot][lane], the
 // maximum, the sum and the read [V][lane] then need no shuffle at all, and keys and values are broadcast from where they lie:
-// both products are gemm() on unpacked memory. A block of 96 slots keeps S in L1. Every key and value is used for up to 256
+// both products are gemm() on unpacked memory, gemm_pairs() of bfloat16 where the processor is faster at that. A block of 96 slots keeps S in L1. Every key and value is used for up to 256
 // tokens each time it comes from memory: bound by multiply-adds. Packing keys and values in strips for the product made it 8%
 // faster and cost 9% (K = V = 128, N = 4096), so they stay where they are.
 // Few tokens (`rows`): lanes are slots for the scores (dot products, summed 16 rows at a time) and value columns for the read. Every
@@ -18,6 +18,7 @@
 
 #include "common/gather.h"
 #include "common/online_softmax.h"
+#include "common/pairs.h"
 #include "common/parallel.h"
 
 namespace mk::MK_ISA {
@@ -57,9 +58,9 @@ Plan plan(const SoftmaxRead& p) {
   return s;
 }
 
-// The softmax of one block for R registers of tokens, in place: S becomes exp2(S - m); acc, [V][L], is rescaled when m moves. Maxima
-// and sums are chains along the slots: one register at a time would wait for each.
-template <class F, int R>
+// The softmax of one block for R registers of tokens, in place: S becomes exp2(S - m), of pairs two slots in one row; acc, [V][L], is
+// rescaled when m moves. Maxima and sums are chains along the slots: one register at a time would wait for each.
+template <class F, int R, Of E>
 void exponentials(F* S, int64_t slots, int64_t L, F* ms, F* ls, F* acc, int64_t V) {
   constexpr int W = kLanes<F>;
   Vec<F> top[R], base[R], l[R];
@@ -84,7 +85,21 @@ void exponentials(F* S, int64_t slots, int64_t L, F* ms, F* ls, F* acc, int64_t 
     }
     base[i] = m == -kInf<F> ? fill<F>(0) : m;
   }
-  for (int64_t r = 0; r < slots; ++r) {
+  int64_t r = 0;
+  if constexpr (E == Of::pairs) {
+    for (; r < slots; r += 2) {
+#pragma GCC unroll 4
+      for (int i = 0; i < R; ++i) {
+        const F* s = S + r * L + i * W;
+        const Vec<F> a = exp2<F>(load<F>(s) - base[i]);
+        const Vec<F> b = r + 1 < slots ? exp2<F>(load<F>(s + L) - base[i]) : fill<F>(0);
+        l[i] += a;
+        l[i] += b;
+        store<F>(S + r / 2 * L + i * W, pairs_of(a, b));
+      }
+    }
+  }
+  for (; r < slots; ++r) {
 #pragma GCC unroll 4
     for (int i = 0; i < R; ++i) {
       F* s = S + r * L + i * W;
@@ -97,25 +112,34 @@ void exponentials(F* S, int64_t slots, int64_t L, F* ms, F* ls, F* acc, int64_t 
 }
 
 // The same for a panel of L tokens.
-template <class F>
+template <class F, Of E>
 void exponentials(F* S, int64_t slots, int64_t L, F* ms, F* ls, F* acc, int64_t V) {
   constexpr int W = kLanes<F>, R = kTokenTile<F> / W < 4 ? kTokenTile<F> / W : 4;
   int64_t j = 0;
-  for (; j + R * W <= L; j += R * W) exponentials<F, R>(S + j, slots, L, ms + j, ls + j, acc + j, V);
-  for (; j < L; j += W) exponentials<F, 1>(S + j, slots, L, ms + j, ls + j, acc + j, V);
+  for (; j + R * W <= L; j += R * W) exponentials<F, R, E>(S + j, slots, L, ms + j, ls + j, acc + j, V);
+  for (; j < L; j += W) exponentials<F, 1, E>(S + j, slots, L, ms + j, ls + j, acc + j, V);
 }
 
-template <class F>
+template <class F, Of E>
 void columns(const SoftmaxRead& p, const Slots<F>& slots, const TokenRows& query, int64_t t0, int64_t n, int64_t lo,
              int64_t hi, Partial<F> out, Arena arena) {
   constexpr int64_t panel = kTokenTile<F>;
-  const int64_t lanes = round_up(n, kLanes<F>);
-  F* q = arena.take<F>(p.K * lanes);
+  constexpr bool kPairs = E == Of::pairs;
+  const int64_t lanes = round_up(n, kLanes<F>), K = kPairs ? p.K / 2 : p.K;
+  F* q = arena.take<F>(K * lanes);
   F* S = arena.take<F>(kSlotBlock * least(lanes, panel));
   F* row = arena.take<F>(kLanes<F> * p.K);
+  // Pairs take the place of widened rows: keys of half the width, values of half the rows.
   const auto buffers = Slots<F>::buffers(arena, kSlotBlock, p.K, p.V);
+  const F factor = F(p.scale * kLog2e);
   for (int64_t x = 0; x < lanes; x += panel) {
-    pack_query(query, t0 + x, least(panel, n - x), least(panel, lanes - x), p.K, F(p.scale * kLog2e), row, q + x * p.K);
+    const int64_t live = least(panel, n - x), L = least(panel, lanes - x);
+    if constexpr (kPairs) {
+      pack_lanes<F, true>(live, L, K, F(1), nullptr, q + x * K,
+                          [&](int64_t t, F*) { return reinterpret_cast<const F*>(query.row(t0 + x + t)); });
+    } else {
+      pack_query(query, t0 + x, live, L, K, factor, row, q + x * K);
+    }
   }
   for (int64_t j = 0; j < lanes; ++j) out.m[j] = -kInf<F>, out.l[j] = 0;
   std::memset(out.acc, 0, size_t(p.V * lanes) * sizeof(F));
@@ -124,16 +148,37 @@ void columns(const SoftmaxRead& p, const Slots<F>& slots, const TokenRows& query
   const int64_t groups = div_up(lanes, panel) * (div_up(kSlotBlock, kGroup) + div_up(p.V, kGroup));
   const int64_t lines = div_up(kSlotBlock * slots.value_lines(), groups);
   for (int64_t i = lo; i < hi; i += kSlotBlock) {
-    const SlotBlock<F> block = slots.load(i, least(kSlotBlock, hi - i), buffers);
+    const int64_t count = least(kSlotBlock, hi - i);
+    const SlotBlock<F> block = kPairs ? slots.list(i, count, buffers) : slots.load(i, count, buffers);
     if (block.n == 0) continue;
+    [[maybe_unused]] const F* keys = nullptr;
+    [[maybe_unused]] int64_t stride = 0;
+    if constexpr (kPairs) {
+      keys = pair_keys(block, slots.stored_keys(), i, p.K, buffers.keys, stride);
+      pair_values(block, slots.stored_values(), i, p.V, buffers.values);
+    }
     typename Slots<F>::Ahead next(slots, least(i + kSlotBlock, hi), least(i + 2 * kSlotBlock, hi));
     for (int64_t x = 0; x < lanes; x += panel) {
-      const int64_t L = least(panel, lanes - x);
+      const int64_t L = least(panel, lanes - x), ahead = x == 0 ? 2 * kGroup : 0;
       F* acc = out.acc + x * p.V;
-      score_columns(block, p.K, q + x * p.K, L, S, [&] { next.ask(lines); }, x == 0 ? 2 * kGroup : 0);
-      exponentials<F>(S, block.n, L, out.m + x, out.l + x, acc, p.V);
+      if constexpr (kPairs) {
+        for (int64_t r = 0; r < block.n; r += kGroup, next.ask(lines)) {
+          gemm_pairs({least(kGroup, block.n - r), L, K, keys + r * stride, stride, 1, q + x * K, L, S + r * L, L, false,
+                      ahead * stride},
+                     factor);
+        }
+        add_mask(block, L, S);
+      } else {
+        score_columns(block, K, q + x * K, L, S, [&] { next.ask(lines); }, ahead);
+      }
+      exponentials<F, E>(S, block.n, L, out.m + x, out.l + x, acc, p.V);
       for (int64_t v = 0; v < p.V; v += kGroup, next.ask(lines)) {
-        gemm(Gemm<F>{least(kGroup, p.V - v), L, block.n, block.values + v, 1, block.vs, S, L, acc + v * L, L, true});
+        const int64_t M = least(kGroup, p.V - v);
+        if constexpr (kPairs) {
+          gemm_pairs({M, L, div_up(block.n, 2), buffers.values + v, 1, p.V, S, L, acc + v * L, L, true}, 1);
+        } else {
+          gemm(Gemm<F>{M, L, block.n, block.values + v, 1, block.vs, S, L, acc + v * L, L, true});
+        }
       }
     }
   }
@@ -229,6 +274,7 @@ void run(const SoftmaxRead& p) {
   const Plan s = plan<F>(p);
   if (s.batches * s.tokens == 0) return;
   const bool few = few_tokens<F>(s.tokens);
+  const bool pairs = are_pairs<F>(p.query.dtype, p.keys, p.K) && p.values.dtype == DType::bf16 && p.V > 0;
   const int64_t VP = Slots<F>::padded(p.V);
   const int64_t lanes = few ? s.tile : round_up(s.tile, kLanes<F>);
   const int64_t size = round_up(2 * lanes + (few ? s.tile * VP : p.V * lanes), 64 / int64_t(sizeof(F)));
@@ -277,7 +323,8 @@ void run(const SoftmaxRead& p) {
     const Partial<F> part = partial(merge ? waiting.data() + task * size : own);
     if (few && as_stored<F>(p, s.tokens)) stored_rows<F>(p, slots, query, n, lo, hi, part, arena);
     else if (few) rows<F>(p, slots, query, n, lo, hi, part, arena);
-    else columns<F>(p, slots, query, t0, n, lo, hi, part, arena);
+    else if (!pairs) columns<F, Of::numbers>(p, slots, query, t0, n, lo, hi, part, arena);
+    else if constexpr (kHasPairs<F>) columns<F, Of::pairs>(p, slots, query, t0, n, lo, hi, part, arena);
     if (!merge) finish_tile(batch, tile, &part, row);
   });
   if (!merge) return;

@@ -112,8 +112,8 @@ struct Peak {
 
 // The best instruction set that the processor has, up to the one named `isa` (empty: no limit).
 Peak choose_peak(const std::string& dtype, const std::string& isa) {
-  if (!isa.empty() && isa != "baseline" && isa != "avx2" && isa != "avx512") {
-    throw std::invalid_argument("multiply_add_peak: isa must be baseline, avx2 or avx512, got " + isa);
+  if (!isa.empty() && isa != "baseline" && isa != "avx2" && isa != "avx512" && isa != "avx512bf16") {
+    throw std::invalid_argument("multiply_add_peak: isa must be baseline, avx2, avx512 or avx512bf16, got " + isa);
   }
   const bool wide = dtype == "float64", dots = dtype == "bfloat16";
   if (!wide && !dots && dtype != "float32") {
@@ -124,7 +124,7 @@ Peak choose_peak(const std::string& dtype, const std::string& isa) {
 #if defined(MK_HAVE_avx512)
   if (has["avx512f"] && isa != "avx2" && isa != "baseline") {
     if (!dots) return {wide ? peak_double_avx512 : peak_float_avx512, 2 * 24 * 64 / lane};
-    if (has["avx512_bf16"]) return {peak_bfloat16_avx512, 2.0 * 24 * 32};
+    if (has["avx512_bf16"] && isa != "avx512") return {peak_bfloat16_avx512, 2.0 * 24 * 32};
   }
 #endif
   if (dots) return {};

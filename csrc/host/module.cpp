@@ -24,7 +24,8 @@ PYBIND11_MODULE(_host, m) {
         "Multiply-add peak in FLOP/s of `threads` threads together, from registers alone, best of many 5 ms\n"
         "rounds.\n\n"
         "dtype: 'float32', 'float64', or 'bfloat16' (AVX512-BF16 dot products; 0.0 where the processor has none).\n"
-        "isa: the widest instruction set to use ('baseline', 'avx2', 'avx512'); by default the widest there is.\n"
+        "isa: the widest instruction set to use ('baseline', 'avx2', 'avx512', 'avx512bf16'); by default the widest "
+        "there is.\n"
         "Raises ValueError for another dtype or isa, threads < 1 or seconds <= 0.");
   m.def("read_bandwidth", &read_bandwidth, py::arg("bytes") = 0, py::arg("threads") = 1, py::arg("seconds") = 0.5,
         py::call_guard<py::gil_scoped_release>(),

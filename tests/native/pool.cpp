@@ -111,12 +111,14 @@ std::vector<mk::Isa> instruction_sets() {
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (avx2) sets.push_back(mk::Isa::avx2);
   if (avx512) sets.push_back(mk::Isa::avx512);
+  if (avx512 && __builtin_cpu_supports("avx512bf16")) sets.push_back(mk::Isa::avx512bf16);
 #endif
   return sets;
 }
 
 const char* name_of(mk::Isa isa) {
-  return isa == mk::Isa::avx512 ? "avx512" : isa == mk::Isa::avx2 ? "avx2" : "baseline";
+  constexpr const char* names[] = {"baseline", "avx2", "avx512", "avx512bf16"};
+  return names[int64_t(isa)];
 }
 
 void use(mk::Isa isa, int threads) {
