@@ -2,7 +2,7 @@
 // to bfloat16, whose sum is that of the weights before.
 #pragma once
 
-#include "common/slots.h"
+#include "common/scores.h"
 
 namespace mk::MK_ISA {
 
@@ -19,16 +19,54 @@ bool are_pairs(DType query, const SlotView& keys, int64_t K) {
          K % 2 == 0;
 }
 
-// Pairs of two columns, [slot][K / 2], `stride` from row to row: keys as they lie, unless slots are left out or rows begin at odd places.
-inline const float* pair_keys(const SlotBlock<float>& block, const Slots<float>::Source& key, int64_t first, int64_t K,
-                              float* buffer, int64_t& stride) {
-  stride = key.stride / 4;
-  if (block.which == nullptr && key.stride % 4 == 0) return reinterpret_cast<const float*>(key.row(first));
-  stride = K / 2;
-  for (int64_t j = 0; j < block.n; ++j)
-    std::memcpy(buffer + j * stride, key.row(first + block.place(j)), size_t(K) * 2);
-  return buffer;
-}
+// Scores of many tokens, lanes are tokens: of numbers, or of pairs of two columns, queries [K / 2][lanes] and keys [slot][K / 2].
+template <class F>
+struct ColumnScores {
+  const TokenRows& query;
+  const Slots<F>& slots;
+  int64_t K;
+  F factor;
+  bool pairs;
+
+  void pack(int64_t t0, int64_t n, int64_t L, F* row, F* q) const {
+    if constexpr (kHasPairs<F>) {
+      const auto bits = [&](int64_t t, F*) { return reinterpret_cast<const F*>(query.row(t0 + t)); };
+      if (pairs) return pack_lanes<F, true>(n, L, K / 2, F(1), nullptr, q, bits);
+    }
+    pack_query(query, t0, n, L, K, factor, row, q);
+  }
+
+  // A block of slots; of pairs its keys alone, as they lie unless slots are left out or rows begin at odd places.
+  SlotBlock<F> load(int64_t first, int64_t count, const typename Slots<F>::Buffers& buffers) const {
+    if (!pairs) return slots.load(first, count, buffers);
+    SlotBlock<F> block = slots.list(first, count, buffers);
+    const auto& key = slots.stored_keys();
+    if (block.which == nullptr && key.stride % 4 == 0) {
+      block.keys = reinterpret_cast<const F*>(key.row(first)), block.ks = key.stride / 4;
+      return block;
+    }
+    block.keys = buffers.keys, block.ks = K / 2;
+    for (int64_t j = 0; j < block.n; ++j)
+      std::memcpy(buffers.keys + j * block.ks, key.row(first + block.place(j)), size_t(K) * 2);
+    return block;
+  }
+
+  // As score_columns(). Queries of pairs have no factor in them: the products get it.
+  template <class Between = Nothing>
+  void scores(const SlotBlock<F>& block, const F* q, int64_t L, F* S, int64_t ahead, Between&& between = {}) const {
+    if constexpr (kHasPairs<F>) {
+      if (pairs) {
+        for (int64_t r = 0; r < block.n; r += kGroup, between()) {
+          gemm_pairs({least(kGroup, block.n - r), L, K / 2, block.keys + r * block.ks, block.ks, 1, q, L, S + r * L, L,
+                      false, ahead * block.ks},
+                     factor);
+        }
+        return add_mask(block, L, S);
+      }
+    }
+    score_columns(block, K, q, L, S, between, ahead);
+  }
+};
 
 // Pairs of two slots, out[j][v] = (row 2 j, row 2 j + 1)[v]; the last may be alone.
 inline void pair_values(const SlotBlock<float>& block, const Slots<float>::Source& value, int64_t first, int64_t V,

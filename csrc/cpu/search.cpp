@@ -17,7 +17,7 @@
 #include <numeric>
 
 #include "common/board.h"
-#include "common/scores.h"
+#include "common/pairs.h"
 
 namespace mk::MK_ISA {
 namespace {
@@ -226,14 +226,16 @@ void search_range(const TopkSearch& p, const SearchPlan<F>& s, int64_t batch, in
   const Slots<F> slots(p.keys, View{}, p.mask, p.lead, batch, p.K, 0, s.few, 1.0);
   const TokenRows query(p.query, p.lead, batch, p.T);
   const int64_t L = round_up(tile.n, kLanes<F>);
+  const bool pairs = !s.few && are_pairs<F>(p.query.dtype, p.keys, p.K);
+  const ColumnScores<F> columns{query, slots, p.K, F(p.scale), pairs};
   if (s.few) rows_query(query, tile.first, tile.n, p.K, F(p.scale), tile.q);
-  else pack_query(query, tile.first, tile.n, L, p.K, F(p.scale), tile.row, tile.q);
+  else columns.pack(tile.first, tile.n, L, tile.row, tile.q);
   const bool far = p.keys.dtype == kOwn<F> && p.N * slots.lines() * 64 >= kFarBytes;
   if (tile.shared != nullptr) tile.board.share(tile.shared, tile.n);
   FirstLook<F, wide> look(s, tile);
   for (Visit here(lo, hi, s.chunk), next = here; here.more(); here = next) {
     next.advance();
-    const SlotBlock<F> block = slots.load(here.first(), here.count(), tile.buffers);
+    const SlotBlock<F> block = columns.load(here.first(), here.count(), tile.buffers);
     if (block.n == 0) continue;
     if (tile.shared != nullptr) tile.board.share(tile.shared, tile.n);
     tile.board.begin(here.first());
@@ -242,7 +244,7 @@ void search_range(const TopkSearch& p, const SearchPlan<F>& s, int64_t batch, in
       offer_rows<F, wide>(tile, block, here.first());
     } else {
       F* S = look.open() ? look.scores() : tile.S;
-      score_columns(block, p.K, tile.q, L, S, Nothing{}, 2 * kGroup);
+      columns.scores(block, tile.q, L, S, 2 * kGroup);
       if (look.open()) look.add(block, here.first());
       else offer_columns<F, wide>(tile, block, here.first(), S);
     }

@@ -120,26 +120,18 @@ void exponentials(F* S, int64_t slots, int64_t L, F* ms, F* ls, F* acc, int64_t 
   for (; j < L; j += W) exponentials<F, 1, E>(S + j, slots, L, ms + j, ls + j, acc + j, V);
 }
 
-template <class F, Of E>
-void columns(const SoftmaxRead& p, const Slots<F>& slots, const TokenRows& query, int64_t t0, int64_t n, int64_t lo,
-             int64_t hi, Partial<F> out, Arena arena) {
+template <class F>
+void columns(const SoftmaxRead& p, const Slots<F>& slots, const TokenRows& query, bool pairs, int64_t t0, int64_t n,
+             int64_t lo, int64_t hi, Partial<F> out, Arena arena) {
   constexpr int64_t panel = kTokenTile<F>;
-  constexpr bool kPairs = E == Of::pairs;
-  const int64_t lanes = round_up(n, kLanes<F>), K = kPairs ? p.K / 2 : p.K;
-  F* q = arena.take<F>(K * lanes);
+  const int64_t lanes = round_up(n, kLanes<F>);
+  const ColumnScores<F> scores{query, slots, p.K, F(p.scale * kLog2e), pairs};
+  F* q = arena.take<F>(p.K * lanes);
   F* S = arena.take<F>(kSlotBlock * least(lanes, panel));
   F* row = arena.take<F>(kLanes<F> * p.K);
-  // Pairs take the place of widened rows: keys of half the width, values of half the rows.
   const auto buffers = Slots<F>::buffers(arena, kSlotBlock, p.K, p.V);
-  const F factor = F(p.scale * kLog2e);
   for (int64_t x = 0; x < lanes; x += panel) {
-    const int64_t live = least(panel, n - x), L = least(panel, lanes - x);
-    if constexpr (kPairs) {
-      pack_lanes<F, true>(live, L, K, F(1), nullptr, q + x * K,
-                          [&](int64_t t, F*) { return reinterpret_cast<const F*>(query.row(t0 + x + t)); });
-    } else {
-      pack_query(query, t0 + x, live, L, K, factor, row, q + x * K);
-    }
+    scores.pack(t0 + x, least(panel, n - x), least(panel, lanes - x), row, q + x * p.K);
   }
   for (int64_t j = 0; j < lanes; ++j) out.m[j] = -kInf<F>, out.l[j] = 0;
   std::memset(out.acc, 0, size_t(p.V * lanes) * sizeof(F));
@@ -148,37 +140,31 @@ void columns(const SoftmaxRead& p, const Slots<F>& slots, const TokenRows& query
   const int64_t groups = div_up(lanes, panel) * (div_up(kSlotBlock, kGroup) + div_up(p.V, kGroup));
   const int64_t lines = div_up(kSlotBlock * slots.value_lines(), groups);
   for (int64_t i = lo; i < hi; i += kSlotBlock) {
-    const int64_t count = least(kSlotBlock, hi - i);
-    const SlotBlock<F> block = kPairs ? slots.list(i, count, buffers) : slots.load(i, count, buffers);
+    const SlotBlock<F> block = scores.load(i, least(kSlotBlock, hi - i), buffers);
     if (block.n == 0) continue;
-    [[maybe_unused]] const F* keys = nullptr;
-    [[maybe_unused]] int64_t stride = 0;
-    if constexpr (kPairs) {
-      keys = pair_keys(block, slots.stored_keys(), i, p.K, buffers.keys, stride);
-      pair_values(block, slots.stored_values(), i, p.V, buffers.values);
+    if constexpr (kHasPairs<F>) {
+      if (pairs) pair_values(block, slots.stored_values(), i, p.V, buffers.values);
     }
     typename Slots<F>::Ahead next(slots, least(i + kSlotBlock, hi), least(i + 2 * kSlotBlock, hi));
+    const auto ask = [&] { next.ask(lines); };
     for (int64_t x = 0; x < lanes; x += panel) {
-      const int64_t L = least(panel, lanes - x), ahead = x == 0 ? 2 * kGroup : 0;
-      F* acc = out.acc + x * p.V;
-      if constexpr (kPairs) {
-        for (int64_t r = 0; r < block.n; r += kGroup, next.ask(lines)) {
-          gemm_pairs({least(kGroup, block.n - r), L, K, keys + r * stride, stride, 1, q + x * K, L, S + r * L, L, false,
-                      ahead * stride},
-                     factor);
+      const int64_t L = least(panel, lanes - x);
+      F *acc = out.acc + x * p.V, *m = out.m + x, *l = out.l + x;
+      scores.scores(block, q + x * p.K, L, S, x == 0 ? 2 * kGroup : 0, ask);
+      if constexpr (kHasPairs<F>) {
+        if (pairs) {
+          exponentials<F, Of::pairs>(S, block.n, L, m, l, acc, p.V);
+          for (int64_t v = 0; v < p.V; v += kGroup, ask()) {
+            gemm_pairs(
+                {least(kGroup, p.V - v), L, div_up(block.n, 2), buffers.values + v, 1, p.V, S, L, acc + v * L, L, true},
+                1);
+          }
+          continue;
         }
-        add_mask(block, L, S);
-      } else {
-        score_columns(block, K, q + x * K, L, S, [&] { next.ask(lines); }, ahead);
       }
-      exponentials<F, E>(S, block.n, L, out.m + x, out.l + x, acc, p.V);
-      for (int64_t v = 0; v < p.V; v += kGroup, next.ask(lines)) {
-        const int64_t M = least(kGroup, p.V - v);
-        if constexpr (kPairs) {
-          gemm_pairs({M, L, div_up(block.n, 2), buffers.values + v, 1, p.V, S, L, acc + v * L, L, true}, 1);
-        } else {
-          gemm(Gemm<F>{M, L, block.n, block.values + v, 1, block.vs, S, L, acc + v * L, L, true});
-        }
+      exponentials<F, Of::numbers>(S, block.n, L, m, l, acc, p.V);
+      for (int64_t v = 0; v < p.V; v += kGroup, ask()) {
+        gemm(Gemm<F>{least(kGroup, p.V - v), L, block.n, block.values + v, 1, block.vs, S, L, acc + v * L, L, true});
       }
     }
   }
@@ -323,8 +309,7 @@ void run(const SoftmaxRead& p) {
     const Partial<F> part = partial(merge ? waiting.data() + task * size : own);
     if (few && as_stored<F>(p, s.tokens)) stored_rows<F>(p, slots, query, n, lo, hi, part, arena);
     else if (few) rows<F>(p, slots, query, n, lo, hi, part, arena);
-    else if (!pairs) columns<F, Of::numbers>(p, slots, query, t0, n, lo, hi, part, arena);
-    else if constexpr (kHasPairs<F>) columns<F, Of::pairs>(p, slots, query, t0, n, lo, hi, part, arena);
+    else columns<F>(p, slots, query, pairs, t0, n, lo, hi, part, arena);
     if (!merge) finish_tile(batch, tile, &part, row);
   });
   if (!merge) return;
