@@ -16,23 +16,29 @@ from .harness import Settings, run_case
 
 
 def measure(chosen: list[Case], settings: Settings) -> list[dict]:
-    """Run the cases one after the other, with the ceilings measured before each op and at the end."""
+    """Run the cases one after the other, peaks measured before each op and at the end, bandwidth around each case."""
     torch.set_num_threads(settings.threads)
     where = results.environment(settings.device, settings.threads)
     ceilings = Ceilings(settings.device, settings.threads, settings.quick, where["isa"])
-    raw, op = [], ""
+    raw, bandwidths, op = [], [], ""
     for case in chosen:
         if case.op != op and not (settings.quick and raw):
             ceilings.refresh()
         op = case.op
         begin = time.perf_counter()
         raw.append(run_case(case, settings))
+        ceilings.look()
+        bandwidths.append(ceilings.bandwidth)
         row = results.complete(raw[-1], case, ceilings, where)
         _, title, direction, dtype, median, _, _, ratio, *_ = text.columns(row)
         words = f"{op} {direction} {dtype} {title}: {median}  {ratio}"
         print(f"{words}  [{time.perf_counter() - begin:.0f} s]", flush=True)
     ceilings.refresh()
-    return [results.complete(row, case, ceilings, where) for row, case in zip(raw, chosen)]
+    rows = []
+    for row, case, bandwidth in zip(raw, chosen, bandwidths):
+        ceilings.bandwidth = bandwidth
+        rows.append(results.complete(row, case, ceilings, where))
+    return rows
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -58,7 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
     first = rows[0]
     peak = "  ".join(f"{r['dtype']} {r['peak'] / 1e9:.0f} GFLOP/s" for r in {r["dtype"]: r for r in rows}.values())
     print(f"{first['processor']}, {first['threads']} threads, {first['isa']}; multiply-add peak: {peak}; ", end="")
-    print(f"read bandwidth: {first['bandwidth'] / 1e9:.1f} GB/s")
+    print(f"read bandwidth: {text.bandwidths(rows)}")
     path = options.out or (None if options.ops else results.default_path(first, options.quick))
     if path is not None:
         results.save(rows, path)

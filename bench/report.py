@@ -105,7 +105,7 @@ def main(arguments: list[str] | None = None) -> None:
         first = rows[0]
         print(f"\n### {machine(first)}\n")
         print(f"torch {first['torch']}, commit {first['commit']}, {first['date']}. ", end="")
-        print(f"Read bandwidth {first['bandwidth'] / 1e9:.1f} GB/s; multiply-add peak ", end="")
+        print(f"Read bandwidth {text.bandwidths(rows)}; multiply-add peak ", end="")
         peaks = {row["dtype"]: row["peak"] for row in rows if row["peak"]}
         print(", ".join(f"{dtype} {value / 1e9:.0f} GFLOP/s" for dtype, value in peaks.items()) + ".\n")
         print(text.markdown(rows))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 HEADER = (
     "op",
     "case",
@@ -36,6 +38,12 @@ def share(value: float | None) -> str:
     return "" if value is None else f"{value:.0%}"
 
 
+def bandwidths(rows: list[dict]) -> str:
+    """The read bandwidths of the cases of a run, least and best."""
+    found = [row["bandwidth"] / 1e9 for row in rows]
+    return f"{min(found):.1f} to {max(found):.1f} GB/s"
+
+
 def columns(row: dict) -> tuple[str, ...]:
     """One row of the table, in the order of ``HEADER``."""
     number = seconds if row["unit"] == "s" else size
@@ -56,8 +64,25 @@ def columns(row: dict) -> tuple[str, ...]:
         share(row["peak_share"]),
         share(row["bandwidth_share"]),
         "; ".join(goals),
-        {True: "yes", False: "no", None: ""}[row["reached"]],
+        {True: "yes", False: "; ".join(["no", *beyond(row)]), None: ""}[row["reached"]],
     )
+
+
+def beyond(row: dict) -> list[str]:
+    """The goals of a row, multiples of a peer, that no kernel could reach: they are more than a ceiling.
+
+    Shares count the work of the op as it is defined. Above 1 a kernel leaves work out; then nothing follows.
+    """
+    near = max(row["peak_share"] or 0.0, row["bandwidth_share"] or 0.0)
+    found = []
+    for goal in row["goals"]:
+        times = re.match(r"([\d.]+)x ", goal["goal"])
+        if not times or not goal["value"] or goal["reached"] is not False or near > 1:
+            continue
+        needed = near * float(times[1]) / goal["value"]
+        if needed > 1:
+            found.append(f"{goal['goal']} would be {needed:.0%} of the ceiling")
+    return found
 
 
 def goal_value(goal: dict) -> str:

@@ -3,7 +3,7 @@
 A block stands between ``<!-- generated: NAME -->`` and ``<!-- end: NAME -->``:
 
 - ``ops``: the table of operations, from their declarations and the kernels that the dispatcher knows;
-- ``speed``: the pictures of the committed result files, drawn by ``bench.report``;
+- ``speed``: the picture of the newest committed result file, drawn by ``bench.report``;
 - ``performance``: pictures and tables of the same files, printed by ``bench.report``;
 - ``ladder``, ``limits``: what each step bought, and what loops reach on a free and on a busy core, recorded in
   ``bench/results/ladder.json``.
@@ -83,11 +83,12 @@ def result_files() -> list[Path]:
     return sorted(file for file in RESULTS.glob("*.json") if not other.search(file.stem))
 
 
-def pictures(files: list[Path], folder: str) -> str:
-    return "".join(
-        f"![Speed against the best peer, and share of the ceiling]({folder}performance-{file.stem}.png)\n"
-        for file in files
-    )
+def speed(before: str) -> str:
+    """The picture of the newest result file."""
+    newest = max(result_files(), key=lambda file: json.loads(file.read_text())["rows"][0]["date"], default=None)
+    if newest is None:
+        return EMPTY
+    return f"![Speed against the best peer, and share of the ceiling](docs/performance-{newest.stem}.png)\n"
 
 
 def report(pictures_to: Path) -> str:
@@ -130,7 +131,7 @@ def generated(pictures_to: Path) -> dict[str, Callable[[str], str]]:
     """name -> the content of a block, given what it holds now."""
     return {
         "ops": op_table,
-        "speed": lambda before: pictures(result_files(), "docs/") or EMPTY,
+        "speed": speed,
         "performance": lambda before: report(pictures_to),
         "ladder": ladder,
         "limits": limits,

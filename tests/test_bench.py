@@ -193,6 +193,21 @@ def test_goals_are_judged_at_full_size_only():
     assert quick["reached"] is None
 
 
+def test_a_goal_beyond_the_ceiling_is_called_that():
+    case = find("softmax_read")
+    row = {"sizes": dict(case.sizes), "unit": "s", "median": 1e-3, "flops": 85_000_000, "bytes": 1, "dtype": "float32"}
+
+    def beyond(sdpa: float, **other) -> list[str]:
+        return text.beyond(
+            results.complete({**row, "peers": {"SDPA": {"median": sdpa}}, **other}, case, FlatCeilings(), {})
+        )
+
+    assert beyond(1.1e-3) == ["2.2x SDPA would be 170% of the ceiling"]  # SDPA itself: 77%
+    assert beyond(2e-3) == []  # 94%: no kernel was good enough, but one could be
+    assert beyond(3e-3) == []  # reached
+    assert beyond(1.1e-3, flops=120_000_000) == []  # left work out
+
+
 def test_wrong_rows_show_the_reason_instead_of_a_time(small_rows):
     line = text.columns(small_rows[1])
     assert line[text.HEADER.index("median")].startswith("wrong: error")
