@@ -85,6 +85,18 @@ for T, N, K, V, slots in ((33, 97, 64, 24, 97), (200, 1200, 10, 7, 900), (64, 30
                 count = min(4, slots)
                 chosen = mk.topk_search(q, keys, count, scale=scale, slot_mask=m, backend="cpu")[1]
                 assert (s.gather(-1, chosen) - s.topk(count).values).abs().max() <= limit, (T, N, K, scale)
+                if scale < 0:  # saturated: dS is the rounding of the read
+                    continue
+                with torch.enable_grad():
+                    given, exact = ([x.clone().to(d).requires_grad_() for x in (q, keys, v)] for d in (q.dtype, torch.float64))
+                    r, l = mk.softmax_read(*given, scale=scale, slot_mask=m, return_lse=True, backend="cpu")
+                    s = scale * exact[0] @ exact[1].T + bias
+                    want, norm = torch.softmax(s, -1) @ exact[2], torch.logsumexp(s, -1)
+                d_read, d_lse = torch.randn(r.shape, generator=g).bfloat16(), torch.randn(l.shape, generator=g)
+                found = torch.autograd.grad((r, l), given, (d_read, d_lse))
+                right = torch.autograd.grad((want, norm), exact, (d_read.double(), d_lse.double()))
+                for x, y in zip(found, right):
+                    assert (x - y).abs().max() <= 1e-2 * y.abs().max(), (T, N, K, V, scale)
 k[3, 1] = torch.nan
 assert mk.softmax_read(q[:, :2].contiguous(), k[:, :2].contiguous(), v, backend="cpu").isnan().all()
 """

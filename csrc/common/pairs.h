@@ -19,6 +19,36 @@ bool are_pairs(DType query, const SlotView& keys, int64_t K) {
          K % 2 == 0;
 }
 
+// Pairs of two columns of the rows of a block: as they lie, unless slots are left out or rows begin at odd places.
+template <class F>
+inline void pair_columns(const SlotBlock<F>& block, const typename Slots<F>::Source& source, int64_t first,
+                         int64_t width, F* buffer, const F*& rows, int64_t& stride) {
+  if (block.which == nullptr && source.stride % 4 == 0) {
+    rows = reinterpret_cast<const F*>(source.row(first)), stride = source.stride / 4;
+    return;
+  }
+  rows = buffer, stride = width / 2;
+  for (int64_t j = 0; j < block.n; ++j)
+    std::memcpy(buffer + j * stride, source.row(first + block.place(j)), size_t(width) * 2);
+}
+
+// Pairs of two rows, out[j][c] = (row 2 j, row 2 j + 1)[c], the last perhaps alone; rows of `stride` pairs, zeros behind the end.
+template <class Row>
+inline void pair_rows(int64_t rows, int64_t width, int64_t stride, float* out, Row&& row) {
+  const auto number = [](const char* p, int64_t c) {
+    uint16_t x;
+    std::memcpy(&x, p + 2 * c, 2);
+    return uint32_t(x);
+  };
+  for (int64_t j = 0; j < rows; j += 2, out += stride) {
+    const bool alone = j + 1 == rows;
+    const char *a = row(j), *b = alone ? a : row(j + 1);
+    const uint32_t both = alone ? 0xffff : 0xffffffff;
+    for (int64_t c = 0; c < width; ++c) out[c] = from_bits((number(a, c) | number(b, c) << 16) & both);
+    for (int64_t c = width; c < stride; ++c) out[c] = 0;
+  }
+}
+
 // Scores of many tokens, lanes are tokens: of numbers, or of pairs of two columns, queries [K / 2][lanes] and keys [slot][K / 2].
 template <class F>
 struct ColumnScores {
@@ -40,14 +70,7 @@ struct ColumnScores {
   SlotBlock<F> load(int64_t first, int64_t count, const typename Slots<F>::Buffers& buffers) const {
     if (!pairs) return slots.load(first, count, buffers);
     SlotBlock<F> block = slots.list(first, count, buffers);
-    const auto& key = slots.stored_keys();
-    if (block.which == nullptr && key.stride % 4 == 0) {
-      block.keys = reinterpret_cast<const F*>(key.row(first)), block.ks = key.stride / 4;
-      return block;
-    }
-    block.keys = buffers.keys, block.ks = K / 2;
-    for (int64_t j = 0; j < block.n; ++j)
-      std::memcpy(buffers.keys + j * block.ks, key.row(first + block.place(j)), size_t(K) * 2);
+    pair_columns(block, slots.stored_keys(), first, K, buffers.keys, block.keys, block.ks);
     return block;
   }
 
@@ -68,21 +91,28 @@ struct ColumnScores {
   }
 };
 
-// Pairs of two slots, out[j][v] = (row 2 j, row 2 j + 1)[v]; the last may be alone.
-inline void pair_values(const SlotBlock<float>& block, const Slots<float>::Source& value, int64_t first, int64_t V,
-                        float* out) {
-  const auto number = [](const char* row, int64_t v) {
-    uint16_t x;
-    std::memcpy(&x, row + 2 * v, 2);
-    return uint32_t(x);
-  };
-  for (int64_t j = 0; j < block.n; j += 2, out += V) {
-    const char* a = value.row(first + block.place(j));
-    const bool alone = j + 1 == block.n;
-    const char* b = alone ? a : value.row(first + block.place(j + 1));
-    const uint32_t both = alone ? 0xffff : 0xffffffff;
-    for (int64_t v = 0; v < V; ++v) out[v] = from_bits((number(a, v) | number(b, v) << 16) & both);
+#if defined(__AVX512F__)
+// Rows of n tiles of scores rounded in place, S[slot][lanes / 2]: pairs of two tokens.
+inline void pair_tokens(float* S, int64_t slots, int64_t L) {
+  for (int64_t j = 0; j < slots; ++j) {
+    for (int64_t l = 0; l < L; l += 2 * kLanes<float>) {
+      const bool whole = l + kLanes<float> < L;
+      const Vec<float> a = load<float>(S + j * L + l), b = whole ? load<float>(S + j * L + l + kLanes<float>) : a;
+      const Vec<float> x = rounded(a, b);
+      std::memcpy(S + (j * L + l) / 2, &x, whole ? sizeof x : sizeof x / 2);
+    }
   }
 }
+
+// out[j][lane] = the pair of slots 2 j and 2 j + 1, the last perhaps alone.
+inline void pair_slots(const float* S, int64_t slots, int64_t L, float* out) {
+  for (int64_t j = 0; j < slots; j += 2, out += L) {
+    for (int64_t l = 0; l < L; l += kLanes<float>) {
+      const Vec<float> b = j + 1 < slots ? load<float>(S + (j + 1) * L + l) : fill<float>(0);
+      store<float>(out + l, pairs_of(load<float>(S + j * L + l), b));
+    }
+  }
+}
+#endif
 
 }  // namespace mk::MK_ISA

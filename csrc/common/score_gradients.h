@@ -6,8 +6,8 @@
 // results is bounded (kPartialBytes) however long the inputs are.
 #pragma once
 
+#include "common/pairs.h"
 #include "common/parallel.h"
-#include "common/scores.h"
 #include "common/streaming.h"
 
 namespace mk::MK_ISA {
@@ -30,6 +30,7 @@ struct GradientShape {
   int64_t chunk, chunks;  // slots
   int64_t panel, panels;  // tokens, a multiple of tile
   bool few;
+  bool pairs = false;  // products are of pairs of bfloat16, into which P and D are rounded
 
   GradientShape(const Lead& lead, int64_t T, int64_t n, int64_t k, int64_t v, bool rows_only)
       : batches(lead.batches()),
@@ -128,12 +129,28 @@ inline void scatter_rows(const View& view, const Lead& lead, int64_t batch, bool
   });
 }
 
+// A block of slots; of pairs its rows as pairs of columns, and its keys as pairs of slots too, [block / 2][KP].
+template <class F>
+SlotBlock<F> gradient_block(const Slots<F>& slots, const GradientShape<F>& s, int64_t first, int64_t count,
+                            const typename Slots<F>::Buffers& buffers, [[maybe_unused]] F* keys2) {
+  if constexpr (kHasPairs<F>) {
+    if (s.pairs) {
+      SlotBlock<F> block = slots.list(first, count, buffers);
+      pair_columns(block, slots.stored_keys(), first, s.K, buffers.keys, block.keys, block.ks);
+      pair_columns(block, slots.stored_values(), first, s.V, buffers.values, block.values, block.vs);
+      pair_rows(block.n, s.K, s.KP, keys2, [&](int64_t j) { return slots.stored_keys().row(first + block.place(j)); });
+      return block;
+    }
+  }
+  return slots.load(first, count, buffers);
+}
+
 // Runs the scheme above. `Kernel` supplies what differs between ops:
 //   size_t packed(shape)                 elements of F that it packs per tile
 //   void pack(batch, t0, n, F* tile)     packs n tokens
 //   size_t scratch(shape)                bytes of its own per task
 //   void tile(batch, first, count, block, t0, n, const F* packed, F* P, F* D, TileStrides)   fills P (if wanted) and D = dS
-//   const F* queries(packed), const F* reads(packed)   padded rows [n][KP] and [n][VP] in the packed tile
+//   const F* queries(packed), const F* reads(packed)   padded rows [n][KP] and [n][VP] in the packed tile; of pairs [n / 2] of them
 template <class F, class Kernel>
 void score_gradients(const Lead& lead, const SlotView& keys, const SlotView& values, const View& mask, double scale,
                      const GradientShape<F>& s, const GradientViews& out, const Kernel& kernel) {
@@ -154,7 +171,7 @@ void score_gradients(const Lead& lead, const SlotView& keys, const SlotView& val
 
     Arena measure;
     Slots<F>::buffers(measure, kSlotBlock, s.K, s.V);
-    measure.take<F>(2 * kSlotBlock * most(s.lanes, kLanes<F>) + kSlotBlock * (s.KP + s.VP + 1));
+    measure.take<F>(3 * kSlotBlock * most(s.lanes, kLanes<F>) + kSlotBlock * (2 * s.KP + s.VP + 1));
     const size_t bytes = measure.used() + kernel.scratch(s) + 8 * 64;
 
     for (int64_t panel = 0; panel < s.panels; ++panel) {
@@ -173,6 +190,8 @@ void score_gradients(const Lead& lead, const SlotView& keys, const SlotView& val
         F* dk = arena.take<F>(kSlotBlock * s.KP);
         F* dv = arena.take<F>(kSlotBlock * s.VP);
         F* dm = arena.take<F>(kSlotBlock);
+        F* D2 = arena.take<F>(s.pairs ? kSlotBlock * s.lanes : 0);  // D as pairs of slots, and keys
+        F* keys2 = arena.take<F>(s.pairs ? kSlotBlock * s.KP : 0);
         F* dq = query ? partials + c * partial : nullptr;
         F* sums = token_sums + c * s.panel;
         if (query) std::memset(dq, 0, size_t(partial) * sizeof(F));
@@ -180,7 +199,7 @@ void score_gradients(const Lead& lead, const SlotView& keys, const SlotView& val
         const int64_t hi = least((c + 1) * s.chunk, s.N);
         for (int64_t i = c * s.chunk; i < hi; i += kSlotBlock) {
           const int64_t count = least(kSlotBlock, hi - i);
-          const SlotBlock<F> block = slots.load(i, count, buffers);
+          const SlotBlock<F> block = gradient_block(slots, s, i, count, buffers, keys2);
           for (int64_t j = 0; j < block.n; ++j) dm[j] = 0;
           for (int64_t x = 0; x < live && block.n > 0; ++x) {
             const int64_t n = least(s.tile, pn - x * s.tile);
@@ -189,6 +208,24 @@ void score_gradients(const Lead& lead, const SlotView& keys, const SlotView& val
             const F* tile = packed + x * tile_elements;
             kernel.tile(batch, i, block, p0 + x * s.tile, n, tile, P, D, at, arena);
             const bool more = x > 0;
+            if (out.mask || out.tokens) add_sums<F>(D, at, n, block.n, dm, out.tokens ? sums + x * s.tile : nullptr);
+            if constexpr (kHasPairs<F>) {
+              if (s.pairs) {
+                const int64_t t2 = div_up(n, 2), L2 = L / 2;
+                if (query) pair_slots(D, block.n, L, D2);
+                pair_tokens(P, block.n, L);
+                pair_tokens(D, block.n, L);
+                if (out.values)
+                  gemm_pairs({block.n, s.VP, t2, P, L2, 1, kernel.reads(s, tile), s.VP, dv, s.VP, more}, 1);
+                if (out.keys)
+                  gemm_pairs({block.n, s.KP, t2, D, L2, 1, kernel.queries(s, tile), s.KP, dk, s.KP, more}, 1);
+                if (query) {
+                  gemm_pairs({n, s.KP, div_up(block.n, 2), D2, 1, L, keys2, s.KP, dq + x * s.tile * s.KP, s.KP, true},
+                             1);
+                }
+                continue;
+              }
+            }
             if (out.values)
               gemm(Gemm<F>{block.n, s.VP, n, P, at.is, at.ts, kernel.reads(s, tile), s.VP, dv, s.VP, more});
             if (out.keys)
@@ -197,7 +234,6 @@ void score_gradients(const Lead& lead, const SlotView& keys, const SlotView& val
               gemm(
                   Gemm<F>{n, s.KP, block.n, D, at.ts, at.is, block.keys, block.ks, dq + x * s.tile * s.KP, s.KP, true});
             }
-            if (out.mask || out.tokens) add_sums<F>(D, at, n, block.n, dm, out.tokens ? sums + x * s.tile : nullptr);
           }
           const bool start = panel == 0;
           if (out.keys) {

@@ -250,13 +250,17 @@ MK_INLINE void sigmoid2(Vec<F> t, Vec<F>& a, Vec<F>& keep) {
 }
 
 #if defined(__AVX512F__)
-// Both rounded to bfloat16, lane by lane side by side, `a` first. For Isa::avx512bf16.
-MK_INLINE Vec<float> pairs_of(Vec<float> a, Vec<float> b) {
-  __m512i x;
+// Both rounded to bfloat16, those of `a` first. For Isa::avx512bf16; by name, as files are compiled for processors that lack it.
+MK_INLINE Vec<float> rounded(Vec<float> a, Vec<float> b) {
+  Vec<float> x;
   asm("vcvtne2ps2bf16 %2, %1, %0" : "=v"(x) : "v"(b), "v"(a));
+  return x;
+}
+// The same lane by lane, side by side.
+MK_INLINE Vec<float> pairs_of(Vec<float> a, Vec<float> b) {
   const __m512i low = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-  return (Vec<float>)_mm512_permutexvar_epi16(
-      _mm512_add_epi32(low, _mm512_slli_epi32(_mm512_add_epi32(low, _mm512_set1_epi32(16)), 16)), x);
+  const __m512i both = _mm512_add_epi32(low, _mm512_slli_epi32(_mm512_add_epi32(low, _mm512_set1_epi32(16)), 16));
+  return (Vec<float>)_mm512_permutexvar_epi16(both, (__m512i)rounded(a, b));
 }
 #endif
 

@@ -2,6 +2,7 @@
 // never looked at, and a mostly empty memory costs only what is in it.
 #pragma once
 
+#include "common/parallel.h"
 #include "common/rows.h"
 
 namespace mk::MK_ISA {

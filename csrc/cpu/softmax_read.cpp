@@ -143,7 +143,8 @@ void columns(const SoftmaxRead& p, const Slots<F>& slots, const TokenRows& query
     const SlotBlock<F> block = scores.load(i, least(kSlotBlock, hi - i), buffers);
     if (block.n == 0) continue;
     if constexpr (kHasPairs<F>) {
-      if (pairs) pair_values(block, slots.stored_values(), i, p.V, buffers.values);
+      const auto value = [&](int64_t j) { return slots.stored_values().row(i + block.place(j)); };
+      if (pairs) pair_rows(block.n, p.V, p.V, buffers.values, value);
     }
     typename Slots<F>::Ahead next(slots, least(i + kSlotBlock, hi), least(i + 2 * kSlotBlock, hi));
     const auto ask = [&] { next.ask(lines); };

@@ -3,7 +3,8 @@
 //   dS = p * (dP - delta),  dq = scale dS K,  dK = scale dS^T Q,  dV = P^T dR,  dmask_i = sum_t dS[t, i]
 //
 // Five products per tile, all in cache (score_gradients.h says what runs in parallel and in which order it is summed); scores are
-// computed again from lse rather than stored. Many tokens: lanes are tokens for s and dP; few: lanes are slots.
+// computed again from lse rather than stored. Many tokens: lanes are tokens for s and dP; few: lanes are slots. Many of bfloat16 where the
+// processor multiplies pairs: s and dP are products of the numbers given, P and dS are rounded before the other three.
 #include "common/score_gradients.h"
 #include "cpu/softmax_read.h"
 
@@ -35,8 +36,8 @@ struct Kernel {
     F* dr = const_cast<F*>(reads(s, tile));
     F* sq = const_cast<F*>(scaled(s, tile));
     const F factor = F(f.scale * kLog2e);
-    rows_query<F>(query, t0, n, f.K, F(1), q);
     rows_query<F>(d_read, t0, n, f.V, F(1), dr);
+    if (!s.pairs) rows_query<F>(query, t0, n, f.K, F(1), q);
     for (int64_t t = 0; t < s.lanes; ++t) {
       lse2[t] = kInf<F>;  // a token that reads nothing, and a lane without a token, have p = exp2(s - inf) = 0
       delta[t] = 0;
@@ -55,6 +56,17 @@ struct Kernel {
       return;
     }
     const int64_t L = round_up(n, kLanes<F>);
+    if constexpr (kHasPairs<F>) {
+      if (s.pairs) {
+        pair_rows(n, f.K, s.KP, q, [&](int64_t t) { return query.row(t0 + t); });
+        pair_rows(n, f.V, s.VP, dr, [&](int64_t t) { return d_read.row(t0 + t); });
+        const auto bits = [](const char* row) { return reinterpret_cast<const F*>(row); };
+        pack_lanes<F, true>(n, L, f.K / 2, 1, nullptr, sq, [&](int64_t t, F*) { return bits(query.row(t0 + t)); });
+        pack_lanes<F, true>(n, L, f.V / 2, 1, nullptr, sq + s.lanes * f.K,
+                            [&](int64_t t, F*) { return bits(d_read.row(t0 + t)); });
+        return;
+      }
+    }
     pack_lanes<F>(n, L, f.K, factor, nullptr, sq, [&](int64_t t, F*) { return q + t * s.KP; });
     pack_lanes<F>(n, L, f.V, F(1), nullptr, sq + s.lanes * f.K, [&](int64_t t, F*) { return dr + t * s.VP; });
   }
@@ -77,8 +89,18 @@ struct Kernel {
       return;
     }
     const int64_t L = round_up(n, W);
-    score_columns<F>(block, s.K, scaled(s, tile), L, P);
-    gemm(Gemm<F>{block.n, L, s.V, block.values, block.vs, 1, scaled(s, tile) + s.lanes * s.K, L, D, L, false});
+    const F *q = scaled(s, tile), *dr = q + s.lanes * s.K;
+    if constexpr (kHasPairs<F>) {
+      if (s.pairs) {
+        gemm_pairs({block.n, L, s.K / 2, block.keys, block.ks, 1, q, L, P, L, false}, F(p.forward.scale * kLog2e));
+        add_mask(block, L, P);
+        gemm_pairs({block.n, L, s.V / 2, block.values, block.vs, 1, dr, L, D, L, false}, 1);
+      }
+    }
+    if (!s.pairs) {
+      score_columns<F>(block, s.K, q, L, P);
+      gemm(Gemm<F>{block.n, L, s.V, block.values, block.vs, 1, dr, L, D, L, false});
+    }
     for (int64_t l = 0; l < L; l += W) {
       const Vec<F> base = load<F>(lse2 + l), d = load<F>(delta + l);
       for (int64_t j = l; j < block.n * L; j += L) {
@@ -93,7 +115,9 @@ struct Kernel {
 template <class F>
 void run(const SoftmaxReadBackward& p) {
   const SoftmaxRead& f = p.forward;
-  const GradientShape<F> s(f.lead, f.T, f.N, f.K, f.V, false);
+  GradientShape<F> s(f.lead, f.T, f.N, f.K, f.V, false);
+  s.pairs = !s.few && are_pairs<F>(f.query.dtype, f.keys, f.K) && f.values.dtype == DType::bf16 &&
+            p.d_read.dtype == DType::bf16 && f.V > 0 && f.V % 2 == 0;
   score_gradients<F>(f.lead, f.keys, f.values, f.mask, f.scale, s, {p.d_query, p.d_keys, p.d_values, p.d_mask, {}},
                      Kernel<F>{p, s});
 }
