@@ -88,7 +88,8 @@ for T, N, K, V, slots in ((33, 97, 64, 24, 97), (200, 1200, 10, 7, 900), (64, 30
                 if scale < 0:  # saturated: dS is the rounding of the read
                     continue
                 with torch.enable_grad():
-                    given, exact = ([x.clone().to(d).requires_grad_() for x in (q, keys, v)] for d in (q.dtype, torch.float64))
+                    given = [x.clone().requires_grad_() for x in (q, keys, v)]
+                    exact = [x.double().requires_grad_() for x in (q, keys, v)]
                     r, l = mk.softmax_read(*given, scale=scale, slot_mask=m, return_lse=True, backend="cpu")
                     s = scale * exact[0] @ exact[1].T + bias
                     want, norm = torch.softmax(s, -1) @ exact[2], torch.logsumexp(s, -1)
