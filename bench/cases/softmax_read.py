@@ -53,7 +53,7 @@ def _forward(t, n, kv, quick, *goals, dtype="float32", **more):
     )
 
 
-def _backward(t, n, kv, quick, *goals):
+def _backward(t, n, kv, quick, *goals, dtype="float32"):
     return Case(
         op="softmax_read",
         sizes=_sizes(t, n, kv),
@@ -61,6 +61,7 @@ def _backward(t, n, kv, quick, *goals):
         make=make,
         flops=backward_flops,
         bytes=backward_bytes,
+        dtype=dtype,
         direction="backward",
         grads=("query", "keys", "values"),
         goals=goals,
@@ -79,6 +80,7 @@ CASES = [
     _forward(1, 1 << 20, 128, (1, 1 << 17, 128), bandwidth(0.85), dtype="bfloat16"),
     _backward(1024, 4096, 128, (512, 1024, 128), ratio(2.2, SDPA), peak(0.65)),
     _backward(1024, 4096, 64, (512, 1024, 64), ratio(2.2, SDPA), peak(0.65)),
+    _backward(1024, 4096, 128, (512, 1024, 128), dtype="bfloat16"),
     _backward(1, 1 << 19, 128, (1, 1 << 16, 128), ratio(4.5, SDPA)),
     _backward(8, 1 << 19, 128, (8, 1 << 16, 128), ratio(4.5, SDPA)),
     _forward(*TINY, TINY, ratio(1 / 3, SDPA), name="call overhead, inference"),
