@@ -3,7 +3,7 @@
 A block stands between ``<!-- generated: NAME -->`` and ``<!-- end: NAME -->``:
 
 - ``ops``: the table of operations, from their declarations and the kernels that the dispatcher knows;
-- ``speed``: the picture of the newest committed result file, drawn by ``bench.report``;
+- ``speed``: the picture of one of the committed result files, drawn by ``bench.report``;
 - ``performance``: pictures and tables of the same files, printed by ``bench.report``;
 - ``ladder``, ``limits``: what each step bought, and what loops reach on a free and on a busy core, recorded in
   ``bench/results/ladder.json``.
@@ -84,11 +84,12 @@ def result_files() -> list[Path]:
 
 
 def speed(before: str) -> str:
-    """The picture of the newest result file."""
-    newest = max(result_files(), key=lambda file: json.loads(file.read_text())["rows"][0]["date"], default=None)
-    if newest is None:
+    """The picture of the result file with the most cases, of several the newest: not of a forced instruction set."""
+    if not result_files():
         return EMPTY
-    return f"![Speed against the best peer, and share of the ceiling](docs/performance-{newest.stem}.png)\n"
+    rows = {file: json.loads(file.read_text())["rows"] for file in result_files()}
+    best = max(rows, key=lambda file: (len(rows[file]), rows[file][0]["date"]))
+    return f"![Speed against the best peer, and share of the ceiling](docs/performance-{best.stem}.png)\n"
 
 
 def report(pictures_to: Path) -> str:
