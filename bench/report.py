@@ -49,7 +49,7 @@ def plot(rows: list[dict], path: Path) -> None:
     for i in with_ratio:
         ahead = ratios[i] >= 1
         left.annotate(
-            f"{ratios[i]:.2g}x {timed[i]['best_peer']}",
+            f"{ratios[i]:.{0 if ratios[i] >= 10 else 2 if ratios[i] < 1 else 1}f}x {timed[i]['best_peer']}",
             (ratios[i], i),
             xytext=(4 if ahead else -4, 0),
             textcoords="offset points",

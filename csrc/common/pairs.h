@@ -1,5 +1,5 @@
-// Rows of bfloat16 for gemm_pairs(). Scores are products of the numbers given, exact but for the sum in float32; weights are rounded
-// to bfloat16, whose sum is that of the weights before.
+// Rows of bfloat16 for gemm_pairs(). Scores are products of the numbers given, exact but for the sum in float32; weights are summed
+// before they are rounded to bfloat16.
 #pragma once
 
 #include "common/scores.h"
@@ -92,7 +92,7 @@ struct ColumnScores {
 };
 
 #if defined(__AVX512F__)
-// Rows of n tiles of scores rounded in place, S[slot][lanes / 2]: pairs of two tokens.
+// S[slot][lanes] rounded in place, [slot][lanes / 2]: pairs of two tokens.
 inline void pair_tokens(float* S, int64_t slots, int64_t L) {
   for (int64_t j = 0; j < slots; ++j) {
     for (int64_t l = 0; l < L; l += 2 * kLanes<float>) {

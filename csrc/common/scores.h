@@ -120,7 +120,7 @@ inline void dot_groups(const F* rows, int64_t stride, int64_t padded, const F* x
   }
 }
 
-// out[t][slot] = <rows_slot, x_t>, lanes are slots, padded to whole registers with `rest`; x has padded rows.
+// out[t][slot] = <rows_slot, x_t>, lanes are slots, padded to whole registers with `rest`; x has padded rows. `ahead` as above.
 template <class F>
 inline void dot_rows(int64_t slots, const F* rows, int64_t stride, int64_t width, const F* x, int64_t n, F rest, F* out,
                      int64_t ld, int64_t ahead = 0) {
