@@ -6,9 +6,6 @@
 
 namespace mk::MK_ISA {
 
-// What the products of a kernel are of.
-enum class Of { numbers, pairs };
-
 template <class F>
 constexpr bool kHasPairs = MK_BYTES == 64 && sizeof(F) == 4;
 

@@ -52,9 +52,6 @@ MK_INLINE F element(const F* p) {
   return x;
 }
 
-// As in common/pairs.h.
-enum class Of { numbers, pairs };
-
 template <Of E, class F>
 MK_INLINE void multiply_add(Vec<F>& acc, Vec<F> a, Vec<F> b) {
 #if defined(__AVX512F__)

@@ -7,6 +7,9 @@
 
 namespace mk {
 
+// What a product is of: numbers, or pairs of bfloat16.
+enum class Of { numbers, pairs };
+
 // A is read as scalars: element (m, k) at a[m * rs + k * cs], and rs or cs is 1: A or its transpose, as it lies in memory.
 // B and C are rows of L lanes with strides ldb and ldc. L is a multiple of the register width.
 template <class F>

@@ -5,9 +5,9 @@
 //
 // Many tokens (`columns`): lanes are tokens. Panels of 64 tokens are packed once, [K][lanes]; the scores S[slot][lane], the
 // maximum, the sum and the read [V][lane] then need no shuffle at all, and keys and values are broadcast from where they lie:
-// both products are gemm() on unpacked memory, gemm_pairs() of bfloat16 where the processor is faster at that. A block of 96 slots keeps S in L1. Every key and value is used for up to 256
-// tokens each time it comes from memory: bound by multiply-adds. Packing keys and values in strips for the product made it 8%
-// faster and cost 9% (K = V = 128, N = 4096), so they stay where they are.
+// both products are gemm() on unpacked memory, gemm_pairs() of bfloat16 where the processor is faster at that. A block of 96 slots
+// keeps S in L1. Every key and value is used for up to 256 tokens each time it comes from memory: bound by multiply-adds. Packing
+// keys and values in strips for the product made it 8% faster and cost 9% (K = V = 128, N = 4096), so they stay where they are.
 // Few tokens (`rows`): lanes are slots for the scores (dot products, summed 16 rows at a time) and value columns for the read. Every
 // key and value is read once: bound by bandwidth.
 // One or two tokens, rows of 16 or 8 bits (`stored_rows`): rows are converted in registers, once for each token, and never written.
