@@ -51,7 +51,6 @@ def _cuda_seconds(calls: Calls, first: int, count: int) -> float:
 
 SECONDS = {"cpu": _cpu_seconds, "cuda": _cuda_seconds}
 SHORTEST_SAMPLE = 5e-3  # seconds: a thousand times the resolution and the cost of the timer
-LONGEST_WAKE_UP = 20e-3
 LEAST_ROUNDS, MOST_ROUNDS = 5, 200
 LEAST_SAMPLES = 3
 
@@ -65,14 +64,15 @@ def interleave(variants: dict[str, Calls], device: str, seconds: float) -> dict[
         rounds after its third, so that one slow peer does not set the length of the run.
 
     A round takes every variant once, in a new order. Before a sample there is a pause in which the threads of the
-    variant before stop spinning, and one untimed call that wakes this variant's own, unless a call is so long that
-    waking does not matter.
+    variant before stop spinning, and one untimed call: it wakes this variant's own threads, and a virtual machine gives
+    memory that was free for some seconds back to its host, from where a result of 1 GiB takes ten times as long as from
+    the call before.
     """
     clock = SECONDS[device]
     order = list(variants)
     shuffled = random.Random(0)
     once = {name: clock(variants[name], 0, 1) for name in order}
-    once = {name: min(clock(variants[name], 1, 1), t) if t < LONGEST_WAKE_UP else t for name, t in once.items()}
+    once = {name: min(clock(variants[name], 1, 1), t) for name, t in once.items()}
     count = {name: max(1, math.ceil(SHORTEST_SAMPLE / once[name])) for name in order}
     position = dict.fromkeys(order, 2)
     spent = dict.fromkeys(order, 0.0)
@@ -89,9 +89,8 @@ def interleave(variants: dict[str, Calls], device: str, seconds: float) -> dict[
                 if spent[name] > seconds / 2 and len(samples[name]) >= LEAST_SAMPLES and len(order) > 1:
                     continue
                 time.sleep(2e-3)
-                if once[name] < LONGEST_WAKE_UP:
-                    clock(variants[name], position[name], 1)
-                    position[name] += 1
+                clock(variants[name], position[name], 1)
+                position[name] += 1
                 taken = clock(variants[name], position[name], count[name])
                 spent[name] += taken
                 samples[name].append(taken / count[name])

@@ -14,7 +14,7 @@ void check_indices(const char* op, const Choice& c, const char* argument) {
   check(wrong == -1, op, ": ", argument, " must be in [-1, ", c.N, "), got ", wrong);
 }
 
-bool zero_pages(char* data, size_t bytes) {
+bool zero_pages(char* data, size_t bytes, size_t rows, size_t row_bytes) {
 #if defined(__linux__)
   // From this size on the C library maps memory of its own for every allocation, so no page here is warm.
   constexpr size_t kLarge = size_t(32) << 20;
@@ -30,11 +30,15 @@ bool zero_pages(char* data, size_t bytes) {
   for (volatile char* mark : marks) {
     if (*mark != 0) return false;
   }
+  // A page of 4 KiB costs as much when it is first touched as four of the 512 that are made at once in one of 2 MiB. Two
+  // threads, dense gradient of sparse_read, 2^20 rows of 1 KiB of which 131072 are chosen: 184 -> 96 ms with freeing it.
+  constexpr size_t kAtOnce = 4;
+  if (kAtOnce * rows * (row_bytes / page + 1) >= length / page) want_huge_pages(begin, length);
   std::memset(data, 0, size_t(begin - data));
   std::memset(begin + length, 0, size_t(data + bytes - (begin + length)));
   return true;
 #else
-  (void)data, (void)bytes;
+  (void)data, (void)bytes, (void)rows, (void)row_bytes;
   return false;
 #endif
 }

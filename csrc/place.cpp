@@ -8,10 +8,8 @@
 #endif
 
 namespace mk {
-namespace {
 
 // Pages of a fresh result are made when they are first written, 4 KiB at a time (what that costs: bench/results/ladder.json).
-// Where the system leaves it to the program (transparent_hugepage: madvise) they can be 2 MiB large.
 void want_huge_pages([[maybe_unused]] char* data, [[maybe_unused]] size_t bytes) {
 #if defined(__linux__)
   constexpr size_t kLarge = size_t(4) << 20;
@@ -20,8 +18,6 @@ void want_huge_pages([[maybe_unused]] char* data, [[maybe_unused]] size_t bytes)
   madvise(data + gap, (bytes - gap) / page * page, MADV_HUGEPAGE);  // a wish: refused, nothing changes
 #endif
 }
-
-}  // namespace
 
 Tensor empty(const Sizes& sizes, ScalarType dtype, bool whole) {
   Tensor t = torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(sizes.data(), sizes.size()), dtype);

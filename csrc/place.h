@@ -17,6 +17,9 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Sizes = std::vector<int64_t>;
 
+// Asks for pages of 2 MiB where the system leaves that to the program (transparent_hugepage: madvise). Small pieces are left alone.
+void want_huge_pages(char* data, size_t bytes);
+
 // A fresh, uninitialised tensor on the device of the call. `whole`: all of it will be written.
 Tensor empty(const Sizes& sizes, ScalarType dtype, bool whole = true);
 

@@ -24,7 +24,7 @@ std::tuple<Tensor, Tensor> backward(const Tensor& query, const Tensor& subkeys, 
   in.args.floats({in.query, ds});
   ProductKeySearchBackward p = in.backward(k, scale, chosen);
   const Gradient d_query(in.args, in.query, wants[0], Side::tokens, 2);
-  const ChosenGradient d_subkeys(in.args, in.subkeys, wants[1], 2);
+  const ChosenGradient d_subkeys(in.args, in.subkeys, wants[1], 2, *chosen);
   p.halves.d_scores = in.args.view(ds, 2), p.halves.d_query = d_query.view(), p.halves.d_keys = d_subkeys.out();
   MK_CALL(product_key_search_backward, p);
   return {whole(d_query.result()), d_subkeys.result()};

@@ -56,7 +56,7 @@ Two run_backward(const Tensor& values, const Tensor& indices, const Tensor& weig
   in.args.floats({in.weights, dr});
   in.fill(p);
   b.d_read = in.args.view(dr, 2);
-  const ChosenGradient d_values(in.args, in.values, wants_values, 2);
+  const ChosenGradient d_values(in.args, in.values, wants_values, 2, *in.indices);
   const Gradient d_weights(in.args, in.weights, wants_weights, Side::tokens, 2);
   b.d_values = d_values.out(), b.d_weights = d_weights.view();
   MK_CALL(sparse_read_backward, b);

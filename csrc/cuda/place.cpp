@@ -69,6 +69,6 @@ bool Launching::allows_tf32(void*) {
 // Looking at the indices would make the host wait. Kernels never follow one out of the memory: its row reads as NaN.
 void check_indices(const char*, const Choice&, const char*) {}
 
-bool zero_pages(char*, size_t) { return false; }
+bool zero_pages(char*, size_t, size_t, size_t) { return false; }
 
 }  // namespace mk
