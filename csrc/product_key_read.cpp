@@ -46,7 +46,8 @@ Three backward(const Tensor& query, const Tensor& subkeys, const Tensor& values,
       in.backward(k, scale, chosen), in.V, in.args.view(in.values, 2), in.args.view(w, 2), in.args.view(dr, 2),
       in.args.view(dw, 2),           {}};
   const Gradient d_query(in.args, in.query, wants[0], Side::tokens, 2);
-  const ChosenGradient d_subkeys(in.args, in.subkeys, wants[1], 2, *chosen), d_values(in.args, in.values, wants[2], 2, *chosen);
+  const ChosenGradient d_subkeys(in.args, in.subkeys, wants[1], 2, *chosen),
+      d_values(in.args, in.values, wants[2], 2, *chosen);
   p.search.halves.d_query = d_query.view(), p.search.halves.d_keys = d_subkeys.out(), p.d_values = d_values.out();
   MK_CALL(product_key_read_backward, p);
   return {whole(d_query.result()), d_subkeys.result(), for_one(d_values.result())};

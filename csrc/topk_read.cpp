@@ -78,7 +78,8 @@ Four run_backward(const Tensor& query, const Tensor& keys, const Tensor& values,
   p.weights = in.args.view(w, 2), p.d_read = in.args.view(dr, 2), p.d_weights = in.args.view(dw, 2);
   const bool masked = in.mask != nullptr && in.mask->scalar_type() != ScalarType::Bool;
   const Gradient d_query(in.args, in.query, wants[0], Side::tokens, 2);
-  const ChosenGradient d_keys(in.args, in.keys, wants[1], 2, *chosen), d_values(in.args, in.values, wants[2], 2, *chosen);
+  const ChosenGradient d_keys(in.args, in.keys, wants[1], 2, *chosen),
+      d_values(in.args, in.values, wants[2], 2, *chosen);
   const ChosenGradient d_mask(in.args, in.mask, wants[3] && masked, 1, *chosen);
   s.d_query = d_query.view(), s.d_keys = d_keys.out(), s.d_mask = d_mask.out(), p.d_values = d_values.out();
   MK_CALL(topk_read_backward, p);

@@ -65,7 +65,8 @@ Three run_backward(const Tensor& query, const Tensor& keys, const std::optional<
   p.d_scores = in.args.view(ds, 2);
   const bool masked = in.mask != nullptr && in.mask->scalar_type() != ScalarType::Bool;
   const Gradient d_query(in.args, in.query, wants[0], Side::tokens, 2);
-  const ChosenGradient d_keys(in.args, in.keys, wants[1], 2, *chosen), d_mask(in.args, in.mask, wants[2] && masked, 1, *chosen);
+  const ChosenGradient d_keys(in.args, in.keys, wants[1], 2, *chosen),
+      d_mask(in.args, in.mask, wants[2] && masked, 1, *chosen);
   p.d_query = d_query.view(), p.d_keys = d_keys.out(), p.d_mask = d_mask.out();
   MK_CALL(topk_search_backward, p);
   return {d_query.result(), d_keys.result(), d_mask.result()};

@@ -1,4 +1,7 @@
-"""Results from 16 MiB on, which the CPU kernels write past the caches: against float64, bits free of the threads."""
+"""Results from 16 MiB on, which CPU kernels write past the caches or, of chosen rows, into zero pages.
+
+Against float64, and the same bits for any number of threads.
+"""
 
 from __future__ import annotations
 
@@ -29,12 +32,20 @@ def _words(op):
     return lambda z, c, **how: op(z, c, tokens, 0.3, **how), (z, c), torch.randn_like(z)
 
 
+def _chosen(T: int):
+    v, w, i = torch.randn(1 << 16, 128), torch.rand(T, 8), torch.randint(0, 1 << 16, (T, 8))
+    return lambda v, w, **how: mk.sparse_read(v, i, w, **how), (v, w), torch.randn(T, 128)
+
+
 CASES = {
     "few tokens": lambda: _read(3),
+    "eight tokens": lambda: _read(8),
     "many tokens": lambda: _read(65),
     "gated_scan": _scan,
     "cache_nll": lambda: _words(mk.cache_nll),
     "cache_logprobs": lambda: _words(mk.cache_logprobs),
+    "few rows chosen": lambda: _chosen(4),
+    "many rows chosen": lambda: _chosen(2048),
 }
 
 

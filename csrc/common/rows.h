@@ -177,4 +177,24 @@ inline void pack_lanes(int64_t rows, int64_t lanes, int64_t cols, F factor, F* b
   }
 }
 
+// The way back: out[r * stride + c] = columns[c * lanes + r], for all lanes, whole registers of them.
+template <class F>
+inline void unpack_lanes(const F* columns, int64_t lanes, int64_t width, F* out, int64_t stride) {
+  constexpr int W = kLanes<F>;
+  for (int64_t r = 0; r < lanes; r += W, columns += W, out += W * stride) {
+    int64_t c = 0;
+    for (; c + W <= width; c += W) {
+      Vec<F> x[W];
+#pragma GCC unroll 16
+      for (int i = 0; i < W; ++i) x[i] = load<F>(columns + (c + i) * lanes);
+      transpose<F>(x);
+#pragma GCC unroll 16
+      for (int i = 0; i < W; ++i) store<F>(out + i * stride + c, x[i]);
+    }
+    for (; c < width; ++c) {
+      for (int64_t i = 0; i < W; ++i) out[i * stride + c] = columns[c * lanes + i];
+    }
+  }
+}
+
 }  // namespace mk::MK_ISA

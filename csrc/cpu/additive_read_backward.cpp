@@ -145,8 +145,8 @@ void run(const AdditiveReadBackward& p) {
         dot_rows<F>(block.n, block.values, block.vs, s.V, tokens.dr + x * s.VP, n, F(0), D, kSlotBlock);
       };
       auto each_block = [&](int64_t c, const Chunk<F>& w, auto&& body) {
-        const int64_t hi = least((c + 1) * s.chunk, s.N);
-        for (int64_t i = c * s.chunk; i < hi; i += kSlotBlock) {
+        const int64_t hi = s.begin(c + 1);
+        for (int64_t i = s.begin(c); i < hi; i += kSlotBlock) {
           const int64_t count = least(kSlotBlock, hi - i);
           body(i, count, slots.load(i, count, w.buffers));
         }

@@ -36,7 +36,7 @@ void run(const Address& p) {
     if (s.few) rows_query<F>(query, t0, n, p.K, factor, q);
     else pack_query<F>(query, t0, n, L, p.K, factor, row, q);
 
-    for (int64_t i = chunk * s.chunk; i < least((chunk + 1) * s.chunk, p.N); i += kSlotBlock) {
+    for (int64_t i = s.begin(chunk); i < s.begin(chunk + 1); i += kSlotBlock) {
       const int64_t count = least(kSlotBlock, p.N - i);
       const SlotBlock<F> block = slots.load(i, count, buffers);
       if (s.few) score_rows<F>(block, p.K, q, n, S);

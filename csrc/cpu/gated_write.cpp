@@ -46,13 +46,13 @@ void many(const GatedWrite& p, int64_t batch, int64_t first, int64_t count, int6
   F* acc = arena.take<F>(p.V * kSlotTile<F>);
   F* R = arena.take<F>(kSlotTile<F>);
   F* kept = arena.take<F>(kSlotTile<F>);
-  F* row = arena.take<F>(p.V);
+  F* rows = arena.take<F>(kSlotTile<F> * p.V);
   TokenChunk<F> chunk;
   const Tokens<F> source(p, batch);
   const Gates<F> gates(p, batch, softmax);
 
   const SlotBlock<F> block = slots.load(first, count, buffers);
-  keep_empty<F>(p, batch, first, count, block, row);
+  keep_empty<F>(p, batch, first, count, block, rows);
   if (block.n == 0) return;
   lanes.pack(block, p.K, F(p.scale * kLog2e));
   const int64_t L = lanes.L;
@@ -86,9 +86,11 @@ void many(const GatedWrite& p, int64_t batch, int64_t first, int64_t count, int6
 
   char* out = p.out.batch(p.lead, batch);
   char* retained = p.retained.batch(p.lead, batch);
+  unpack_lanes(acc, L, p.V, rows, p.V);
   for (int64_t j = 0; j < block.n; ++j) {
     const int64_t i = first + block.place(j);
-    for (int64_t v = 0; v < p.V; ++v) row[v] = R[j] * block.values[j * block.vs + v] + acc[v * L + j];
+    F* row = rows + j * p.V;
+    for (int64_t v = 0; v < p.V; ++v) row[v] += R[j] * block.values[j * block.vs + v];
     write_row<F>(row, p.V, p.out.dtype, out + i * p.out.row);
     *reinterpret_cast<F*>(retained + i * p.retained.row) = kept[j];
   }
@@ -162,7 +164,7 @@ void run(const GatedWrite& p) {
   Arena measure;
   Slots<F>::buffers(measure, block, p.K, p.V);
   Tokens<F>::buffers(measure, p);
-  measure.take<F>((Slots<F>::padded(p.K) + Slots<F>::padded(p.V) + kChunkTokens + 3) * block + p.V);
+  measure.take<F>((Slots<F>::padded(p.K) + 2 * Slots<F>::padded(p.V) + kChunkTokens + 3) * block + p.V);
   SoftmaxRows<F> softmax(p);
   measure.take<F>(is_few ? kLanes<F> * (Slots<F>::padded(p.K) + kSlotBlock) : 0);
   parallel(batches * blocks, measure.used() + 12 * 64, [&](int64_t task, char* memory) {

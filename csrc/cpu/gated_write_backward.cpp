@@ -313,9 +313,7 @@ class Batch {
     if (deltas != nullptr) return;
     const bool start = p0 == 0;
     if (b_.d_keys) {
-      for (int64_t j = 0; j < block.n; ++j) {
-        for (int64_t k = 0; k < p_.K; ++k) rows[j * s_.KP + k] = dk[k * L + j];
-      }
+      unpack_lanes(dk, L, p_.K, rows, s_.KP);
       scatter_rows<F>(b_.d_keys, p_.lead, batch_, start && first_visit(b_.d_keys, p_.lead, batch_), first, count, block,
                       rows, s_.KP, p_.K, F(p_.scale));
     }

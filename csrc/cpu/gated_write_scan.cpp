@@ -281,9 +281,7 @@ class Group {
       }
     }
     if (b_.d_keys) {
-      for (int64_t j = 0; j < block.n; ++j) {
-        for (int64_t k = 0; k < p_.K; ++k) rows[j * KP_ + k] = dk[k * L + j];
-      }
+      unpack_lanes(dk, L, p_.K, rows, KP_);
       const bool assign = first_visit(b_.d_keys, lead, batch_);
       scatter_rows<F>(b_.d_keys, lead, batch_, assign, first, count, block, rows, KP_, p_.K, F(p_.scale));
     }
