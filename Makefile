@@ -7,7 +7,7 @@ ifdef PYTHON
   PIP_FLAGS := --no-index
 else
   PY := .venv/bin/python
-  READY := .build/venv
+  READY := .venv/.ready
   PIP_FLAGS :=
 endif
 CLANG_FORMAT := $(PY) -c "import clang_format; clang_format.clang_format()"
@@ -60,14 +60,15 @@ gpu-check:
 clean:
 	rm -rf build .build dist *.egg-info memkernels/_lib memkernels/_host*.so
 
-.build/venv: requirements.txt
+.venv/.ready: requirements.txt
 	python3 -m venv .venv
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
-	@mkdir -p .build && touch $@
+	@touch $@
 
 .build/given:
 	@mkdir -p .build && touch $@
 
 .build/native: $(READY) $(NATIVE)
+	@mkdir -p .build
 	$(PY) -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) --no-build-isolation --no-deps -e .
 	@touch $@

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import ast
 import inspect
+import os
 import re
+import shutil
 import statistics
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -160,6 +163,26 @@ def test_declarations_match_their_reference(op):
     assert declared.equation
     assert set(declared.saved) <= {o.name for o in declared.outputs}
     assert set(declared.autocast) <= {a.name for a in declared.args}
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_make_sets_up_a_missing_environment_again(tmp_path):
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    for name in ("requirements.txt", "csrc/kernels.cmake", "CMakeLists.txt", "setup.py", "pyproject.toml"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / ".build").mkdir()
+    for stamp in ("venv", "native"):  # as an earlier run leaves them, whose .venv is gone
+        (tmp_path / ".build" / stamp).touch()
+    plan = subprocess.run(
+        ["make", "-n", "demo", "PYTHON="],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={"PATH": os.environ["PATH"]},
+    )
+    assert plan.returncode == 0, plan.stderr
+    assert "-m venv .venv" in plan.stdout
 
 
 def test_files_stay_readable():
