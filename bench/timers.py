@@ -64,9 +64,9 @@ def interleave(variants: dict[str, Calls], device: str, seconds: float) -> dict[
         rounds after its third, so that one slow peer does not set the length of the run.
 
     A round takes every variant once, in a new order. Before a sample there is a pause in which the threads of the
-    variant before stop spinning, and one untimed call: it wakes this variant's own threads, and a virtual machine gives
-    memory that was free for some seconds back to its host, from where a result of 1 GiB takes ten times as long as from
-    the call before.
+    variant before stop spinning, and one untimed call: it wakes this variant's own threads, and leaves memory behind
+    that is quickly had again. A virtual machine gives memory that was free for some seconds back to its host: a result
+    of 1 GiB then takes ten times as long to touch.
     """
     clock = SECONDS[device]
     order = list(variants)

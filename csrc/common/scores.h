@@ -151,9 +151,10 @@ inline void dot_rows(int64_t slots, const F* rows, int64_t stride, int64_t width
   }
 }
 
+constexpr int64_t kRowsAhead = 32;  // of rows that come from memory
+
 // S[t][slot], lanes are slots (padded with -inf), rows of kSlotBlock. Needs padded key rows. Where they come from memory (`far`) the
 // rows that follow are asked for.
-constexpr int64_t kRowsAhead = 32;
 template <class F>
 inline void score_rows(const SlotBlock<F>& block, int64_t K, const F* q, int64_t n, F* S, bool far = false) {
   dot_rows<F>(block.n, block.keys, block.ks, K, q, n, -kInf<F>, S, kSlotBlock, far ? kRowsAhead * block.ks : 0);
