@@ -9,7 +9,7 @@ namespace mk {
 void check_indices(const char* op, const Choice& c, const char* argument = "indices");
 
 // Makes a fresh, large piece of memory zero without writing it: pages handed back to the system are zero when they are
-// next touched. Filling it would cost most of a backward that touches a few rows, of which `rows` of `row_bytes` at most are
+// next touched. Filling it would cost most of a backward that touches a few rows. At most `rows` rows of `row_bytes` will be
 // touched, here and there. False: it is not known to be zero.
 bool zero_pages(char* data, size_t bytes, size_t rows, size_t row_bytes);
 

@@ -172,17 +172,16 @@ def test_make_sets_up_a_missing_environment_again(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     (tmp_path / ".build").mkdir()
-    for stamp in ("venv", "native"):  # as an earlier run leaves them, whose .venv is gone
-        (tmp_path / ".build" / stamp).touch()
-    plan = subprocess.run(
-        ["make", "-n", "demo", "PYTHON="],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        env={"PATH": os.environ["PATH"]},
-    )
-    assert plan.returncode == 0, plan.stderr
-    assert "-m venv .venv" in plan.stdout
+    (tmp_path / ".venv").mkdir()
+
+    def make(*arguments: str) -> str:
+        how = {"cwd": tmp_path, "env": {"PATH": os.environ["PATH"]}, "capture_output": True, "text": True}
+        return subprocess.run(["make", "PYTHON=", *arguments], check=True, **how).stdout
+
+    make("--touch", "dev")  # everything counts as made
+    assert "-m venv .venv" not in make("--dry-run", "demo")
+    shutil.rmtree(tmp_path / ".venv")
+    assert "-m venv .venv" in make("--dry-run", "demo")
 
 
 def test_files_stay_readable():

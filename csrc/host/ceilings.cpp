@@ -197,7 +197,7 @@ void check(const char* name, int threads, double seconds) {
 }
 
 // Anonymous memory in the pages that a large tensor gets, which the system chooses: they are part of the limit. Zen 4 in a virtual
-// machine, two threads, in turns: a sum over 1 GiB reads 20 to 23 GB/s in pages of 4 KiB, 28 to 31 in pages of 2 MiB.
+// machine, two threads, in turns: a sum over 1 GiB reads 20 to 24 GB/s in pages of 4 KiB, 27 to 32 in pages of 2 MiB.
 class Pages {
  public:
   explicit Pages(int64_t bytes) : bytes_(bytes) {
