@@ -170,7 +170,7 @@ void score_gradients(const Lead& lead, const SlotView& keys, const SlotView& val
     F* packed = shared.take<F>(tiles * tile_elements);
     F* partials = shared.take<F>(query ? s.chunks * partial : 0);
     F* token_sums = shared.take<F>(out.tokens ? s.chunks * s.panel : 0);
-    const Slots<F> slots(keys, values, mask, lead, batch, s.K, s.V, true);
+    const Slots<F> slots(keys, values, mask, lead, batch, s.N, s.K, s.V, true);
     const bool first_keys = out.keys && first_visit(out.keys, lead, batch);
     const bool first_values = out.values && first_visit(out.values, lead, batch);
     const bool first_mask = out.mask && first_visit(out.mask, lead, batch);

@@ -66,14 +66,15 @@ inline void score_columns(const SlotBlock<F>& block, int64_t K, const F* q, int6
 }
 
 // W products at once: of TT tokens with W / TT rows each. Few tokens take row after row from its beginning to its end, the order that
-// the hardware reads ahead best; kBlocked or more share their loads, and what follows is asked for `ahead` elements before its use
-// (0: not asked for). Zen 4, K=V=128, N=2^20, GB/s on two cores where torch.sum has 34: softmax_read of one token row after row 33.4,
-// sixteen rows in step and asked for 27.8, not asked for 23.8; of eight tokens 16.5, shared and asked for 26.5.
+// the hardware reads ahead best; kBlocked or more share their loads. What follows is asked for `ahead` elements before its use (0: not
+// asked for). Zen 4, K=V=128, N=2^20, GB/s on two cores where torch.sum has 34, not asked for: softmax_read of one token row after row
+// 33.4, sixteen rows in step 23.8. Asked for, with its values (another hour): one token 24 -> 32, two 24 -> 26, four 17 -> 25, eight
+// 15 -> 21.
 constexpr int kBlocked = 4;
 
 template <class F, int TT, bool kAsk>
 MK_INLINE void dot_group(const F* rows, int64_t stride, int64_t padded, const F* x, int64_t ahead, F* out, int64_t ld) {
-  constexpr int W = kLanes<F>, R = W / TT;
+  constexpr int W = kLanes<F>, R = W / TT, kLine = 64 / int(sizeof(F));
   Vec<F> acc[W];
 #pragma GCC unroll 16
   for (int i = 0; i < W; ++i) acc[i] = fill<F>(0);
@@ -83,6 +84,7 @@ MK_INLINE void dot_group(const F* rows, int64_t stride, int64_t padded, const F*
       const F* p = rows + i * stride;
 #pragma GCC unroll 1
       for (int64_t c = 0; c < padded; c += W) {
+        if (kAsk && c % kLine == 0) __builtin_prefetch(p + c + ahead, 0, 2);
         const Vec<F> row = load<F>(p + c);
 #pragma GCC unroll 2
         for (int t = 0; t < TT; ++t) acc[t * R + i] += row * load<F>(x + t * padded + c);
@@ -96,7 +98,7 @@ MK_INLINE void dot_group(const F* rows, int64_t stride, int64_t padded, const F*
 #pragma GCC unroll 16
       for (int i = 0; i < R; ++i) {
         const F* p = rows + i * stride + c;
-        if (kAsk) __builtin_prefetch(p + ahead, 0, 2);
+        if (kAsk && c % kLine == 0) __builtin_prefetch(p + ahead, 0, 2);
         const Vec<F> row = load<F>(p);
 #pragma GCC unroll 4
         for (int t = 0; t < TT; ++t) acc[t * R + i] += row * y[t];
@@ -114,8 +116,7 @@ template <class F, int TT>
 inline void dot_groups(const F* rows, int64_t stride, int64_t padded, const F* x, int64_t ahead, F* out, int64_t ld) {
   constexpr int R = kLanes<F> / TT;
   for (int64_t r = 0; r < kLanes<F>; r += R) {
-    if (TT == kBlocked && ahead != 0)
-      dot_group<F, TT, TT == kBlocked>(rows + r * stride, stride, padded, x, ahead, out + r, ld);
+    if (ahead != 0) dot_group<F, TT, true>(rows + r * stride, stride, padded, x, ahead, out + r, ld);
     else dot_group<F, TT, false>(rows + r * stride, stride, padded, x, 0, out + r, ld);
   }
 }
@@ -130,13 +131,14 @@ inline void dot_rows(int64_t slots, const F* rows, int64_t stride, int64_t width
   for (; r + W <= slots; r += W) {
     const F* p = rows + r * stride;
     int64_t t = 0;
+    const auto once = [&] { return t == 0 ? ahead : 0; };
     if constexpr (W >= kBlocked) {
       for (; t + kBlocked <= n; t += kBlocked) {
-        dot_groups<F, kBlocked>(p, stride, padded, x + t * padded, t == 0 ? ahead : 0, out + t * ld + r, ld);
+        dot_groups<F, kBlocked>(p, stride, padded, x + t * padded, once(), out + t * ld + r, ld);
       }
     }
-    for (; t + 2 <= n; t += 2) dot_groups<F, 2>(p, stride, padded, x + t * padded, 0, out + t * ld + r, ld);
-    if (t < n) dot_groups<F, 1>(p, stride, padded, x + t * padded, 0, out + t * ld + r, ld);
+    for (; t + 2 <= n; t += 2) dot_groups<F, 2>(p, stride, padded, x + t * padded, once(), out + t * ld + r, ld);
+    if (t < n) dot_groups<F, 1>(p, stride, padded, x + t * padded, once(), out + t * ld + r, ld);
   }
   if (r == slots) return;
   for (int64_t t = 0; t < n; ++t) {
@@ -151,13 +153,10 @@ inline void dot_rows(int64_t slots, const F* rows, int64_t stride, int64_t width
   }
 }
 
-constexpr int64_t kRowsAhead = 32;  // of rows that come from memory
-
-// S[t][slot], lanes are slots (padded with -inf), rows of kSlotBlock. Needs padded key rows. Where they come from memory (`far`) the
-// rows that follow are asked for.
+// S[t][slot], lanes are slots (padded with -inf), rows of kSlotBlock. Needs padded key rows.
 template <class F>
-inline void score_rows(const SlotBlock<F>& block, int64_t K, const F* q, int64_t n, F* S, bool far = false) {
-  dot_rows<F>(block.n, block.keys, block.ks, K, q, n, -kInf<F>, S, kSlotBlock, far ? kRowsAhead * block.ks : 0);
+inline void score_rows(const SlotBlock<F>& block, int64_t K, const F* q, int64_t n, F* S) {
+  dot_rows<F>(block.n, block.keys, block.ks, K, q, n, -kInf<F>, S, kSlotBlock, block.keys_ahead);
   if (block.mask == nullptr) return;
   for (int64_t t = 0; t < n; ++t) {
     for (int64_t r = 0; r < block.n; ++r) S[t * kSlotBlock + r] += block.mask[r];

@@ -4,6 +4,7 @@
 
 #include "common/parallel.h"
 #include "common/rows.h"
+#include "common/streaming.h"
 
 namespace mk::MK_ISA {
 
@@ -14,6 +15,7 @@ struct SlotBlock {
   int64_t ks = 0;  // elements from row to row
   const F* values = nullptr;
   int64_t vs = 0;
+  int64_t keys_ahead = 0, values_ahead = 0;  // elements from a row to the one to ask for with it; 0: nothing to ask for
   const F* mask = nullptr;         // added to scores, in the unit of the Slots; null: none
   const int32_t* which = nullptr;  // which[j]: place of row j in the block; null: place j
 
@@ -35,10 +37,11 @@ class Slots {
     const char* row(int64_t slot) const { return base == nullptr ? nullptr : base + slot * stride; }
   };
 
-  Slots(const SlotView& keys, const SlotView& values, const View& mask, const Lead& lead, int64_t batch, int64_t K,
-        int64_t V, bool pad, double unit = kLog2e)
+  Slots(const SlotView& keys, const SlotView& values, const View& mask, const Lead& lead, int64_t batch, int64_t N,
+        int64_t K, int64_t V, bool pad, double unit = kLog2e)
       : K_(K), V_(V), keys_(rows(keys, lead, batch)), values_(rows(values, lead, batch)), unit_(F(unit)), pad_(pad) {
     if (mask) mask_ = mask.batch(lead, batch), mask_dtype_ = mask.dtype;
+    far_ = N * (copies(keys, lead) * row_lines(keys_, K) + copies(values, lead) * row_lines(values_, V)) * 64 >= kFarBytes;
   }
 
   struct Buffers {
@@ -72,9 +75,8 @@ class Slots {
     int64_t bytes_, stride_, left_, at_ = 0;
   };
 
-  // Cache lines of one slot.
-  int64_t lines() const { return div_up(K_ * size_of(keys_.dtype), 64) + value_lines(); }
-  int64_t value_lines() const { return values_.base == nullptr ? 0 : div_up(V_ * size_of(values_.dtype), 64); }
+  // Cache lines of the values of one slot.
+  int64_t value_lines() const { return row_lines(values_, V_); }
 
   const Source& stored_keys() const { return keys_; }
   const Source& stored_values() const { return values_; }
@@ -100,12 +102,21 @@ class Slots {
   // And with them.
   SlotBlock<F> load(int64_t first, int64_t count, const Buffers& b) const {
     SlotBlock<F> block = list(first, count, b);
-    fetch(keys_, K_, first, block, b.keys, block.keys, block.ks);
-    if (values_.base != nullptr) fetch(values_, V_, first, block, b.values, block.values, block.vs);
+    fetch(keys_, K_, first, block, b.keys, block.keys, block.ks, block.keys_ahead);
+    if (values_.base != nullptr) fetch(values_, V_, first, block, b.values, block.values, block.vs, block.values_ahead);
     return block;
   }
 
  private:
+  // How many batches have rows of their own in `v`.
+  static int64_t copies(const View& v, const Lead& lead) {
+    int64_t n = 1;
+    for (int d = 0; d < lead.rank; ++d) n *= lead.shared[d] || v.lead[d] == 0 ? 1 : lead.size[d];
+    return n;
+  }
+  static int64_t row_lines(const Source& s, int64_t width) {
+    return s.base == nullptr ? 0 : div_up(width * size_of(s.dtype), 64);
+  }
   static Source rows(const SlotView& v, const Lead& lead, int64_t batch) {
     return v ? Source{v.batch(lead, batch), v.dtype, v.row, RowScale(v, lead, batch)} : Source{};
   }
@@ -120,12 +131,13 @@ class Slots {
     }
   }
   void fetch(const Source& s, int64_t width, int64_t first, const SlotBlock<F>& block, F* buffer, const F*& out,
-             int64_t& stride) const {
+             int64_t& stride, int64_t& ahead) const {
     const int64_t item = int64_t(sizeof(F));
     const bool whole = !pad_ || width % kLanes<F> == 0;
     if (s.dtype == kOwn<F> && block.which == nullptr && whole && s.stride % item == 0) {
       out = reinterpret_cast<const F*>(s.base + first * s.stride);
       stride = s.stride / item;
+      ahead = far_ ? div_up(kBytesAhead, most(width, 1) * item) * stride : 0;
       return;
     }
     stride = padded(width);
@@ -145,7 +157,7 @@ class Slots {
   const char* mask_ = nullptr;
   DType mask_dtype_ = DType::f32;
   F unit_;
-  bool pad_;
+  bool pad_, far_;
 };
 
 }  // namespace mk::MK_ISA

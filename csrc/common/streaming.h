@@ -10,6 +10,9 @@ namespace mk::MK_ISA {
 constexpr int64_t kFarBytes = int64_t(32) << 20;   // a memory from this size on is not found in a cache
 constexpr int64_t kPastBytes = int64_t(16) << 20;  // a result from this size on: what made it wants room as well
 
+// What comes from memory row after row is asked for so many bytes before its use: hardware stops reading ahead where a page ends.
+constexpr int64_t kBytesAhead = 6144;
+
 // Does a result of so many bytes, of rows so many bytes apart, go past the caches? Only whole aligned registers can.
 inline bool goes_past(const void* first, int64_t stride, int64_t bytes) {
   return bytes >= kPastBytes && (reinterpret_cast<uintptr_t>(first) | uintptr_t(stride)) % MK_BYTES == 0;

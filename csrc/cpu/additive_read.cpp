@@ -58,7 +58,7 @@ struct Work {
 template <class F>
 void read_range(const AdditiveRead& p, const Plan<F>& s, int64_t batch, int64_t t0, int64_t n, int64_t lo, int64_t hi,
                 const Work<F>& w, Partial<F> out) {
-  const Slots<F> slots(p.keys, p.values, p.mask, p.lead, batch, p.K, p.V, true);
+  const Slots<F> slots(p.keys, p.values, p.mask, p.lead, batch, p.N, p.K, p.V, true);
   const TokenRows query(p.query, p.lead, batch, p.T);
   padded_row<F>(p.vector.batch(p.lead, batch), p.vector.dtype, p.K, F(kLog2e), w.u);
   rows_query<F>(query, t0, n, p.K, F(1), w.q);

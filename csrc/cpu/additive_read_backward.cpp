@@ -121,7 +121,7 @@ void run(const AdditiveReadBackward& p) {
     padded_row<F>(f.vector.batch(f.lead, batch), f.vector.dtype, s.K, F(1), u);
     padded_row<F>(f.vector.batch(f.lead, batch), f.vector.dtype, s.K, F(kLog2e), u2);
     std::memset(d_vector, 0, size_t(s.KP) * sizeof(F));
-    const Slots<F> slots(f.keys, f.values, f.mask, f.lead, batch, s.K, s.V, true);
+    const Slots<F> slots(f.keys, f.values, f.mask, f.lead, batch, f.N, s.K, s.V, true);
     const bool first_keys = p.d_keys && first_visit(p.d_keys, f.lead, batch);
     const bool first_values = p.d_values && first_visit(p.d_values, f.lead, batch);
     const bool first_mask = p.d_mask && first_visit(p.d_mask, f.lead, batch);

@@ -25,7 +25,7 @@ void run(const Address& p) {
     Arena arena(memory);
     const int64_t chunk = task % s.chunks, tile = task / s.chunks % tiles, batch = task / s.chunks / tiles;
     const int64_t t0 = tile * s.tile, n = least(s.tile, s.tokens - t0), L = round_up(n, W);
-    const Slots<F> slots(p.keys, View{}, p.mask, p.lead, batch, p.K, 0, s.few);
+    const Slots<F> slots(p.keys, View{}, p.mask, p.lead, batch, p.N, p.K, 0, s.few);
     const TokenRows query(p.query, p.lead, batch, p.T), lse(p.lse, p.lead, batch, p.T);
     const TokenRows weights(p.weights, p.lead, batch, p.T);
     const auto buffers = Slots<F>::buffers(arena, kSlotBlock, p.K, 0);

@@ -38,7 +38,7 @@ template <class F>
 void many(const GatedWrite& p, int64_t batch, int64_t first, int64_t count, int64_t tokens,
           const SoftmaxRow<F>* softmax, Arena arena) {
   constexpr int W = kLanes<F>;
-  const Slots<F> slots(p.keys, p.values, p.mask, p.lead, batch, p.K, p.V, false);
+  const Slots<F> slots(p.keys, p.values, p.mask, p.lead, batch, p.N, p.K, p.V, false);
   const auto buffers = Slots<F>::buffers(arena, kSlotTile<F>, p.K, p.V);
   const auto token_buffers = Tokens<F>::buffers(arena, p);
   KeyLanes<F> lanes(arena, p.K);
@@ -101,7 +101,7 @@ void few(const GatedWrite& p, int64_t batch, int64_t first, int64_t count, int64
          Arena arena) {
   constexpr int W = kLanes<F>;
   const int64_t KP = Slots<F>::padded(p.K), VP = Slots<F>::padded(p.V);
-  const Slots<F> slots(p.keys, p.values, p.mask, p.lead, batch, p.K, p.V, true);
+  const Slots<F> slots(p.keys, p.values, p.mask, p.lead, batch, p.N, p.K, p.V, true);
   const auto buffers = Slots<F>::buffers(arena, kSlotBlock, p.K, p.V);
   const auto token_buffers = Tokens<F>::buffers(arena, p);
   F* q = arena.take<F>(kLanes<F> * KP);

@@ -45,8 +45,8 @@ class Batch {
         batch_(batch),
         source_(p_, batch),
         gates_(p_, batch, softmax),
-        keys_(p_.keys, View{}, p_.mask, p_.lead, batch, p_.K, 0, true),
-        content_(b.d_out, p_.values, p_.mask, p_.lead, batch, p_.V, p_.V, true) {
+        keys_(p_.keys, View{}, p_.mask, p_.lead, batch, p_.N, p_.K, 0, true),
+        content_(b.d_out, p_.values, p_.mask, p_.lead, batch, p_.N, p_.V, p_.V, true) {
     Arena arena(memory);
     suffix_ = arena.take<F>((s.chunks + 1) * p_.N);
     past_ = arena.take<F>(p_.N);

@@ -71,7 +71,7 @@ template <class F>
 void forward_block(const GatedWrite& p, int64_t batch, int64_t first, int64_t count, int64_t tokens,
                    const SoftmaxRow<F>* softmax, Arena arena) {
   const int64_t VP = Slots<F>::padded(p.V);
-  const Slots<F> slots(p.keys, p.values, p.mask, p.lead, batch, p.K, p.V, false);
+  const Slots<F> slots(p.keys, p.values, p.mask, p.lead, batch, p.N, p.K, p.V, false);
   const auto buffers = Slots<F>::buffers(arena, kSlotTile<F>, p.K, p.V);
   const auto token_buffers = Tokens<F>::buffers(arena, p);
   KeyLanes<F> lanes(arena, p.K);
@@ -143,8 +143,8 @@ class Group {
         de_(part + tokens * (KP_ + VP_)),
         source_(p_, batch),
         gates_(p_, batch, softmax),
-        keys_(p_.keys, View{}, p_.mask, p_.lead, batch, p_.K, 0, true),
-        content_(b.d_out, p_.values, p_.mask, p_.lead, batch, p_.V, p_.V, true) {}
+        keys_(p_.keys, View{}, p_.mask, p_.lead, batch, p_.N, p_.K, 0, true),
+        content_(b.d_out, p_.values, p_.mask, p_.lead, batch, p_.N, p_.V, p_.V, true) {}
 
   static size_t scratch(const GatedWrite& p, int64_t tokens) {
     const int64_t KP = Slots<F>::padded(p.K), VP = Slots<F>::padded(p.V);

@@ -62,14 +62,18 @@ MK_INLINE void multiply_add(Vec<F>& acc, Vec<F> a, Vec<F> b) {
     acc += a * b;
 }
 
-template <Of E, class F, int R, int NV, Order O, int U>
-MK_INLINE void steps(Vec<F> (&acc)[R][NV], Left<F, R, O>& a, int64_t stride, const F*& b, int64_t ldb) {
+template <Of E, class F, int R, int NV, Order O, int U, bool kAsk = false>
+MK_INLINE void steps(Vec<F> (&acc)[R][NV], Left<F, R, O>& a, int64_t stride, const F*& b, int64_t ldb,
+                     int64_t ahead = 0) {
   constexpr int W = kLanes<F>;
 #pragma GCC unroll 4
   for (int u = 0; u < U; ++u) {
     Vec<F> bv[NV];
 #pragma GCC unroll 8
-    for (int j = 0; j < NV; ++j) bv[j] = load<F>(b + j * W);
+    for (int j = 0; j < NV; ++j) {
+      if (kAsk && j * MK_BYTES % 64 == 0) __builtin_prefetch(b + j * W + ahead, 0, 2);
+      bv[j] = load<F>(b + j * W);
+    }
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
       const Vec<F> av = fill<F>(element(O == Order::rows ? a.at[r] + u : a.at[0] + r));
@@ -120,6 +124,12 @@ void tile(const Gemm<F>& g, int64_t m, int64_t lane, F factor) {
   int64_t k = 0;
   if constexpr (O == Order::rows && (NV <= 2 || R == kRows[NV])) {
     if (g.ahead != 0) lines<E, F, R, NV>(acc, a, b, g, k);
+  }
+  if constexpr (E == Of::numbers && O == Order::rows && NV >= kWidest) {
+    if (g.ahead_b != 0 && m == 0) {
+      for (; k + kUnroll <= g.k; k += kUnroll)
+        steps<E, F, R, NV, O, kUnroll, true>(acc, a, stride, b, ldb, g.ahead_b);
+    }
   }
   for (; k + kUnroll <= g.k; k += kUnroll) steps<E, F, R, NV, O, kUnroll>(acc, a, stride, b, ldb);
   for (; k < g.k; ++k) steps<E, F, R, NV, O, 1>(acc, a, stride, b, ldb);

@@ -26,6 +26,8 @@ struct Gemm {
   // More than the core has line buffers, asked for in one go between products, stalls them: topk_read, one core, T=256 N=2^18 K=V=64
   // 1.09x, T=1024 N=65536 K=V=128 1.09x; topk_search T=16 K=64 N=2^20 1.08x, N=65536 1.37x, N=2048 0.98x.
   int64_t ahead = 0;
+  // The same of B, for A of few rows: elements from a row of B to the one to ask for with it.
+  int64_t ahead_b = 0;
 };
 
 }  // namespace mk

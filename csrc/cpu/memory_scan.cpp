@@ -84,7 +84,7 @@ class Range {
         first_(range * s.range),
         end_(least(first_ + s.range, s.N)),
         values_(values),
-        slots_(p_.keys, View{}, p_.mask, p_.lead, batch, p_.K, 0, false),
+        slots_(p_.keys, View{}, p_.mask, p_.lead, batch, p_.N, p_.K, 0, false),
         writer_(p_, batch),
         reader_(reads_of(m), batch),
         buffers_(Slots<F>::buffers(arena, kScanSlots, p_.K, p_.V)),
@@ -107,7 +107,7 @@ class Range {
   }
 
   void start() {
-    const Slots<F> content(p_.keys, p_.values, p_.mask, p_.lead, batch_, p_.K, p_.V, false);
+    const Slots<F> content(p_.keys, p_.values, p_.mask, p_.lead, batch_, p_.N, p_.K, p_.V, false);
     for_blocks([&](int64_t i, int64_t count) { take_values<F>(content.load(i, count, buffers_), p_.V, state(i)); });
   }
   // Tokens [t0, t1). `out`, if given, takes the sums of token t at t - t0, and has room for whole chunks; otherwise they are

@@ -68,7 +68,7 @@ class Batch {
         p_(m_.write),
         s_(s),
         batch_(batch),
-        keys_(p_.keys, View{}, p_.mask, p_.lead, batch, p_.K, 0, true) {
+        keys_(p_.keys, View{}, p_.mask, p_.lead, batch, p_.N, p_.K, 0, true) {
     Arena arena(memory);
     take(arena);
   }
@@ -117,7 +117,7 @@ class Batch {
 
  private:
   Batch(const MemoryScanBackward& b, const Shape<F>& s)
-      : b_(b), m_(b.forward), p_(m_.write), s_(s), batch_(0), keys_(View{}, View{}, View{}, p_.lead, 0, 0, 0, true) {}
+      : b_(b), m_(b.forward), p_(m_.write), s_(s), batch_(0), keys_(View{}, View{}, View{}, p_.lead, 0, 0, 0, 0, true) {}
 
   // Scratch of one task.
   struct Work {
@@ -160,7 +160,7 @@ class Batch {
   // Values, and the gradient of the new ones, of the slots of a block that are not empty.
   void start(int64_t first, int64_t count, Arena arena) {
     const View given = b_.d_out ? b_.d_out : p_.values;
-    const Slots<F> values(p_.values, given, p_.mask, p_.lead, batch_, p_.V, p_.V, false);
+    const Slots<F> values(p_.values, given, p_.mask, p_.lead, batch_, p_.N, p_.V, p_.V, false);
     const auto buffers = Slots<F>::buffers(arena, kScanSlots, p_.V, p_.V);
     SlotBlock<F> block = values.load(first, count, buffers);
     F* g = g_ + first * s_.VP;

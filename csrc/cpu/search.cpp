@@ -223,14 +223,13 @@ class FirstLook {
 template <class F, bool wide>
 void search_range(const TopkSearch& p, const SearchPlan<F>& s, int64_t batch, int64_t lo, int64_t hi,
                   SearchTile<F, wide>& tile) {
-  const Slots<F> slots(p.keys, View{}, p.mask, p.lead, batch, p.K, 0, s.few, 1.0);
+  const Slots<F> slots(p.keys, View{}, p.mask, p.lead, batch, p.N, p.K, 0, s.few, 1.0);
   const TokenRows query(p.query, p.lead, batch, p.T);
   const int64_t L = round_up(tile.n, kLanes<F>);
   const bool pairs = !s.few && are_pairs<F>(p.query.dtype, p.keys, p.K);
   const ColumnScores<F> columns{query, slots, p.K, F(p.scale), pairs};
   if (s.few) rows_query(query, tile.first, tile.n, p.K, F(p.scale), tile.q);
   else columns.pack(tile.first, tile.n, L, tile.row, tile.q);
-  const bool far = p.keys.dtype == kOwn<F> && p.N * slots.lines() * 64 >= kFarBytes;
   if (tile.shared != nullptr) tile.board.share(tile.shared, tile.n);
   FirstLook<F, wide> look(s, tile);
   for (Visit here(lo, hi, s.chunk), next = here; here.more(); here = next) {
@@ -240,7 +239,7 @@ void search_range(const TopkSearch& p, const SearchPlan<F>& s, int64_t batch, in
     if (tile.shared != nullptr) tile.board.share(tile.shared, tile.n);
     tile.board.begin(here.first());
     if (s.few) {
-      score_rows(block, p.K, tile.q, tile.n, tile.S, far);
+      score_rows(block, p.K, tile.q, tile.n, tile.S);
       offer_rows<F, wide>(tile, block, here.first());
     } else {
       F* S = look.open() ? look.scores() : tile.S;

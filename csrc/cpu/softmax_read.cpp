@@ -184,30 +184,19 @@ F* begin_rows(const SoftmaxRead& p, const TokenRows& query, int64_t n, const Par
 template <class F>
 void rows(const SoftmaxRead& p, const Slots<F>& slots, const TokenRows& query, int64_t n, int64_t lo, int64_t hi,
           Partial<F> out, Arena arena) {
-  constexpr int W = kLanes<F>;
   const int64_t VP = Slots<F>::padded(p.V);
   const F* q = begin_rows(p, query, n, out, arena);
   F* S = arena.take<F>(n * kSlotBlock);
   const auto buffers = Slots<F>::buffers(arena, kSlotBlock, p.K, p.V);
 
-  // Values of the next block are asked for after each register of slots read, by tokens too many to take them row after row. A cache
-  // needs no asking: from L3 one query would be 15% slower.
-  const bool far = n >= kBlocked && p.N * slots.lines() * 64 >= kFarBytes;
-  const int64_t lines = far ? W * slots.value_lines() : 0;
   // Rows that are widened pass through a buffer: short blocks keep it in L1 until it is read.
   const int64_t step = p.keys.dtype == kOwn<F> && p.values.dtype == kOwn<F> ? kSlotBlock : kWidened;
   for (int64_t i = lo; i < hi; i += step) {
     const SlotBlock<F> block = slots.load(i, least(step, hi - i), buffers);
     if (block.n == 0) continue;
-    typename Slots<F>::Ahead next(slots, least(i + step, hi), least(i + 2 * step, hi));
-    score_rows(block, p.K, q, n, S, far && p.keys.dtype == kOwn<F>);
+    score_rows(block, p.K, q, n, S);
     exponential_rows<F>(S, block.n, n, VP, out);
-    const int64_t group = far ? W : block.n;
-    for (int64_t r = 0; r < block.n; r += group) {
-      gemm({n, VP, least(group, block.n - r), S + r, kSlotBlock, 1, block.values + r * block.vs, block.vs, out.acc, VP,
-            true});
-      next.ask(lines);
-    }
+    gemm({n, VP, block.n, S, kSlotBlock, 1, block.values, block.vs, out.acc, VP, true, 0, block.values_ahead});
   }
 }
 
@@ -301,7 +290,7 @@ void run(const SoftmaxRead& p) {
     FlushDenormals flush;
     Arena arena(memory);
     const int64_t range = task % s.ranges, tile = task / s.ranges % s.tiles, batch = task / s.ranges / s.tiles;
-    const Slots<F> slots(p.keys, p.values, p.mask, p.lead, batch, p.K, p.V, few);
+    const Slots<F> slots(p.keys, p.values, p.mask, p.lead, batch, p.N, p.K, p.V, few);
     const TokenRows query(p.query, p.lead, batch, p.T);
     const int64_t lo = range * s.range, hi = least(lo + s.range, p.N);
     const int64_t t0 = tile * s.tile, n = least(s.tile, s.tokens - t0);

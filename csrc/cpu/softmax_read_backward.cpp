@@ -15,7 +15,6 @@ template <class F>
 struct Kernel {
   const SoftmaxReadBackward& p;
   const GradientShape<F>& s;
-  bool far;  // keys and values come from memory
 
   // Packed tile: lse2 and delta [lanes]; queries and d_reads as padded rows; for many tokens also as lanes.
   size_t packed(const GradientShape<F>& g) const {
@@ -77,9 +76,9 @@ struct Kernel {
     constexpr int W = kLanes<F>;
     const F *lse2 = tile, *delta = tile + s.lanes;
     if (s.few) {
-      score_rows<F>(block, s.K, scaled(s, tile), n, P, far);
+      score_rows<F>(block, s.K, scaled(s, tile), n, P);
       dot_rows<F>(block.n, block.values, block.vs, s.V, reads(s, tile), n, F(0), D, kSlotBlock,
-                  far ? kRowsAhead * block.vs : 0);
+                  block.values_ahead);
       for (int64_t t = 0; t < n; ++t) {
         const Vec<F> base = fill<F>(lse2[t]), d = fill<F>(delta[t]);
         for (int64_t j = t * kSlotBlock; j < t * kSlotBlock + round_up(block.n, W); j += W) {
@@ -120,10 +119,8 @@ void run(const SoftmaxReadBackward& p) {
   GradientShape<F> s(f.lead, f.T, f.N, f.K, f.V, false);
   s.pairs = !s.few && are_pairs<F>(f.query.dtype, f.keys, f.K) && f.values.dtype == DType::bf16 &&
             p.d_read.dtype == DType::bf16 && f.V > 0 && f.V % 2 == 0;
-  const bool far =
-      f.keys.dtype == kOwn<F> && f.values.dtype == kOwn<F> && f.N * (s.KP + s.VP) * int64_t(sizeof(F)) >= kFarBytes;
   score_gradients<F>(f.lead, f.keys, f.values, f.mask, f.scale, s, {p.d_query, p.d_keys, p.d_values, p.d_mask, {}},
-                     Kernel<F>{p, s, far});
+                     Kernel<F>{p, s});
 }
 
 }  // namespace

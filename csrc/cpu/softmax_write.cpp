@@ -79,7 +79,7 @@ void run(const GatedWrite& p, SoftmaxRow<F>* rows) {
     FlushDenormals flush;
     const int64_t batch = task / (chunks * ranges), c = task / ranges % chunks, r = task % ranges;
     Arena arena(memory);
-    const Slots<F> slots(p.keys, View{}, p.mask, p.lead, batch, p.K, 0, few);
+    const Slots<F> slots(p.keys, View{}, p.mask, p.lead, batch, p.N, p.K, 0, few);
     const auto buffers = Slots<F>::buffers(arena, size, p.K, 0);
     const auto token_buffers = Tokens<F>::buffers(arena, p);
     KeyLanes<F> lanes(arena, p.K);

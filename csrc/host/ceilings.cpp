@@ -33,10 +33,14 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
+// Hardware stops reading ahead where a page ends. On Zen 4 in pages of 4 KiB a sum that asks reads up to 1.2 times as much; other
+// processors may be faster without, so both are measured.
+constexpr int64_t kSumAhead = 384;
+
 constexpr double kRoundSeconds = 0.005;  // some rounds escape interruption; long beside a barrier
 
 using PeakLoop = double (*)(int64_t steps);
-using SumLoop = float (*)(const float* data, int64_t count);
+using SumLoop = float (*)(const float* data, int64_t count, int64_t ahead);
 
 thread_local volatile double sink;  // takes every result, so that no loop is optimised away
 
@@ -59,9 +63,10 @@ thread_local volatile double sink;  // takes every result, so that no loop is op
     return result;                                                                       \
   }
 
-// Four streams, four accumulators of BYTES bytes each; what does not fill a step of all streams (< 4 KiB) is left out.
+// Four streams, four accumulators of BYTES bytes each; what does not fill a step of all streams (< 4 KiB) is left out. With every
+// register the one `ahead` numbers further on is asked for (0: itself, which asks for nothing).
 #define MK_SUM(NAME, BYTES)                                                                  \
-  float NAME(const float* data, int64_t count) {                                             \
+  float NAME(const float* data, int64_t count, int64_t ahead) {                              \
     typedef float Vector __attribute__((vector_size(BYTES)));                                \
     constexpr int64_t kLanes = BYTES / sizeof(float), kStep = 4 * kLanes;                    \
     const int64_t stream = count / (4 * kStep) * kStep;                                      \
@@ -69,7 +74,9 @@ thread_local volatile double sink;  // takes every result, so that no loop is op
     for (int64_t i = 0; i < stream; i += kStep) {                                            \
       _Pragma("GCC unroll 4") for (int s = 0; s < 4; ++s) {                                  \
         _Pragma("GCC unroll 4") for (int u = 0; u < 4; ++u) {                                \
-          acc[s][u] += *reinterpret_cast<const Vector*>(data + s * stream + i + u * kLanes); \
+          const float* p = data + s * stream + i + u * kLanes;                               \
+          __builtin_prefetch(p + ahead, 0, 2);                                               \
+          acc[s][u] += *reinterpret_cast<const Vector*>(p);                                  \
         }                                                                                    \
       }                                                                                      \
     }                                                                                        \
@@ -154,7 +161,7 @@ void pin(int core) {
   pthread_setaffinity_np(pthread_self(), sizeof(set), &set);  // a refusal costs accuracy, nothing else
 }
 
-// Seconds of the fastest round in which every thread runs work(thread) once. At least three rounds. The threads take
+// Seconds of the fastest round in which every thread runs work(thread) once. At least four rounds. The threads take
 // the times themselves, first start to last end: a controlling thread can be late out of the barrier where processors
 // are busy.
 double best_round(int threads, double seconds, const std::function<void(int)>& work) {
@@ -178,7 +185,7 @@ double best_round(int threads, double seconds, const std::function<void(int)>& w
   }
   double best = 1e300;
   const auto deadline = Clock::now() + std::chrono::duration<double>(seconds);
-  for (int round = 0; round < 3 || Clock::now() < deadline; ++round) {
+  for (int round = 0; round < 4 || Clock::now() < deadline; ++round) {
     gate.arrive_and_wait();
     gate.arrive_and_wait();
     const auto first = *std::min_element(begin.begin(), begin.end());
@@ -243,15 +250,12 @@ double read_bandwidth(int64_t bytes, int threads, double seconds) {
   const Pages pages(part * threads);
   const int64_t count = part / int64_t(sizeof(float));
   const SumLoop sum = choose_sum();
-  std::vector<char> touched(threads, 0);
+  std::vector<int> rounds(threads, 0);
   const double best = best_round(threads, seconds, [&](int t) {
     float* own = pages.data() + t * count;
-    if (!touched[t]) {  // the first round puts the pages where their reader runs
-      std::fill(own, own + count, 1.0f);
-      touched[t] = 1;
-    } else {
-      sink = sum(own, count);
-    }
+    const int round = rounds[t]++;
+    if (round == 0) std::fill(own, own + count, 1.0f);  // puts the pages where their reader runs
+    else sink = sum(own, count, round % 2 == 0 ? kSumAhead : 0);
   });
   return double(part) * threads / best;
 }
