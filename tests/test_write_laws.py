@@ -242,3 +242,26 @@ def test_gradients_of_slots_that_forget_all_but_the_last_tokens(backend, erase, 
     for got, want in zip(gradients(torch.float32, backend), gradients(torch.float64, "reference")):
         assert torch.isfinite(want).all()
         close(got.double() / want.abs().max(), want / want.abs().max(), 1e-5)
+
+
+@pytest.mark.parametrize("erase", [1.0, 0.5])
+@pytest.mark.parametrize("distance", [20, 64, 100, 192])
+def test_a_token_long_ago_is_left_out_only_where_no_digit_of_the_result_shows_it(backend, erase, distance):
+    """Gates of 1/2: what a token wrote shrinks with every later one; ``at`` writes so much that it shows nevertheless."""
+    tokens, slots, at = 300, 70, 299 - distance
+    values, write = randn(slots, V, dtype=torch.float32), 1 + randn(tokens, V, seed=1, dtype=torch.float32).abs()
+    keys, query = randn(slots, K, seed=2, dtype=torch.float32), torch.zeros(tokens, K)
+    left = 1 - erase / 2  # of what is there, by one token
+    share = 0.5 * torch.tensor(left, dtype=torch.float64) ** torch.arange(tokens - 1, -1, -1)
+    for size in range(-26, 26):
+        now = write.clone()
+        now[at] *= 2.0**size / left ** min(distance, 90)
+        new = mk.gated_write(values, keys, query, now, erase=erase, backend=backend)
+        wanted = (share[:, None] * now.double()).sum(0).expand(slots, V)  # all terms are positive
+        torch.testing.assert_close(new.double(), wanted, rtol=3e-6, atol=0)
+    for extreme in (torch.nan, torch.inf):
+        if left**distance < 2.0**-110:
+            continue
+        now[at, 3] = extreme
+        new = mk.gated_write(values, keys, query, now, erase=erase, backend=backend)
+        assert not new[:, 3].isfinite().any() and new[:, 4].isfinite().all()

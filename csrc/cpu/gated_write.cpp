@@ -4,10 +4,13 @@
 //
 // one matrix product whose weights are made on the fly. Tokens are walked from the last to the first with R in registers: every
 // factor is at most 1, there is no logarithm and no division, and once R of a whole block is exactly 0 no earlier token can
-// matter. Lanes are slots, so a row of weights [t][slot] is made by vertical arithmetic and is the packed operand of the product;
+// matter; what the tokens before that would add is left out as soon as no digit of the sum would show it (1.36x to 1.66x for T=512
+// N=4096 K=V=64 on Zen 4), while R itself is followed to its end. Lanes are slots, so a row of weights [t][slot] is made by vertical arithmetic and is the packed operand of the product;
 // keys are packed once per block for all tokens. Parallel over batches and blocks of slots; [T, N] is never formed.
 // With few tokens, lanes are value columns instead and keys are not packed: then every slot is read and written once.
 #include "cpu/gated_write.h"
+
+#include <limits>
 
 #include "common/write_tiles.h"
 
@@ -34,6 +37,41 @@ void keep_empty(const GatedWrite& p, int64_t batch, int64_t first, int64_t count
   }
 }
 
+// Tokens of a step. Zen 4, K=V=64 T=512 N=4096, ms: 0.94 with 24, 0.89 with 32, 0.91 with 48, 0.87 with 64, 1.20 with 96.
+constexpr int64_t kStep = 64;
+static_assert(kStep <= kChunkTokens);
+
+// Is everything that a step adds to `acc` [V][L] below `share` of the number there? For a column of a slot that is at most
+// R max |w| / e, since sum_t a R_t <= R / e. Gates of 1/2 are there after some thirty tokens, long before R is 0.
+template <class F>
+bool is_lost(const TokenChunk<F>& c, int64_t V, const F* R, F share, F e, const F* acc, int64_t L) {
+  constexpr int W = kLanes<F>;
+  Vec<F> top = fill<F>(0);
+  for (int64_t j = 0; j < L; j += W) top = max<F>(load<F>(R + j), top);
+  if (!(largest<F>(top) < F(1e-6))) return false;  // not yet worth a look at what was written
+  Vec<F> tops = fill<F>(0);
+  const auto take = [&](Vec<F> w) {
+    const Ints<F> x = (Ints<F>)w & ~(Ints<F>)fill<F>(-F(0));  // |w| as an integer, of which NaN is the largest
+    tops = x > (Ints<F>)tops ? (Vec<F>)x : tops;
+  };
+  for (int64_t t = 0; t < c.n; ++t) {
+    const F* w = c.write + t * c.ws;
+    int64_t v = 0;
+    for (; v + W <= V; v += W) take(load<F>(w + v));
+    if (v < V) take(load_first<F>(w + v, V - v));
+  }
+  const F most_written = largest<F>(tops);
+  if (!(most_written <= std::numeric_limits<F>::max()) || any<F>(tops != tops)) return false;
+  for (int64_t j = 0; j < L; j += W) {
+    const Vec<F> bound = load<F>(R + j) * (most_written / (e * share));
+    for (int64_t v = 0; v < V; ++v) {
+      const Vec<F> x = load<F>(acc + v * L + j);
+      if (any<F>(!(bound <= max<F>(x, -x)))) return false;
+    }
+  }
+  return true;
+}
+
 template <class F>
 void many(const GatedWrite& p, int64_t batch, int64_t first, int64_t count, int64_t tokens,
           const SoftmaxRow<F>* softmax, Arena arena) {
@@ -56,15 +94,18 @@ void many(const GatedWrite& p, int64_t batch, int64_t first, int64_t count, int6
   if (block.n == 0) return;
   lanes.pack(block, p.K, F(p.scale * kLog2e));
   const int64_t L = lanes.L;
-  for (int64_t j = 0; j < L; ++j) R[j] = kept[j] = 1;
+  for (int64_t j = 0; j < L; ++j) R[j] = kept[j] = F(j < block.n);
   std::memset(acc, 0, size_t(p.V * L) * sizeof(F));
   const F e = F(p.erase_scale);
+  const bool fades = gates.kind != Gate::given && e > 0 && e <= 1;
+  const F share = std::numeric_limits<F>::epsilon() / F(8 * div_up(tokens, kStep));  // of all steps a quarter of the last digit
 
   bool alive = true;
-  for (int64_t c = div_up(tokens, kChunkTokens); c-- > 0 && alive;) {
-    const int64_t t0 = c * kChunkTokens;
-    source.load(t0, least(kChunkTokens, tokens - t0), token_buffers, chunk);
+  for (int64_t t1 = tokens, t0; t1 > 0 && alive; t1 = t0) {
+    t0 = most(0, t1 - kStep);
+    source.load(t0, t1 - t0, token_buffers, chunk);
     if (chunk.n == 0) continue;
+    const bool lost = fades && is_lost(chunk, p.V, R, share, e, acc, L);
     lanes.gates(gates, chunk, first, count, block, p.K, S);
     alive = false;
     for (int64_t l = 0; l < L; l += W) {
@@ -81,7 +122,7 @@ void many(const GatedWrite& p, int64_t batch, int64_t first, int64_t count, int6
       store<F>(kept + l, k);
       alive |= any<F>(r != F(0));
     }
-    gemm(Gemm<F>{p.V, L, chunk.n, chunk.write, 1, chunk.ws, S, L, acc, L, true});
+    if (!lost) gemm(Gemm<F>{p.V, L, chunk.n, chunk.write, 1, chunk.ws, S, L, acc, L, true});
   }
 
   char* out = p.out.batch(p.lead, batch);
