@@ -16,8 +16,8 @@ struct SlotBlock {
   const F* values = nullptr;
   int64_t vs = 0;
   int64_t keys_ahead = 0, values_ahead = 0;  // elements from a row to the one to ask for with it; 0: nothing to ask for
-  const F* mask = nullptr;         // added to scores, in the unit of the Slots; null: none
-  const int32_t* which = nullptr;  // which[j]: place of row j in the block; null: place j
+  const F* mask = nullptr;                   // added to scores, in the unit of the Slots; null: none
+  const int32_t* which = nullptr;            // which[j]: place of row j in the block; null: place j
 
   int64_t place(int64_t j) const { return which == nullptr ? j : which[j]; }
 };
@@ -41,7 +41,8 @@ class Slots {
         int64_t K, int64_t V, bool pad, double unit = kLog2e)
       : K_(K), V_(V), keys_(rows(keys, lead, batch)), values_(rows(values, lead, batch)), unit_(F(unit)), pad_(pad) {
     if (mask) mask_ = mask.batch(lead, batch), mask_dtype_ = mask.dtype;
-    far_ = N * (copies(keys, lead) * row_lines(keys_, K) + copies(values, lead) * row_lines(values_, V)) * 64 >= kFarBytes;
+    far_ =
+        N * (copies(keys, lead) * row_lines(keys_, K) + copies(values, lead) * row_lines(values_, V)) * 64 >= kFarBytes;
   }
 
   struct Buffers {

@@ -98,7 +98,8 @@ void many(const GatedWrite& p, int64_t batch, int64_t first, int64_t count, int6
   std::memset(acc, 0, size_t(p.V * L) * sizeof(F));
   const F e = F(p.erase_scale);
   const bool fades = gates.kind != Gate::given && e > 0 && e <= 1;
-  const F share = std::numeric_limits<F>::epsilon() / F(8 * div_up(tokens, kStep));  // of all steps a quarter of the last digit
+  const F share =
+      std::numeric_limits<F>::epsilon() / F(8 * div_up(tokens, kStep));  // of all steps a quarter of the last digit
 
   bool alive = true;
   for (int64_t t1 = tokens, t0; t1 > 0 && alive; t1 = t0) {

@@ -63,8 +63,7 @@ MK_INLINE void multiply_add(Vec<F>& acc, Vec<F> a, Vec<F> b) {
 }
 
 template <Of E, class F, int R, int NV, Order O, int U, bool kAsk = false>
-MK_INLINE void steps(Vec<F> (&acc)[R][NV], Left<F, R, O>& a, int64_t stride, const F*& b, int64_t ldb,
-                     int64_t ahead = 0) {
+MK_INLINE void steps(Vec<F> (&acc)[R][NV], Left<F, R, O>& a, int64_t stride, const F*& b, int64_t ldb, int64_t ahead = 0) {
   constexpr int W = kLanes<F>;
 #pragma GCC unroll 4
   for (int u = 0; u < U; ++u) {
@@ -127,8 +126,7 @@ void tile(const Gemm<F>& g, int64_t m, int64_t lane, F factor) {
   }
   if constexpr (E == Of::numbers && O == Order::rows && NV >= kWidest) {
     if (g.ahead_b != 0 && m == 0) {
-      for (; k + kUnroll <= g.k; k += kUnroll)
-        steps<E, F, R, NV, O, kUnroll, true>(acc, a, stride, b, ldb, g.ahead_b);
+      for (; k + kUnroll <= g.k; k += kUnroll) steps<E, F, R, NV, O, kUnroll, true>(acc, a, stride, b, ldb, g.ahead_b);
     }
   }
   for (; k + kUnroll <= g.k; k += kUnroll) steps<E, F, R, NV, O, kUnroll>(acc, a, stride, b, ldb);

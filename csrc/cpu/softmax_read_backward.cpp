@@ -77,8 +77,7 @@ struct Kernel {
     const F *lse2 = tile, *delta = tile + s.lanes;
     if (s.few) {
       score_rows<F>(block, s.K, scaled(s, tile), n, P);
-      dot_rows<F>(block.n, block.values, block.vs, s.V, reads(s, tile), n, F(0), D, kSlotBlock,
-                  block.values_ahead);
+      dot_rows<F>(block.n, block.values, block.vs, s.V, reads(s, tile), n, F(0), D, kSlotBlock, block.values_ahead);
       for (int64_t t = 0; t < n; ++t) {
         const Vec<F> base = fill<F>(lse2[t]), d = fill<F>(delta[t]);
         for (int64_t j = t * kSlotBlock; j < t * kSlotBlock + round_up(block.n, W); j += W) {

@@ -65,28 +65,28 @@ thread_local volatile double sink;  // takes every result, so that no loop is op
 
 // Four streams, four accumulators of BYTES bytes each; what does not fill a step of all streams (< 4 KiB) is left out. With every
 // register the one `ahead` numbers further on is asked for (0: itself, which asks for nothing).
-#define MK_SUM(NAME, BYTES)                                                                  \
-  float NAME(const float* data, int64_t count, int64_t ahead) {                              \
-    typedef float Vector __attribute__((vector_size(BYTES)));                                \
-    constexpr int64_t kLanes = BYTES / sizeof(float), kStep = 4 * kLanes;                    \
-    const int64_t stream = count / (4 * kStep) * kStep;                                      \
-    Vector acc[4][4] = {};                                                                   \
-    for (int64_t i = 0; i < stream; i += kStep) {                                            \
-      _Pragma("GCC unroll 4") for (int s = 0; s < 4; ++s) {                                  \
-        _Pragma("GCC unroll 4") for (int u = 0; u < 4; ++u) {                                \
-          const float* p = data + s * stream + i + u * kLanes;                               \
-          __builtin_prefetch(p + ahead, 0, 2);                                               \
-          acc[s][u] += *reinterpret_cast<const Vector*>(p);                                  \
-        }                                                                                    \
-      }                                                                                      \
-    }                                                                                        \
-    float result = 0;                                                                        \
-    for (auto& of_stream : acc) {                                                            \
-      for (auto& v : of_stream) {                                                            \
-        for (int l = 0; l < int(kLanes); ++l) result += v[l];                                \
-      }                                                                                      \
-    }                                                                                        \
-    return result;                                                                           \
+#define MK_SUM(NAME, BYTES)                                               \
+  float NAME(const float* data, int64_t count, int64_t ahead) {           \
+    typedef float Vector __attribute__((vector_size(BYTES)));             \
+    constexpr int64_t kLanes = BYTES / sizeof(float), kStep = 4 * kLanes; \
+    const int64_t stream = count / (4 * kStep) * kStep;                   \
+    Vector acc[4][4] = {};                                                \
+    for (int64_t i = 0; i < stream; i += kStep) {                         \
+      _Pragma("GCC unroll 4") for (int s = 0; s < 4; ++s) {               \
+        _Pragma("GCC unroll 4") for (int u = 0; u < 4; ++u) {             \
+          const float* p = data + s * stream + i + u * kLanes;            \
+          __builtin_prefetch(p + ahead, 0, 2);                            \
+          acc[s][u] += *reinterpret_cast<const Vector*>(p);               \
+        }                                                                 \
+      }                                                                   \
+    }                                                                     \
+    float result = 0;                                                     \
+    for (auto& of_stream : acc) {                                         \
+      for (auto& v : of_stream) {                                         \
+        for (int l = 0; l < int(kLanes); ++l) result += v[l];             \
+      }                                                                   \
+    }                                                                     \
+    return result;                                                        \
   }
 
 MK_PEAK(peak_float_baseline, float, 16, 12)
