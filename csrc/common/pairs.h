@@ -76,8 +76,9 @@ struct ColumnScores {
   void scores(const SlotBlock<F>& block, const F* q, int64_t L, F* S, int64_t ahead, Between&& between = {}) const {
     if constexpr (kHasPairs<F>) {
       if (pairs) {
-        for (int64_t r = 0; r < block.n; r += kGroup, between()) {
-          gemm_pairs({least(kGroup, block.n - r), L, K / 2, block.keys + r * block.ks, block.ks, 1, q, L, S + r * L, L,
+        const int64_t group = std::is_same_v<std::decay_t<Between>, Nothing> ? block.n : kGroup;
+        for (int64_t r = 0; r < block.n; r += group, between()) {
+          gemm_pairs({least(group, block.n - r), L, K / 2, block.keys + r * block.ks, block.ks, 1, q, L, S + r * L, L,
                       false, ahead * block.ks},
                      factor);
         }

@@ -58,8 +58,9 @@ constexpr int64_t kGroup = 12;  // rows of a product between two runs of `betwee
 template <class F, class Between = Nothing>
 inline void score_columns(const SlotBlock<F>& block, int64_t K, const F* q, int64_t L, F* S, Between&& between = {},
                           int64_t ahead = 0) {
-  for (int64_t r = 0; r < block.n; r += kGroup, between()) {
-    gemm(Gemm<F>{least(kGroup, block.n - r), L, K, block.keys + r * block.ks, block.ks, 1, q, L, S + r * L, L, false,
+  const int64_t group = std::is_same_v<std::decay_t<Between>, Nothing> ? block.n : kGroup;
+  for (int64_t r = 0; r < block.n; r += group, between()) {
+    gemm(Gemm<F>{least(group, block.n - r), L, K, block.keys + r * block.ks, block.ks, 1, q, L, S + r * L, L, false,
                  ahead * block.ks});
   }
   add_mask(block, L, S);
