@@ -67,6 +67,7 @@ struct ScanTile {
   const F* write;         // [token][VP]
   F *values, *reads;      // [slot][VP], and [token][VP], to which p v is added
   F* starts = nullptr;    // where wanted: the values before each group of tokens, [group][slot][VP]
+  bool assign = false;    // the first block: reads hold nothing yet
 };
 
 // Registers [x, x + NV) of the columns through one group of tokens: for every slot v <- v keep + a w, r += p v.
@@ -80,7 +81,7 @@ void scan_columns(const ScanTile<F>& s, int64_t t0, int64_t x) {
 #pragma GCC unroll 4
     for (int i = 0; i < NV; ++i) {
       w[u][i] = load<F>(s.write + (t0 + u) * s.VP + x + i * W);
-      if constexpr (R != Read::nothing) r[u][i] = load<F>(s.reads + (t0 + u) * s.VP + x + i * W);
+      if constexpr (R != Read::nothing) r[u][i] = s.assign ? fill<F>(0) : load<F>(s.reads + (t0 + u) * s.VP + x + i * W);
     }
   }
   for (int64_t j = 0; j < s.slots; ++j) {

@@ -48,9 +48,9 @@ MK_INLINE Vec<F> base_of(Vec<F> top) {
   return top == kInf<F> || top == -kInf<F> ? fill<F>(0) : top;
 }
 
-// From scores S to p, [slot][token]; the sums so far move to the new largest score.
+// From scores S to p, [slot][token]; the sums so far move to the new largest score. `begun`: there are reads among them.
 template <class F>
-void soften(const SlotBlock<F>& block, int64_t n, int64_t VP, F* S, const Sums<F>& sums) {
+void soften(const SlotBlock<F>& block, int64_t n, int64_t VP, bool begun, F* S, const Sums<F>& sums) {
   const int64_t L = scan_lanes<F>(n);
   for (int64_t l = 0; l < L; l += kLanes<F>) {
     const Vec<F> before = load<F>(sums.top + l);
@@ -64,7 +64,7 @@ void soften(const SlotBlock<F>& block, int64_t n, int64_t VP, F* S, const Sums<F
       total += p;
     }
     store<F>(sums.top + l, top), store<F>(sums.total + l, total);
-    if (!any<F>(shrink != F(1))) continue;
+    if (!begun || !any<F>(shrink != F(1))) continue;
     for (int64_t t = l; t < least(l + kLanes<F>, n); ++t) {
       const F by = shrink[t - l];
       for (int64_t v = 0; v < VP; v += kLanes<F>)
@@ -184,17 +184,20 @@ class Range {
     pack_chunk<F>(r, p_.K, p_.scale, read_q_);
     pad_rows<F>(c.write, c.ws, c.n, p_.V, write_);
     for (int64_t t = 0; t < L; ++t) sums.top[t] = -kInf<F>, sums.total[t] = 0;
-    std::memset(sums.reads, 0, size_t(round_up(c.n, kScanTokens) * s_.VP) * sizeof(F));
+    bool begun = false;
     F *a = gates_, *keep = a + kScanSlots * kChunkTokens, *p = keep + kScanSlots * kChunkTokens;
     for_blocks([&](int64_t i, int64_t width) {
       const SlotBlock<F> block = slots_.load(i, width, buffers_);
       scan_gates<F>(block, p_.K, write_q_, c.n, a, keep);
       score_columns<F>(block, p_.K, read_q_, L, p);
-      soften<F>(block, c.n, s_.VP, p, sums);
-      const ScanTile<F> tile{block.n, c.n, s_.VP, a, keep, p, write_, state(i), sums.reads};
+      if (block.n == 0) return;
+      soften<F>(block, c.n, s_.VP, begun, p, sums);
+      const ScanTile<F> tile{block.n, c.n, s_.VP, a, keep, p, write_, state(i), sums.reads, nullptr, !begun};
+      begun = true;
       if (m_.read_first) scan_tile<F, Read::before>(tile);
       else scan_tile<F, Read::after>(tile);
     });
+    if (!begun) std::memset(sums.reads, 0, size_t(round_up(c.n, kScanTokens) * s_.VP) * sizeof(F));
   }
 
   const MemoryScan& m_;
