@@ -73,19 +73,18 @@ struct ColumnScores {
 
   // As score_columns(). Queries of pairs have no factor in them: the products get it.
   template <class Between = Nothing>
-  void scores(const SlotBlock<F>& block, const F* q, int64_t L, F* S, int64_t ahead, Between&& between = {}) const {
+  void scores(const SlotBlock<F>& block, const F* q, int64_t L, F* S, RowsAhead next, Between&& between = {}) const {
     if constexpr (kHasPairs<F>) {
       if (pairs) {
-        const int64_t group = std::is_same_v<std::decay_t<Between>, Nothing> ? block.n : kGroup;
-        for (int64_t r = 0; r < block.n; r += group, between()) {
-          gemm_pairs({least(group, block.n - r), L, K / 2, block.keys + r * block.ks, block.ks, 1, q, L, S + r * L, L,
-                      false, ahead * block.ks},
-                     factor);
-        }
+        for_groups(block.n, next, between, [&](int64_t r, int64_t count, int64_t ahead) {
+          gemm_pairs(
+              {count, L, K / 2, block.keys + r * block.ks, block.ks, 1, q, L, S + r * L, L, false, ahead * block.ks},
+              factor);
+        });
         return add_mask(block, L, S);
       }
     }
-    score_columns(block, K, q, L, S, between, ahead);
+    score_columns(block, K, q, L, S, between, next);
   }
 };
 

@@ -53,16 +53,31 @@ struct Nothing {
 
 constexpr int64_t kGroup = 12;  // rows of a product between two runs of `between`
 
+// What a product over a block of rows asks for: with every row the one so many rows further on. The last `rows` of the block may ask for
+// another place, `jump` rows further on; 0: they do not.
+struct RowsAhead {
+  int64_t rows = 0, jump = 0;
+};
+
+// body(r, count, ahead) for the rows of a block: in groups where something is to run `between` them, else as few as there can be.
+template <class Between, class Body>
+MK_INLINE void for_groups(int64_t n, RowsAhead next, Between&& between, Body&& body) {
+  const int64_t group = std::is_same_v<std::decay_t<Between>, Nothing> ? n : kGroup;
+  const int64_t tail = next.jump == 0 ? n : most(0, n - next.rows);
+  for (int64_t r = 0, count; r < n; r += count, between()) {
+    count = least(group, (r < tail ? tail : n) - r);
+    body(r, count, r < tail ? next.rows : next.jump);
+  }
+}
+
 // S[slot][lane], lanes are tokens: S = keys * q + mask. `between` runs after each group of rows: the place to ask for memory that
-// is needed next. Or the product itself asks for the row `ahead` rows further on.
+// is needed next. Or the product itself asks for keys.
 template <class F, class Between = Nothing>
 inline void score_columns(const SlotBlock<F>& block, int64_t K, const F* q, int64_t L, F* S, Between&& between = {},
-                          int64_t ahead = 0) {
-  const int64_t group = std::is_same_v<std::decay_t<Between>, Nothing> ? block.n : kGroup;
-  for (int64_t r = 0; r < block.n; r += group, between()) {
-    gemm(Gemm<F>{least(group, block.n - r), L, K, block.keys + r * block.ks, block.ks, 1, q, L, S + r * L, L, false,
-                 ahead * block.ks});
-  }
+                          RowsAhead next = {}) {
+  for_groups(block.n, next, between, [&](int64_t r, int64_t count, int64_t ahead) {
+    gemm(Gemm<F>{count, L, K, block.keys + r * block.ks, block.ks, 1, q, L, S + r * L, L, false, ahead * block.ks});
+  });
   add_mask(block, L, S);
 }
 

@@ -117,7 +117,12 @@ class Batch {
 
  private:
   Batch(const MemoryScanBackward& b, const Shape<F>& s)
-      : b_(b), m_(b.forward), p_(m_.write), s_(s), batch_(0), keys_(View{}, View{}, View{}, p_.lead, 0, 0, 0, 0, true) {}
+      : b_(b),
+        m_(b.forward),
+        p_(m_.write),
+        s_(s),
+        batch_(0),
+        keys_(View{}, View{}, View{}, p_.lead, 0, 0, 0, 0, true) {}
 
   // Scratch of one task.
   struct Work {

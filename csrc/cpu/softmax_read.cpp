@@ -151,7 +151,7 @@ void columns(const SoftmaxRead& p, const Slots<F>& slots, const TokenRows& query
     for (int64_t x = 0; x < lanes; x += panel) {
       const int64_t L = least(panel, lanes - x);
       F *acc = out.acc + x * p.V, *m = out.m + x, *l = out.l + x;
-      scores.scores(block, q + x * p.K, L, S, x == 0 ? 2 * kGroup : 0, ask);
+      scores.scores(block, q + x * p.K, L, S, {x == 0 ? 2 * kGroup : 0}, ask);
       if constexpr (kHasPairs<F>) {
         if (pairs) {
           exponentials<F, Of::pairs>(S, block.n, L, m, l, acc, p.V);
