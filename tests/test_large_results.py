@@ -1,4 +1,5 @@
-"""Results from 16 MiB on, which CPU kernels write past the caches or, of chosen rows, into zero pages.
+"""Results from 16 MiB on, which CPU kernels write past the caches or, of chosen rows, into zero pages, and memories
+from 32 MiB on, whose rows they ask for ahead.
 
 Against float64, and the same bits for any number of threads.
 """
@@ -17,6 +18,16 @@ LEAST = 16 << 20  # kPastBytes of csrc/common/streaming.h
 def _read(T: int):
     q, k, v, g = (torch.randn(s) for s in ((T, 128), (1 << 15, 128), (1 << 15, 128), (T, 128)))
     return lambda q, k, v, **how: mk.softmax_read(q, k, v, **how), (q, k, v), g
+
+
+def _search(T: int):
+    q, k, v, g = (torch.randn(s) for s in ((T, 128), (1 << 15, 128), (1 << 15, 128), (T, 128)))
+    return lambda q, k, v, **how: mk.topk_read(q, k, v, 4, **how), (q, k, v), g
+
+
+def _write(T: int):
+    v, k, q, w, g = (torch.randn(s) for s in ((1 << 15, 128), (1 << 15, 128), (T, 128), (T, 128), (1 << 15, 128)))
+    return lambda v, k, q, w, **how: mk.gated_write(v, k, q, w, **how), (v, k, q, w), g
 
 
 def _scan():
@@ -41,6 +52,11 @@ CASES = {
     "few tokens": lambda: _read(3),
     "eight tokens": lambda: _read(8),
     "many tokens": lambda: _read(65),
+    "five tokens search": lambda: _search(5),
+    "twenty tokens search": lambda: _search(20),
+    "seventy tokens search": lambda: _search(70),
+    "four tokens write": lambda: _write(4),
+    "many tokens write": lambda: _write(150),
     "gated_scan": _scan,
     "cache_nll": lambda: _words(mk.cache_nll),
     "cache_logprobs": lambda: _words(mk.cache_logprobs),
