@@ -265,3 +265,15 @@ def test_a_token_long_ago_is_left_out_only_where_no_digit_of_the_result_shows_it
         now[at, 3] = extreme
         new = mk.gated_write(values, keys, query, now, erase=erase, backend=backend)
         assert not new[:, 3].isfinite().any() and new[:, 4].isfinite().all()
+
+
+def test_the_smallest_share_that_is_retained_has_its_digits(backend):
+    """Of some slots 2^-60 is left, of others 2^-120; each is compared with its own size."""
+    values, keys, query, write = case(t=100, dtype=torch.float32)
+    mask = torch.linspace(-1, 0.3, N)
+    _, retained = mk.gated_write(
+        values, keys, query, write, slot_mask=mask, scale=0.5 * K**-0.5, return_retained=True, backend=backend
+    )
+    wanted = loop(*(x.double() for x in (values, keys, query, write)), 1.0, 0.5 * K**-0.5, mask.double())[1]
+    assert wanted.min() < 2.0**-110 and wanted.max() > 2.0**-70
+    torch.testing.assert_close(retained.double(), wanted, rtol=1e-4, atol=2.0**-125)

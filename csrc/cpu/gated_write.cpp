@@ -109,6 +109,19 @@ void many(const GatedWrite& p, int64_t batch, int64_t first, int64_t count, int6
     const bool lost = fades && is_lost(chunk, p.V, R, share, e, acc, L);
     lanes.gates(gates, chunk, first, count, block, p.K, S);
     alive = false;
+    if (lost && gates.kind == Gate::sigmoid &&
+        e == 1) {  // only prod (1 - a) = 1 / prod (1 + 2^s) is wanted, and R is it
+      for (int64_t l = 0; l < L; l += W) {
+        const Vec<F> m = load<F>(lanes.mask + l);
+        Vec<F> x = fill<F>(1);
+        for (int64_t t = chunk.n; t-- > 0;) x *= 1 + exp2<F>(load<F>(S + t * L + l) + m);
+        const Vec<F> r = load<F>(R + l) / x;
+        store<F>(R + l, r);
+        store<F>(kept + l, r);
+        alive |= any<F>(r != F(0));
+      }
+      continue;
+    }
     for (int64_t l = 0; l < L; l += W) {
       Vec<F> r = load<F>(R + l), k = load<F>(kept + l), a, keep;
       const Vec<F> m = load<F>(lanes.mask + l);
