@@ -247,7 +247,7 @@ def test_gradients_of_slots_that_forget_all_but_the_last_tokens(backend, erase, 
 @pytest.mark.parametrize("erase", [1.0, 0.5])
 @pytest.mark.parametrize("distance", [20, 64, 100, 192])
 def test_a_token_long_ago_is_left_out_only_where_no_digit_of_the_result_shows_it(backend, erase, distance):
-    """Gates of 1/2: what a token wrote shrinks with every later one; ``at`` writes so much that it shows nevertheless."""
+    """Gates of 1/2: what a token wrote shrinks with every later one; ``at`` writes so much that it still shows."""
     tokens, slots, at = 300, 70, 299 - distance
     values, write = randn(slots, V, dtype=torch.float32), 1 + randn(tokens, V, seed=1, dtype=torch.float32).abs()
     keys, query = randn(slots, K, seed=2, dtype=torch.float32), torch.zeros(tokens, K)

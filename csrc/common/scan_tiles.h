@@ -81,7 +81,8 @@ void scan_columns(const ScanTile<F>& s, int64_t t0, int64_t x) {
 #pragma GCC unroll 4
     for (int i = 0; i < NV; ++i) {
       w[u][i] = load<F>(s.write + (t0 + u) * s.VP + x + i * W);
-      if constexpr (R != Read::nothing) r[u][i] = s.assign ? fill<F>(0) : load<F>(s.reads + (t0 + u) * s.VP + x + i * W);
+      if constexpr (R != Read::nothing)
+        r[u][i] = s.assign ? fill<F>(0) : load<F>(s.reads + (t0 + u) * s.VP + x + i * W);
     }
   }
   for (int64_t j = 0; j < s.slots; ++j) {

@@ -84,8 +84,8 @@ inline void score_columns(const SlotBlock<F>& block, int64_t K, const F* q, int6
 // W products at once: of TT tokens with W / TT rows each. Few tokens take row after row from its beginning to its end, the order that
 // the hardware reads ahead best; kBlocked or more share their loads. What follows is asked for `ahead` elements before its use (0: not
 // asked for). Zen 4, K=V=128, N=2^20, GB/s on two cores where torch.sum has 34, not asked for: softmax_read of one token row after row
-// 33.4, sixteen rows in step 23.8. Asked for, with its values (another hour): one token 24 -> 32, two 24 -> 26, four 17 -> 25, eight
-// 15 -> 21.
+// 33.4, sixteen rows in step 23.8. What asking gains, of keys and values, changes with the hour and with what else the process does:
+// one token 1.2x to 1.4x called in turns with others on the same memory, 0.98x to 1.15x in a process of its own; four and eight 1.4x.
 constexpr int kBlocked = 4;
 
 template <class F, int TT, bool kAsk>
