@@ -8,7 +8,7 @@
 // numbers; the second goes forward, panel by panel, and recomputes R inside a chunk. Nothing is divided by 1 - a. Slots are lanes.
 // Groups of slots are the tasks of a panel: each owns its dK and dV and a partial dq and dw, which are added in group order. Where the
 // tokens are one panel, both sweeps are one task, and the last chunks keep their gates in L2 between them: with K=V=64 on Zen 4
-// 1.26x for T=512 N=4096 (1.03x of it by the one panel), 1.16x for T=2048 N=1024. Kept in memory for all slots they gained nothing.
+// 1.26x for T=512 N=4096 (1.03x of it by the one panel), 1.16x for T=2048 N=1024.
 //
 // Tokens before the first at which R of a tile of slots is above 0 have no gradient there and are left out. p then starts at 0
 // instead of the p of that token: dS changes by a[t] R[t0] / (1 - e a[t]) (1 - a[t]) p, and R[t0] is below the smallest number.
