@@ -15,8 +15,8 @@ namespace mk::MK_ISA {
 constexpr int64_t kPartialBytes = int64_t(4) << 20;
 constexpr int64_t kChunks = 64;                  // at most so many chunks
 constexpr int64_t kChunkSlots = 4 * kSlotBlock;  // of so many slots or more, before their number is rounded up
-// Their number is a multiple of this where there are blocks enough, so that threads get alike. Two threads, K=V=128 T=1024 N=4096, twelve chunks for eleven:
-// softmax_read backward 185 -> 195 GFLOP/s, of bfloat16 331 -> 350.
+// Their number is a multiple of this where there are blocks enough, so that threads get alike. Two threads, K=V=128 T=1024
+// N=4096, twelve chunks for eleven: softmax_read backward 185 -> 195 GFLOP/s, of bfloat16 331 -> 350.
 constexpr int64_t kTogether = 4;
 constexpr int64_t kManyBatches = 8;  // from so many on, batches run in parallel rather than the chunks of one
 

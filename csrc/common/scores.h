@@ -53,20 +53,20 @@ struct Nothing {
 
 constexpr int64_t kGroup = 12;  // rows of a product between two runs of `between`
 
-// What a product over a block of rows asks for: with every row the one so many rows further on. The last `rows` of the block may ask for
-// another place, `jump` rows further on; 0: they do not.
+// What a product over a block of rows asks for: with every row the one so many `rows` further on. The last of the block, whose row
+// further on lies behind it, ask for the rows from `then` on, counted from the first of the block; 0: for what lies behind.
 struct RowsAhead {
-  int64_t rows = 0, jump = 0;
+  int64_t rows = 0, then = 0;
 };
 
 // body(r, count, ahead) for the rows of a block: in groups where something is to run `between` them, else as few as there can be.
 template <class Between, class Body>
 MK_INLINE void for_groups(int64_t n, RowsAhead next, Between&& between, Body&& body) {
   const int64_t group = std::is_same_v<std::decay_t<Between>, Nothing> ? n : kGroup;
-  const int64_t tail = next.jump == 0 ? n : most(0, n - next.rows);
+  const int64_t tail = next.then == 0 ? n : most(0, n - next.rows);
   for (int64_t r = 0, count; r < n; r += count, between()) {
     count = least(group, (r < tail ? tail : n) - r);
-    body(r, count, r < tail ? next.rows : next.jump);
+    body(r, count, r < tail ? next.rows : next.then - tail);
   }
 }
 

@@ -3,10 +3,11 @@
 //   V' = R[0] V + sum_t (a[t] R[t]) w_t
 //
 // one matrix product whose weights are made on the fly. Tokens are walked from the last to the first with R in registers: every
-// factor is at most 1, there is no logarithm and no division, and once R of a whole block is exactly 0 no earlier token can
-// matter; what the tokens before that would add is left out as soon as no digit of the sum would show it (1.24x to 1.66x for T=512
-// N=4096 K=V=64 on Zen 4), while R itself is followed to its end. Lanes are slots, so a row of weights [t][slot] is made by vertical arithmetic and is the packed operand of the product;
-// keys are packed once per block for all tokens. Parallel over batches and blocks of slots; [T, N] is never formed.
+// factor is at most 1, there is no logarithm and nothing is divided by 1 - a, and once R of a whole block is exactly 0 no earlier
+// token can matter. What the tokens before that would add is left out as soon as no digit of the sum would show it (1.24x to 1.66x
+// for T=512 N=4096 K=V=64 on Zen 4), while R itself is followed to its end. Lanes are slots, so a row of weights [t][slot] is made by
+// vertical arithmetic and is the packed operand of the product; keys are packed once per block for all tokens. Parallel over batches
+// and blocks of slots; [T, N] is never formed.
 // With few tokens, lanes are value columns instead and keys are not packed: then every slot is read and written once.
 #include "cpu/gated_write.h"
 
@@ -98,8 +99,8 @@ void many(const GatedWrite& p, int64_t batch, int64_t first, int64_t count, int6
   std::memset(acc, 0, size_t(p.V * L) * sizeof(F));
   const F e = F(p.erase_scale);
   const bool fades = gates.kind != Gate::given && e > 0 && e <= 1;
-  const F share =
-      std::numeric_limits<F>::epsilon() / F(8 * div_up(tokens, kStep));  // of all steps a quarter of the last digit
+  // All steps together: a quarter of the last digit.
+  const F share = std::numeric_limits<F>::epsilon() / F(8 * div_up(tokens, kStep));
 
   bool alive = true;
   for (int64_t t1 = tokens, t0; t1 > 0 && alive; t1 = t0) {
@@ -109,8 +110,8 @@ void many(const GatedWrite& p, int64_t batch, int64_t first, int64_t count, int6
     const bool lost = fades && is_lost(chunk, p.V, R, share, e, acc, L);
     lanes.gates(gates, chunk, first, count, block, p.K, S);
     alive = false;
-    if (lost && gates.kind == Gate::sigmoid &&
-        e == 1) {  // only prod (1 - a) = 1 / prod (1 + 2^s) is wanted, and R is it
+    // Only prod (1 - a) = 1 / prod (1 + 2^s) is wanted, and R is it.
+    if (lost && gates.kind == Gate::sigmoid && e == 1) {
       for (int64_t l = 0; l < L; l += W) {
         const Vec<F> m = load<F>(lanes.mask + l);
         Vec<F> x = fill<F>(1);

@@ -243,8 +243,7 @@ void search_range(const TopkSearch& p, const SearchPlan<F>& s, int64_t batch, in
       offer_rows<F, wide>(tile, block, here.first());
     } else {
       F* S = look.open() ? look.scores() : tile.S;
-      const int64_t ahead = 2 * kGroup, tail = most(0, block.n - ahead);
-      columns.scores(block, tile.q, L, S, {ahead, next.more() ? next.first() - here.first() - tail : 0});
+      columns.scores(block, tile.q, L, S, {2 * kGroup, next.more() ? next.first() - here.first() : 0});
       if (look.open()) look.add(block, here.first());
       else offer_columns<F, wide>(tile, block, here.first(), S);
     }

@@ -15,8 +15,8 @@ namespace memkernels::host {
 double multiply_add_peak(const std::string& dtype, int threads, double seconds, const std::string& isa);
 
 // Sum of an array of `bytes` bytes by all threads, in bytes per second. The best of as many passes as fit into
-// `seconds`, at least three; every other one asks for what follows. bytes 0 chooses default_bandwidth_bytes(). Throws std::invalid_argument for bytes < 0,
-// threads < 1 or seconds <= 0.
+// `seconds`, at least three; every other one asks for what follows. bytes 0 chooses default_bandwidth_bytes(). Throws
+// std::invalid_argument for bytes < 0, threads < 1 or seconds <= 0.
 double read_bandwidth(int64_t bytes, int threads, double seconds);
 
 // Four times the last-level cache, within [256 MiB, 1 GiB]. The upper bound keeps first touch short where a virtual
