@@ -17,8 +17,6 @@ import tokenize
 from dataclasses import dataclass
 
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 from triton.runtime.jit import JITCallable
 
 from memkernels import _triton
@@ -30,24 +28,21 @@ INSTRUCTIONS = {"80": ("mma.sync",), "90": ("wgmma.mma_async", "mma.sync"), "100
 
 @dataclass(frozen=True)
 class Needs:
-    """What the machine code of one kernel takes, and its matrix instruction (or nothing)."""
+    """What the machine code of one kernel takes, its matrix instruction (or nothing), and whether ptxas makes its
+    warp-group products wait for one another (C7515)."""
 
     registers: int
     spills: int
     shared: int
     matrix: str
+    serialised: bool
 
 
-@dataclass(frozen=True, eq=False)
 class Build:
-    """What a launch asks of Triton's compiler."""
+    """What a launch asks of Triton's compiler (``triton_kernels/builds.py``), and how a record knows it."""
 
-    function: JITCallable
-    signature: dict
-    constants: dict
-    attributes: dict
-    options: object
-    target: GPUTarget
+    def __init__(self, build) -> None:
+        self.build = build
 
     @functools.cached_property
     def key(self) -> str:
@@ -55,24 +50,25 @@ class Build:
 
         Triton's own key will not do for a file that is kept: it hashes the binary of the compiler, which differs by
         platform and by version of Python, the line that a function starts at, and comments. Triton's version stands
-        for its compiler and for the ptxas and the libdevice (``extern_libs``, a path) that come with it.
+        for its compiler and for the ptxas and the libdevice that come with it.
         """
-        options = {k: v for k, v in sorted(vars(self.options).items()) if k != "extern_libs"}
-        constants = {k: _text(v) for k, v in sorted(self.constants.items())}
-        parts = (triton.__version__, self.target, _text(self.function), self.signature, constants)
-        whole = repr((*parts, sorted(self.attributes.items()), options))
+        own = self.build
+        constants = {k: _text(v) for k, v in sorted(own.constants.items())}
+        parts = (triton.__version__, own.target, _text(own.function), own.signature, constants)
+        whole = repr((*parts, sorted(own.attributes.items()), sorted(own.options.items())))
         return hashlib.sha256(whole.encode()).hexdigest()[:16]
 
     def compile(self) -> Needs:
         """Compile it. Triton keeps the result on disk."""
-        source, log = ASTSource(self.function, self.signature, self.constants, self.attributes), io.StringIO()
+        log = io.StringIO()
         with triton.knobs.nvidia.scope(), contextlib.redirect_stdout(log):
             triton.knobs.nvidia.dump_ptxas_log = True
-            kernel = triton.compile(source, target=self.target, options=vars(self.options))
-        arch, ptx = str(self.target.arch), kernel.asm["ptx"]
+            kernel = self.build.compile()
+        arch, ptx = str(self.build.target.arch), kernel.asm["ptx"]
         matrix = next((word for word in INSTRUCTIONS[arch] if word in ptx), "")
         # A kernel that Triton took from disk leaves no report.
-        return Needs(*_needs(log.getvalue() or _report(arch, ptx)), kernel.metadata.shared, matrix)
+        report = log.getvalue() or _report(arch, ptx)
+        return Needs(*_needs(report), kernel.metadata.shared, matrix, serialised(report))
 
 
 def _text(value) -> str:
@@ -125,6 +121,11 @@ def _report(arch: str, ptx: str) -> str:
         file.flush()
         command = [tool.path, "-v", f"-arch={TARGETS[arch][0]}", file.name, "-o", "/dev/null"]
         return subprocess.run(command, capture_output=True, text=True, check=True).stderr
+
+
+def serialised(report: str) -> bool:
+    """Whether ptxas says that warp-group products wait for one another."""
+    return re.search(r"wgmma\S* instructions are serialized", report) is not None
 
 
 def _needs(report: str) -> tuple[int, int]:

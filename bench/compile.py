@@ -1,23 +1,26 @@
 """Compiles the Triton kernels that a call would launch, for an architecture, on a machine without a GPU.
 
-The launchers run on meta tensors. A stand-in for Triton's driver names the target, and every launch becomes a
-compilation with the very signature, constants and options that the launch would have.
+The launchers run on meta tensors, as they do for every kind of call (``triton_kernels/replay.py``): what they note has
+the very signature, constants and options that a launch on a GPU has.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import types
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.runtime.jit import JITFunction
+
+from memkernels import _triton
 
 from .compilation import TARGETS, Build, Needs
-from .launches import launcher, launches
+from .launches import Launch, launches
+
+_PACKAGE = _triton.kernels().__name__
+configs, launch, replay = (importlib.import_module(f"{_PACKAGE}.{name}") for name in ("configs", "launch", "replay"))
 
 # Kernel -> its row of the table of configurations.
 ROWS = {
@@ -65,6 +68,8 @@ ROWS = {
     "segment_kernel": "segments",
     "border_kernel": "segments",
 }
+# Their rows where ds comes from [T, N] arguments (score_gradients.py).
+SUMS = {"query_gradient_kernel": "query_sums", "slot_gradient_kernel": "slot_sums"}
 # Rows of the table that serve every width: lists, and rows of words, are not as wide as those of keys.
 ONE_WIDTH = ("topk_merge", "product_pairs", "cache_nll", "word_shares", "cache_logprobs")
 # Kernels whose variants for compressed slots have rows of their own.
@@ -108,52 +113,14 @@ class Compiled:
             found.append(f"{needs.shared} bytes of shared memory, above {limit}")
         if self.multiplies and not needs.matrix and self.dtype != "float32":
             found.append("no matrix instruction")
+        if needs.serialised:
+            found.append("warp-group products are serialised")
         return found
 
     def __str__(self) -> str:
         what = f"sm_{self.arch} {self.dtype} {self.width} {self.kernel} ({self.constants})"
         n = self.needs
         return f"{what}: {n.registers} registers, {n.shared} bytes shared, {n.matrix or 'no matrix instruction'}"
-
-
-class _Driver:
-    """What Triton asks of a driver when it compiles."""
-
-    def __init__(self, arch: str) -> None:
-        self.arch = int(arch)
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.arch, 32)
-
-    def get_current_device(self) -> int:
-        return self.arch  # Triton keeps compiled kernels by device
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-
-@contextlib.contextmanager
-def recording(arch: str, found: list[tuple[str, dict, Build]]) -> Iterator[None]:
-    """Inside, launches on any device are for ``arch`` and only noted: kernel, constants, what would be compiled."""
-    launch = launcher("softmax_read").__globals__["launch"].__globals__
-    architecture, run, build = launch["architecture"], JITFunction.run, JITFunction._do_compile
-
-    def note(self, *args, grid, warmup, **constants):
-        found.append((self.__name__, constants, run(self, *args, grid=grid, warmup=True, **constants)))
-
-    def later(self, key, signature, device, constants, options, attributes, warmup):
-        # Triton keeps what this returns for the next launch of the same key.
-        kept, _, target, _, _ = self.device_caches[device]
-        kept[key] = Build(self, signature, constants, attributes, options, target)
-        return kept[key]
-
-    triton.runtime.driver.set_active(_Driver(arch))
-    launch["architecture"], JITFunction.run, JITFunction._do_compile = (lambda device: arch), note, later
-    try:
-        yield
-    finally:
-        launch["architecture"], JITFunction.run, JITFunction._do_compile = architecture, run, build
-        triton.runtime.driver._active = None
 
 
 @contextlib.contextmanager
@@ -176,21 +143,29 @@ def compiled(
     kind = torch.float32 if dtype == "tf32" else getattr(torch, dtype)
     seen = set()
     with _precision("high" if dtype == "tf32" else "highest"):
-        scope = launcher("softmax_read").__globals__["launch"].__globals__
-        reach = scope["configs"].reach(scope["width"](width, torch.empty(0, dtype=kind)))
+        reach = configs.reach(launch.width(width, torch.empty(0, dtype=kind)))
         for one in launches(kind, width, "meta"):
             if only and one.name not in only:
                 continue
-            found: list = []
-            with recording(arch, found):
-                one.run()
-            for name, constants, build in found:
+            for name, constants, build in launched(one, arch):
                 if build.key not in seen:
                     seen.add(build.key)
-                    row = compressed(name) if one.packed and name in DECODING else ROWS[name]
+                    row = compressed(name) if one.packed and name in DECODING else row_of(name, constants)
                     own = (row, arch, 8 * kind.itemsize, 64 if ROWS[name] in ONE_WIDTH else reach)
                     needs = known.get(build.key) or build.compile()
                     yield Compiled(build.key, name, arch, dtype, width, _words(constants), own, needs)
+
+
+def launched(one: Launch, arch: str) -> list[tuple[str, dict, Build]]:
+    """What a call on meta tensors launches on ``arch``: kernel, constants and options, what is compiled."""
+    with replay.Recording(arch, int(arch), torch.device("cuda", 0)) as recording:
+        one.run()
+    return [(name, constants, Build(build)) for name, constants, build in recording.launches]
+
+
+def row_of(kernel: str, constants: Mapping) -> str:
+    """The row of the table of configurations that a launch has."""
+    return SUMS.get(kernel, ROWS[kernel]) if constants.get("KIND") in ("softmax", "sigmoid", "given") else ROWS[kernel]
 
 
 def compressed(kernel: str) -> str:

@@ -6,6 +6,7 @@ same calls on a GPU.
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,11 +20,17 @@ TOKENS, SLOTS, FEW = 1024, 4096, 4
 SCALE = 0.125
 
 
-def launcher(operator: str) -> Callable:
-    """The launcher of one operator of the backend, as the dispatcher would call it."""
+def plain(operator: str) -> Callable:
+    """The launcher of one operator of the backend, which notes what it would launch."""
     package = _triton.kernels()
     file = dict(package.names())[operator]
     return getattr(importlib.import_module(f"{package.__name__}.{file}"), operator)
+
+
+@functools.cache
+def replayed(operator: str) -> Callable:
+    """The same as the dispatcher calls it."""
+    return _triton.kernels().launcher(operator)
 
 
 @dataclass(frozen=True)
@@ -40,7 +47,8 @@ class Launch:
 
 
 def launches(dtype: torch.dtype, width: int, device: str, tokens: int = TOKENS, slots: int = SLOTS) -> Iterator[Launch]:
-    """All calls for rows of ``width`` columns of ``dtype``."""
+    """All calls for rows of ``width`` columns of ``dtype``; those on ``meta`` run in a ``replay.Recording``."""
+    launcher = plain if device == "meta" else replayed
 
     def new(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device).normal_() if device != "meta" else _meta(shape, dtype)

@@ -27,7 +27,7 @@ from memkernels import _triton
 from .compilation import TARGETS
 from .compile import DECODING, ROWS, compiled, compressed
 from .compile_check import WIDTHS, Record
-from .launches import Launch, launches
+from .launches import Launch, launches, replayed
 from .timers import interleave
 
 DTYPES = {16: ("bfloat16", "float16"), 32: ("float32", "tf32")}
@@ -54,6 +54,7 @@ def put(key: tuple, config: configs.Config) -> None:
     """Use ``config`` from the next call on."""
     configs.table()[key] = config
     configs.find.cache_clear()
+    replayed.cache_clear()
 
 
 def smaller(config: configs.Config, kernel: str) -> Iterator[configs.Config]:

@@ -56,18 +56,26 @@ def register(device: str) -> torch.library.Library:
     The caller keeps the result alive: kernels leave with it.
     """
     library = torch.library.Library("memkernels_triton", "IMPL")
-    for name, file in names():
-        library.impl(name, _on_its_device(name, file), device.upper())
+    for name, _ in names():
+        library.impl(name, _on_its_device(name), device.upper())
     return library
 
 
-def _on_its_device(name: str, file: str):
+def launcher(name: str):
+    """The launcher of the operator ``name``, replayed (``replay.py``)."""
+    from . import launch, replay
+
+    file = dict(names())[name]
+    return replay.Launcher(getattr(importlib.import_module(f"{__name__}.{file}"), name), launch.architecture)
+
+
+def _on_its_device(name: str):
     """The launcher of ``name``, found at the first call and run with the device of its tensors current."""
     found = []
 
     def run(*arguments):
         if not found:
-            found.append(getattr(importlib.import_module(f"{__name__}.{file}"), name))
+            found.append(launcher(name))
         device = next(x.device for x in arguments if isinstance(x, torch.Tensor))
         if device.type == "cuda" and device.index != torch.cuda.current_device():
             with torch.cuda.device(device):

@@ -236,7 +236,7 @@ def _call(
 
 
 def _read(call: Call, sources: tuple, query: Tensor, values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    p = plan("additive_read", call.device, max(query.shape[-1], values.shape[-1]), query, values)
+    p = plan("additive_read", max(query.shape[-1], values.shape[-1]), query, values)
     return read_blocks(call, additive_read_kernel, p, sources, query, values, dtype, BLOCK_A=COLUMNS)
 
 
@@ -279,7 +279,7 @@ def additive_read_backward(
     wide = width(V, query, values)
     chunks = min(triton.next_power_of_2(triton.cdiv(K, COLUMNS)), GRADIENT_COLUMNS // COLUMNS)
     steps = triton.cdiv(K, chunks * COLUMNS)
-    p = plan("additive_gradient", call.device, max(K, V), query, values)
+    p = plan("additive_gradient", max(K, V), query, values)
     c = p.config
     constants = {
         "plan": p, "BLOCK_T": c.block_t, "BLOCK_N": c.block_n, "BLOCK_A": COLUMNS, "CHUNKS": chunks,

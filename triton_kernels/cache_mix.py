@@ -100,4 +100,4 @@ def mix_call(
 
 def mix_plan(kernel: str, call: Call, logits: Tensor) -> Plan:
     """The configuration of a kernel whose blocks lie along a row, however wide that is."""
-    return plan(kernel, call.device, ROW, logits)
+    return plan(kernel, ROW, logits)

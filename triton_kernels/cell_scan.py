@@ -166,7 +166,7 @@ def _call(op: str, inputs: Tensor, weight: Tensor, initial: Tensor | None, *more
 
 def _plan(call: Call, kernel: str, inputs: Tensor, weight: Tensor) -> tuple[Plan, dict]:
     D = weight.shape[-1]
-    p = plan(kernel, call.device, D, inputs)
+    p = plan(kernel, D, inputs)
     constants = {
         "plan": p, "BLOCK_T": p.config.block_t, "BLOCK_D": p.config.block_n, "BLOCK_K": 2 * p.config.block_n,
         "PRECISION": precision(inputs),

@@ -113,7 +113,7 @@ def _scan(
     h: tuple | None = None, d_f: tuple | None = None, d_initial: tuple | None = None,
 ) -> None:  # fmt: skip
     T, D = f.shape[-2:]
-    p = plan("gated_scan", call.device, D, f, u)
+    p = plan("gated_scan", D, f, u)
     c, B1 = p.config, call.batches[1]
     programs = call.B * triton.cdiv(D, c.block_n)
     parts, span = p.cut(programs, T, c.block_t)

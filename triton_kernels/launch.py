@@ -12,12 +12,8 @@ from torch import Tensor
 
 from . import configs
 from .layout import Call, allows_tf32
+from .replay import INTERPRETED, recording
 
-INTERPRETED = bool(triton.knobs.runtime.interpret)
-if INTERPRETED:
-    from .interpreter import repair
-
-    repair()
 # The widest row that one block holds, by bits of an element, and the blocks in which wider rows go. An exact float32
 # product has no matrix instruction and keeps whole rows of both operands in registers, so its rows are shorter: at 128
 # columns hardly any block fits without spills, and what is only summed over goes in short blocks.
@@ -28,16 +24,12 @@ SUMMED_EXACT = 16
 
 
 @functools.cache
-def _capability(index: int) -> int:
-    major, minor = torch.cuda.get_device_capability(index)
-    return 10 * major + minor
-
-
-def architecture(device: torch.device) -> str:
-    """The rows of the table that serve ``device``."""
+def architecture(device: torch.device) -> tuple[str, int]:
+    """The rows of the table that serve ``device``, and its compute capability, 9.0 as 90."""
     if INTERPRETED:
-        return "interpreter"
-    return configs.nearest(_capability(device.index or 0))
+        return "interpreter", 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return configs.nearest(10 * major + minor), 10 * major + minor
 
 
 @dataclass(frozen=True)
@@ -112,24 +104,25 @@ class Plan:
         return max(1, triton.cdiv(size, span)), span
 
 
-def plan(
-    kernel: str, device: torch.device, widest: int, *tensors: Tensor | None, compressed: bool = False
-) -> Plan:  # fmt: skip
+def plan(kernel: str, widest: int, *tensors: Tensor | None, compressed: bool = False) -> Plan:
     """The configuration of ``kernel`` for rows of ``widest`` columns and the dtypes of ``tensors``.
 
     compressed: of its variant that decodes 8-bit rows, which takes registers.
     """
-    arch = architecture(device)
+    arch = recording().arch
     if compressed:
         kernel = f"{kernel}_compressed"
     row = configs.find(kernel, arch, bits(*tensors), width(widest, *tensors))
     return Plan(row, configs.PROCESSORS[arch])
 
 
-def launch(kernel, programs: int, *arguments, plan: Plan, **constants) -> None:
-    """Run ``programs`` instances. No synchronisation, no allocation: a CUDA graph can capture it."""
+def launch(kernel, programs: int, *arguments, plan: Plan, columns: tuple[str, ...] = (), **constants) -> None:
+    """Note a launch of ``programs`` programs. It does not synchronise or allocate: a CUDA graph can capture it.
+
+    columns: names of integers, beside row widths, at which an axis of contiguous numbers ends.
+    """
     if programs:
-        kernel[(programs,)](*arguments, **constants, **plan.options)
+        recording().launch(kernel, programs, arguments, constants, plan.options, columns)
 
 
 class _Parts:
@@ -149,7 +142,7 @@ class _Parts:
 
 def launch_in_parts(
     call: Call, kernel, programs: int, size: int, block: int, before: tuple, targets: Sequence[tuple | None],
-    between: tuple, *after: float, plan: Plan, **constants,
+    between: tuple, *after: float, plan: Plan, columns: tuple[str, ...] = (), **constants,
 ) -> None:  # fmt: skip
     """Run ``programs`` instances whose loop over ``size`` is cut into parts, and add what the parts give to targets.
 
@@ -160,7 +153,7 @@ def launch_in_parts(
     outs = [_Parts(call, target, parts) for target in targets]
     launch(
         kernel, programs * parts, *before, *(o.out for o in outs), *between, parts, span, *(o.step for o in outs),
-        *after, plan=plan, **constants,
+        *after, plan=plan, columns=columns, **constants,
     )  # fmt: skip
     for o in outs:
         o.add()

@@ -106,7 +106,7 @@ class Call:
         self.require(own, "values must have all leading dimensions of the memory")
         spread = any(size > 1 and stride == 0 for size, stride in zip(values.shape, values.stride()))
         self.require(not spread, "values must not be expanded")
-        lie = values.numel() == 0 or self.slots(values)[0].data_ptr() == values.data_ptr()
+        lie = values.numel() == 0 or same_memory(self.slots(values)[0], values)
         target = values if lie else values.contiguous()
         yield target
         if target is not values:
@@ -154,7 +154,7 @@ class Call:
 
     def store(self, out: Tensor, view: Tensor) -> Tensor:
         """``out`` of :meth:`token_result` after a kernel has filled ``view``."""
-        if out.data_ptr() != view.data_ptr() and out.numel():
+        if out.numel() and not same_memory(out, view):
             sizes = [self.whole[d] for d in (*self.kept, *self.shared)]
             order = [*self.kept, *self.shared]
             tail = view.shape[3:]
@@ -214,6 +214,11 @@ class Gradient:
         if out.shape != self.argument.shape:
             out = out.sum_to_size(self.argument.shape)
         return out.to(self.argument.dtype)
+
+
+def same_memory(x: Tensor, y: Tensor) -> bool:
+    """Whether one is a view of the other."""
+    return x.untyped_storage()._cdata == y.untyped_storage()._cdata
 
 
 def unit_last(x: Tensor) -> Tensor:

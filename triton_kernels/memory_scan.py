@@ -98,7 +98,7 @@ class Scan:
         call.mask(slot_mask)
         call.require(token_mask is None or token_mask.element_size() == 1, "token_mask must be bool")
         self.values, self.scale, self.count = values, scale, call.F * T
-        self.plan = plan("memory_scan", call.device, max(K, V), read_query, values)
+        self.plan = plan("memory_scan", max(K, V), read_query, values)
         most = BLOCKS[bits(read_query, values)]
         wide_k, wide_v = (narrowed(f(n, read_query, values), most) for f, n in ((summed, K), (width, V)))
         self.blocks, self.columns = triton.cdiv(N, self.plan.config.block_n), triton.cdiv(V, wide_v.block)

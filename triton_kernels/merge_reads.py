@@ -104,15 +104,15 @@ def merge_backward_kernel(
                 tl.store(tokens(d_lses, b, B1, t, None) + offset * d_lse_part, d, mask=t_ok)
 
 
-def _blocks(device: torch.device, V: int, *tensors: Tensor) -> tuple[Plan, int, int]:
+def _blocks(V: int, *tensors: Tensor) -> tuple[Plan, int, int]:
     """Plan, and tokens and columns of a block."""
-    p = plan("merge_reads", device, V, *tensors)
+    p = plan("merge_reads", V, *tensors)
     return p, p.config.block_t, width(V, *tensors).block
 
 
 def merge_parts(call: Call, reads: Tensor, lses: Tensor, read: Tensor, lse: Tensor, T: int, V: int) -> None:
     """Merge float32 parts ``[S, B0, B1, F, T, V]`` and ``[S, B0, B1, F, T]`` of a split read into its results."""
-    p, block_t, block_v = _blocks(call.device, V, reads)
+    p, block_t, block_v = _blocks(V, reads)
     count = call.F * T
     launch(
         merge_kernel, call.B * triton.cdiv(count, block_t) * max(1, triton.cdiv(V, block_v)),
@@ -143,7 +143,7 @@ def merge_reads(reads: Tensor, lses: Tensor):
     call, S, T, V = _call("merge_reads", reads, lses)
     read, read_view = call.token_result(T, V, dtype=reads.dtype)
     lse, lse_view = call.token_result(T, dtype=torch.float32)
-    p, block_t, block_v = _blocks(call.device, V, reads)
+    p, block_t, block_v = _blocks(V, reads)
     (all_reads, read_part), (all_lses, lse_part) = _parts(call, reads, 2), _parts(call, lses, 1)
     launch(
         merge_kernel, call.B * triton.cdiv(T, block_t) * max(1, triton.cdiv(V, block_v)),
@@ -165,7 +165,7 @@ def merge_reads_backward(
     call.stats(d_lse)
     d_reads = Gradient(call, reads, wants[0], "tokens", S, T, V)
     d_lses = Gradient(call, lses, wants[1], "tokens", S, T)
-    p, block_t, block_v = _blocks(call.device, V, reads)
+    p, block_t, block_v = _blocks(V, reads)
     (all_reads, read_part), (all_lses, lse_part) = _parts(call, reads, 2), _parts(call, lses, 1)
     outs, out_parts = [], []
     for gradient in (d_reads, d_lses):

@@ -116,7 +116,7 @@ def search_pairs(
     search(call, halves(query, subkeys), subkeys, None, found, scale, score_view, index_view, None)
     lists = call.store(half_scores, score_view), call.store(half_indices, index_view)
     rows = indices.numel() // k
-    p = plan("product_pairs", call.device, 64, query)
+    p = plan("product_pairs", 64, query)
     if k > KEPT:
         score, index = scored_tensor(_many(call, lists, rows, T, n, k, found))
         indices.copy_(index.view(indices.shape))
@@ -147,7 +147,7 @@ def _many(call: Call, lists: tuple[Tensor, Tensor], rows: int, T: int, n: int, k
     """The best k ranks ``[rows, k]`` by way of a workspace, for k beyond KEPT."""
     best = torch.empty((rows, k), dtype=torch.int64, device=call.device)
     size = triton.next_power_of_2(k)
-    levels, p = size.bit_length(), plan("product_pairs", call.device, 64, lists[0])
+    levels, p = size.bit_length(), plan("product_pairs", 64, lists[0])
     step = max(1, WORKSPACE // (levels * size))
     for first in range(0, rows, step):
         some = min(step, rows - first)

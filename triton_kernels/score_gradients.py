@@ -233,7 +233,7 @@ def row_dots(call: Call, a: Tensor, b: Tensor, minus: Tensor | None = None) -> T
     """``<a_t, b_t> - minus_t`` of token rows ``[..., T, D]``: float32 ``[B0, B1, F, T]``."""
     T, D = a.shape[-2:]
     out = call.scratch(*call.batches, call.F, T)
-    p = plan("row_dots", call.device, D, a, b)
+    p = plan("row_dots", D, a, b)
     wide, count = width(D, a, b), call.F * T
     launch(
         delta_kernel, call.B * triton.cdiv(count, p.config.block_t),
@@ -277,24 +277,28 @@ def score_gradients(
         "V_STEPS": wide_v.steps, "PRECISION": precision(query, query if values is None else values),
     }  # fmt: skip
     sizes = (count, N, K, V, call.batches[1], inner)
+    # The other kinds read [T, N] arguments, and multiply once where these do so three times.
+    scores = kind in ("read", "usage")
+    contiguous = () if scores else ("N",)
     d_q = d_query.rows() if d_query is not None else None
     d_lse_rows = None
     if isinstance(d_lse, Gradient) and d_lse.wanted:
         d_lse_rows = (d_lse.view, *d_lse.view.stride())
     if d_q is not None or d_lse_rows is not None:
         packed = key_scale is not None or value_scale is not None
-        p = plan("query_gradient", call.device, max(K, V), query, values, compressed=packed)
+        p = plan("query_gradient" if scores else "query_sums", max(K, V), query, values, compressed=packed)
         c = p.config
         launch_in_parts(
             call, query_gradient_kernel, call.B * triton.cdiv(count, c.block_t) * wide_k.steps, N, c.block_n,
-            sources, (d_q, d_lse_rows), sizes, scale, plan=p, BLOCK_T=c.block_t, BLOCK_N=c.block_n, **constants,
+            sources, (d_q, d_lse_rows), sizes, scale,
+            plan=p, columns=contiguous, BLOCK_T=c.block_t, BLOCK_N=c.block_n, **constants,
         )  # fmt: skip
     targets = [g.rows() if g is not None else None for g in (d_keys, d_values, d_mask)]
     if any(target is not None for target in targets):
-        p = plan("slot_gradient", call.device, max(K, V), query, values)
+        p = plan("slot_gradient" if scores else "slot_sums", max(K, V), query, values)
         c = p.config
         programs = call.B * triton.cdiv(N, c.block_n) * max(wide_k.steps, wide_v.steps)
         launch_in_parts(
             call, slot_gradient_kernel, programs, count, c.block_t, sources, targets, sizes, scale,
-            plan=p, BLOCK_T=c.block_t, BLOCK_N=c.block_n, **constants,
+            plan=p, columns=contiguous, BLOCK_T=c.block_t, BLOCK_N=c.block_n, **constants,
         )  # fmt: skip

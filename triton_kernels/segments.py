@@ -134,7 +134,7 @@ def chosen_dots(call: Call, x: Tensor, rows: Tensor, indices: Tensor, scales: Te
     (T, k), (N, D) = indices.shape[-2:], rows.shape[-2:]
     count = call.F * T
     out = call.scratch(call.B, count, k)
-    p, wide = plan("chosen_dots", call.device, D, x, rows), width(D, x, rows)
+    p, wide = plan("chosen_dots", D, x, rows), width(D, x, rows)
     block_t, block = p.config.block_t, min(p.config.block_n, triton.next_power_of_2(k))
     launch(
         chosen_dots_kernel, call.B * triton.cdiv(count, block_t) * triton.cdiv(k, block),
@@ -165,7 +165,7 @@ class Segments:
         call, D = self.call, 1 if x is None else x.shape[-1]
         if not gradient.wanted or not self.entries or not self.N:
             return
-        p = plan("segments", call.device, D, x, numbers)
+        p = plan("segments", D, x, numbers)
         block = min(COLUMNS, triton.next_power_of_2(D))
         chunks = triton.cdiv(self.entries, CHUNK)
         border = call.scratch(chunks, 2, D)

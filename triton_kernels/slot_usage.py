@@ -60,7 +60,7 @@ def slot_usage(query: Tensor, keys: Tensor, lse: Tensor, slot_mask: Tensor | Non
     call = _call("slot_usage", query, keys, lse, slot_mask)
     (T, K), N = query.shape[-2:], keys.shape[-2]
     usage = call.memory_result(N, dtype=torch.float32)
-    p = plan("slot_usage", call.device, K, query)
+    p = plan("slot_usage", K, query)
     c, wide, count = p.config, summed(K, query), call.F * T
     launch_in_parts(
         call, slot_usage_kernel, call.B * triton.cdiv(N, c.block_n), count, c.block_t,

@@ -138,7 +138,7 @@ def _read(
     sources = call.rows(query), call.slots(keys), call.slots(values), call.slot_numbers(slot_mask)
     sources = *sources, call.slot_numbers(key_scale), call.slot_numbers(value_scale)
     packed = key_scale is not None or value_scale is not None
-    p = plan("softmax_read", call.device, max(K, V), query, values, compressed=packed)
+    p = plan("softmax_read", max(K, V), query, values, compressed=packed)
     return read_blocks(
         call, softmax_read_kernel, p, sources, query, values,
         query.dtype, scale, BLOCK_K=wide.block, K_STEPS=wide.several,

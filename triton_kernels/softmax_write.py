@@ -95,7 +95,7 @@ def _write(op: str, *args) -> Write:
     """The arguments of a write, with what its first pass takes."""
     x = Write(op, "softmax", *args)
     call, N, K, count = x.call, x.N, x.K, x.count
-    p, wide = plan("softmax_norm", call.device, K, x.query), summed(K, x.query)
+    p, wide = plan("softmax_norm", K, x.query), summed(K, x.query)
     c = p.config
     programs = call.B * triton.cdiv(count, c.block_t)
     parts, span = p.cut(programs, N, c.block_n)

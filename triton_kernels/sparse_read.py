@@ -57,7 +57,7 @@ def gather(
     scales: what multiplies the rows of compressed values.
     """
     k, (N, V), count = indices.shape[-1], values.shape[-2:], call.F * T
-    p, wide = plan("sparse_read", call.device, V, values), width(V, values)
+    p, wide = plan("sparse_read", V, values), width(V, values)
     launch(
         sparse_read_kernel, call.B * triton.cdiv(count, p.config.block_t) * wide.steps,
         call.slots(values), call.rows(indices), weights, call.slot_numbers(scales), read,

@@ -138,7 +138,7 @@ class _Entries:
         check_indices(call, indices, N)
         self.segments = Segments(call, indices, N)
         self.count = self.segments.entries
-        self.plan = plan("sparse_write", call.device, V, values, weights)
+        self.plan = plan("sparse_write", V, values, weights)
         self.width = width(V, values, weights)
         self.sources = (
             self.segments.order, self.segments.slots, call.rows(weights), call.rows(write), call.rows(erase)

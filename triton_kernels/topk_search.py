@@ -134,7 +134,7 @@ def _many(
     """The best k ranks ``[B, F * T, k]`` by way of a workspace, for k beyond LARGEST."""
     (T, K), N, count = query.shape[-2:], keys.shape[-2], call.F * query.shape[-2]
     best = torch.full((call.B, count, k), -(2**63), dtype=torch.int64, device=call.device)
-    p, wide = plan("topk_search", call.device, K, query, keys, compressed=key_scale is not None), summed(K, query, keys)
+    p, wide = plan("topk_search", K, query, keys, compressed=key_scale is not None), summed(K, query, keys)
     sources = call.rows(query), call.slots(keys), call.slot_numbers(slot_mask), call.slot_numbers(key_scale)
     step_n = min(N, max(4 * k, 8192))
     step_t = max(1, WORKSPACE // max(1, call.B * step_n))
@@ -170,7 +170,7 @@ def search(
             weights.copy_(shares_tensor(score).view(weights.shape))
         return
     size = max(16, triton.next_power_of_2(k))
-    p, wide = plan("topk_search", call.device, K, query, keys, compressed=key_scale is not None), summed(K, query, keys)
+    p, wide = plan("topk_search", K, query, keys, compressed=key_scale is not None), summed(K, query, keys)
     if size > SHORT_LIST:
         wide = narrowed(wide, NARROW)
     c, inner, block_n = p.config, T if call.F > 1 else None, max(p.config.block_n, size)
@@ -183,7 +183,7 @@ def search(
         LIST=size, BLOCK_T=c.block_t, BLOCK_N=block_n, BLOCK_K=wide.block, K_STEPS=wide.several,
         PRECISION=precision(query),
     )  # fmt: skip
-    p = plan("topk_merge", call.device, 64, query)
+    p = plan("topk_merge", 64, query)
     launch(
         topk_merge_kernel, call.B * triton.cdiv(count, p.config.block_t), lists,
         *(None if x is None else (x, *x.stride()[:4]) for x in (scores, indices, weights)),

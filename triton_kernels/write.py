@@ -114,7 +114,7 @@ def _write(x: Write, values: Tensor, out: tuple, retained: tuple | None) -> None
     call, N, K, V = x.call, x.N, x.K, x.V
     tensors = (x.query, values)
     wide_k, wide_v = summed(K, *tensors), width(V, *tensors)
-    p = plan("write", call.device, max(K, V), *tensors)
+    p = plan("write", max(K, V), *tensors)
     c, columns = p.config, triton.cdiv(V, wide_v.block)
     programs = call.B * triton.cdiv(N, c.block_n) * columns
     parts, span = p.cut(programs, x.count, c.block_t)
@@ -128,11 +128,12 @@ def _write(x: Write, values: Tensor, out: tuple, retained: tuple | None) -> None
     launch(
         write_kernel, programs * parts, first, *x.sources(), first_out, first_retained, x.erase_scale,
         x.count, N, K, V, call.batches[1], x.inner, parts, span, *between, x.scale,
-        plan=p, GATE=x.gate, ERASE=x.erasing, BLOCK_T=c.block_t, BLOCK_N=c.block_n, BLOCK_K=wide_k.block,
-        K_STEPS=wide_k.several, BLOCK_V=wide_v.block, PRECISION=precision(*tensors),
+        plan=p, columns=x.columns, GATE=x.gate, ERASE=x.erasing,
+        BLOCK_T=c.block_t, BLOCK_N=c.block_n, BLOCK_K=wide_k.block, K_STEPS=wide_k.several,
+        BLOCK_V=wide_v.block, PRECISION=precision(*tensors),
     )  # fmt: skip
     if parts > 1:
-        p = plan("write_merge", call.device, V, *tensors)
+        p = plan("write_merge", V, *tensors)
         launch(
             write_merge_kernel, call.B * triton.cdiv(N, p.config.block_n) * columns,
             v, first_out, first_retained, out, retained, N, V, call.batches[1], parts, *between,

@@ -262,7 +262,7 @@ def backward(x: Write, values: Tensor, d_out: Tensor, d_retained: Tensor | None,
     d_write = Gradient(call, x.write, wants[3], "tokens", T, V)
     d_mask = Gradient(call, x.slot_mask, wants[5], "memory", N)
     tensors = (x.query, values, d_out)
-    p = plan("write_gradient", call.device, max(K, V), *tensors)
+    p = plan("write_gradient", max(K, V), *tensors)
     c, wide_k, wide_v = p.config, width(K, *tensors), width(V, *tensors)
     chunks, B1 = triton.cdiv(x.count, c.block_t), call.batches[1]
     slot_blocks = triton.cdiv(N, c.block_n)
@@ -279,9 +279,9 @@ def backward(x: Write, values: Tensor, d_out: Tensor, d_retained: Tensor | None,
     }  # fmt: skip
     launch(
         write_chunk_kernel, call.B * chunks * slot_blocks, *sources, u, F, G, Q, x.erase_scale, *sizes, x.scale,
-        plan=p, **(constants | {"K_STEPS": wide_k.several, "V_STEPS": wide_v.several}),
+        plan=p, columns=x.columns, **(constants | {"K_STEPS": wide_k.several, "V_STEPS": wide_v.several}),
     )  # fmt: skip
-    carry = plan("write_carry", call.device, V, *tensors)
+    carry = plan("write_carry", V, *tensors)
     launch(
         write_carry_kernel, call.B * triton.cdiv(N, carry.config.block_n),
         call.slots(values), u, F, G, Q, P, d_values.rows(), N, V, B1, chunks,
@@ -294,7 +294,8 @@ def backward(x: Write, values: Tensor, d_out: Tensor, d_retained: Tensor | None,
 
     def run(which: tuple, before: tuple, *targets: tuple | None) -> None:
         launch_in_parts(
-            call, *which, (*sources, *state, *before), targets, (x.erase_scale, *sizes), x.scale, plan=p, **constants
+            call, *which, (*sources, *state, *before), targets, (x.erase_scale, *sizes), x.scale,
+            plan=p, columns=x.columns, **constants,
         )  # fmt: skip
 
     of_gates, of_query = (d_query.rows(), None) if x.gate == "given" else (None, d_query.rows())

@@ -173,7 +173,7 @@ def write_scan_backward_kernel(
 
 def _plan(x: Write, values: Tensor) -> tuple[Plan, Width, dict]:
     tensors = (x.query, values)
-    p = plan("write_scan", x.call.device, max(x.K, x.V), *tensors)
+    p = plan("write_scan", max(x.K, x.V), *tensors)
     wide_k, wide_v = width(x.K, *tensors), width(x.V, *tensors)
     constants = {
         "GATE": x.gate, "BLOCK_T": p.config.block_t, "BLOCK_N": p.config.block_n, "BLOCK_K": wide_k.block,
@@ -192,7 +192,8 @@ def forward(
     launch(
         write_scan_kernel, call.B * triton.cdiv(x.N, p.config.block_n) * triton.cdiv(x.V, wide_v.block),
         call.slots(values), *x.sources(), call.rows(x.erase), out, retained, states, prefix,
-        x.count, x.N, x.K, x.V, call.batches[1], x.inner, x.scale, plan=p, **constants,
+        x.count, x.N, x.K, x.V, call.batches[1], x.inner, x.scale,
+        plan=p, columns=x.columns, **constants,
     )  # fmt: skip
 
 
@@ -227,7 +228,7 @@ def _sweep(x: Write, values: Tensor, u: Tensor, d_retained: Tensor | None, d_val
     launch(
         write_scan_backward_kernel, programs, *x.sources(), call.rows(x.erase), call.slots(u), states, prefix, replay,
         call.slot_numbers(d_retained), d_values.rows(), a, ds, dw, de, count, N, x.K, V, call.batches[1], x.inner,
-        call.B, x.scale, plan=p, **constants,
+        call.B, x.scale, plan=p, columns=("N",), **constants,
     )  # fmt: skip
     return ds.sum(0), a, dw.sum(0), de.sum(0)
 

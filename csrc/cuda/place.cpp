@@ -7,7 +7,7 @@
 #include "chosen.h"
 
 #ifndef MK_SIMT
-// Declared by torch itself only where it was built with CUDA; the library is compiled beside any torch.
+// Declared by torch itself only where it was built with CUDA; the library is compiled beside any torch (CMakeLists.txt links it).
 extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
 #endif
 
@@ -47,7 +47,7 @@ Launching::Launching() {
 #ifndef MK_SIMT
   const int32_t index = torch::stable::accelerator::getCurrentDeviceIndex();
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));
   device_.stream = static_cast<cudaStream_t>(stream);
   cuda::describe(index, device_);
 #endif
@@ -62,7 +62,7 @@ void* Launching::scratch(void* self, int64_t bytes) {
 // The C shim does not tell; memkernels/_cuda.py defines an operator that does.
 bool Launching::allows_tf32(void*) {
   StableIValue answer = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("memkernels_cuda::allows_tf32", "", &answer, TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("memkernels_cuda::allows_tf32", "", &answer, TORCH_ABI_VERSION));
   return torch::stable::detail::to<bool>(answer);
 }
 
