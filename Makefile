@@ -1,5 +1,5 @@
 # Each target sets up .venv when it is missing, or uses the interpreter given as PYTHON= without touching the network.
-#   make demo | test | lint | bench | sanitize | cuda | gpu-check | dev | clean
+#   make demo | test | lint | bench | sanitize | cuda | gpu-check | gpu-rehearsal | dev | clean
 
 ifdef PYTHON
   PY := $(PYTHON)
@@ -20,7 +20,7 @@ SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu te
 SIDE_BY_SIDE := -n auto --maxprocesses=8 --dist loadfile
 PYTEST = $(PY) -m pytest $$($(PY) -c "import xdist" 2>/dev/null && printf '%s ' $(SIDE_BY_SIDE))
 
-.PHONY: dev demo test lint format bench sanitize cuda gpu-check clean
+.PHONY: dev demo test lint format bench sanitize cuda gpu-check gpu-rehearsal clean
 
 dev: .build/native
 
@@ -53,9 +53,15 @@ cuda: $(READY)
 	$(PY) -m bench.cuda_check
 	MEMKERNELS_CUDA=1 $(PYTEST) tests/test_simt.py tests/test_simt_*.py tests/test_cuda.py
 
-# On a machine with a GPU: no network, the interpreter's own torch, build, contract grid on the GPU.
+# On a machine with a GPU, within minutes and without a network: the interpreter's own torch, build, proof, speed.
+# CHECK holds options, such as CHECK="--out results --resume".
 gpu-check:
-	$(or $(PYTHON),python3) -m bench.gpu_check
+	$(or $(PYTHON),python3) -m bench.gpu_check $(CHECK)
+
+# What that check will meet, without a GPU: the CUDA build of torch, every launch down to a driver that records.
+# REHEARSAL=--quick is what CI runs.
+gpu-rehearsal: $(READY)
+	$(PY) -m bench.gpu.rehearsal $(REHEARSAL)
 
 clean:
 	rm -rf build .build dist *.egg-info memkernels/_lib memkernels/_host*.so

@@ -1,10 +1,11 @@
-"""Compiles every Triton kernel that the contract grid launches, on all processors, before the first row runs.
+"""Compiles the Triton kernels of the contract grid on all processors, the most telling cases first.
 
-    python -m bench.precompile --arch 90 --count   # how many compilations the grid is, without a GPU
+    python -m bench.precompile --capability 90 --count   # how many compilations the grid is; needs no GPU
+    python -m bench.precompile --capability 90           # makes them
 
 The launchers run on meta tensors with the shapes, strides and options of each case (``triton_kernels/replay.py``), and
-what they note is compiled into Triton's cache on disk, where the rows find it. Without this a check on a GPU would wait
-for the compiler, one kernel after the other.
+what they note is compiled into Triton's cache on disk, where a check on a GPU finds it. Without this the check would
+wait for the compiler, one kernel after the other.
 """
 
 from __future__ import annotations
@@ -15,30 +16,30 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from memkernels.registration import OPS
-from memkernels.testing.grid import Subject, subjects
+from memkernels.testing import CASES, Subject
 
 from .compile import configs, replay
+from .cuda_check import ROOT
+from .gpu.telling import rounds
 from .launches import plain
 
-ROOT = Path(__file__).parent.parent
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_CASES = {case.name: case for case in CASES}
 
 
-def launched(subject: Subject, arch: str, capability: int) -> Iterator[object]:
+def launched(subject: Subject, capability: int) -> Iterator:
     """What the Triton backend compiles for one case of the grid: forward, backward, in place."""
-    op, inputs = subject.op, subject.inputs
+    op, inputs, found = subject.op, subject.inputs, []
 
-    def run(name: str, tensors: Sequence, more: Sequence) -> tuple:
+    def run(name: str, tensors: Sequence[Tensor | None], more: Sequence) -> tuple:
         given = [x for x in tensors if isinstance(x, Tensor)]
         aligned = tuple(x.storage_offset() * x.itemsize % 16 == 0 for x in given)
+        recording = replay.Recording(configs.nearest(capability), capability, torch.device("cuda", 0), aligned)
         stand_ins = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta") for x in given]
-        recording = replay.Recording(arch, capability, torch.device("cuda", 0), aligned)
         for x in stand_ins:
             recording.place(x)
         left = iter(stand_ins)
@@ -47,43 +48,79 @@ def launched(subject: Subject, arch: str, capability: int) -> Iterator[object]:
         found.extend(build for _, _, build in recording.launches)
         return results if isinstance(results, (tuple, list)) else (results,)
 
-    found: list = []
     outputs = run(op.name, inputs.tensors, inputs.params)
-    if "backward" in subject.directions():
-        names = [o.name for o in op.outputs]
+    directions = subject.directions()
+    if "backward" in directions:
+        names = [out.name for out in op.outputs]
         saved = [outputs[names.index(name)] for name in op.saved]
         given = subject.case.cotangents
-        gradients = [
-            x if given is None or o.name in given else None for o, x in zip(op.outputs, outputs) if o.grad
-        ]  # fmt: skip
+        both = [(out, x) for out, x in zip(op.outputs, outputs) if out.grad]
+        gradients = [x if given is None or out.name in given else None for out, x in both]
         wants = [i in subject.wanting for i, arg in enumerate(op.args) if arg.is_float]
         run(f"{op.name}_backward", [*inputs.tensors, *saved, *gradients], [*inputs.params, wants])
-    if "in place" in subject.directions():
+    if "in place" in directions:
         run(f"{op.name}_", inputs.tensors, inputs.params)
     yield from found
 
 
-def builds(arch: str, capability: int, quick: bool = False) -> dict[tuple, object]:
-    """All distinct compilations of the grid."""
-    found = {}
-    for one in subjects(list(OPS.values()), list(DTYPES), "cpu", quick):
-        for build in launched(Subject(*one), arch, capability):
-            found.setdefault(build.identity, build)
-    return found
+def builds(capability: int, until: int = 3) -> list[dict]:
+    """The distinct compilations of each of the first ``until`` rounds of the grid, none twice."""
+    known: set[tuple] = set()
+    result = []
+    for subjects in rounds(OPS.values())[:until]:
+        fresh = {}
+        for op, case, dtype in subjects:
+            if dtype == "float64":  # which a GPU has no kernels for
+                continue
+            for build in launched(Subject(OPS[op], _CASES[case], getattr(torch, dtype), "cpu"), capability):
+                if build.identity not in known:
+                    known.add(build.identity)
+                    fresh[build.identity] = build
+        result.append(fresh)
+    return result
 
 
 def precompile(jobs: int, deadline: float) -> dict:
-    """Compile for this machine's GPU with ``jobs`` processes until ``deadline`` (of ``time.monotonic``)."""
+    """Compile the telling cases for the GPU of this machine with ``jobs`` processes, until ``deadline`` of the
+    monotonic clock."""
     major, minor = torch.cuda.get_device_capability()
-    command = [sys.executable, "-m", "bench.precompile", "--capability", str(10 * major + minor), "--of", str(jobs)]
+    command = [sys.executable, "-m", "bench.precompile", "--capability", str(10 * major + minor)]
+    command += ["--rounds", "2", "--of", str(jobs)]
     start = time.monotonic()
     parts = [subprocess.Popen([*command, "--part", str(part)], cwd=ROOT) for part in range(jobs)]
-    late = 0
+    late = failed = 0
     for part in parts:
         try:
-            part.wait(max(0.1, deadline - time.monotonic()))
+            failed += part.wait(max(0.1, deadline - time.monotonic())) != 0
         except subprocess.TimeoutExpired:
             late += 1
             part.kill()
             part.wait()
-    return {"jobs": jobs, "late": late, "seconds": time.monotonic() - start}
+    return {"processes": jobs, "stopped": late, "failed": failed, "seconds": round(time.monotonic() - start, 1)}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.precompile", description=__doc__)
+    parser.add_argument("--capability", type=int, required=True, help="of the GPU, 9.0 as 90")
+    parser.add_argument("--count", action="store_true", help="only count")
+    parser.add_argument("--rounds", type=int, default=3, help="1 and 2 are the telling cases, 3 is all")
+    parser.add_argument("--part", type=int, default=0, help="every so many-th build, from this one on")
+    parser.add_argument("--of", type=int, default=1)
+    options = parser.parse_args()
+    found = builds(options.capability, options.rounds)
+    if options.count:
+        print(*(f"round {i + 1}: {len(fresh)} kernels" for i, fresh in enumerate(found)), sep="\n")
+        return 0
+    os.nice(1)  # the rows go first
+    wrong = 0
+    for build in [build for fresh in found for build in fresh.values()][options.part :: options.of]:
+        try:
+            build.compile()
+        except Exception as error:  # the row that launches it says so too
+            wrong += 1
+            print(f"{build.function.__name__}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -139,6 +139,19 @@ def test_a_missing_backend_is_a_failed_row(monkeypatch):
     assert all("it is not built" in r.message for r in failed)
 
 
+def test_an_op_without_a_kernel_is_a_gap_unless_the_backend_is_asked_for_by_name(monkeypatch):
+    from memkernels import backends
+
+    monkeypatch.setattr(backends, "_kernels", backends._kernels - {("memkernels_cpu::softmax_read_backward", "cpu")})
+    rows = testing.check("softmax_read", dtype="float32", quick=True)
+    (gap,) = (r for r in rows if r.gap)
+    assert all(r.passed for r in rows) and (gap.backend, gap.direction) == ("cpu", "backward")
+    assert "has no backward kernel" in gap.message and gap.message in testing.report(rows)
+    assert f"{len(rows) - 1} of {len(rows) - 1} passed" in testing.report(rows)
+    named = testing.check("softmax_read", "cpu", "float32", quick=True)
+    assert [(r.direction, r.passed, r.gap) for r in named if r.case == "-"] == [("backward", False, False)]
+
+
 @pytest.mark.parametrize("backend", NATIVE)
 @pytest.mark.parametrize("op", OPS)
 def test_poisoned_memory_reaches_the_native_allocator(op, backend):

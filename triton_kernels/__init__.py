@@ -57,7 +57,7 @@ def register(device: str) -> torch.library.Library:
     """
     library = torch.library.Library("memkernels_triton", "IMPL")
     for name, _ in names():
-        library.impl(name, _on_its_device(name), device.upper())
+        library.impl(name, _at_first_call(name), device.upper())
     return library
 
 
@@ -69,17 +69,13 @@ def launcher(name: str):
     return replay.Launcher(getattr(importlib.import_module(f"{__name__}.{file}"), name), launch.architecture)
 
 
-def _on_its_device(name: str):
-    """The launcher of ``name``, found at the first call and run with the device of its tensors current."""
+def _at_first_call(name: str):
+    """The launcher of ``name``, found at the first call."""
     found = []
 
     def run(*arguments):
         if not found:
             found.append(launcher(name))
-        device = next(x.device for x in arguments if isinstance(x, torch.Tensor))
-        if device.type == "cuda" and device.index != torch.cuda.current_device():
-            with torch.cuda.device(device):
-                return found[0](*arguments)
         return found[0](*arguments)
 
     return run

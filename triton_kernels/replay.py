@@ -118,6 +118,9 @@ class Recording(TorchDispatchMode):
         leaves, spec = pytree.tree_flatten((args, kwargs))
         leaves = [self.ref(x) if isinstance(x, Tensor) else x for x in leaves]
         new = [(i, self.place(x)) for i, x in enumerate(outs) if _storage(x) not in self._place]
+        if func is torch.ops.aten.empty.memory_format and kwargs.get("memory_format") is None:
+            options = {name: kwargs[name] for name in ("dtype", "device") if name in kwargs}
+            return self.note(_Empty(list(args[0]), options, new[0][1]), {new[0][1]})
         touched = {x.index for x in leaves if isinstance(x, Ref)} | {place for _, place in new}
         self.note(_Operation(func, leaves, spec, new, len(outs)), touched)
 
@@ -147,14 +150,15 @@ class Recording(TorchDispatchMode):
 
 
 def _settled(x: tuple) -> tuple:
-    """A tensor and its strides, with 0 for a dimension of size 1: torch lets such a stride be anything."""
+    """A tensor and its strides; a dimension of size 1, whose stride torch lets be anything, has that of any size."""
     first, *strides = x
     if not isinstance(x[-1], int):  # several tensors
         return x
     for skip in (0, 1):  # of parts, strides leave out the first dimension
         if list(first.stride()[skip : skip + len(strides)]) == strides:
             sizes = first.shape[skip : skip + len(strides)]
-            return first, *(0 if size == 1 else stride for size, stride in zip(sizes, strides))
+            usual = [0] * (len(strides) - 1) + [int(first.dim() - skip == len(strides))]  # 1: numbers side by side
+            return first, *(u if size == 1 else stride for size, stride, u in zip(sizes, strides, usual))
     return x
 
 
@@ -167,17 +171,23 @@ class _Operation:
 
     def __init__(self, func, leaves: list, spec, new: list[tuple[int, int]], count: int) -> None:
         self.func, self.leaves, self.spec, self.new, self.count = func, leaves, spec, new, count
-        self.constant = None if any(isinstance(x, Ref) for x in leaves) else pytree.tree_unflatten(leaves, spec)
 
     def __call__(self, places: list[Tensor]) -> None:
-        if self.constant is not None:
-            args, kwargs = self.constant
-        else:
-            leaves = [x.tensor(places) if isinstance(x, Ref) else x for x in self.leaves]
-            args, kwargs = pytree.tree_unflatten(leaves, self.spec)
+        leaves = [x.tensor(places) if isinstance(x, Ref) else x for x in self.leaves]
+        args, kwargs = pytree.tree_unflatten(leaves, self.spec)
         result = self.func(*args, **kwargs)
         for i, place in self.new:
             places[place] = result[i] if self.count > 1 else result
+
+
+class _Empty:
+    """New memory: by far the most frequent operation, so without the way that any operation takes."""
+
+    def __init__(self, size: list[int], options: dict, place: int) -> None:
+        self.size, self.options, self.place = size, options, place
+
+    def __call__(self, places: list[Tensor]) -> None:
+        places[self.place] = torch.empty(self.size, **self.options)
 
 
 class _Launch:
@@ -197,19 +207,21 @@ class _Launch:
             arguments[i] = places[place].data_ptr() + offset
         for i, refs, strides in self.inside:
             arguments[i] = (*[places[place].data_ptr() + offset for place, offset in refs], *strides)
-        kernel = self.kernel
-        if kernel is None:
-            kernel = self.kernel = self.build.load(self.device)
-        runtime = triton.knobs.runtime
+        if self.kernel is None:
+            self._load()
+        kernel, runtime = self.kernel, triton.knobs.runtime
         enter, leave, told = runtime.launch_enter_hook, runtime.launch_exit_hook, None
-        stream = triton.runtime.driver.active.get_current_stream(self.device)
+        stream = self.stream(self.device)
         if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):  # a profiler listens
             told = kernel.launch_metadata((self.programs, 1, 1), stream, *arguments)
         else:
             enter = leave = None
-        kernel.run(
-            self.programs, 1, 1, stream, kernel.function, kernel.packed_metadata, told, enter, leave, *arguments
-        )  # fmt: skip
+        self.run(self.programs, 1, 1, stream, self.function, self.packed, told, enter, leave, *arguments)
+
+    def _load(self) -> None:
+        kernel = self.kernel = self.build.load(self.device)
+        self.run, self.function, self.packed = kernel.run, kernel.function, kernel.packed_metadata
+        self.stream = triton.runtime.driver.active.get_current_stream
 
 
 class _Interpreted:
@@ -270,8 +282,10 @@ def _key(arguments: tuple) -> tuple:
 
 
 class Launcher:
-    """An operator's launcher, replayed. architecture: of a device, which rows of configurations serve it, and its
-    compute capability."""
+    """An operator's launcher, replayed with the device of its tensors current.
+
+    architecture: of a device, which rows of configurations serve it, and its compute capability.
+    """
 
     def __init__(self, launcher: Callable, architecture: Callable[[torch.device], tuple[str, int]]) -> None:
         self.launcher, self.architecture = launcher, architecture
@@ -279,6 +293,10 @@ class Launcher:
 
     def __call__(self, *arguments):
         tensors = [x for x in arguments if isinstance(x, Tensor)]
+        index = tensors[0].get_device()
+        if index >= 0 and index != torch.cuda.current_device():
+            with torch.cuda.device(index):
+                return self(*arguments)
         key = _key(arguments)
         replay = self.replays.get(key)
         if replay is None:

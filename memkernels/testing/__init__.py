@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -55,8 +56,9 @@ def check(
         progress: called as ``progress(done, total)`` while it runs.
 
     Returns:
-        one :class:`Row` each. A backend that is missing, or has no kernel for what is asked of it, is a failed row that
-        says why.
+        one :class:`Row` each. A backend that is missing is a failed row that says why, so that a broken installation
+        cannot pass. A backend that is here but has no kernel for an op is a failed row where it was asked for by name,
+        else a row that passes as a ``gap``.
 
     Raises:
         ValueError: an unknown op, backend or dtype, or a device that is not here.
@@ -75,7 +77,7 @@ def check(
                 continue
             if (key := (one.name, name, kind)) not in seen:
                 seen.add(key)
-                rows += _gaps(one.name, name, kind, where)
+                rows += _gaps(one.name, name, kind, where, named=backend is not None)
             if _why_not(one.name, name, kind, where, "forward") is None:
                 subject = subject or Subject(one, case, kind, where)
                 forward_only = _why_not(one.name, name, kind, where, "backward") is not None
@@ -96,7 +98,8 @@ def _why_not(op: str, name: str, dtype: torch.dtype, device: str, direction: str
     return next(b for b in backends.BACKENDS if b.name == name).gap(op, device, dtype, direction)
 
 
-def _gaps(op: str, name: str, dtype: torch.dtype, device: str) -> list[Row]:
+def _gaps(op: str, name: str, dtype: torch.dtype, device: str, named: bool) -> list[Row]:
     kind = str(dtype).removeprefix("torch.")
     whys = {direction: _why_not(op, name, dtype, device, direction) for direction in backends.DIRECTIONS}
-    return [Row(op, name, kind, device, "-", d, float("nan"), 0.0, False, why) for d, why in whys.items() if why]
+    gap = not named and all(b.missing() is None for b in backends.BACKENDS if b.name == name)
+    return [Row(op, name, kind, device, "-", d, math.nan, 0.0, gap, why, gap) for d, why in whys.items() if why]

@@ -35,7 +35,10 @@ def _threads(n: int) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the grid. ``message`` says what is wrong where ``passed`` is False."""
+    """One line of the grid. ``message`` says what is wrong where ``passed`` is False.
+
+    ``gap``: nothing ran, because the backend has no such kernel; ``message`` says which.
+    """
 
     op: str
     backend: str
@@ -47,6 +50,7 @@ class Row:
     tolerance: float
     passed: bool
     message: str = ""
+    gap: bool = False
 
     def __str__(self) -> str:
         where = f"{self.op} on {self.backend}/{self.device}, {self.dtype}, {self.case!r}, {self.direction}"

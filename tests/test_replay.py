@@ -1,0 +1,220 @@
+"""Launch plans of the Triton backend: what is recorded once per kind of call is right for every call of that kind."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from support import run_python
+
+pytest.importorskip("triton")
+START = """
+import json
+import torch
+from torch import Tensor
+from memkernels import _triton
+import memkernels as mk
+
+package = _triton.kernels()
+import importlib
+replay, builds = (importlib.import_module(f"{package.__name__}.{n}") for n in ("replay", "builds"))
+
+def randn(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+def same(got, *args):
+    want = mk.softmax_read(*(x.double() for x in args), backend="reference")
+    return torch.allclose(got.double(), want, atol=1e-5)
+"""
+
+
+def answer(code: str, **environment: str):
+    done = run_python(START + code, OMP_NUM_THREADS="1", **environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def interpreted(code: str):
+    return answer(code, TRITON_INTERPRET="1")
+
+
+def test_a_second_call_of_a_kind_has_its_own_numbers():
+    found = interpreted("""
+launch = package.launcher("softmax_read")
+ok = []
+for seed in range(3):
+    q, k, v = randn(2, 5, 16, seed=seed), randn(2, 40, 16, seed=seed + 10), randn(2, 40, 16, seed=seed + 20)
+    ok.append(same(launch(q, k, v, None, 0.25)[0], q, k, v))
+print(json.dumps([ok, len(launch.replays)]))
+""")
+    assert found == [[True] * 3, 1]
+
+
+def test_tensors_may_share_memory_in_one_call_and_not_in_the_next():
+    """A pointer is that of an argument and an offset: which arguments lie in one storage must not be remembered."""
+    found = interpreted("""
+launch = package.launcher("softmax_read")
+together = randn(2, 40, 48)
+q, k, v = (together[..., 16 * i : 16 * (i + 1)] for i in range(3))
+apart = [torch.empty_strided(x.shape, x.stride()).copy_(randn(2, 40, 16, seed=i)) for i, x in enumerate((q, k, v))]
+ok = [same(launch(*x, None, 0.25)[0], *x) for x in ((q, k, v), apart, (q, q, q), (apart[0], k, k))]
+print(json.dumps([ok, len(launch.replays)]))
+""")
+    assert found[0] == [True] * 4
+    assert found[1] == 1, "all four have the same shapes and strides"
+
+
+def test_strides_options_and_dtypes_are_other_kinds():
+    found = interpreted("""
+launch = package.launcher("softmax_read")
+q, k, v = randn(2, 5, 16), randn(2, 40, 16, seed=1), randn(2, 40, 16, seed=2)
+spread = k[:1].expand(2, 40, 16)
+turned = v.transpose(-1, -2).contiguous().transpose(-1, -2)
+kinds = [(q, k, v), (q, spread, v), (q, k, turned), (q[:, ::2], k, v), (q.half(), k.half(), v.half())]
+ok = [torch.allclose(launch(*x, None, 0.25)[0].double(), mk.softmax_read(*(y.double() for y in x), backend="reference"),
+                     atol=1e-5 if x[0].dtype == torch.float32 else 1e-2) for x in kinds]
+other = launch(q, k, v, None, 0.5)[0]
+ok.append(torch.allclose(other.double(), mk.softmax_read(q.double(), k.double(), v.double(), scale=0.5), atol=1e-5))
+print(json.dumps([ok, len(launch.replays)]))
+""")
+    assert found == [[True] * 6, 6]
+
+
+def test_a_launcher_cannot_look_at_a_number():
+    """What it does must follow from shapes, or a replay would be wrong for other numbers."""
+    found = interpreted("""
+def looks(x):
+    return x * 2 if x[0] > 0 else x
+
+try:
+    replay.Launcher(looks, lambda device: ("interpreter", 0))(randn(4))
+    print(json.dumps("it may"))
+except RuntimeError as error:
+    print(json.dumps(type(error).__name__))
+""")
+    assert found == "RuntimeError"
+
+
+def test_memory_is_let_go_after_the_step_that_needs_it_last():
+    """A replay holds no more at once than the launcher did: peak memory is part of what an op promises."""
+    found = interpreted("""
+import weakref
+alive = []
+
+def in_pieces(x):
+    total = torch.zeros_like(x)
+    for i in range(4):
+        piece = x * i + 1
+        total += piece * piece
+    return total
+
+launch = replay.Launcher(in_pieces, lambda device: ("interpreter", 0))
+x = randn(1000)
+first = launch(x)
+made, peak = [], 0
+from torch.utils._python_dispatch import TorchDispatchMode
+class Watch(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        global peak
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and not any(result is a for a in args):
+            made.append(weakref.ref(result))
+        peak = max(peak, sum(m() is not None for m in made))
+        return result
+with Watch():
+    second = launch(x)
+print(json.dumps([torch.equal(first, second), torch.equal(first, in_pieces(x)), len(made), peak]))
+""")
+    assert found[:2] == [True, True]
+    assert found[2] > 8, "the pieces are made anew each time"
+    assert found[3] <= 4, "the total, and what one step of the loop needs"
+
+
+def test_tensors_of_several_devices_are_refused():
+    found = interpreted("""
+launch = package.launcher("softmax_read")
+q, k, v = randn(2, 5, 16), randn(2, 40, 16), randn(2, 40, 16)
+launch(q, k, v, None, 0.25)
+class Elsewhere(Tensor):
+    def get_device(self):
+        return 0
+    @property
+    def device(self):
+        return torch.device("cuda", 0)
+try:
+    launch(q, k.as_subclass(Elsewhere), v, None, 0.25)
+    print(json.dumps("taken"))
+except RuntimeError as error:
+    print(json.dumps(str(error)))
+""")
+    assert found == "softmax_read: all tensors must be on cpu, got cuda:0"
+
+
+COMPILED = """
+from bench.compile import replay as _
+from bench.launches import plain
+
+def identities(name, *shapes, dtype=torch.bfloat16, aligned=(), **more):
+    recording = replay.Recording("90", 90, torch.device("cuda", 0), aligned)
+    given = []
+    for x in shapes:
+        if isinstance(x, tuple):
+            x = torch.empty(x, dtype=dtype, device="meta")
+        if isinstance(x, Tensor):
+            recording.place(x)
+        given.append(x)
+    with recording:
+        plain(name)(*given)
+    return [build.identity for _, _, build in recording.launches]
+
+def read(T=64, N=256, K=64, V=64, B=2, **more):
+    return identities("softmax_read", (B, T, K), (B, N, K), (B, N, V), None, 0.125, **more)
+"""
+
+
+def test_a_kernel_serves_all_counts_of_tokens_slots_and_batches():
+    found = answer(
+        COMPILED
+        + """
+base = read(B=200)  # enough programs: the loop over slots is not cut into parts, which are float32
+same = [read(B=200, T=65), read(B=200, N=257), read(B=300), read(B=200, T=1000, N=999), read(B=200, T=1, N=5)]
+print(json.dumps([len(base), [x == base for x in same]]))
+"""
+    )
+    assert found == [1, [True] * 5]
+
+
+def test_wide_loads_are_told_to_the_compiler_and_only_where_they_are():
+    found = answer(
+        COMPILED
+        + """
+base = read()
+print(json.dumps([read(K=60) != base, read(V=60) != base, read(aligned=(False,)) != base,
+                  read(aligned=(True, True, True)) == base, read(dtype=torch.float16) != base]))
+"""
+    )
+    assert found == [True] * 5
+
+
+def test_a_stride_of_a_dimension_of_size_one_does_not_matter():
+    found = answer(
+        COMPILED
+        + """
+odd = torch.empty_strided((1, 64, 64), (77, 64, 1), dtype=torch.bfloat16, device="meta")
+args = ((1, 256, 64), (1, 256, 64), None, 0.125)
+print(json.dumps(identities("softmax_read", odd, *args) == identities("softmax_read", (1, 64, 64), *args)))
+"""
+    )
+    assert found is True
+
+
+def test_gates_that_are_given_lie_along_slots_whose_count_is_told():
+    found = answer(
+        COMPILED
+        + """
+def write(N):
+    return identities("slot_write", (2, N, 64), (2, 64, N), (2, 64, 64), None, None, 1.0)
+print(json.dumps([write(256) == write(512), write(256) != write(250)]))
+"""
+    )
+    assert found == [True, True]
