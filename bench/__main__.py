@@ -13,32 +13,35 @@ from . import cases, results, text
 from .case import Case
 from .ceilings import Ceilings
 from .harness import Settings, run_case
+from .variants import own_backends
 
 
 def measure(chosen: list[Case], settings: Settings) -> list[dict]:
-    """Run the cases one after the other, peaks measured before each op and at the end, bandwidth around each case."""
+    """Run the cases one after the other, on a GPU on each backend that has a kernel; peaks are measured before each op
+    and at the end, bandwidth around each case."""
     torch.set_num_threads(settings.threads)
     where = results.environment(settings.device, settings.threads)
     ceilings = Ceilings(settings.device, settings.threads, settings.quick, where["isa"])
     raw, bandwidths, op = [], [], ""
-    for case in chosen:
+    runs = [(case, backend) for case in chosen for backend in own_backends(case, settings.device)]
+    for case, backend in runs:
         if case.op != op and not (settings.quick and raw):
             ceilings.refresh()
         op = case.op
         begin = time.perf_counter()
-        raw.append(run_case(case, settings))
+        raw.append(run_case(case, settings, backend=backend))
         ceilings.look()
         bandwidths.append(ceilings.bandwidth)
         row = results.complete(raw[-1], case, ceilings, where)
-        _, title, direction, dtype, median, _, _, ratio, *_ = text.columns(row)
-        words = f"{op} {direction} {dtype} {title}: {median}  {ratio}"
+        name, title, direction, dtype, median, _, _, ratio, *_ = text.columns(row)
+        words = f"{name} {direction} {dtype} {title}: {median}  {ratio}"
         print(f"{words}  [{time.perf_counter() - begin:.0f} s]", flush=True)
     ceilings.refresh()
     rows = []
-    for row, case, bandwidth in zip(raw, chosen, bandwidths):
+    for row, (case, _), bandwidth in zip(raw, runs, bandwidths):
         ceilings.bandwidth = bandwidth
         rows.append(results.complete(row, case, ceilings, where))
-    return rows
+    return results.best_of_ours(rows)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -63,8 +66,10 @@ def main(arguments: list[str] | None = None) -> int:
     print("\n" + text.plain(rows) + "\n")
     first = rows[0]
     peak = "  ".join(f"{r['dtype']} {r['peak'] / 1e9:.0f} GFLOP/s" for r in {r["dtype"]: r for r in rows}.values())
-    print(f"{first['processor']}, {first['threads']} threads, {first['isa']}; multiply-add peak: {peak}; ", end="")
-    print(f"read bandwidth: {text.bandwidths(rows)}")
+    machine = ", ".join(filter(None, (first["processor"], f"{first['threads']} threads", first["isa"])))
+    machine = machine if first["device"] == "cpu" else f"{first['device']}, {machine}"
+    print(f"{machine}; multiply-add peak: {peak}; ", end="")
+    print(f"{text.bandwidth_name(first)}: {text.bandwidths(rows)}")
     path = options.out or (None if options.ops else results.default_path(first, options.quick))
     if path is not None:
         results.save(rows, path)
@@ -73,7 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
     failed = False
     for row in rows:
         if row["why"] and row["backend"]:
-            print(f"{row['op']} {row['case']} {row['direction']}: {row['why']}")
+            print(f"{text.op_name(row)} {row['case']} {row['direction']}: {row['why']}")
             failed = True
     for row, before, now in results.compare(rows, earlier):
         slower = now < results.GUARD * before

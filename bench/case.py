@@ -12,15 +12,16 @@ from torch import Tensor
 
 OWN = "memkernels"
 MEMORY_LIMIT = 3 << 29  # bytes of all input sets of a case together
-MAX_SETS = 8
+MAX_SETS = {"cpu": 8, "cuda": 16}
 
 
 @dataclass(frozen=True)
 class Goal:
     """One number to reach.
 
-    kind: ``"ratio"`` (the fastest of ``peers`` takes at least this many times as long), ``"peak"`` and ``"bandwidth"``
-        (share of the ceiling), ``"memory"`` (peak extra memory, at most this share of a [T, N] matrix).
+    kind: ``"ratio"`` (the fastest of those ``peers`` that run the case takes at least this many times as long; where
+        none does it is not judged), ``"peak"``, ``"bandwidth"`` and, on a GPU, ``"copy"`` (share of the ceiling),
+        ``"memory"`` (peak extra memory, at most this share of a [T, N] matrix).
     fast_bfloat16: judged only where bfloat16 dot products are faster than float32 multiply-adds.
     """
 
@@ -31,11 +32,12 @@ class Goal:
 
     def text(self) -> str:
         if self.kind == "ratio":
-            of = " and ".join(self.peers)
+            of = " and ".join(self.peers) if len(self.peers) < 3 else f"the best of {', '.join(self.peers)}"
             return f"{self.value:g}x {of}" if self.value >= 1 else f"at most {1 / self.value:g}x the time of {of}"
         if self.kind == "memory":
             return f"below 1/{1 / self.value:g} of [T, N]"
-        return f"{self.value:.0%} of " + {"peak": "multiply-add peak", "bandwidth": "read bandwidth"}[self.kind]
+        ceiling = {"peak": "multiply-add peak", "bandwidth": "read bandwidth", "copy": "copy bandwidth"}
+        return f"{self.value:.0%} of {ceiling[self.kind]}"
 
 
 def ratio(value: float, *peers: str, fast_bfloat16: bool = False) -> Goal:
@@ -48,6 +50,10 @@ def peak(value: float) -> Goal:
 
 def bandwidth(value: float) -> Goal:
     return Goal("bandwidth", value)
+
+
+def copy_bandwidth(value: float) -> Goal:
+    return Goal("copy", value)
 
 
 @dataclass(frozen=True)
@@ -103,7 +109,7 @@ class Case:
         """Input sets to rotate through: several times the last-level cache where that is not too many or too much."""
         first = self.make(sizes, self.torch_dtype, device, seed=0)
         own = sum(t.nbytes for name, t in first.items() if name not in self.shared)
-        count = min(math.ceil(4 * cache_bytes / max(own, 1)), MEMORY_LIMIT // max(own, 1), MAX_SETS)
+        count = min(math.ceil(4 * cache_bytes / max(own, 1)), MEMORY_LIMIT // max(own, 1), MAX_SETS[device])
         sets = [first]
         for seed in range(1, count):
             more = self.make(sizes, self.torch_dtype, device, seed=seed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -9,12 +10,13 @@ from dataclasses import asdict, dataclass
 import torch
 
 from memkernels import _native
+from memkernels.backends import use_backend
 
 from . import memory
 from .case import OWN, Case
 from .check import PEER_SLACK, Exact
 from .peers import peers_of
-from .timers import interleave
+from .timers import lane, take_turns, timer
 from .variants import d_output, own, own_backend, prepare, results
 
 
@@ -41,16 +43,24 @@ class Settings:
         return max(_native.host().caches().values())
 
 
-def run_case(case: Case, settings: Settings, extra: Mapping[str, Callable] | None = None) -> dict:
+def run_case(
+    case: Case, settings: Settings, extra: Mapping[str, Callable] | None = None, backend: str | None = None
+) -> dict:
     """Measure one case.
 
     Args:
         extra: more variants by name, like the functions of a peer; one named ``memkernels`` stands for the library.
+        backend: the backend of the library that is timed; by default what a call without ``backend=`` gets.
 
     Returns:
         the row, without what depends on the ceilings (:func:`bench.results.complete` adds it). A variant with wrong
         numbers has ``median`` None and says why.
     """
+    with contextlib.nullcontext() if backend is None else use_backend(backend):
+        return _row(case, settings, extra or {})
+
+
+def _row(case: Case, settings: Settings, extra: Mapping[str, Callable]) -> dict:
     sizes = case.quick if settings.quick else case.sizes
     backend, gap = own_backend(case, settings.device, sizes)
     row = {
@@ -69,8 +79,8 @@ def run_case(case: Case, settings: Settings, extra: Mapping[str, Callable] | Non
     }
     found, missing = peers_of(case, settings.quick)
     row["peers"] = {name: _no_speed(reason) for name, reason in missing.items()}
-    variants = {OWN: own(case), **found, **(extra or {})}
-    if gap and OWN not in (extra or {}):
+    variants = {OWN: own(case), **found, **extra}
+    if gap and OWN not in extra:
         return row
     measure = _memory if case.measure == "memory" else _time
     row["tolerance"], entries = measure(case, settings, variants)
@@ -81,11 +91,17 @@ def run_case(case: Case, settings: Settings, extra: Mapping[str, Callable] | Non
 
 def _no_speed(why: str, error: float | None = None) -> dict:
     finite = error if error is not None and math.isfinite(error) else None
-    return {"median": None, "low": None, "high": None, "samples": 0, "error": finite, "why": why}
+    speed = {"median": None, "low": None, "high": None, "samples": 0, "timed": "", "host": None}
+    return {**speed, "error": finite, "why": why}
 
 
 def _time(case: Case, settings: Settings, variants: Mapping[str, Callable]) -> tuple[float, dict[str, dict]]:
     """The tolerance, and an entry for every variant: seconds per call, or why there are none."""
+    with lane(settings.device):
+        return _timed(case, settings, variants)
+
+
+def _timed(case: Case, settings: Settings, variants: Mapping[str, Callable]) -> tuple[float, dict[str, dict]]:
     sets = case.inputs(case.quick if settings.quick else case.sizes, settings.device, settings.cache_bytes)
     d_out = d_output(case, sets[0])
     exact = Exact(case, sets[0], d_out)
@@ -98,7 +114,7 @@ def _time(case: Case, settings: Settings, variants: Mapping[str, Callable]) -> t
         except Exception as error:  # a peer that cannot run this case says why
             if name == OWN:
                 raise
-            entries[name] = _no_speed(f"{type(error).__name__}: {(str(error) or '-').splitlines()[0]:.200}")
+            entries[name] = _no_speed(_reason(error))
             continue
         error = exact.error(got)
         why = wrong(error, limit, name)
@@ -110,11 +126,23 @@ def _time(case: Case, settings: Settings, variants: Mapping[str, Callable]) -> t
             right[name] = calls
     del exact, got
     if OWN in right:  # without a right result of its own there is nothing to compare the peers with
+        timers = {}
         with torch.set_grad_enabled(case.autograd):
-            spreads = interleave(right, settings.device, settings.seconds)
+            for name, calls in right.items():
+                try:
+                    timers[name] = timer(calls, settings.device)
+                except Exception as error:
+                    if name == OWN:
+                        raise
+                    entries[name] = _no_speed(_reason(error))
+            spreads = take_turns(timers, settings.seconds)
         for name, spread in spreads.items():
             entries[name] |= asdict(spread)
     return limit, entries
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error) or '-').splitlines()[0]:.200}"
 
 
 def _memory(case: Case, settings: Settings, variants: Mapping[str, Callable]) -> tuple[float, dict[str, dict]]:

@@ -115,7 +115,7 @@ def main() -> int:
     wrong = 0
     for build in [build for fresh in found for build in fresh.values()][options.part :: options.of]:
         try:
-            build.compile()
+            build.prepare() if torch.cuda.is_available() else build.compile()
         except Exception as error:  # the row that launches it says so too
             wrong += 1
             print(f"{build.function.__name__}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)

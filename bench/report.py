@@ -27,7 +27,7 @@ def machine(row: dict) -> str:
 def label(row: dict) -> str:
     short = {"float32": "", "bfloat16": " bf16", "float64": " f64"}[row["dtype"]]
     direction = " backward" if row["direction"] == "backward" else ""
-    return f"{row['op']}{direction}{short}  {row['case'].replace('call overhead, ', 'overhead ')}"
+    return f"{text.op_name(row)}{direction}{short}  {row['case'].replace('call overhead, ', 'overhead ')}"
 
 
 def plot(rows: list[dict], path: Path) -> None:
@@ -105,7 +105,7 @@ def main(arguments: list[str] | None = None) -> None:
         first = rows[0]
         print(f"\n### {machine(first)}\n")
         print(f"torch {first['torch']}, commit {first['commit']}, {first['date']}. ", end="")
-        print(f"Read bandwidth {text.bandwidths(rows)}; multiply-add peak ", end="")
+        print(f"{text.bandwidth_name(first).capitalize()} {text.bandwidths(rows)}; multiply-add peak ", end="")
         peaks = {row["dtype"]: row["peak"] for row in rows if row["peak"]}
         print(", ".join(f"{dtype} {value / 1e9:.0f} GFLOP/s" for dtype, value in peaks.items()) + ".\n")
         print(text.markdown(rows))

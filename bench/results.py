@@ -7,7 +7,7 @@ import json
 import platform
 import re
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -28,7 +28,7 @@ ENVIRONMENT = ("device", "processor", "threads", "isa", "python", "torch", "memk
 FIELDS = (
     *("op", "case", "direction", "dtype", "sizes", "unit", "backend", "median", "low", "high", "samples"),
     *("error", "tolerance", "why", "peers", "best_peer", "ratio", "flops", "bytes", "peak", "bandwidth"),
-    *("peak_share", "bandwidth_share", "goals", "reached", *ENVIRONMENT),
+    *("peak_share", "bandwidth_share", "goals", "reached", "timed", "host", *ENVIRONMENT),
 )
 
 
@@ -63,23 +63,60 @@ def _commit() -> str:
 def complete(row: dict, case: Case, ceilings: Ceilings, where: dict) -> dict:
     """Add what follows from the measurements: the ratio to the best peer, shares of the ceilings, goals reached."""
     row = {**row, **where}
-    own, timed = row["median"], row["median"] is not None and row["unit"] == "s"
+    own = None if row["median"] is None else max(row["median"], 1e-12)
+    timed = own is not None and row["unit"] == "s"
     medians = {name: p["median"] for name, p in row["peers"].items() if p["median"] is not None}
     row["best_peer"] = best = min(medians, key=medians.get, default=None) if own is not None else None
-    row["ratio"] = medians[best] / max(own, 1e-12) if best is not None else None
+    row["ratio"] = medians[best] / own if best is not None else None
     row["peak"], row["bandwidth"] = ceilings.peaks.get(case.dtype), ceilings.bandwidth
     row["peak_share"] = row["flops"] / own / row["peak"] if timed and row["peak"] else None
     row["bandwidth_share"] = row["bytes"] / own / row["bandwidth"] if timed else None
-    row["goals"] = []
-    for goal in case.goals:
-        value = _reached_value(goal, row, medians)
-        # Goals are stated for the full sizes.
-        judged = row["sizes"] == dict(case.sizes) and (ceilings.fast_bfloat16 or not goal.fast_bfloat16)
-        good = value is not None and (value <= goal.value if goal.kind == "memory" else value >= goal.value)
-        row["goals"].append({"goal": goal.text(), "value": value, "reached": good if judged else None})
-    reached = [goal["reached"] for goal in row["goals"]]
-    row["reached"] = False if False in reached else (None if None in reached or not reached else True)
+    # Goals are stated for the full sizes.
+    full = row["sizes"] == dict(case.sizes)
+    row["goals"] = [
+        _judged(goal, row, medians, full and (ceilings.fast_bfloat16 or not goal.fast_bfloat16)) for goal in case.goals
+    ]
+    row["reached"] = _all_reached(row)
     return row
+
+
+def _judged(goal: Goal, row: dict, medians: Mapping[str, float], judge: bool) -> dict:
+    """A goal, the value reached, whether that is enough (None: not judged), and why not all of its peers count."""
+    value = _reached_value(goal, row, medians)
+    absent = [name for name in goal.peers if name not in medians] if row["median"] is not None else []
+    good = value is not None and (value <= goal.value if goal.kind == "memory" else value >= goal.value)
+    why = f"without {', '.join(absent)}" if absent else ""
+    if absent and value is None:
+        why = "not judged, no peer ran: " + ", ".join(_absence(name, row["peers"]) for name in absent)
+        judge = False
+    return {"goal": goal.text(), "value": value, "reached": good if judge else None, "why": why}
+
+
+def _absence(name: str, peers: Mapping[str, dict]) -> str:
+    why = peers[name]["why"] if name in peers else ""
+    return f"{name} ({why})" if why else name
+
+
+def _all_reached(row: dict) -> bool | None:
+    reached = [goal["reached"] for goal in row["goals"]]
+    return False if False in reached else (None if None in reached or not reached else True)
+
+
+def best_of_ours(rows: Iterable[dict]) -> list[dict]:
+    """Complete rows, their goals judged on the fastest backend of a case alone; the others say which that is."""
+    rows, fastest = list(rows), {}
+    for row in rows:
+        other = fastest.setdefault(_work(row), row)
+        if row["median"] is not None and (other["median"] is None or row["median"] < other["median"]):
+            fastest[_work(row)] = row
+    judged = []
+    for row in rows:
+        best = fastest[_work(row)]
+        if row is not best:
+            why = f"judged on {best['backend']}"
+            row = {**row, "goals": [{**goal, "reached": None, "why": why} for goal in row["goals"]], "reached": None}
+        judged.append(row)
+    return judged
 
 
 def _reached_value(goal: Goal, row: dict, medians: dict[str, float]) -> float | None:
@@ -87,19 +124,22 @@ def _reached_value(goal: Goal, row: dict, medians: dict[str, float]) -> float | 
         return None
     if goal.kind == "peak":
         return row["peak_share"]
-    if goal.kind == "bandwidth":
+    if goal.kind in ("bandwidth", "copy"):
         return row["bandwidth_share"]
     if goal.kind == "memory":
         return row["median"] / (row["sizes"]["T"] * row["sizes"]["N"] * getattr(torch, row["dtype"]).itemsize)
     named = [medians[name] for name in goal.peers if name in medians]
-    return min(named) / row["median"] if len(named) == len(goal.peers) else None
+    return min(named) / max(row["median"], 1e-12) if named else None
+
+
+def _work(row: dict) -> tuple:
+    """Rows of one file with the same work differ in the backend that did it."""
+    return row["op"], row["case"], row["direction"], row["dtype"], tuple(sorted(row["sizes"].items()))
 
 
 def key(row: dict) -> tuple:
     """Rows of two files with the same key measured the same work on the same kind of machine."""
-    sizes = tuple(sorted(row["sizes"].items()))
-    what = (row["op"], row["case"], row["direction"], row["dtype"], sizes)
-    return (*what, row["device"], row["processor"], row["threads"], row["isa"])
+    return (*_work(row), row["backend"], row["device"], row["processor"], row["threads"], row["isa"])
 
 
 def compare(rows: Iterable[dict], before: Iterable[dict]) -> list[tuple[dict, float, float]]:

@@ -38,8 +38,25 @@ def share(value: float | None) -> str:
     return "" if value is None else f"{value:.0%}"
 
 
+def op_name(row: dict) -> str:
+    """The op, and on a GPU, where there are several, the backend."""
+    return row["op"] if row["backend"] in ("", "cpu") else f"{row['op']} ({row['backend']})"
+
+
+def median(row: dict) -> str:
+    """The time of a call; on a GPU also what it takes the processor, and how it was timed where that is not a graph."""
+    number = seconds if row["unit"] == "s" else size
+    host = "" if row.get("host") is None else f", host {seconds(row['host'])}"
+    return number(row["median"]) + host + (", by events" if row.get("timed") == "events" else "")
+
+
+def bandwidth_name(row: dict) -> str:
+    """Which bandwidth the ceiling of a row is."""
+    return "read bandwidth" if row["device"] == "cpu" else "copy bandwidth"
+
+
 def bandwidths(rows: list[dict]) -> str:
-    """The read bandwidths of the cases of a run, least and best."""
+    """The bandwidths around the cases of a run, least and best."""
     found = [row["bandwidth"] / 1e9 for row in rows]
     return f"{min(found):.1f} to {max(found):.1f} GB/s"
 
@@ -50,20 +67,19 @@ def columns(row: dict) -> tuple[str, ...]:
     words = []
     for name, peer in row["peers"].items():
         words.append(f"{name} {number(peer['median']) if peer['median'] is not None else '-'}")
-    goals = [f"{g['goal']}{'' if g['value'] is None else f' ({goal_value(g)})'}" for g in row["goals"]]
     measured = row["median"] is not None
     return (
-        row["op"],
+        op_name(row),
         row["case"],
         row["direction"],
         row["dtype"],
-        number(row["median"]) if measured else row["why"] or "-",
+        median(row) if measured else row["why"] or "-",
         f"{number(row['low'])} .. {number(row['high'])}" if measured and row["unit"] == "s" else "",
         ", ".join(words),
         f"{row['ratio']:.2f}x {row['best_peer']}" if row["ratio"] is not None else "",
         share(row["peak_share"]),
         share(row["bandwidth_share"]),
-        "; ".join(goals),
+        "; ".join(map(goal_words, row["goals"])),
         {True: "yes", False: "; ".join(["no", *beyond(row)]), None: ""}[row["reached"]],
     )
 
@@ -83,6 +99,13 @@ def beyond(row: dict) -> list[str]:
         if needed > 1:
             found.append(f"{goal['goal']} would be {needed:.0%} of the ceiling")
     return found
+
+
+def goal_words(goal: dict) -> str:
+    """A goal, how near it is, and what there is to say of how it was judged."""
+    notes = filter(None, ("" if goal["value"] is None else goal_value(goal), goal.get("why")))
+    noted = ", ".join(notes)
+    return f"{goal['goal']} ({noted})" if noted else goal["goal"]
 
 
 def goal_value(goal: dict) -> str:

@@ -32,6 +32,14 @@ def own_backend(case: Case, device: str, sizes: Mapping[str, int]) -> tuple[str,
     return backend.name, ""
 
 
+def own_backends(case: Case, device: str) -> list[str | None]:
+    """The backends of the library to time one after the other; None is the one that a call takes by itself."""
+    if device == "cpu" or requested() != "auto":
+        return [None]
+    found = [b.name for b in BACKENDS if b.gap(case.op, device, case.torch_dtype, case.direction) is None]
+    return found or [None]
+
+
 def function_of(op: str) -> Callable:
     """The public function that runs ``op``; one over compressed slots has none of its own."""
     return getattr(mk, OPS[op].twin_of or op)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import types
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch
 import memkernels as mk
 from bench import results, text
 from bench.__main__ import main
-from bench.case import OWN, Goal, size_text
+from bench.case import OWN, Goal, copy_bandwidth, ratio, size_text
 from bench.cases import all_cases, select
 from bench.cases.sparse_read import check_gradient
 from bench.check import Exact
@@ -98,16 +99,19 @@ def small_rows():
     return [json.loads(json.dumps(results.complete(row, case, FlatCeilings(), where))) for row in rows]
 
 
+def held(device):
+    """What the goals of every case that has any are held against."""
+    named = lambda goal: "+".join(goal.peers) or goal.kind  # noqa: E731
+    return {identity(case): " ".join(map(named, case.goals)) for case in all_cases(device) if case.goals}
+
+
 def test_every_goal_has_a_case():
-    cases = {identity(case): case for case in all_cases() if case.goals}
-    assert set(cases) == set(GOALS)
-    for key, case in cases.items():
-        held = " ".join("+".join(goal.peers) or goal.kind for goal in case.goals)
-        assert held == GOALS[key], key
+    assert held("cpu") == GOALS
 
 
-def test_cases_are_distinct_and_quick_ones_are_small():
-    cases = all_cases()
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_cases_are_distinct_and_quick_ones_are_small(device):
+    cases = all_cases(device)
     assert len({identity(case) for case in cases}) == len(cases)
     for case in cases:
         assert sum(t.nbytes for t in case.make(case.quick, case.torch_dtype, "cpu", seed=0).values()) <= 256 << 20
@@ -256,9 +260,32 @@ def test_interleaving_rotates_inputs_and_takes_every_variant():
         assert seen[name][:6] == [0, 1, 2, 0, 1, 2]  # consecutive calls never take the same set
 
 
+def test_a_ratio_is_to_the_best_named_peer_that_runs():
+    case = types.SimpleNamespace(dtype="float32", sizes={"T": 1}, goals=(ratio(2, "flash", "cuDNN", "flex"),))
+    row = {"sizes": {"T": 1}, "unit": "s", "median": 1e-3, "flops": 1, "bytes": 1, "dtype": "float32"}
+    refused = {"median": None, "why": "No available kernel."}
+
+    def judged(**peers):
+        return results.complete({**row, "peers": peers}, case, FlatCeilings(), {})
+
+    both = judged(flash=refused, cuDNN={"median": 3e-3}, flex={"median": 2.5e-3}, eager={"median": 1e-3})
+    assert both["goals"][0]["value"] == pytest.approx(2.5) and both["reached"] is True
+    assert both["goals"][0]["why"] == "without flash"
+    assert judged(cuDNN={"median": 1.5e-3}, flex={"median": 9e-3})["reached"] is False
+    nobody = judged(flash=refused, eager={"median": 1e-3})
+    assert nobody["goals"][0]["reached"] is None and nobody["reached"] is None
+    assert nobody["goals"][0]["why"] == "not judged, no peer ran: flash (No available kernel.), cuDNN, flex"
+    assert "(not judged, no peer ran: flash" in text.goal_words(nobody["goals"][0])
+    wrong = results.complete({**row, "median": None, "peers": {"flash": refused}}, case, FlatCeilings(), {})
+    assert wrong["reached"] is False  # ours has no speed: that is not for want of a peer
+
+
 def test_words():
     assert size_text({"T": 1, "N": 1 << 20, "K": 64, "V": 64}) == "T=1 N=2^20 K=V=64"
     assert size_text({"T": 4096, "N": 1 << 20, "V": 256}) == "T=4096 N=2^20 V=256"
     assert Spread.of([3.0, 1.0, 2.0]).median == 2.0
     assert Goal("ratio", 0.25, ("SDPA",)).text() == "at most 4x the time of SDPA"
+    assert ratio(6, "eager", "faiss").text() == "6x eager and faiss"
+    assert ratio(2, "a", "b", "c").text() == "2x the best of a, b, c"
+    assert copy_bandwidth(0.85).text() == "85% of copy bandwidth"
     assert text.seconds(1.5e-5) == "15 us" and text.size(3 << 20) == "3 MiB"

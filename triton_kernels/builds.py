@@ -60,6 +60,11 @@ class Build:
         source = ASTSource(self.function, self.signature, self.constants, self.attributes)
         return triton.compile(source, target=self.target, options=self.options)
 
+    def prepare(self) -> None:
+        """Compile it and the C function that launches it, so that both lie on disk. Needs a GPU and its driver."""
+        kernel = self.compile()
+        triton.runtime.driver.active.launcher_cls(kernel.src, kernel.metadata)
+
     def load(self, device: int) -> CompiledKernel:
         """The kernel, ready to run on ``device``; compiled once per process."""
         key = (device, *self.identity)

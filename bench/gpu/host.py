@@ -10,11 +10,11 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
-from memkernels.backends import BACKENDS
+from memkernels.backends import BACKENDS, DIRECTIONS, Backend
 from memkernels.registration import OPS
 from memkernels.testing import CASES, Subject
 
@@ -35,12 +35,18 @@ def microseconds(call: Callable[[], object]) -> float:
     return statistics.median(samples)
 
 
-def calls(subject: Subject, namespace: str) -> list[tuple[str, Callable[[], object]]]:
-    """The operators of one op as autograd calls them, below its own layer."""
+def calls(subject: Subject, backend: Backend) -> Iterator[tuple[str, Callable[[], object]]]:
+    """The operators of one op that have a kernel."""
     op, inputs = subject.op, subject.inputs
-    operators = getattr(torch.ops, namespace)
+    operators = getattr(torch.ops, backend.namespace)
+    has = {d for d in DIRECTIONS if backend.gap(op.name, "cuda", subject.dtype, d) is None}
+    if "forward" not in has:
+        return
     arguments = (*inputs.tensors, *inputs.params)
     forward = getattr(operators, op.name).default
+    yield "forward", lambda: forward(*arguments)
+    if "backward" not in has:
+        return
     outputs = forward(*arguments)
     outputs = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
     names = [out.name for out in op.outputs]
@@ -49,23 +55,17 @@ def calls(subject: Subject, namespace: str) -> list[tuple[str, Callable[[], obje
     wants = [i in subject.wanting for i, arg in enumerate(op.args) if arg.is_float]
     backward = getattr(operators, f"{op.name}_backward").default
     both = (*inputs.tensors, *saved, *gradients, *inputs.params, wants)
-    return [("forward", lambda: forward(*arguments)), ("backward", lambda: backward(*both))]
+    yield "backward", lambda: backward(*both)
 
 
 def main() -> int:
     record = Record()
     unjudge()
     case = next(case for case in CASES if case.name == "usual")
-    with torch.no_grad():
-        for backend in BACKENDS:
-            if "cuda" not in backend.devices:
-                continue
-            for op in OPS.values():
-                if not case.fits(op):
-                    continue
-                for direction, call in calls(Subject(op, case, torch.bfloat16, "cuda"), backend.namespace):
-                    if backend.gap(op.name, "cuda", torch.bfloat16, direction) is not None:
-                        continue
+    with torch._C._AutoDispatchBelowAutograd():  # as calls that eager mode makes
+        for backend in (b for b in BACKENDS if "cuda" in b.devices):
+            for op in (op for op in OPS.values() if case.fits(op)):
+                for direction, call in calls(Subject(op, case, torch.bfloat16, "cuda"), backend):
                     call()
                     record.reset()
                     call()

@@ -1,7 +1,8 @@
 """The peers: other ways to compute what an op computes. One file each.
 
 A peer module has ``NAME``, ``DIRECTIONS`` (which of forward and backward it has), ``QUICK`` (False: left out of quick
-runs, because preparing it takes long), ``DEVICES`` where it is not for all, and for every op it knows a function of the
+runs, because preparing it takes long), ``DEVICES`` where it is not for all, ``HEADS`` (False: its functions take no
+leading dimensions), and for every op it knows a function of the
 op's name. That function takes the op's tensor arguments and options by name, prepares what may be prepared (an index, a
 view), and returns the call to time. An import that fails is the reason why the peer is missing.
 """
@@ -28,6 +29,8 @@ def peers_of(case: Case, quick: bool) -> tuple[dict[str, Callable], dict[str, st
             continue
         function = getattr(module, case.op, None)
         if not set(case.devices) <= set(getattr(module, "DEVICES", case.devices)):
+            continue
+        if "H" in case.sizes and not getattr(module, "HEADS", True):
             continue
         if function is not None and case.direction in module.DIRECTIONS and (module.QUICK or not quick):
             found[module.NAME] = function

@@ -29,19 +29,25 @@ def slot_usage(query, keys, lse):
     return lambda: torch.exp(scale * query @ keys.mT - lse.unsqueeze(-1)).sum(-2)
 
 
+def exact(scores):
+    """In float32 at least: sums of thousands of logarithms mean nothing in 16 bits."""
+    return scores.to(torch.promote_types(scores.dtype, torch.float32))
+
+
 def written(values, keys, query, write):
-    gate = torch.sigmoid(keys @ (query.shape[-1] ** -0.5 * query).mT)  # [N, T]
+    gate = torch.sigmoid(exact(keys @ (query.shape[-1] ** -0.5 * query).mT))  # [..., N, T]
     return interpolated(values, gate, write)
 
 
 def interpolated(values, gate, write):
-    """Suffix products in log space: what token t writes is kept by the tokens after it. gate: [N, T].
+    """Suffix products in log space: what token t writes is kept by the tokens after it. gate: [..., N, T].
 
     Tokens run along the last axis, where a cumulative sum is contiguous and fastest.
     """
     log_kept = torch.cumsum(torch.log1p(-gate), -1)
     total = log_kept[..., -1:]
-    return torch.exp(total) * values + (gate * torch.exp(total - log_kept)) @ write
+    added = (gate * torch.exp(total - log_kept)).to(write.dtype) @ write
+    return (torch.exp(total) * values + added).to(values.dtype)
 
 
 def softmax_write(values, keys, query, write):
@@ -62,10 +68,15 @@ def topk_read(query, keys, values, k):
     scale = query.shape[-1] ** -0.5
 
     def run():
-        scores, indices = torch.topk(scale * query @ keys.mT, k)
-        return weighted_rows(values, indices, torch.softmax(scores, -1))
+        scores, indices = torch.topk(product(scale * query, keys.mT), k)
+        return weighted_rows(values, indices, torch.softmax(scores, -1).to(values.dtype))
 
     return run
+
+
+def product(a, b):
+    """[T, K] @ [K, N]; of bfloat16 on a GPU in float32, for scores rounded to 8 bits choose other slots."""
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda and a.dtype == torch.bfloat16 else a @ b
 
 
 def sparse_read(values, indices, weights):
@@ -98,16 +109,17 @@ def memory_scan(values, keys, read_query, write_query, write):
     scale = keys.shape[-1] ** -0.5
 
     def run():
-        gates = torch.sigmoid(scale * write_query @ keys.mT).split(CHUNK)
-        weights = torch.softmax(scale * read_query @ keys.mT, -1).split(CHUNK)
-        memory, reads = values, []
-        for a, p, w in zip(gates, weights, write.split(CHUNK)):
-            kept = torch.cumsum(torch.log1p(-a), 0)
-            since = torch.exp((kept.unsqueeze(1) - kept.unsqueeze(0)).clamp(max=0))  # [t, s, N]
-            within = torch.einsum("ti,tsi,si->ts", p, since, a).tril()
+        gates = torch.sigmoid(exact(scale * write_query @ keys.mT)).split(CHUNK, -2)
+        weights = torch.softmax(exact(scale * read_query @ keys.mT), -1).split(CHUNK, -2)
+        memory, reads = exact(values), []
+        for a, p, w in zip(gates, weights, exact(write).split(CHUNK, -2)):
+            kept = torch.cumsum(torch.log1p(-a), -2)
+            since = torch.exp((kept.unsqueeze(-2) - kept.unsqueeze(-3)).clamp(max=0))  # [..., t, s, N]
+            within = torch.einsum("...ti,...tsi,...si->...ts", p, since, a).tril()
             reads.append((p * torch.exp(kept)) @ memory + within @ w)
-            memory = torch.exp(kept[-1:]).mT * memory + (a * torch.exp(kept[-1:] - kept)).mT @ w
-        return torch.cat(reads)
+            last = kept[..., -1:, :]
+            memory = torch.exp(last).mT * memory + (a * torch.exp(last - kept)).mT @ w
+        return torch.cat(reads, -2).to(write.dtype)
 
     return run
 

@@ -10,6 +10,7 @@ from .eager import weighted_rows
 NAME = "faiss"
 DIRECTIONS = ("forward",)
 QUICK = True
+DEVICES = ("cpu",)
 
 
 def _search(query, keys, k):

@@ -7,6 +7,7 @@ import torch
 NAME = "loop"
 DIRECTIONS = ("forward",)
 QUICK = True
+HEADS = False
 
 
 def slot_write(values, weights, write, erase):

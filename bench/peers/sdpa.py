@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch.nn.functional import scaled_dot_product_attention
 
+from ..sdpa import over_heads
+
 NAME = "SDPA"
 DIRECTIONS = ("forward", "backward")
 QUICK = True
 
-
-def softmax_read(query, keys, values):
-    return lambda: scaled_dot_product_attention(query, keys, values)
+softmax_read = over_heads(scaled_dot_product_attention)
