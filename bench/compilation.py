@@ -67,8 +67,8 @@ class Build:
         arch, ptx = str(self.build.target.arch), kernel.asm["ptx"]
         matrix = next((word for word in INSTRUCTIONS[arch] if word in ptx), "")
         # A kernel that Triton took from disk leaves no report.
-        report = log.getvalue() or _report(arch, ptx)
-        return Needs(*_needs(report), kernel.metadata.shared, matrix, serialised(report))
+        said = log.getvalue() or report(arch, ptx)
+        return Needs(*registers_and_spills(said), kernel.metadata.shared, matrix, serialised(said))
 
 
 def _text(value) -> str:
@@ -113,7 +113,7 @@ def _bare(source: str) -> str:
     return "\n".join(line.rstrip() for line in lines if line.strip()) + "\n"
 
 
-def _report(arch: str, ptx: str) -> str:
+def report(arch: str, ptx: str) -> str:
     """What ptxas says of ``ptx``."""
     tool = triton.knobs.nvidia.ptxas_blackwell if int(arch) >= 100 else triton.knobs.nvidia.ptxas
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
@@ -128,7 +128,7 @@ def serialised(report: str) -> bool:
     return re.search(r"wgmma\S* instructions are serialized", report) is not None
 
 
-def _needs(report: str) -> tuple[int, int]:
+def registers_and_spills(said: str) -> tuple[int, int]:
     """Registers and bytes spilled, of ``ptxas -v``."""
-    spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", report))
-    return max(int(n) for n in re.findall(r"Used (\d+) registers", report)), spills
+    spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", said))
+    return max(int(n) for n in re.findall(r"Used (\d+) registers", said)), spills

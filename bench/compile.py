@@ -147,7 +147,7 @@ def compiled(
         for one in launches(kind, width, "meta"):
             if only and one.name not in only:
                 continue
-            for name, constants, build in launched(one, arch):
+            for name, _, constants, build in launched(one, arch):
                 if build.key not in seen:
                     seen.add(build.key)
                     row = compressed(name) if one.packed and name in DECODING else row_of(name, constants)
@@ -156,11 +156,11 @@ def compiled(
                     yield Compiled(build.key, name, arch, dtype, width, _words(constants), own, needs)
 
 
-def launched(one: Launch, arch: str) -> list[tuple[str, dict, Build]]:
-    """What a call on meta tensors launches on ``arch``: kernel, constants and options, what is compiled."""
+def launched(one: Launch, arch: str) -> list[tuple[str, int, dict, Build]]:
+    """What a call on meta tensors launches on ``arch``: kernel, programs, constants and options, what is compiled."""
     with replay.Recording(arch, int(arch), torch.device("cuda", 0)) as recording:
         one.run()
-    return [(name, constants, Build(build)) for name, constants, build in recording.launches]
+    return [(name, programs, constants, Build(build)) for name, programs, constants, build in recording.launches]
 
 
 def row_of(kernel: str, constants: Mapping) -> str:

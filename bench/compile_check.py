@@ -5,10 +5,11 @@
     python -m bench.compile_check --recorded --write  # what the record has whole, and renews it
 
 A kernel fails that spills registers, asks for more shared memory than a block may have, has no matrix instruction where
-it multiplies 16-bit (or TF32) matrices, or whose warp-group products ptxas serialises. Exit status 1 when one does. What a compilation needed is recorded in
-``bench/results/triton-compiled.jsonl`` by a hash of all that decides it (``bench.compilation``), so that a check takes
-half a minute where nothing that is compiled has changed; all of it compiled anew takes hours. Where not even a source
-has changed since ``--recorded --write`` went through all classes, ``--recorded`` looks only at what ``--sample`` names.
+it multiplies 16-bit (or TF32) matrices, or whose warp-group products ptxas serialises. Exit status 1 when one does.
+What a compilation needed is recorded in ``bench/results/triton-compiled.jsonl`` by a hash of all that decides it
+(``bench.compilation``), so that a check takes half a minute where nothing that is compiled has changed; all of it
+compiled anew takes hours. Where not even a source has changed since ``--recorded --write`` went through all classes,
+``--recorded`` looks only at what ``--sample`` names.
 """
 
 from __future__ import annotations

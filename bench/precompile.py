@@ -45,7 +45,7 @@ def launched(subject: Subject, capability: int) -> Iterator:
         left = iter(stand_ins)
         with recording:
             results = plain(name)(*(next(left) if isinstance(x, Tensor) else x for x in tensors), *more)
-        found.extend(build for _, _, build in recording.launches)
+        found.extend(build for *_, build in recording.launches)
         return results if isinstance(results, (tuple, list)) else (results,)
 
     outputs = run(op.name, inputs.tensors, inputs.params)

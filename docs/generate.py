@@ -6,7 +6,8 @@ A block stands between ``<!-- generated: NAME -->`` and ``<!-- end: NAME -->``:
 - ``speed``: the picture of one of the committed result files, drawn by ``bench.report``;
 - ``performance``: pictures and tables of the same files, printed by ``bench.report``;
 - ``ladder``, ``limits``: what each step bought, and what loops reach on a free and on a busy core, recorded in
-  ``bench/results/ladder.json``.
+  ``bench/results/ladder.json``;
+- ``predicted``: where main kernels will be bound, as ``python -m bench.predict`` reads it from compiled code.
 
 ``tests/test_docs.py`` fails when a block differs from what would be written here.
 """
@@ -128,6 +129,14 @@ def limits(before: str) -> str:
     return "\n".join(rows) + "\n"
 
 
+def predicted(before: str) -> str:
+    """Bounds of the main kernels, and what they rest on."""
+    from bench import predict
+
+    versions, rows = predict.read()
+    return predict.page(rows, versions)
+
+
 def generated(pictures_to: Path) -> dict[str, Callable[[str], str]]:
     """name -> the content of a block, given what it holds now."""
     return {
@@ -136,6 +145,7 @@ def generated(pictures_to: Path) -> dict[str, Callable[[str], str]]:
         "performance": lambda before: report(pictures_to),
         "ladder": ladder,
         "limits": limits,
+        "predicted": predicted,
     }
 
 

@@ -66,7 +66,7 @@ def address(query: Tensor, keys: Tensor, slot_mask: Tensor | None, scale: float,
         address_kernel, call.B * triton.cdiv(count, c.block_t) * triton.cdiv(N, c.block_n),
         call.rows(query), call.slots(keys), call.slot_numbers(slot_mask), call.numbers(lse),
         (view, *view.stride()[:4]), count, N, K, call.batches[1], T if call.F > 1 else None, scale, sigmoid,
-        plan=p, columns=("N",), BLOCK_T=c.block_t, BLOCK_N=c.block_n, BLOCK_K=wide.block, K_STEPS=wide.several,
+        plan=p, BLOCK_T=c.block_t, BLOCK_N=c.block_n, BLOCK_K=wide.block, K_STEPS=wide.several,
         PRECISION=precision(query),
     )  # fmt: skip
     return call.store(out, view)

@@ -157,7 +157,7 @@ def _word_shares(call: Call, cache_scores: Tensor, cache_tokens: Tensor, logits:
     launch(
         word_share_kernel, call.B * T * triton.cdiv(N, p.config.block_t), call.rows(cache_scores),
         call.rows(cache_tokens), shares, T, W, N, call.batches[1],
-        plan=p, columns=("N",), BLOCK_I=p.config.block_t, BLOCK=p.config.block_n,
+        plan=p, BLOCK_I=p.config.block_t, BLOCK=p.config.block_n,
     )  # fmt: skip
     return shares
 
@@ -173,7 +173,7 @@ def cache_logprobs(logits: Tensor, cache_scores: Tensor, cache_tokens: Tensor, m
         cache_logprobs_kernel, call.B * T, call.rows(logits), call.rows(cache_scores), call.rows(cache_tokens),
         call.numbers(mix), shares, (view, *view.stride()[:4]), (lse_view, *lse_view.stride()),
         T, W, N, call.batches[1],
-        plan=p, columns=("N",), BLOCK=p.config.block_n,
+        plan=p, BLOCK=p.config.block_n,
     )  # fmt: skip
     return call.store(logprobs, view), call.store(lse, lse_view)
 
@@ -198,6 +198,6 @@ def cache_logprobs_backward(
         cache_logprobs_backward_kernel, call.B * T, call.rows(logits), call.rows(cache_scores),
         call.rows(cache_tokens), call.numbers(mix), shares, call.numbers(lse), call.rows(d_logprobs),
         d_logits.rows(), d_scores.rows(), d_mix.rows(), T, W, N, call.batches[1],
-        plan=p, columns=("N",), BLOCK=p.config.block_n,
+        plan=p, BLOCK=p.config.block_n,
     )  # fmt: skip
     return d_logits.result(), d_scores.result(), d_mix.result()

@@ -114,7 +114,7 @@ def cache_nll(logits: Tensor, targets: Tensor, cache_scores: Tensor, cache_token
         cache_nll_kernel, call.B * T, call.rows(logits), call.numbers(targets), call.rows(cache_scores),
         call.rows(cache_tokens), call.numbers(mix), (nll_view, *nll_view.stride()), (lse_view, *lse_view.stride()),
         T, W, N, call.batches[1],
-        plan=p, columns=("N",), BLOCK=p.config.block_n,
+        plan=p, BLOCK=p.config.block_n,
     )  # fmt: skip
     return call.store(nll, nll_view), call.store(lse, lse_view)
 
@@ -138,6 +138,6 @@ def cache_nll_backward(
         cache_nll_backward_kernel, call.B * T, call.rows(logits), call.numbers(targets), call.rows(cache_scores),
         call.rows(cache_tokens), call.numbers(mix), call.numbers(lse), call.numbers(d_nll),
         d_logits.rows(), d_scores.rows(), d_mix.rows(), T, W, N, call.batches[1],
-        plan=p, columns=("N",), BLOCK=p.config.block_n,
+        plan=p, BLOCK=p.config.block_n,
     )  # fmt: skip
     return d_logits.result(), d_scores.result(), d_mix.result()

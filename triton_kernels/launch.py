@@ -116,13 +116,10 @@ def plan(kernel: str, widest: int, *tensors: Tensor | None, compressed: bool = F
     return Plan(row, configs.PROCESSORS[arch])
 
 
-def launch(kernel, programs: int, *arguments, plan: Plan, columns: tuple[str, ...] = (), **constants) -> None:
-    """Note a launch of ``programs`` programs. It does not synchronise or allocate: a CUDA graph can capture it.
-
-    columns: names of integers, beside row widths, at which an axis of contiguous numbers ends.
-    """
+def launch(kernel, programs: int, *arguments, plan: Plan, **constants) -> None:
+    """Note a launch of ``programs`` programs. It does not synchronise or allocate: a CUDA graph can capture it."""
     if programs:
-        recording().launch(kernel, programs, arguments, constants, plan.options, columns)
+        recording().launch(kernel, programs, arguments, constants, plan.options)
 
 
 class _Parts:
@@ -142,7 +139,7 @@ class _Parts:
 
 def launch_in_parts(
     call: Call, kernel, programs: int, size: int, block: int, before: tuple, targets: Sequence[tuple | None],
-    between: tuple, *after: float, plan: Plan, columns: tuple[str, ...] = (), **constants,
+    between: tuple, *after: float, plan: Plan, **constants,
 ) -> None:  # fmt: skip
     """Run ``programs`` instances whose loop over ``size`` is cut into parts, and add what the parts give to targets.
 
@@ -153,7 +150,7 @@ def launch_in_parts(
     outs = [_Parts(call, target, parts) for target in targets]
     launch(
         kernel, programs * parts, *before, *(o.out for o in outs), *between, parts, span, *(o.step for o in outs),
-        *after, plan=plan, columns=columns, **constants,
+        *after, plan=plan, **constants,
     )  # fmt: skip
     for o in outs:
         o.add()

@@ -64,7 +64,7 @@ class Recording(TorchDispatchMode):
         self.arch, self.capability, self.device = arch, capability, device
         self.steps: list[Callable[[list], None]] = []
         self.touched: list[set[int]] = []  # places, by step
-        self.launches: list[tuple[str, dict, builds.Build]] = []  # kernel, constants, what it compiles
+        self.launches: list[tuple[str, int, dict, builds.Build]] = []  # kernel, programs, constants, what it compiles
         self._bases: list[Tensor] = []  # of each place
         self._place: dict[int, int] = {}  # storage -> place
         self._alive: list[Tensor] = []  # keeps storages, which are known by address
@@ -124,7 +124,7 @@ class Recording(TorchDispatchMode):
         touched = {x.index for x in leaves if isinstance(x, Ref)} | {place for _, place in new}
         self.note(_Operation(func, leaves, spec, new, len(outs)), touched)
 
-    def launch(self, kernel, programs: int, arguments: tuple, constants: dict, options: dict, columns: tuple) -> None:
+    def launch(self, kernel, programs: int, arguments: tuple, constants: dict, options: dict) -> None:
         """Note a launch of ``programs`` programs."""
         if INTERPRETED:
             leaves, spec = pytree.tree_flatten(arguments)
@@ -134,8 +134,8 @@ class Recording(TorchDispatchMode):
             return
         arguments = tuple(_settled(x) if isinstance(x, tuple) else x for x in arguments)
         given = [*arguments, *(constants[name] for name in kernel.arg_names[len(arguments) :])]
-        build = builds.build(kernel, given, options, self.capability, columns, self.is_aligned)
-        self.launches.append((kernel.__name__, constants | options, build))
+        build = builds.build(kernel, given, options, self.capability, self.is_aligned)
+        self.launches.append((kernel.__name__, programs, constants | options, build))
         own, inside = [], []  # addresses to fill in: of an argument, of a part of one
         for i, x in enumerate(given):
             if isinstance(x, Tensor):

@@ -279,7 +279,6 @@ def score_gradients(
     sizes = (count, N, K, V, call.batches[1], inner)
     # The other kinds read [T, N] arguments, and multiply once where these do so three times.
     scores = kind in ("read", "usage")
-    contiguous = () if scores else ("N",)
     d_q = d_query.rows() if d_query is not None else None
     d_lse_rows = None
     if isinstance(d_lse, Gradient) and d_lse.wanted:
@@ -291,7 +290,7 @@ def score_gradients(
         launch_in_parts(
             call, query_gradient_kernel, call.B * triton.cdiv(count, c.block_t) * wide_k.steps, N, c.block_n,
             sources, (d_q, d_lse_rows), sizes, scale,
-            plan=p, columns=contiguous, BLOCK_T=c.block_t, BLOCK_N=c.block_n, **constants,
+            plan=p, BLOCK_T=c.block_t, BLOCK_N=c.block_n, **constants,
         )  # fmt: skip
     targets = [g.rows() if g is not None else None for g in (d_keys, d_values, d_mask)]
     if any(target is not None for target in targets):
@@ -300,5 +299,5 @@ def score_gradients(
         programs = call.B * triton.cdiv(N, c.block_n) * max(wide_k.steps, wide_v.steps)
         launch_in_parts(
             call, slot_gradient_kernel, programs, count, c.block_t, sources, targets, sizes, scale,
-            plan=p, columns=contiguous, BLOCK_T=c.block_t, BLOCK_N=c.block_n, **constants,
+            plan=p, BLOCK_T=c.block_t, BLOCK_N=c.block_n, **constants,
         )  # fmt: skip

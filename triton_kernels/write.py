@@ -128,7 +128,7 @@ def _write(x: Write, values: Tensor, out: tuple, retained: tuple | None) -> None
     launch(
         write_kernel, programs * parts, first, *x.sources(), first_out, first_retained, x.erase_scale,
         x.count, N, K, V, call.batches[1], x.inner, parts, span, *between, x.scale,
-        plan=p, columns=x.columns, GATE=x.gate, ERASE=x.erasing,
+        plan=p, GATE=x.gate, ERASE=x.erasing,
         BLOCK_T=c.block_t, BLOCK_N=c.block_n, BLOCK_K=wide_k.block, K_STEPS=wide_k.several,
         BLOCK_V=wide_v.block, PRECISION=precision(*tensors),
     )  # fmt: skip

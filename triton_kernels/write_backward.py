@@ -279,7 +279,7 @@ def backward(x: Write, values: Tensor, d_out: Tensor, d_retained: Tensor | None,
     }  # fmt: skip
     launch(
         write_chunk_kernel, call.B * chunks * slot_blocks, *sources, u, F, G, Q, x.erase_scale, *sizes, x.scale,
-        plan=p, columns=x.columns, **(constants | {"K_STEPS": wide_k.several, "V_STEPS": wide_v.several}),
+        plan=p, **(constants | {"K_STEPS": wide_k.several, "V_STEPS": wide_v.several}),
     )  # fmt: skip
     carry = plan("write_carry", V, *tensors)
     launch(
@@ -295,7 +295,7 @@ def backward(x: Write, values: Tensor, d_out: Tensor, d_retained: Tensor | None,
     def run(which: tuple, before: tuple, *targets: tuple | None) -> None:
         launch_in_parts(
             call, *which, (*sources, *state, *before), targets, (x.erase_scale, *sizes), x.scale,
-            plan=p, columns=x.columns, **constants,
+            plan=p, **constants,
         )  # fmt: skip
 
     of_gates, of_query = (d_query.rows(), None) if x.gate == "given" else (None, d_query.rows())

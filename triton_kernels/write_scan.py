@@ -193,7 +193,7 @@ def forward(
         write_scan_kernel, call.B * triton.cdiv(x.N, p.config.block_n) * triton.cdiv(x.V, wide_v.block),
         call.slots(values), *x.sources(), call.rows(x.erase), out, retained, states, prefix,
         x.count, x.N, x.K, x.V, call.batches[1], x.inner, x.scale,
-        plan=p, columns=x.columns, **constants,
+        plan=p, **constants,
     )  # fmt: skip
 
 
@@ -228,7 +228,7 @@ def _sweep(x: Write, values: Tensor, u: Tensor, d_retained: Tensor | None, d_val
     launch(
         write_scan_backward_kernel, programs, *x.sources(), call.rows(x.erase), call.slots(u), states, prefix, replay,
         call.slot_numbers(d_retained), d_values.rows(), a, ds, dw, de, count, N, x.K, V, call.batches[1], x.inner,
-        call.B, x.scale, plan=p, columns=("N",), **constants,
+        call.B, x.scale, plan=p, **constants,
     )  # fmt: skip
     return ds.sum(0), a, dw.sum(0), de.sum(0)
 

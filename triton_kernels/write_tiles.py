@@ -135,11 +135,6 @@ class Write:
         """Which form of f = 1 - erase a the kernels compute."""
         return {1.0: "full", 0.0: "none"}.get(self.erase_scale, "part")
 
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """What ends an axis of contiguous numbers: gates that are given lie along N."""
-        return ("N",) if self.gate == "given" else ()
-
     def sources(self) -> tuple:
         """keys, query, write, slot_mask, token_mask, norm."""
         call = self.call

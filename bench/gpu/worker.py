@@ -130,6 +130,8 @@ def main(mode: str, *words: str) -> None:
         from ..precompile import precompile
 
         say(precompile(jobs=int(words[0]), deadline=float(words[1])))
+    output.close()
+    os._exit(0)  # everything is said; threads of torch that end after this have aborted the process
 
 
 if __name__ == "__main__":
