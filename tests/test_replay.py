@@ -130,6 +130,19 @@ print(json.dumps([torch.equal(first, second), torch.equal(first, in_pieces(x)), 
     assert found[3] <= 4, "the total, and what one step of the loop needs"
 
 
+def test_views_begin_where_they_did():
+    found = interpreted("""
+def parts(x):
+    return x[2:] + x[:-2].flip(0), x[1:, 1:]
+
+launch = replay.Launcher(parts, lambda device: ("interpreter", 0))
+whole = randn(7, 5)
+ok = [all(map(torch.equal, launch(x), parts(x))) for x in (whole, randn(7, 5, seed=1), whole[:6, :3], whole[1:, 2:])]
+print(json.dumps([ok, len(launch.replays)]))
+""")
+    assert found == [[True] * 4, 3]
+
+
 def test_tensors_of_several_devices_are_refused():
     found = interpreted("""
 launch = package.launcher("softmax_read")
@@ -173,15 +186,28 @@ def read(T=64, N=256, K=64, V=64, B=2, **more):
 
 
 def test_a_kernel_serves_all_counts_of_tokens_slots_and_batches():
+    """Two at most: one for counts that are multiples of 16, one for the others."""
     found = answer(
         COMPILED
         + """
 base = read(B=200)  # enough programs: the loop over slots is not cut into parts, which are float32
-same = [read(B=200, T=65), read(B=200, N=257), read(B=300), read(B=200, T=1000, N=999), read(B=200, T=1, N=5)]
-print(json.dumps([len(base), [x == base for x in same]]))
+same = [read(B=300), read(B=200, T=1024), read(B=200, N=4096), read(B=400, T=16, N=16)]
+odd = [read(B=200, T=65, N=257), read(B=301, T=1001, N=999), read(B=200, T=1, N=5)]
+print(json.dumps([len(base), [x == base for x in same], [x == odd[0] for x in odd], odd[0] != base]))
 """
     )
-    assert found == [1, [True] * 5]
+    assert found == [1, [True] * 4, [True] * 3, True]
+
+
+def test_cutting_a_loop_into_other_parts_compiles_nothing_new():
+    found = answer(
+        COMPILED
+        + """
+kinds = [read(B=1, T=16, N=n) for n in (4096, 8192, 65536, 1 << 20)]
+print(json.dumps([len(kinds[0]), [x == kinds[0] for x in kinds]]))
+"""
+    )
+    assert found == [2, [True] * 4]
 
 
 def test_wide_loads_are_told_to_the_compiler_and_only_where_they_are():
@@ -200,12 +226,48 @@ def test_a_stride_of_a_dimension_of_size_one_does_not_matter():
     found = answer(
         COMPILED
         + """
-odd = torch.empty_strided((1, 64, 64), (77, 64, 1), dtype=torch.bfloat16, device="meta")
-args = ((1, 256, 64), (1, 256, 64), None, 0.125)
-print(json.dumps(identities("softmax_read", odd, *args) == identities("softmax_read", (1, 64, 64), *args)))
+odd = torch.empty_strided((200, 1, 64), (64, 7, 1), dtype=torch.bfloat16, device="meta")
+args = ((200, 256, 64), (200, 256, 64), None, 0.125)
+print(json.dumps(identities("softmax_read", odd, *args) == identities("softmax_read", (200, 1, 64), *args)))
 """
     )
     assert found is True
+
+
+def test_a_compiled_kernel_gets_addresses_and_strides():
+    """What the C launcher is handed, on memory of the host: nothing runs it here."""
+    found = answer(
+        COMPILED
+        + """
+recording = replay.Recording("90", 90, torch.device("cuda", 0))
+shapes = {"q": (200, 16, 64), "k": (200, 256, 64), "v": (200, 256, 64), "mask": (200, 256)}
+given = {name: torch.empty(shape, dtype=torch.bfloat16, device="meta") for name, shape in shapes.items()}
+for x in given.values():
+    recording.place(x)
+with recording:
+    plain("softmax_read")(given["q"], given["k"], given["v"][..., 32:], given["mask"], 0.125)
+launch = recording.steps[-1]
+launch.kernel, launch.function, launch.packed, launch.stream = launch, "function", "packed", lambda device: 7
+got = []
+launch.run = lambda *arguments: got.extend(arguments)
+places = [torch.zeros(shape, dtype=torch.bfloat16) for shape in shapes.values()]
+places += [torch.zeros(200, 16, 32, dtype=torch.bfloat16), torch.zeros(200, 16)]
+launch(places)
+arguments = dict(zip(launch.build.function.arg_names, got[9:]))
+starts = [x.data_ptr() for x in places]
+print(json.dumps([
+    got[:6] == [launch.programs, 1, 1, 7, "function", "packed"],
+    arguments["q"] == (starts[0], 0, 16 * 64, 0, 64),
+    arguments["k"] == (starts[1], 0, 256 * 64, 64),
+    arguments["v"] == (starts[2] + 2 * 32, 0, 256 * 64, 64),
+    arguments["mask"] == (starts[3], 0, 256, 1),
+    arguments["read"] == (starts[4], 0, 16 * 32, 0, 32),
+    arguments["T"] == 16, arguments["N"] == 256, arguments["V"] == 32, arguments["k_scale"] is None,
+    arguments["scale"] == 0.125,
+]))
+"""
+    )
+    assert found == [True] * 11
 
 
 def test_gates_that_are_given_lie_along_slots_whose_count_is_told():

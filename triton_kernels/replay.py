@@ -132,7 +132,6 @@ class Recording(TorchDispatchMode):
             touched = {x.index for x in leaves if isinstance(x, Ref)}
             self.note(_Interpreted(kernel, programs, leaves, spec, {**constants, **options}), touched)
             return
-        arguments = tuple(_settled(x) if isinstance(x, tuple) else x for x in arguments)
         given = [*arguments, *(constants[name] for name in kernel.arg_names[len(arguments) :])]
         build = builds.build(kernel, given, options, self.capability, self.is_aligned)
         self.launches.append((kernel.__name__, programs, constants | options, build))
@@ -147,19 +146,6 @@ class Recording(TorchDispatchMode):
                     inside.append((i, [self.ref(x[0])], x[1:]))
         touched = {ref.index for _, ref in own} | {ref.index for _, refs, _ in inside for ref in refs}
         self.note(_Launch(build, programs, given, own, inside, self.device.index), touched)
-
-
-def _settled(x: tuple) -> tuple:
-    """A tensor and its strides; a dimension of size 1, whose stride torch lets be anything, has that of any size."""
-    first, *strides = x
-    if not isinstance(x[-1], int):  # several tensors
-        return x
-    for skip in (0, 1):  # of parts, strides leave out the first dimension
-        if list(first.stride()[skip : skip + len(strides)]) == strides:
-            sizes = first.shape[skip : skip + len(strides)]
-            usual = [0] * (len(strides) - 1) + [int(first.dim() - skip == len(strides))]  # 1: numbers side by side
-            return first, *(u if size == 1 else stride for size, stride, u in zip(sizes, strides, usual))
-    return x
 
 
 def _storage(x: Tensor) -> int:
