@@ -109,7 +109,10 @@ def main() -> int:
     options = parser.parse_args()
     found = builds(options.capability, options.rounds)
     if options.count:
-        print(*(f"round {i + 1}: {len(fresh)} kernels" for i, fresh in enumerate(found)), sep="\n")
+        for i, fresh in enumerate(found):
+            # Triton compiles a C function for every list of types.
+            types = {repr(list(build.signature.values())) for build in fresh.values()}
+            print(f"round {i + 1}: {len(fresh)} kernels, {len(types)} launch signatures")
         return 0
     os.nice(1)  # the rows go first
     wrong = 0

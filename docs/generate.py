@@ -80,7 +80,7 @@ def op_table(before: str) -> str:
 
 def result_files() -> list[Path]:
     """The committed results of full sizes."""
-    other = re.compile(r"^gpu-check|^ladder$|-quick$")
+    other = re.compile(r"^gpu-|^ladder$|-quick$")
     return sorted(file for file in RESULTS.glob("*.json") if not other.search(file.stem))
 
 
@@ -137,6 +137,13 @@ def predicted(before: str) -> str:
     return predict.page(rows, versions)
 
 
+def host(before: str) -> str:
+    """What the rehearsal counted and timed."""
+    from bench.gpu import rehearsal
+
+    return rehearsal.page(json.loads(rehearsal.RESULT.read_text()))
+
+
 def generated(pictures_to: Path) -> dict[str, Callable[[str], str]]:
     """name -> the content of a block, given what it holds now."""
     return {
@@ -146,6 +153,7 @@ def generated(pictures_to: Path) -> dict[str, Callable[[str], str]]:
         "ladder": ladder,
         "limits": limits,
         "predicted": predicted,
+        "host": host,
     }
 
 
