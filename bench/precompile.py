@@ -1,7 +1,7 @@
 """Compiles the Triton kernels of the contract grid on all processors, the most telling cases first.
 
     python -m bench.precompile --capability 90 --count   # how many compilations the grid is; needs no GPU
-    python -m bench.precompile --capability 90           # makes them
+    python -m bench.precompile --capability 90           # makes them; fails on spills and on serialised products
 
 The launchers run on meta tensors with the shapes, strides and options of each case (``triton_kernels/replay.py``), and
 what they note is compiled into Triton's cache on disk, where a check on a GPU finds it. Without this the check would
@@ -23,6 +23,7 @@ from torch import Tensor
 from memkernels.registration import OPS
 from memkernels.testing import CASES, Subject
 
+from .compilation import Build
 from .compile import configs, replay
 from .cuda_check import ROOT
 from .gpu.telling import rounds
@@ -82,21 +83,45 @@ def builds(capability: int, until: int = 3) -> list[dict]:
 
 def precompile(jobs: int, deadline: float) -> dict:
     """Compile the telling cases for the GPU of this machine with ``jobs`` processes, until ``deadline`` of the
-    monotonic clock."""
+    monotonic clock.
+
+    Returns:
+        ``faults``: a sentence for each kernel that does not compile, spills registers or has serialised products.
+    """
     major, minor = torch.cuda.get_device_capability()
     command = [sys.executable, "-m", "bench.precompile", "--capability", str(10 * major + minor)]
     command += ["--rounds", "2", "--of", str(jobs)]
     start = time.monotonic()
-    parts = [subprocess.Popen([*command, "--part", str(part)], cwd=ROOT) for part in range(jobs)]
-    late = failed = 0
+    parts = [
+        subprocess.Popen([*command, "--part", str(part)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        for part in range(jobs)
+    ]
+    late, faults = 0, []
     for part in parts:
         try:
-            failed += part.wait(max(0.1, deadline - time.monotonic())) != 0
+            faults += part.communicate(timeout=max(0.1, deadline - time.monotonic()))[0].splitlines()
         except subprocess.TimeoutExpired:
             late += 1
             part.kill()
-            part.wait()
-    return {"processes": jobs, "stopped": late, "failed": failed, "seconds": round(time.monotonic() - start, 1)}
+            part.communicate()
+    return {"processes": jobs, "stopped": late, "faults": faults, "seconds": round(time.monotonic() - start, 1)}
+
+
+def fault(build) -> str:
+    """Compile one kernel, and what launches it where there is a GPU; what is wrong with it, or nothing."""
+    params = build.function.params
+    sizes = {params[path[0]].name: x for path, x in build.constants.items() if len(path) == 1 and x is not None}
+    name = f"{build.function.__name__} {build.options} {sizes}"
+    try:
+        needs = Build(build).compile()
+        if torch.cuda.is_available():
+            build.prepare()
+    except Exception as error:
+        return f"{name}: {type(error).__name__}: {str(error).splitlines()[0]}"
+    name += " for odd rows" if build.odd else ""
+    found = [f"{needs.spills} bytes spilled beside {needs.registers} registers"] if needs.spills else []
+    found += ["warp-group products are serialised"] if needs.serialised else []
+    return f"{name}: {', '.join(found)}" if found else ""
 
 
 def main() -> int:
@@ -115,14 +140,12 @@ def main() -> int:
             print(f"round {i + 1}: {len(fresh)} kernels, {len(types)} launch signatures")
         return 0
     os.nice(1)  # the rows go first
-    wrong = 0
+    faults = 0
     for build in [build for fresh in found for build in fresh.values()][options.part :: options.of]:
-        try:
-            build.prepare() if torch.cuda.is_available() else build.compile()
-        except Exception as error:  # the row that launches it says so too
-            wrong += 1
-            print(f"{build.function.__name__}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
-    return 1 if wrong else 0
+        if why := fault(build):
+            faults += 1
+            print(why, flush=True)
+    return 1 if faults else 0
 
 
 if __name__ == "__main__":

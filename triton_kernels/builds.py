@@ -29,6 +29,7 @@ from triton.runtime.jit import JITFunction
 TOLD = frozenset({"T", "N", "k", "K", "V", "D", "W", "entries", "first", "own", "count", "wide", "span"})
 # Steps between parts of a result of rows. Those between parts of numbers are not told: T = 1 makes them odd.
 TOLD |= {f"{name}_part" for name in ("read", "d_read", "q", "k", "v", "w", "out", "sum", "h")}
+REGISTERS = 65536  # of a multiprocessor, for all threads of a block
 DIVISIBLE = [["tt.divisibility", 16]]
 TYPES = {
     torch.float32: "fp32",
@@ -59,6 +60,13 @@ class Build:
         parts = (self.signature, self.constants, self.attributes, self.options)
         return self.function, self.target, *(repr(sorted(x.items())) for x in parts)
 
+    @property
+    def odd(self) -> bool:
+        """Whether some tensor of rows is not aligned, or its width is odd: its numbers are loaded one by one."""
+        known = {path[0] for path in (*self.attributes, *(p for p, x in self.constants.items() if x == 1))}
+        kinds = enumerate(self.signature.values())
+        return any(isinstance(kind, tuple) and i not in known and "i64" not in kind[0] for i, kind in kinds)
+
     def compile(self) -> CompiledKernel:
         """Compile it, or take it from Triton's cache on disk. Needs no GPU."""
         source = ASTSource(self.function, self.signature, self.constants, self.attributes)
@@ -87,7 +95,7 @@ def build(
 
     is_aligned: whether a tensor begins at a multiple of 16 bytes.
     """
-    signature, constants, attributes = {}, {}, {}
+    signature, constants, attributes, options = {}, {}, {}, dict(options)
 
     def describe(x, path: tuple, divisible: bool):
         if x is None:
@@ -121,4 +129,7 @@ def build(
                 constants[(i, len(kinds))] = 1
             kinds.append("constexpr" if last == 1 else describe(last, (i, len(kinds)), wide))
             signature[param.name] = tuple(kinds)
-    return Build(kernel, signature, constants, attributes, options, GPUTarget("cuda", capability, 32))
+    build = Build(kernel, signature, constants, attributes, options, GPUTarget("cuda", capability, 32))
+    if build.odd:  # number by number, a row takes an address each: ptxas would rather spill them than lose a block
+        options["maxnreg"] = min(255, REGISTERS // (32 * options["num_warps"]))
+    return build
