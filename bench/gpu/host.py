@@ -1,13 +1,12 @@
 """Host time of calls: ``python -m bench.gpu.host``, over a driver that records launches instead of running them.
 
 Prints one object a line: op, backend, direction, kernels launched, and microseconds of processor time that the operator
-takes, median of several runs. With no device to wait for, what is left is what a call costs before a kernel runs.
+takes, least of several runs. With no device to wait for, what is left is what a call costs before a kernel runs.
 """
 
 from __future__ import annotations
 
 import json
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -25,14 +24,14 @@ CALLS, RUNS = 200, 9
 
 
 def microseconds(call: Callable[[], object]) -> float:
-    """Processor time of this thread for one call: what else runs on the machine does not count."""
+    """Processor time of this thread for one call, least of the runs: what else the machine does only adds to it."""
     samples = []
     for _ in range(RUNS):
         begin = time.thread_time()
         for _ in range(CALLS):
             call()
         samples.append((time.thread_time() - begin) / CALLS * 1e6)
-    return statistics.median(samples)
+    return min(samples)
 
 
 def calls(subject: Subject, backend: Backend) -> Iterator[tuple[str, Callable[[], object]]]:
