@@ -168,7 +168,7 @@ def hosts() -> list[dict]:
 
 
 def built_seconds() -> float:
-    """Seconds of the native build on ``CORES`` processors, from what Ninja noted for each file: the longest at least."""
+    """Seconds of the native build on ``CORES`` processors, by what Ninja noted of each file: at least the longest."""
     log = cuda_check.build().parent / ".ninja_log"
     last = {f[3]: int(f[1]) - int(f[0]) for f in (line.split("\t") for line in log.read_text().splitlines()[1:])}
     return max(sum(last.values()) / CORES, max(last.values())) / 1e3
