@@ -14,7 +14,7 @@ CLANG_FORMAT := $(PY) -c "import clang_format; clang_format.clang_format()"
 NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cmake) csrc/kernels.cmake CMakeLists.txt setup.py \
 	pyproject.toml
 
-SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu tests/*/*.cpp tests/*/*.h)
+SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu tests/*/*.cpp tests/*/*.h bench/gpu/stand_in/*)
 
 # Files of tests run side by side where pytest-xdist is installed, the longest first.
 SIDE_BY_SIDE := -n auto --maxprocesses=8 --dist loadfile
