@@ -100,8 +100,8 @@ from bench import compilation
 from memkernels import _triton
 
 tiles = importlib.import_module(f"{_triton.kernels().__name__}.tiles")
-options = types.SimpleNamespace(num_warps=4)
-key = lambda: compilation.Build(tiles.tile, {"rows": "*fp32"}, {}, {}, options, "sm_90").key
+build = dict(function=tiles.tile, signature={"rows": "*fp32"}, constants={}, attributes={}, options={"num_warps": 4})
+key = lambda: compilation.Build(types.SimpleNamespace(**build, target="sm_90")).key
 first = key()
 for change, same in (
     (lambda f: setattr(f, "starting_line_number", f.starting_line_number + 7), True),
