@@ -25,6 +25,10 @@ from memkernels.spec import FLOATS
 from memkernels.testing import cases as cases_of
 from memkernels.testing.inputs import takes
 
+# The program is run many times over: the first run is part of every test, the others of `make cuda`.
+whole = pytest.mark.skipif(
+    os.environ.get("MEMKERNELS_CUDA") != "1", reason="make cuda runs the check on a GPU in all ways"
+)
 OP = "slot_write"  # its rows take little, and so do its cases of speed
 # Put on the path of every process, but it acts in workers alone. FAULTS: (case, dtype, direction) -> what the row does.
 SEEDED = """
@@ -148,6 +152,7 @@ def test_the_summary_counts_the_rows(spoiled):
     assert str(out / summary["rows"]) in last
 
 
+@whole
 def test_resume_does_the_rest_alone(spoiled):
     """What failed is taken out of the file, and one more row, and the file ends within a line, as after a power cut."""
     out, *_ = spoiled
@@ -182,6 +187,7 @@ def test_a_gap_is_a_gap(tmp_path):
     assert "gap: backend 'cpu' has no backward kernel on cpu (4 rows)" in printed
 
 
+@whole
 def test_processes_that_die_again_and_again_are_given_up(tmp_path):
     directions = ("forward", "backward", "in place")
     every = {(case, dtype, d): "poison" for _, case, dtype in telling.rounds([OPS[OP]])[0] for d in directions}
@@ -191,6 +197,7 @@ def test_processes_that_die_again_and_again_are_given_up(tmp_path):
     assert last["case"] == "the rest" and "not run" in last["message"]
 
 
+@whole
 def test_time_that_is_over_is_no_failure(tmp_path):
     """The first row hangs: the budget ends the run, what is there is summed up, and that row is still to be done."""
     first = next(iter(FAULTS))
@@ -201,6 +208,7 @@ def test_time_that_is_over_is_no_failure(tmp_path):
     assert rows(tmp_path / "out") == [] and json.loads((tmp_path / "out" / "summary.json").read_text())["status"] == 0
 
 
+@whole
 def test_a_signal_ends_it_with_a_summary(tmp_path):
     hangs = ("several panels of tokens", "bfloat16", "forward")
     process = start(tmp_path / "out", "--stage", "smoke", faults={hangs: "hang"})
@@ -216,6 +224,7 @@ def test_a_signal_ends_it_with_a_summary(tmp_path):
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["counts"]["passed"] == 3
 
 
+@whole
 def test_a_failing_build_is_a_row(tmp_path):
     status, printed = check(tmp_path / "out", "--stage", "build", "--stage", "smoke", faults={})
     found = rows(tmp_path / "out")
@@ -245,6 +254,7 @@ exit $status
 """
 
 
+@whole
 def test_what_the_sanitizer_reports_is_a_failure(tmp_path):
     program = tmp_path / "compute-sanitizer"
     program.write_text(SANITIZER)
@@ -260,6 +270,7 @@ def test_what_the_sanitizer_reports_is_a_failure(tmp_path):
     assert sum(row["stage"] == "racecheck" for row in found) > 20
 
 
+@whole
 def test_without_a_sanitizer_it_says_so(tmp_path):
     status, printed = check(tmp_path / "out", "--stage", "sanitize", "--stage", "tune", PATH=str(tmp_path))
     assert status == 0

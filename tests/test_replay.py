@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import subprocess
+import sys
 
 import pytest
-from support import run_python
+from support import ROOT
 
 pytest.importorskip("triton")
 START = """
@@ -28,17 +32,52 @@ def same(got, *args):
 """
 
 
-def answer(code: str, **environment: str):
-    done = run_python(START + code, OMP_NUM_THREADS="1", **environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+# Runs pieces of code that come on standard input, line by line, and says what each printed last or why it failed:
+# torch and Triton are imported once for all of them.
+SERVER = """
+import contextlib, io, json, sys, traceback
+for line in sys.stdin:
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said):
+            exec(json.loads(line), {})
+        print(said.getvalue().splitlines()[-1], flush=True)
+    except Exception:
+        print(json.dumps({"failed": traceback.format_exc()}), flush=True)
+"""
 
 
-def interpreted(code: str):
-    return answer(code, TRITON_INTERPRET="1")
+@contextlib.contextmanager
+def answering(**environment: str):
+    """A function that runs a piece of code after ``START`` and returns what it printed."""
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **environment}
+    command = [sys.executable, "-c", SERVER]
+    with subprocess.Popen(command, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as server:
+
+        def answer(code: str):
+            print(json.dumps(START + code), file=server.stdin, flush=True)
+            result = json.loads(server.stdout.readline())
+            assert not (isinstance(result, dict) and "failed" in result), result["failed"]
+            return result
+
+        yield answer
+        server.stdin.close()
 
 
-def test_a_second_call_of_a_kind_has_its_own_numbers():
+@pytest.fixture(scope="module")
+def interpreted():
+    with answering(TRITON_INTERPRET="1") as answer:
+        yield answer
+
+
+@pytest.fixture(scope="module")
+def answer():
+    with answering() as answer:
+        yield answer
+
+
+def test_a_second_call_of_a_kind_has_its_own_numbers(interpreted):
     found = interpreted("""
 launch = package.launcher("softmax_read")
 ok = []
@@ -50,7 +89,7 @@ print(json.dumps([ok, len(launch.replays)]))
     assert found == [[True] * 3, 1]
 
 
-def test_tensors_may_share_memory_in_one_call_and_not_in_the_next():
+def test_tensors_may_share_memory_in_one_call_and_not_in_the_next(interpreted):
     """A pointer is that of an argument and an offset: which arguments lie in one storage must not be remembered."""
     found = interpreted("""
 launch = package.launcher("softmax_read")
@@ -64,7 +103,7 @@ print(json.dumps([ok, len(launch.replays)]))
     assert found[1] == 1, "all four have the same shapes and strides"
 
 
-def test_strides_options_and_dtypes_are_other_kinds():
+def test_strides_options_and_dtypes_are_other_kinds(interpreted):
     found = interpreted("""
 launch = package.launcher("softmax_read")
 q, k, v = randn(2, 5, 16), randn(2, 40, 16, seed=1), randn(2, 40, 16, seed=2)
@@ -80,7 +119,7 @@ print(json.dumps([ok, len(launch.replays)]))
     assert found == [[True] * 6, 6]
 
 
-def test_a_launcher_cannot_look_at_a_number():
+def test_a_launcher_cannot_look_at_a_number(interpreted):
     """What it does must follow from shapes, or a replay would be wrong for other numbers."""
     found = interpreted("""
 def looks(x):
@@ -95,7 +134,7 @@ except RuntimeError as error:
     assert found == "RuntimeError"
 
 
-def test_memory_is_let_go_after_the_step_that_needs_it_last():
+def test_memory_is_let_go_after_the_step_that_needs_it_last(interpreted):
     """A replay holds no more at once than the launcher did: peak memory is part of what an op promises."""
     found = interpreted("""
 import weakref
@@ -130,7 +169,7 @@ print(json.dumps([torch.equal(first, second), torch.equal(first, in_pieces(x)), 
     assert found[3] <= 4, "the total, and what one step of the loop needs"
 
 
-def test_views_begin_where_they_did():
+def test_views_begin_where_they_did(interpreted):
     found = interpreted("""
 def parts(x):
     return x[2:] + x[:-2].flip(0), x[1:, 1:]
@@ -143,7 +182,7 @@ print(json.dumps([ok, len(launch.replays)]))
     assert found == [[True] * 4, 3]
 
 
-def test_tensors_of_several_devices_are_refused():
+def test_tensors_of_several_devices_are_refused(interpreted):
     found = interpreted("""
 launch = package.launcher("softmax_read")
 q, k, v = randn(2, 5, 16), randn(2, 40, 16), randn(2, 40, 16)
@@ -185,7 +224,7 @@ def read(T=64, N=256, K=64, V=64, B=2, **more):
 """
 
 
-def test_a_kernel_serves_all_counts_of_tokens_slots_and_batches():
+def test_a_kernel_serves_all_counts_of_tokens_slots_and_batches(answer):
     """Two at most: one for counts that are multiples of 16, one for the others."""
     found = answer(
         COMPILED
@@ -199,7 +238,7 @@ print(json.dumps([len(base), [x == base for x in same], [x == odd[0] for x in od
     assert found == [1, [True] * 4, [True] * 3, True]
 
 
-def test_cutting_a_loop_into_other_parts_compiles_nothing_new():
+def test_cutting_a_loop_into_other_parts_compiles_nothing_new(answer):
     found = answer(
         COMPILED
         + """
@@ -210,7 +249,7 @@ print(json.dumps([len(kinds[0]), [x == kinds[0] for x in kinds]]))
     assert found == [2, [True] * 4]
 
 
-def test_wide_loads_are_told_to_the_compiler_and_only_where_they_are():
+def test_wide_loads_are_told_to_the_compiler_and_only_where_they_are(answer):
     found = answer(
         COMPILED
         + """
@@ -222,7 +261,7 @@ print(json.dumps([read(K=60) != base, read(V=60) != base, read(aligned=(False,))
     assert found == [True] * 5
 
 
-def test_a_stride_of_a_dimension_of_size_one_does_not_matter():
+def test_a_stride_of_a_dimension_of_size_one_does_not_matter(answer):
     found = answer(
         COMPILED
         + """
@@ -234,7 +273,7 @@ print(json.dumps(identities("softmax_read", odd, *args) == identities("softmax_r
     assert found is True
 
 
-def test_a_compiled_kernel_gets_addresses_and_strides():
+def test_a_compiled_kernel_gets_addresses_and_strides(answer):
     """What the C launcher is handed, on memory of the host: nothing runs it here."""
     found = answer(
         COMPILED
@@ -270,7 +309,7 @@ print(json.dumps([
     assert found == [True] * 11
 
 
-def test_gates_that_are_given_lie_along_slots_whose_count_is_told():
+def test_gates_that_are_given_lie_along_slots_whose_count_is_told(answer):
     found = answer(
         COMPILED
         + """
