@@ -41,7 +41,7 @@ SCANS = ("write_scan_kernel", "write_scan_backward_kernel", "memory_scan_kernel"
 class Kernel:
     """One kernel as compiled, and how it is launched.
 
-    call: the launch of ``bench.launches`` that asks for it. programs: blocks of that launch, or None where unknown.
+    call: the launch of ``bench.launches`` that it belongs to. programs: blocks of that launch, or None where unknown.
     multiplies: its blocks read the same rows, which the L2 cache then serves. passes: how often loops inside the hot
     one run, with products and without.
     """

@@ -236,7 +236,6 @@ class Replay:
         self.several = isinstance(result, (tuple, list))
         results = list(result) if self.several else [result]
         self.results = [recording.ref(x) if isinstance(x, Tensor) else x for x in results]
-        self.launches = recording.launches
         self.room = [None] * (len(recording._bases) - len(tensors))
         # A place is left with the step that touches it last, as memory is when a launcher runs: its peak is the same.
         kept = {x.index for x in self.results if isinstance(x, Ref)} | set(range(len(tensors)))

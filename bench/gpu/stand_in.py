@@ -10,17 +10,14 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import hashlib
-import json
 import os
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
 from collections import defaultdict
 from pathlib import Path
 
-from ..cuda_check import cmake
 from .wheels import torch_folder
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -39,7 +36,11 @@ TEXT = re.compile(r"(String|GetLastError)$")
 
 
 def environment(version: str = "2.11.0") -> dict[str, str]:
-    """Variables under which ``sys.executable`` imports torch ``version`` and finds a device. RuntimeError: not here."""
+    """Variables under which ``sys.executable`` imports torch ``version`` and finds a device. RuntimeError: not here.
+
+    Two more may be set: ``STAND_IN_FAIL``, a part of the name of a kernel that breaks the device, and ``STAND_IN_LOG``,
+    a file that gets the record when the process ends.
+    """
     torch, libraries = torch_folder(version), build(version)
     path = [str(libraries), *filter(None, [os.environ.get("LD_LIBRARY_PATH")])]
     return {
@@ -50,44 +51,19 @@ def environment(version: str = "2.11.0") -> dict[str, str]:
     }
 
 
-def run(code: str, *args: str, version: str = "2.11.0", **more: str) -> subprocess.CompletedProcess:
-    """Runs Python code there, with ``more`` in its environment: ``STAND_IN_FAIL`` is a part of the name of a kernel
-    that fails, ``STAND_IN_LOG`` a file that gets the record when the process ends.
-    """
-    env = {**os.environ, **environment(version), **more}
-    return subprocess.run([sys.executable, "-c", code, *args], env=env, capture_output=True, text=True, check=False)
-
-
 class Record:
     """The record of the process that this runs in, under :func:`environment`."""
 
     def __init__(self):
         self._library = ctypes.CDLL(RECORD)
-        self._library.stand_in_launches.restype = self._library.stand_in_modules.restype = ctypes.c_uint64
+        self._library.stand_in_launches.restype = ctypes.c_uint64
 
     def launches(self) -> int:
         """How many kernels and graphs were launched since the last reset."""
         return self._library.stand_in_launches()
 
-    def modules(self) -> int:
-        """How many compiled modules the driver loaded: one for each build of a Triton kernel."""
-        return self._library.stand_in_modules()
-
     def reset(self) -> None:
         self._library.stand_in_reset()
-
-    def fail(self, text: str | None) -> None:
-        """The next kernel with ``text`` in its name breaks the device, as an illegal access does. None mends it."""
-        self._library.stand_in_fail(None if text is None else text.encode())
-
-    def log(self) -> list[dict]:
-        """The launches: ``by`` whom ("runtime", "driver", "graph"), name, grid, block, bytes of dynamic shared memory,
-        and whether a stream captured it. The first 2^20 are kept.
-        """
-        with tempfile.NamedTemporaryFile("r") as file:
-            if self._library.stand_in_write(file.name.encode()) != 0:
-                raise OSError(f"the record cannot be written to {file.name}")
-            return [json.loads(line) for line in file]
 
 
 # --- the libraries ----------------------------------------------------------------------------------------------------
@@ -98,7 +74,7 @@ def build(version: str = "2.11.0") -> Path:
     texts = [path.read_bytes() for path in [Path(__file__), *sorted(SOURCES.iterdir())]]
     folder = ROOT / "build" / f"stand-in-{version}-{hashlib.sha256(b''.join(texts)).hexdigest()[:12]}"
     folder.parent.mkdir(exist_ok=True)
-    with open(folder.with_name(f"stand-in-{version}.lock"), "w") as lock:  # processes ask for it side by side
+    with open(folder.with_name(f"stand-in-{version}.lock"), "w") as lock:  # processes may build it side by side
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not folder.exists():
             unfinished = folder.with_name(f"stand-in-{version}.new")
@@ -107,18 +83,6 @@ def build(version: str = "2.11.0") -> Path:
             _build(version, unfinished)
             unfinished.rename(folder)
     return folder
-
-
-def kernels(version: str = "2.11.0") -> Path:
-    """The library of the CUDA kernels, compiled against torch ``version`` and linked to the stand-in of the runtime.
-
-    The runtime that a shipped library has inside sits on private tables of the driver, which no stand-in has; nothing
-    but the link differs.
-    """
-    folder = ROOT / "build" / f"rehearsal-{version}"
-    options = [f"-DTORCH_DIR={torch_folder(version) / 'torch'}", f"-DMEMKERNELS_CUDART={build(version) / RUNTIME}"]
-    cmake(ROOT, folder, "memkernels_cuda", "-DMEMKERNELS_CUDA=ON", *options)
-    return folder / "libmemkernels_cuda.so"
 
 
 def _build(version: str, folder: Path) -> None:
