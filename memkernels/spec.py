@@ -95,13 +95,20 @@ class Arg:
 @dataclass(frozen=True)
 class Out:
     """One result. ``lead``: the leading dimensions of ``"all"`` arguments or of the ``"memory"``. ``dtype``:
-    ``"lead"``, ``"stats"``, ``"index"``, or the name of the argument whose dtype it has."""
+    ``"lead"``, ``"stats"``, ``"index"``, or the name of the argument whose dtype it has. ``judged``: False for what is
+    kept for the backward kernel alone and has no right value of its own."""
 
     name: str
     axes: str
     lead: str = "all"
     dtype: str = "lead"
     grad: bool = True
+    judged: bool = True
+
+
+# What the rounding of a log-sum-exp left out: lse is an exact maximum plus the logarithm of a sum, and where the maximum
+# is large its rounding is as large as that logarithm. The backward pass forms weights as exp((s - lse) - lse_rest).
+LSE_REST = Out("lse_rest", "T", dtype="stats", grad=False, judged=False)
 
 
 @dataclass(frozen=True)

@@ -36,14 +36,25 @@ def scores(query: Tensor, keys: Tensor, slot_mask: Tensor | None, scale: float) 
     return s.masked_fill(torch.isneginf(mask).unsqueeze(-2), -torch.inf)
 
 
-def softmax(s: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights and log-sum-exp over the last axis; where every score is -inf (or there is none) 0 and -inf."""
+def softmax(s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights, log-sum-exp over the last axis and what its rounding left out; 0, -inf and 0 where every score is -inf.
+
+    Weights come from the largest score and the sum, never from the lse: rounded at its own size, that would be wrong
+    by whole units where scores are large. ``lse + rest`` is exact enough to form them again: exp((s - lse) - rest).
+    """
     if s.shape[-1] == 0:
-        return s, s.new_full(s.shape[:-1], -torch.inf)
+        lse = s.new_full(s.shape[:-1], -torch.inf)
+        return s, lse, torch.zeros_like(lse)
     nothing = torch.isneginf(s).all(-1, keepdim=True)
-    lse = torch.logsumexp(s.masked_fill(nothing, 0), -1, keepdim=True)
-    weights = torch.exp(s - lse).masked_fill(nothing, 0)
-    return weights, lse.masked_fill(nothing, -torch.inf).squeeze(-1)
+    s = s.masked_fill(nothing, 0)
+    top = s.detach().amax(-1, keepdim=True)  # a constant: what is subtracted from all scores changes no weight
+    e = torch.exp(s - top)
+    total = e.sum(-1, keepdim=True)
+    log_total = torch.log(total)
+    lse = top + log_total
+    rest = (top - lse.detach()) + log_total.detach()
+    lse, rest = lse.masked_fill(nothing, -torch.inf), rest.masked_fill(nothing, 0)
+    return (e / total).masked_fill(nothing, 0), lse.squeeze(-1), rest.squeeze(-1)
 
 
 def default_scale(query: Tensor, scale: float | None) -> float:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..registration import call, register
-from ..spec import Arg, Op, Out, stats_dtype
+from ..spec import LSE_REST, Arg, Op, Out, stats_dtype
 from ._formula import additive, inert, softmax, stretch
 
 
@@ -28,9 +28,9 @@ def additive_scores(query: Tensor, keys: Tensor, score_vector: Tensor, slot_mask
 
 
 def reference(query: Tensor, keys: Tensor, values: Tensor, score_vector: Tensor, slot_mask: Tensor | None):
-    weights, lse = softmax(additive_scores(query, keys, score_vector, slot_mask))
+    weights, lse, rest = softmax(additive_scores(query, keys, score_vector, slot_mask))
     read = weights @ inert(values, slot_mask).to(weights.dtype)
-    return read.to(query.dtype), lse.expand(read.shape[:-1])
+    return read.to(query.dtype), lse.expand(read.shape[:-1]), rest.expand(read.shape[:-1])
 
 
 OP = register(
@@ -43,8 +43,8 @@ OP = register(
             Arg("score_vector", "K", "memory"),
             Arg("slot_mask", "N", "memory", "mask", optional=True, stretch=True),
         ),
-        outputs=(Out("read", "T V"), Out("lse", "T", dtype="stats")),
-        saved=("read", "lse"),
+        outputs=(Out("read", "T V"), Out("lse", "T", dtype="stats"), LSE_REST),
+        saved=("read", "lse", "lse_rest"),
         reference=reference,
         autocast=("query", "keys", "values", "score_vector"),
         equation="r_t = sum_i softmax_i(u.tanh(q_t + k_i) + mask_i) v_i",
@@ -83,5 +83,5 @@ def additive_read(
     Source: Bahdanau et al. 2015, Neural Machine Translation by Jointly Learning to Align and Translate.
     """
     tensors = [query, keys, values, score_vector, stretch(slot_mask, keys)]
-    read, lse = call(OP, tensors, (), backend)
+    read, lse, _ = call(OP, tensors, (), backend)
     return (read, lse) if return_lse else read

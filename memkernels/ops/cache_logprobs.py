@@ -12,17 +12,17 @@ import torch
 from torch import Tensor
 
 from ..registration import call, register
-from ..spec import Arg, Op, Out, stats_dtype
+from ..spec import LSE_REST, Arg, Op, Out, stats_dtype
 from ._formula import softmax
 
 
-def mixture(logits: Tensor, cache_scores: Tensor, cache_tokens: Tensor, mix: Tensor) -> tuple[Tensor, Tensor]:
-    """log p [..., T, W], and the log-sum-exp of the logits [..., T]. No gradient passes where p is 0."""
+def mixture(logits: Tensor, cache_scores: Tensor, cache_tokens: Tensor, mix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """log p [..., T, W], and the log-sum-exp of the logits [..., T] with its rest. No gradient passes where p is 0."""
     lead = torch.broadcast_shapes(*(x.shape[:-1] for x in (logits, cache_scores, cache_tokens)), mix.shape)
     z = logits.to(stats_dtype(logits.dtype)).expand(*lead, -1)
     tokens, c = cache_tokens.expand(*lead, -1), cache_scores.to(z.dtype).expand(*lead, -1)
 
-    shares, total = softmax(c.masked_fill(tokens == -1, -torch.inf))
+    shares, total, _ = softmax(c.masked_fill(tokens == -1, -torch.inf))
     mix = mix.expand(lead).masked_fill(torch.isneginf(total), 0).unsqueeze(-1)  # an empty cache has no say
     cached = torch.zeros_like(z).scatter_add(-1, tokens.masked_fill(tokens == -1, 0), shares)
 
@@ -31,7 +31,7 @@ def mixture(logits: Tensor, cache_scores: Tensor, cache_tokens: Tensor, mix: Ten
     both = torch.log(p.masked_fill(p == 0, 1)).masked_fill(p == 0, -torch.inf)
     alone = log_own + torch.log1p(-mix.masked_fill(mix == 1, 0)).masked_fill(mix == 1, -torch.inf)
     log_p = torch.where(cached == 0, alone, both)
-    return log_p.masked_fill(torch.isneginf(log_p), -torch.inf), torch.logsumexp(z, -1)
+    return log_p.masked_fill(torch.isneginf(log_p), -torch.inf), *softmax(z)[1:]
 
 
 def reference(logits: Tensor, cache_scores: Tensor, cache_tokens: Tensor, mix: Tensor):
@@ -47,8 +47,8 @@ OP = register(
             Arg("cache_tokens", "T N", "tokens", "index"),
             Arg("mix", "T", "tokens", "stats"),
         ),
-        outputs=(Out("logprobs", "T W", dtype="stats"), Out("lse", "T", dtype="stats", grad=False)),
-        saved=("lse",),
+        outputs=(Out("logprobs", "T W", dtype="stats"), Out("lse", "T", dtype="stats", grad=False), LSE_REST),
+        saved=("lse", "lse_rest"),
         reference=reference,
         equation="log((1 - mix) softmax(z_t)[w] + mix sum_{j: token_j = w} softmax(c_t)_j)",
     )

@@ -12,16 +12,16 @@ import torch
 from torch import Tensor
 
 from ..registration import call, register
-from ..spec import Arg, Op, Out
+from ..spec import LSE_REST, Arg, Op, Out
 from .cache_logprobs import mixture, spread
 
 
 def reference(logits: Tensor, targets: Tensor, cache_scores: Tensor, cache_tokens: Tensor, mix: Tensor):
-    log_p, lse = mixture(logits, cache_scores, cache_tokens, mix)
+    log_p, lse, rest = mixture(logits, cache_scores, cache_tokens, mix)
     lead = torch.broadcast_shapes(log_p.shape[:-1], targets.shape)
     log_p, ignored = log_p.expand(*lead, -1), (targets == -1).expand(lead)
     chosen = torch.gather(log_p, -1, targets.expand(lead).masked_fill(ignored, 0).unsqueeze(-1)).squeeze(-1)
-    return -chosen.masked_fill(ignored, 0), lse.expand(lead)
+    return -chosen.masked_fill(ignored, 0), lse.expand(lead), rest.expand(lead)
 
 
 OP = register(
@@ -34,8 +34,8 @@ OP = register(
             Arg("cache_tokens", "T N", "tokens", "index"),
             Arg("mix", "T", "tokens", "stats"),
         ),
-        outputs=(Out("nll", "T", dtype="stats"), Out("lse", "T", dtype="stats", grad=False)),
-        saved=("lse",),
+        outputs=(Out("nll", "T", dtype="stats"), Out("lse", "T", dtype="stats", grad=False), LSE_REST),
+        saved=("lse", "lse_rest"),
         reference=reference,
         equation="-log((1 - mix) softmax(z_t)[y_t] + mix sum_{j: token_j = y_t} softmax(c_t)_j)",
     )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..registration import call, register
-from ..spec import Arg, Op, Out, stats_dtype, unfold_tokens
+from ..spec import LSE_REST, Arg, Op, Out, stats_dtype, unfold_tokens
 from ._formula import default_scale, inert, scores, softmax, stretch
 from ._write import fold, write_tokens
 
@@ -36,9 +36,10 @@ def reference(
     tensors = [x.to(exact) for x in (read_query, write_query, write)]
     reader, writer, w, silent = fold(memory, token_mask, *tensors)
     a = torch.sigmoid(scores(writer, keys, slot_mask, scale))
-    p, lse = softmax(scores(reader, keys, slot_mask, scale))
+    p, lse, rest = softmax(scores(reader, keys, slot_mask, scale))
     if silent is not None:
-        a, p, lse = a.masked_fill(silent, 0), p.masked_fill(silent, 0), lse.masked_fill(silent.squeeze(-1), -torch.inf)
+        a, p, mute = a.masked_fill(silent, 0), p.masked_fill(silent, 0), silent.squeeze(-1)
+        lse, rest = lse.masked_fill(mute, -torch.inf), rest.masked_fill(mute, 0)
     v = values.to(exact).expand(*memory, *values.shape[-2:])
     reads = []
     for t in range(a.shape[-2]):
@@ -50,9 +51,9 @@ def reference(
     mask = () if token_mask is None else (token_mask.shape[:-1],)
     lead = torch.broadcast_shapes(memory, *(x.shape[:-2] for x in tensors), *mask)
     r = unfold_tokens(r, memory, lead, write.shape[-2]).to(read_query.dtype)
-    lse = lse.expand(*memory, lse.shape[-1]).unsqueeze(-1)
-    lse = unfold_tokens(lse, memory, lead, write.shape[-2]).squeeze(-1)
-    return r.clone(), new.clone(), lse.clone()
+    both = torch.stack((lse, rest), -1).expand(*memory, lse.shape[-1], 2)
+    lse, rest = unfold_tokens(both, memory, lead, write.shape[-2]).unbind(-1)
+    return r.clone(), new.clone(), lse.clone(), rest.clone()
 
 
 OP = register(
@@ -72,8 +73,9 @@ OP = register(
             Out("reads", "T V"),
             Out("values", "N V", lead="memory", dtype="values"),
             Out("lse", "T", dtype="stats", grad=False),  # of the read scores; the backward needs it
+            LSE_REST,
         ),
-        saved=("reads", "lse"),
+        saved=("reads", "lse", "lse_rest"),
         reference=reference,
         autocast=("keys", "read_query", "write_query"),
         equation="v_i <- v_i (1 - a[t, i]) + a[t, i] w_t, r_t = sum_i p[t, i] v_i, t = 1..T in order",
@@ -124,5 +126,5 @@ def memory_scan(
     if not isinstance(read_first, bool):
         raise TypeError(f"memory_scan: read_first must be a bool, got {type(read_first).__name__}")
     tensors = [values, keys, read_query, write_query, write, stretch(slot_mask, keys), token_mask]
-    reads, new, _ = call(OP, tensors, (default_scale(read_query, scale), read_first), backend)
+    reads, new, *_ = call(OP, tensors, (default_scale(read_query, scale), read_first), backend)
     return reads, new

@@ -18,7 +18,7 @@ from ._formula import softmax
 
 
 def reference(reads: Tensor, lses: Tensor):
-    weights, lse = softmax(lses.mT)
+    weights, lse, _ = softmax(lses.mT)
     live = reads.to(weights.dtype).masked_fill((weights.mT == 0).unsqueeze(-1), 0)
     read = torch.einsum("...ts,...stv->...tv", weights, live)
     return read.to(reads.dtype), lse.expand(read.shape[:-1])

@@ -12,15 +12,15 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..registration import call, register
-from ..spec import Arg, Op, Out
+from ..spec import LSE_REST, Arg, Op, Out
 from ._compressed import choose, compressed
 from ._formula import default_scale, inert, scores, softmax, stretch
 
 
 def reference(query: Tensor, keys: Tensor, values: Tensor, slot_mask: Tensor | None, scale: float):
-    weights, lse = softmax(scores(query, keys, slot_mask, scale))
+    weights, lse, rest = softmax(scores(query, keys, slot_mask, scale))
     read = weights @ inert(values, slot_mask).to(weights.dtype)
-    return read.to(query.dtype), lse.expand(read.shape[:-1])
+    return read.to(query.dtype), lse.expand(read.shape[:-1]), rest.expand(read.shape[:-1])
 
 
 OP = register(
@@ -33,8 +33,8 @@ OP = register(
             Arg("slot_mask", "N", "memory", "mask", optional=True, stretch=True),
         ),
         params=(("scale", "float"),),
-        outputs=(Out("read", "T V"), Out("lse", "T", dtype="stats")),
-        saved=("read", "lse"),
+        outputs=(Out("read", "T V"), Out("lse", "T", dtype="stats"), LSE_REST),
+        saved=("read", "lse", "lse_rest"),
         reference=reference,
         autocast=("query", "keys", "values"),
         equation="r_t = sum_i softmax_i(scale q_t.k_i + mask_i) v_i",
@@ -87,5 +87,5 @@ def softmax_read(
     """
     tensors = [query, keys, values, stretch(slot_mask, keys)]
     op, tensors = choose(OP, COMPRESSED, tensors, {"keys": key_scale, "values": value_scale})
-    read, lse = call(op, tensors, (default_scale(query, scale),), backend)
+    read, lse, _ = call(op, tensors, (default_scale(query, scale),), backend)
     return (read, lse) if return_lse else read

@@ -32,7 +32,7 @@ def selected(
 
 def read_chosen(all_scores: Tensor, values: Tensor, indices: Tensor, dtype: torch.dtype):
     """The softmax of the chosen among all scores, and the sum of their rows: ``(read in dtype, indices, weights)``."""
-    weights, _ = softmax(at(all_scores, indices))
+    weights = softmax(at(all_scores, indices))[0]
     rows = gather_rows(values.to(weights.dtype), indices)
     read = torch.einsum("...tk,...tkv->...tv", weights, rows)
     lead, k = read.shape[:-1], indices.shape[-1]
