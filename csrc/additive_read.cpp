@@ -5,7 +5,7 @@
 namespace mk {
 namespace {
 
-using Two = std::tuple<Tensor, Tensor>;
+using Three = std::tuple<Tensor, Tensor, Tensor>;
 using Five = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // Guards the inputs and fills everything of `p` but the results.
@@ -33,20 +33,21 @@ struct Inputs {
   }
 };
 
-Two forward(const Tensor& query, const Tensor& keys, const Tensor& values, const Tensor& score_vector,
-            const std::optional<Tensor>& slot_mask) {
+Three forward(const Tensor& query, const Tensor& keys, const Tensor& values, const Tensor& score_vector,
+              const std::optional<Tensor>& slot_mask) {
   AdditiveRead p;
   Inputs in("additive_read", query, keys, values, score_vector, slot_mask, p);
   in.fill(p);
   Tensor read = empty(in.args.sizes(Side::tokens, {p.T, p.V}), query.scalar_type());
   Tensor lse = empty(in.args.sizes(Side::tokens, {p.T}), stats_type(query.scalar_type()));
-  p.read = in.args.view(read, 2), p.lse = in.args.view(lse, 1);
+  Tensor rest = empty(in.args.sizes(Side::tokens, {p.T}), stats_type(query.scalar_type()));
+  p.read = in.args.view(read, 2), p.lse = in.args.view(lse, 1), p.lse_rest = in.args.view(rest, 1);
   MK_CALL(additive_read, p);
-  return {read, lse};
+  return {read, lse, rest};
 }
 
 Five backward(const Tensor& query, const Tensor& keys, const Tensor& values, const Tensor& score_vector,
-              const std::optional<Tensor>& slot_mask, const Tensor& read, const Tensor& lse,
+              const std::optional<Tensor>& slot_mask, const Tensor& read, const Tensor& lse, const Tensor& lse_rest,
               const std::optional<Tensor>& d_read, const std::optional<Tensor>& d_lse, const std::vector<bool>& wants) {
   AdditiveReadBackward p;
   AdditiveRead& f = p.forward;
@@ -57,11 +58,12 @@ Five backward(const Tensor& query, const Tensor& keys, const Tensor& values, con
   const Tensor* r = &in.args.add("read", read, Side::tokens, {f.T, f.V});
   const Tensor* dr = &in.args.add("d_read", zeros, Side::tokens, {f.T, f.V});
   const Tensor* l = &in.args.add("lse", lse, Side::tokens, {f.T});
+  const Tensor* lr = &in.args.add("lse_rest", lse_rest, Side::tokens, {f.T});
   const Tensor* dl = in.args.add("d_lse", d_lse, Side::tokens, {f.T});
-  in.args.floats({in.query, r, dr, l, dl});
-  in.args.stats({l, dl}, query);
+  in.args.floats({in.query, r, dr, l, lr, dl});
+  in.args.stats({l, lr, dl}, query);
   in.fill(f);
-  f.read = in.args.view(r, 2), f.lse = in.args.view(l, 1);
+  f.read = in.args.view(r, 2), f.lse = in.args.view(l, 1), f.lse_rest = in.args.view(lr, 1);
   p.d_read = in.args.view(dr, 2), p.d_lse = in.args.view(dl, 1);
   Gradient d_query(in.args, in.query, wants[0], Side::tokens, 2), d_keys(in.args, in.keys, wants[1], Side::memory, 2);
   Gradient d_values(in.args, in.values, wants[2], Side::memory, 2);

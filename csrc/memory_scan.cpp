@@ -6,7 +6,7 @@ namespace mk {
 namespace {
 
 using Optional = std::optional<Tensor>;
-using Three = std::tuple<Tensor, Tensor, Tensor>;
+using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 using Six = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // Guards the inputs and fills everything of `m` but the results.
@@ -41,9 +41,9 @@ struct Inputs {
   }
 };
 
-Three forward(const Tensor& values, const Tensor& keys, const Tensor& read_query, const Tensor& write_query,
-              const Tensor& write, const Optional& slot_mask, const Optional& token_mask, double scale,
-              bool read_first) {
+Four forward(const Tensor& values, const Tensor& keys, const Tensor& read_query, const Tensor& write_query,
+             const Tensor& write, const Optional& slot_mask, const Optional& token_mask, double scale,
+             bool read_first) {
   MemoryScan m;
   const GatedWrite& p = m.write;
   Inputs in("memory_scan", values, keys, read_query, write_query, write, slot_mask, token_mask, scale, read_first, m);
@@ -51,15 +51,17 @@ Three forward(const Tensor& values, const Tensor& keys, const Tensor& read_query
   Tensor reads = empty(in.args.sizes(Side::tokens, {p.T, p.V}), read_query.scalar_type());
   Tensor out = empty(in.args.sizes(Side::memory, {p.N, p.V}), values.scalar_type());
   Tensor lse = empty(in.args.sizes(Side::tokens, {p.T}), stats_type(read_query.scalar_type()));
-  m.reads = in.args.view(reads, 2), m.write.out = in.args.view(out, 2), m.lse = in.args.view(lse, 1);
+  Tensor rest = empty(in.args.sizes(Side::tokens, {p.T}), stats_type(read_query.scalar_type()));
+  m.reads = in.args.view(reads, 2), m.write.out = in.args.view(out, 2);
+  m.lse = in.args.view(lse, 1), m.lse_rest = in.args.view(rest, 1);
   MK_CALL(memory_scan, m);
-  return {reads, out, lse};
+  return {reads, out, lse, rest};
 }
 
 Six backward(const Tensor& values, const Tensor& keys, const Tensor& read_query, const Tensor& write_query,
              const Tensor& write, const Optional& slot_mask, const Optional& token_mask, const Tensor& reads,
-             const Tensor& lse, const Optional& d_reads, const Optional& d_values, double scale, bool read_first,
-             const std::vector<bool>& wants) {
+             const Tensor& lse, const Tensor& lse_rest, const Optional& d_reads, const Optional& d_values, double scale,
+             bool read_first, const std::vector<bool>& wants) {
   MemoryScanBackward b;
   MemoryScan& m = b.forward;
   const GatedWrite& p = m.write;
@@ -69,12 +71,13 @@ Six backward(const Tensor& values, const Tensor& keys, const Tensor& read_query,
   in.args.require(d_reads.has_value() || d_values.has_value(), "d_reads or d_values must be given");
   const Tensor& r = in.args.add("reads", reads, Side::tokens, {p.T, p.V});
   const Tensor& l = in.args.add("lse", lse, Side::tokens, {p.T});
+  const Tensor& lr = in.args.add("lse_rest", lse_rest, Side::tokens, {p.T});
   const Tensor* dr = in.args.add("d_reads", d_reads, Side::tokens, {p.T, p.V});
   const Tensor* du = in.args.add("d_values", d_values, Side::memory, {p.N, p.V});
   in.args.floats({in.read_query, &r, dr, du});
-  in.args.stats({&l}, read_query);
+  in.args.stats({&l, &lr}, read_query);
   in.fill(m);
-  m.reads = in.args.view(r, 2), m.lse = in.args.view(l, 1);
+  m.reads = in.args.view(r, 2), m.lse = in.args.view(l, 1), m.lse_rest = in.args.view(lr, 1);
   b.d_reads = in.args.view(dr, 2), b.d_out = in.args.view(du, 2);
   Gradient dv(in.args, in.values, wants[0], Side::memory, 2), dk(in.args, in.keys, wants[1], Side::memory, 2);
   Gradient drq(in.args, in.read_query, wants[2], Side::tokens, 2);

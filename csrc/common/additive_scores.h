@@ -1,4 +1,4 @@
-// Rows of additive scores, in units of log2:  s[i] = sum_a u_a tanh(q_a + k_ia) + mask_i  with log2(e) in u and mask.
+// Rows of additive scores:  s[i] = sum_a u_a tanh(q_a + k_ia) + mask_i.
 #pragma once
 
 #include "common/scores.h"
@@ -6,11 +6,10 @@
 
 namespace mk::MK_ISA {
 
-// A row of K numbers times `factor`, padded with zeros to whole registers.
+// A row of K numbers, padded with zeros to whole registers.
 template <class F>
-inline void padded_row(const char* row, DType dtype, int64_t K, F factor, F* out) {
+inline void padded_row(const char* row, DType dtype, int64_t K, F* out) {
   read_row<F>(row, dtype, K, out);
-  for (int64_t c = 0; c < K; ++c) out[c] *= factor;
   for (int64_t c = K; c < Slots<F>::padded(K); ++c) out[c] = 0;
 }
 

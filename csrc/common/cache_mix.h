@@ -1,6 +1,7 @@
 // What the mixture of a language model and a cache is made of:  p(w) = (1 - mix) own(w) + mix cached(w).
 #pragma once
 
+#include "common/online_softmax.h"
 #include "common/parallel.h"
 #include "common/rows.h"
 #include "common/streaming.h"
@@ -46,28 +47,25 @@ MK_INLINE Vec<F> load_or_least(const F* x, int64_t j, int64_t count) {
 // by more than kSlack, so that the stream from memory meets no second pass and hardly ever a rescaling.
 template <class F>
 struct LogSum {
-  static constexpr int kSlack = 5;
   Vec<F> m = fill<F>(-kInf<F>), base = fill<F>(0), l = fill<F>(0);
 
-  static MK_INLINE Vec<F> exponential(Vec<F> x) { return exp2<F>(x * F(kLog2e)); }
   MK_INLINE void meet(Vec<F> top) {
     if (__builtin_expect(!any<F>(top > m + F(kSlack)), 1)) return;
     const Vec<F> moved = max<F>(top, m);
-    l *= m == -kInf<F> ? fill<F>(0) : exponential(m - moved);
+    l *= m == -kInf<F> ? fill<F>(0) : exp<F>(m - moved);
     m = moved;
     base = m == -kInf<F> ? fill<F>(0) : m;
   }
-  MK_INLINE Vec<F> term(Vec<F> x) const { return exponential(x - base); }
-  // Natural; -inf where every number was.
-  F value() const {
+  MK_INLINE Vec<F> term(Vec<F> x) const { return exp<F>(x - base); }
+  LogSumExp<F> value() const {
     const F top = largest<F>(m);
-    const F total = sum<F>(l * (m == -kInf<F> ? fill<F>(0) : exponential(m - top)));
-    return total == 0 ? -kInf<F> : (top == -kInf<F> ? F(0) : top) + std::log(total);
+    const F total = sum<F>(l * (m == -kInf<F> ? fill<F>(0) : exp<F>(m - top)));
+    return {top, total};
   }
 };
 
 template <class F>
-inline F row_lse(const char* row, DType dtype, int64_t n, F* buffer) {
+inline LogSumExp<F> row_lse(const char* row, DType dtype, int64_t n, F* buffer) {
   constexpr int W = kLanes<F>;
   LogSum<F> sums;
   each_block<F>(row, dtype, n, buffer, [&](int64_t, const F* x, int64_t count) {
@@ -105,7 +103,7 @@ struct Entries {
     const F top = largest<F>(tops), base = top == -kInf<F> ? F(0) : top;
     Vec<F> sums = fill<F>(0);
     for (int64_t j = 0; j < n; j += W) {
-      const Vec<F> x = exp2<F>((load_or_least<F>(e, j, n) - base) * F(kLog2e));
+      const Vec<F> x = exp<F>(load_or_least<F>(e, j, n) - base);
       sums += x;
       F lanes[W];
       store<F>(lanes, x);
@@ -149,6 +147,13 @@ inline void each_task(const CacheMix& p, size_t bytes, Body&& body) {
 template <class F>
 inline F number(const View& v, const Lead& lead, int64_t batch, int64_t T, int64_t t) {
   return *reinterpret_cast<const F*>(TokenRows(v, lead, batch, T).row(t));
+}
+// The log-sum-exp of the logits of a token that the forward pass left behind.
+template <class F>
+inline LogSumExp<F> saved_lse(const CacheMix& p, int64_t batch, int64_t t) {
+  LogSumExp<F> end;
+  end.lse = number<F>(p.lse, p.lead, batch, p.T, t), end.rest = number<F>(p.lse_rest, p.lead, batch, p.T, t);
+  return end;
 }
 inline const int64_t* words(const View& v, const Lead& lead, int64_t batch, int64_t T, int64_t t) {
   return reinterpret_cast<const int64_t*>(TokenRows(v, lead, batch, T).row(t));

@@ -19,7 +19,7 @@ void softmax_row(F* w, int64_t n) {
   const F top = n > 0 ? w[0] : F(0);
   Vec<F> total = fill<F>(0);
   for (int64_t j = 0; j < n; j += W) {
-    const Vec<F> e = exp2<F>((load<F>(w + j) - top) * F(kLog2e));
+    const Vec<F> e = exp<F>(load<F>(w + j) - top);
     total += e;
     store<F>(w + j, e);
   }

@@ -1,14 +1,36 @@
 // A softmax-weighted sum of values of which only (m, l, acc) is kept: the reference of the exponents, the sum of the
-// exponentials, the sum of exponentials times values. Scores are in units of log2.
+// exponentials, the sum of exponentials times values.
 #pragma once
 
 #include "common/scores.h"
 
 namespace mk::MK_ISA {
 
-// A reference for exponents that is only moved when a score exceeds it by more than 2^8: rescaling is rare, sums stay
-// finite.
-constexpr int kSlack = 8;
+// A reference for exponents that is only moved when a score exceeds it by more than this: rescaling is rare, sums stay finite.
+constexpr int kSlack = 5;
+
+// The logarithm of the sum of exponentials e^(s - m), l of them in all: `lse` to the digits of F, and what its rounding left out.
+template <class F>
+struct LogSumExp {
+  F lse = -kInf<F>, rest = 0;
+
+  LogSumExp() = default;
+  LogSumExp(F m, F l) {
+    if (l == 0) return;
+    const F base = m == -kInf<F> ? F(0) : m, log = std::log(l);
+    lse = base + log;
+    rest = std::isinf(lse) ? F(0) : (base - lse) + log;
+  }
+  // log of the share that a score has in the sum.
+  F log_share(F s) const { return (s - lse) - rest; }
+};
+
+// Writes them for token t. A missing view is not wanted.
+template <class F>
+inline void put_end(const LogSumExp<F>& end, const TokenRows& lse, const TokenRows& rest, int64_t t) {
+  if (lse) *reinterpret_cast<F*>(lse.row(t)) = end.lse;
+  if (rest) *reinterpret_cast<F*>(rest.row(t)) = end.rest;
+}
 
 // What one tile of tokens has of one range of slots: m, l [lanes] and acc.
 template <class F>
@@ -17,7 +39,7 @@ struct Partial {
 };
 
 // The softmax of one block of slots for n tokens, in place: rows of S, padded to whole registers with -inf, become
-// exp2(S - m); the row of acc of a token (VP numbers) is rescaled when m moves.
+// exp(S - m); the row of acc of a token (VP numbers) is rescaled when m moves.
 template <class F>
 inline void exponential_rows(F* S, int64_t slots, int64_t n, int64_t VP, Partial<F> out) {
   constexpr int W = kLanes<F>;
@@ -28,7 +50,7 @@ inline void exponential_rows(F* S, int64_t slots, int64_t n, int64_t VP, Partial
     for (int64_t r = W; r < padded; r += W) tops = max<F>(load<F>(s + r), tops);
     const F top = largest<F>(tops);
     if (top > out.m[t] + F(kSlack)) {
-      const F factor = out.m[t] == -kInf<F> ? F(0) : std::exp2(out.m[t] - top);
+      const F factor = out.m[t] == -kInf<F> ? F(0) : std::exp(out.m[t] - top);
       out.l[t] *= factor;
       for (int64_t v = 0; v < VP; ++v) out.acc[t * VP + v] *= factor;
       out.m[t] = top;
@@ -36,7 +58,7 @@ inline void exponential_rows(F* S, int64_t slots, int64_t n, int64_t VP, Partial
     const Vec<F> base = fill<F>(out.m[t] == -kInf<F> ? F(0) : out.m[t]);
     Vec<F> l = fill<F>(0);
     for (int64_t r = 0; r < padded; r += W) {
-      const Vec<F> e = exp2<F>(load<F>(s + r) - base);
+      const Vec<F> e = exp<F>(load<F>(s + r) - base);
       l += e;
       store<F>(s + r, e);
     }
@@ -44,11 +66,11 @@ inline void exponential_rows(F* S, int64_t slots, int64_t n, int64_t VP, Partial
   }
 }
 
-// Sums the ranges of one token in order: row[0..V) is its read, the result its lse (natural). acc of range r at
+// Sums the ranges of one token in order: row[0..V) is its read. acc of range r at
 // parts[r].acc + at + v * stride.
 template <class F>
-inline F merge_ranges(const Partial<F>* parts, int64_t ranges, int64_t lane, int64_t at, int64_t stride, int64_t V,
-                      F* row) {
+inline LogSumExp<F> merge_ranges(const Partial<F>* parts, int64_t ranges, int64_t lane, int64_t at, int64_t stride,
+                                 int64_t V, F* row) {
   F m = -kInf<F>;
   for (int64_t r = 0; r < ranges; ++r) m = parts[r].m[lane] > m ? parts[r].m[lane] : m;
   F l = 0;
@@ -58,28 +80,27 @@ inline F merge_ranges(const Partial<F>* parts, int64_t ranges, int64_t lane, int
     // A NaN score never enters the maximum: such a part counts whole, so that the NaN arrives.
     const F w = mr == m          ? F(1)
                 : mr == -kInf<F> ? (parts[r].l[lane] == parts[r].l[lane] ? F(0) : F(1))
-                                 : std::exp2(mr - m);
+                                 : std::exp(mr - m);
     if (w == 0) continue;
     l += w * parts[r].l[lane];
     for (int64_t v = 0; v < V; ++v) row[v] += w * parts[r].acc[at + v * stride];
   }
   const F inverse = l == 0 ? F(0) : F(1) / l;
   for (int64_t v = 0; v < V; ++v) row[v] *= inverse;
-  const F base = m == -kInf<F> ? F(0) : m;
-  return l == 0 ? -kInf<F> : (base + std::log2(l)) * F(kLn2);
+  return {m, l};
 }
 
-// The same for a register of tokens, of which parts[r].acc + v * stride holds column v: rows[t * V + v] of token t, lse[t].
+// The same for a register of tokens, of which parts[r].acc + v * stride holds column v: rows[t * V + v] of token t, ends[t].
 template <class F>
 inline void merge_lanes(const Partial<F>* parts, int64_t ranges, int64_t lane, int64_t at, int64_t stride, int64_t V,
-                        F* rows, F* lse) {
+                        F* rows, LogSumExp<F>* ends) {
   constexpr int W = kLanes<F>;
   Vec<F> m = fill<F>(-kInf<F>), l = fill<F>(0);
   for (int64_t r = 0; r < ranges; ++r) m = max<F>(load<F>(parts[r].m + lane), m);
   const auto weight = [&](int64_t r) {
     const Vec<F> mr = load<F>(parts[r].m + lane), lr = load<F>(parts[r].l + lane);
     const Vec<F> none = lr == lr ? fill<F>(0) : fill<F>(1);  // a NaN score never enters the maximum
-    return mr == m ? fill<F>(1) : mr == -kInf<F> ? none : exp2<F>(mr - m);
+    return mr == m ? fill<F>(1) : mr == -kInf<F> ? none : exp<F>(mr - m);
   };
   // What has no weight may be infinite.
   const auto share = [](Vec<F> w, Vec<F> x) { return w == 0 ? fill<F>(0) : w * x; };
@@ -102,8 +123,7 @@ inline void merge_lanes(const Partial<F>* parts, int64_t ranges, int64_t lane, i
         for (int64_t i = 0; i < columns; ++i) rows[t * V + v + i] = x[t][i];
     }
   }
-  for (int t = 0; t < W; ++t)
-    lse[t] = l[t] == 0 ? -kInf<F> : ((m[t] == -kInf<F> ? F(0) : m[t]) + std::log2(l[t])) * F(kLn2);
+  for (int t = 0; t < W; ++t) ends[t] = {m[t], l[t]};
 }
 
 }  // namespace mk::MK_ISA

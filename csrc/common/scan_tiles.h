@@ -23,11 +23,10 @@ int64_t scan_lanes(int64_t n) {
   return round_up(round_up(n, kScanTokens), kLanes<F>);
 }
 
-// q[k][token], times scale * log2(e).
+// q[k][token], times the scale.
 template <class F>
 void pack_chunk(const TokenChunk<F>& c, int64_t K, double scale, F* q) {
-  pack_lanes<F>(c.n, scan_lanes<F>(c.n), K, F(scale * kLog2e), nullptr, q,
-                [&](int64_t t, F*) { return c.query + t * c.qs; });
+  pack_lanes<F>(c.n, scan_lanes<F>(c.n), K, F(scale), nullptr, q, [&](int64_t t, F*) { return c.query + t * c.qs; });
 }
 
 // out[t][VP] = row t, zeros behind the width and in the rows that fill the last group.
@@ -50,7 +49,7 @@ void scan_gates(const SlotBlock<F>& block, int64_t K, const F* q, int64_t n, F* 
     F *gate = a + j * L, *rest = keep + j * L;
     for (int64_t l = 0; l < L; l += kLanes<F>) {
       Vec<F> open, left;
-      sigmoid2<F>(load<F>(gate + l), open, left);
+      sigmoid<F>(load<F>(gate + l), open, left);
       store<F>(gate + l, open), store<F>(rest + l, left);
     }
     for (int64_t t = n; t < L; ++t) gate[t] = 0, rest[t] = 1;

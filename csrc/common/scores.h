@@ -1,4 +1,5 @@
-// Score tiles, in units of log2: s2[t, i] = log2(e) * (scale <q_t, k_i> + mask_i). Queries are packed with scale * log2(e) in them.
+// Score tiles s[t, i] = scale <q_t, k_i> + mask_i. Queries are packed with the scale in them. Scores stay in natural units, and only
+// their differences are multiplied by log2(e): a mask times log2(e) can overflow, and where scores are large it rounds them apart.
 #pragma once
 
 #include <new>

@@ -212,41 +212,54 @@ MK_INLINE Vec<F> exp2_fraction(Vec<F> f) {
   }
 }
 
-// 2^t: 0 below the smallest normal number, inf above the largest, NaN for NaN.
-template <class F>
-MK_INLINE Vec<F> exp2(Vec<F> t) {
+constexpr double kLog2e = 1.4426950408889634;
+
+// e^t = 2^n 2^f with n + f = t log2(e): 0 below the smallest normal number, inf above the largest, NaN for NaN. `kLargest`: no t
+// counts as more than that.
+template <class F, int kLargest = 1000>
+MK_INLINE Vec<F> exp(Vec<F> t) {
 #if defined(__AVX512F__)
   if constexpr (sizeof(F) == 4) {
     // Operand order keeps NaN; the bounds keep -inf - -inf from becoming one.
-    __m512 x = _mm512_min_ps(_mm512_set1_ps(200), _mm512_max_ps(_mm512_set1_ps(-200), (__m512)t));
-    __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    __m512 f = _mm512_sub_ps(x, n);
+    constexpr float bound = kLargest < 140 ? float(kLargest) : 140;
+    const __m512 unit = _mm512_set1_ps(float(kLog2e));
+    const __m512 x = _mm512_min_ps(_mm512_set1_ps(bound), _mm512_max_ps(_mm512_set1_ps(-140), (__m512)t));
+    const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, unit), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __m512 f = _mm512_fmsub_ps(x, unit, n);
     return (Vec<F>)_mm512_scalef_ps((__m512)exp2_fraction<F>((Vec<F>)f), n);
   }
 #endif
-  constexpr F top = sizeof(F) == 4 ? F(127.99999) : F(1023.9999999999999);
-  constexpr F bottom = sizeof(F) == 4 ? F(-126) : F(-1022);
+  constexpr F largest = sizeof(F) == 4 ? F(88.72283) : F(709.782712893384);
+  constexpr F top = F(kLargest) < largest ? F(kLargest) : largest;
+  constexpr F bottom = sizeof(F) == 4 ? F(-87.33654) : F(-708.3964);
   constexpr F magic = sizeof(F) == 4 ? F(12582912) : F(6755399441055744);
   constexpr int mantissa = sizeof(F) == 4 ? 23 : 52;
   Vec<F> zero = fill<F>(0);
   Vec<F> x = t < bottom ? fill<F>(bottom) : t;
   x = x > top ? fill<F>(top) : x;
-  Vec<F> z = x + magic;
-  Vec<F> p = exp2_fraction<F>(x - (z - magic));
+  Vec<F> z = x * F(kLog2e) + magic;
+  Vec<F> p = exp2_fraction<F>(x * F(kLog2e) - (z - magic));
   Ints<F> exponent = (Ints<F>)z << mantissa;
   Vec<F> r = (Vec<F>)((Ints<F>)p + exponent);
   r = t < bottom ? zero : r;
-  r = t > top ? fill<F>(kInf<F>) : r;
+  if constexpr (top == largest) r = t > top ? fill<F>(kInf<F>) : r;
   return t == t ? r : t;
 }
 
-// a = sigmoid(s) and 1 - a = sigmoid(-s), from s * log2(e); exactly 0 and 1 where the gate is saturated.
+// The weight exp(s - lse) of a softmax whose log-sum-exp is `lse` + `rest`, what its rounding left out. The largest score is not
+// above it; one that is computed again may be, by rounding.
 template <class F>
-MK_INLINE void sigmoid2(Vec<F> t, Vec<F>& a, Vec<F>& keep) {
-  Vec<F> e = exp2<F>(t > 0 ? -t : t);
+MK_INLINE Vec<F> weight(Vec<F> s, Vec<F> lse, Vec<F> rest) {
+  return exp<F, 0>((s - lse) - rest);
+}
+
+// a = sigmoid(s) and 1 - a = sigmoid(-s); exactly 0 and 1 where the gate is saturated.
+template <class F>
+MK_INLINE void sigmoid(Vec<F> s, Vec<F>& a, Vec<F>& keep) {
+  Vec<F> e = exp<F>(s > 0 ? -s : s);
   Vec<F> r = F(1) / (F(1) + e), er = e * r;
-  a = t > 0 ? r : er;
-  keep = t > 0 ? er : r;
+  a = s > 0 ? r : er;
+  keep = s > 0 ? er : r;
 }
 
 #if defined(__AVX512F__)
@@ -263,9 +276,6 @@ MK_INLINE Vec<float> pairs_of(Vec<float> a, Vec<float> b) {
   return (Vec<float>)_mm512_permutexvar_epi16(both, (__m512i)rounded(a, b));
 }
 #endif
-
-constexpr double kLog2e = 1.4426950408889634;
-constexpr double kLn2 = 0.6931471805599453;
 
 // While alive, denormal numbers count as zero: products of gates run through them, a hundred times slower than anything.
 class FlushDenormals {

@@ -16,14 +16,13 @@ struct SlotBlock {
   const F* values = nullptr;
   int64_t vs = 0;
   int64_t keys_ahead = 0, values_ahead = 0;  // elements from a row to the one to ask for with it; 0: nothing to ask for
-  const F* mask = nullptr;                   // added to scores, in the unit of the Slots; null: none
+  const F* mask = nullptr;                   // added to scores; null: none
   const int32_t* which = nullptr;            // which[j]: place of row j in the block; null: place j
 
   int64_t place(int64_t j) const { return which == nullptr ? j : which[j]; }
 };
 
-// The slots of one batch. `pad`: rows are readable in whole registers (zeros behind the end). `unit`: of masks, by default that of
-// scores in log2; 1 leaves them as they are.
+// The slots of one batch. `pad`: rows are readable in whole registers (zeros behind the end).
 template <class F>
 class Slots {
  public:
@@ -38,8 +37,8 @@ class Slots {
   };
 
   Slots(const SlotView& keys, const SlotView& values, const View& mask, const Lead& lead, int64_t batch, int64_t N,
-        int64_t K, int64_t V, bool pad, double unit = kLog2e)
-      : K_(K), V_(V), keys_(rows(keys, lead, batch)), values_(rows(values, lead, batch)), unit_(F(unit)), pad_(pad) {
+        int64_t K, int64_t V, bool pad)
+      : K_(K), V_(V), keys_(rows(keys, lead, batch)), values_(rows(values, lead, batch)), pad_(pad) {
     if (mask) mask_ = mask.batch(lead, batch), mask_dtype_ = mask.dtype;
     far_ =
         N * (copies(keys, lead) * row_lines(keys_, K) + copies(values, lead) * row_lines(values_, V)) * 64 >= kFarBytes;
@@ -91,7 +90,7 @@ class Slots {
       for (int64_t i = 0; i < count; ++i) {
         const F m = mask_at(first + i);
         if (m == -kInf<F>) continue;
-        b.mask[n] = m * unit_;
+        b.mask[n] = m;
         b.which[n++] = int32_t(i);
       }
       block.n = n;
@@ -157,7 +156,6 @@ class Slots {
   Source keys_, values_;
   const char* mask_ = nullptr;
   DType mask_dtype_ = DType::f32;
-  F unit_;
   bool pad_, far_;
 };
 

@@ -44,7 +44,7 @@ MK_INLINE Vec<F> tanh(Vec<F> x) {
     p = p * y + F(2027025);
     q = q * y + F(945945);
     q = q * y + F(2027025);
-    const Vec<F> e = exp2<F>((x > 0 ? -x : x) * F(2 * kLog2e));
+    const Vec<F> e = exp<F>((x > 0 ? -x : x) * F(2));
     const Vec<F> far = (F(1) - e) / (F(1) + e);
     const Vec<F> near = x * p / q;
     return y < F(0.25) ? near : x > 0 ? far : -far;

@@ -113,7 +113,7 @@ class Gates {
       F* s = S + t * ld;
       for (int64_t l = 0; l < lanes; l += kLanes<F>) {
         const Vec<F> x = mask == nullptr ? load<F>(s + l) : load<F>(s + l) + load<F>(mask + l);
-        store<F>(s + l, exp2<F>(x - row.top) * row.inverse);
+        store<F>(s + l, exp<F, 0>(x - row.top) * row.inverse);
       }
       for (int64_t j = block.n; j < lanes; ++j) s[j] = 0;
       if (row.slot < first || row.slot >= first + count || !(row.left < F(0.5))) continue;
@@ -134,7 +134,7 @@ class Gates {
 template <class F>
 MK_INLINE void open(Gate kind, Vec<F> x, Vec<F> m, Vec<F>& a, Vec<F>& keep) {
   if (kind == Gate::sigmoid) {
-    sigmoid2<F>(x + m, a, keep);
+    sigmoid<F>(x + m, a, keep);
     return;
   }
   a = x, keep = F(1) - x;
@@ -144,7 +144,7 @@ MK_INLINE void open(Gate kind, Vec<F> x, Vec<F> m, Vec<F>& a, Vec<F>& keep) {
   keep = above ? -x : keep;
 }
 
-// Keys of a block as lanes, times scale * log2(e), and its mask as lanes.
+// Keys of a block as lanes, times the scale, and its mask as lanes.
 template <class F>
 struct KeyLanes {
   int64_t L = 0;
@@ -166,7 +166,7 @@ struct KeyLanes {
     scores(c, K, S);
     if (from.kind == Gate::softmax) from.normalise(c, first, block, count, L, mask, S, L);
   }
-  // S[t][lane], in units of log2.
+  // S[t][lane], without the mask.
   void scores(const TokenChunk<F>& c, int64_t K, F* S) const {
     gemm(Gemm<F>{c.n, L, K, c.query, c.qs, 1, keys, L, S, L, false});
   }

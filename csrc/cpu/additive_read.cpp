@@ -60,7 +60,7 @@ void read_range(const AdditiveRead& p, const Plan<F>& s, int64_t batch, int64_t 
                 const Work<F>& w, Partial<F> out) {
   const Slots<F> slots(p.keys, p.values, p.mask, p.lead, batch, p.N, p.K, p.V, true);
   const TokenRows query(p.query, p.lead, batch, p.T);
-  padded_row<F>(p.vector.batch(p.lead, batch), p.vector.dtype, p.K, F(kLog2e), w.u);
+  padded_row<F>(p.vector.batch(p.lead, batch), p.vector.dtype, p.K, w.u);
   rows_query<F>(query, t0, n, p.K, F(1), w.q);
   for (int64_t t = 0; t < n; ++t) out.m[t] = -kInf<F>, out.l[t] = 0;
   std::memset(out.acc, 0, size_t(n * s.VP) * sizeof(F));
@@ -83,10 +83,11 @@ void run(const AdditiveRead& p) {
   Buffer<F> waiting(merge ? s.batches * s.tiles * s.ranges * s.size : 0);
   auto finish = [&](int64_t batch, int64_t tile, const Partial<F>* parts, F* row) {
     const TokenRows read(p.read, p.lead, batch, p.T), lse(p.lse, p.lead, batch, p.T);
+    const TokenRows rest(p.lse_rest, p.lead, batch, p.T);
     for (int64_t t = 0; t < least(s.tile, s.tokens - tile * s.tile); ++t) {
-      const F l = merge_ranges<F>(parts, s.ranges, t, t * s.VP, 1, p.V, row);
+      const LogSumExp<F> end = merge_ranges<F>(parts, s.ranges, t, t * s.VP, 1, p.V, row);
       write_row<F>(row, p.V, read.dtype, read.row(tile * s.tile + t));
-      *reinterpret_cast<F*>(lse.row(tile * s.tile + t)) = l;
+      put_end(end, lse, rest, tile * s.tile + t);
     }
   };
   Arena measure;

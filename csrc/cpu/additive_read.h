@@ -10,7 +10,7 @@ struct AdditiveRead {
   Lead lead;
   int64_t T, N, K, V;
   View query, keys, values, vector, mask;
-  View read, lse;
+  View read, lse, lse_rest;
 };
 
 // Its gradients, float (double for double). d_read and d_lse may be missing; a missing d_<argument> is not wanted.

@@ -20,15 +20,16 @@
 namespace mk::MK_ISA {
 namespace {
 
-// One panel of tokens: queries and d_reads as padded rows, lse in units of log2, delta.
+// One panel of tokens: queries and d_reads as padded rows, lse with its rest, delta.
 template <class F>
 struct Panel {
-  F *q, *dr, *lse2, *delta;
+  F *q, *dr, *lse, *rest, *delta;
 
   Panel(Arena& arena, const GradientShape<F>& s)
       : q(arena.take<F>(s.panel * s.KP)),
         dr(arena.take<F>(s.panel * s.VP)),
-        lse2(arena.take<F>(s.panel)),
+        lse(arena.take<F>(s.panel)),
+        rest(arena.take<F>(s.panel)),
         delta(arena.take<F>(s.panel)) {}
 
   // Does the read hold what was summed?
@@ -39,13 +40,14 @@ struct Panel {
             int64_t end, F* row) const {
     const AdditiveRead& f = p.forward;
     const TokenRows query(f.query, f.lead, batch, f.T), read(f.read, f.lead, batch, f.T),
-        lse(f.lse, f.lead, batch, f.T);
+        lses(f.lse, f.lead, batch, f.T), rests(f.lse_rest, f.lead, batch, f.T);
     const TokenRows d_read(p.d_read, f.lead, batch, f.T), d_lse(p.d_lse, f.lead, batch, f.T);
     rows_query<F>(query, t0 + first, end - first, f.K, F(1), q + first * s.KP);
     rows_query<F>(d_read, t0 + first, end - first, f.V, F(1), dr + first * s.VP);
     for (int64_t t = first; t < end; ++t) {
-      const F l = *reinterpret_cast<const F*>(lse.row(t0 + t));
-      lse2[t] = l == -kInf<F> ? kInf<F> : l * F(kLog2e);  // a token that reads nothing has p = exp2(s - inf) = 0
+      const F l = *reinterpret_cast<const F*>(lses.row(t0 + t));
+      lse[t] = l == -kInf<F> ? kInf<F> : l;  // a token that reads nothing has p = exp(s - inf) = 0
+      rest[t] = *reinterpret_cast<const F*>(rests.row(t0 + t));
       delta[t] = d_lse ? -*reinterpret_cast<const F*>(d_lse.row(t0 + t)) : F(0);
       if (!exact(p)) continue;
       read_row<F>(read.row(t0 + t), read.dtype, f.V, row);
@@ -113,13 +115,11 @@ void run(const AdditiveReadBackward& p) {
     Arena shared(memory);
     const Panel<F> tokens(shared, s);
     F* u = shared.take<F>(s.KP);
-    F* u2 = shared.take<F>(s.KP);
     F* dqs = shared.take<F>(s.chunks * partial);
     F* dus = shared.take<F>(s.chunks * s.KP);
     F* deltas = shared.take<F>(s.chunks * s.panel);
     F* d_vector = d_vectors.data() + batch * s.KP;
-    padded_row<F>(f.vector.batch(f.lead, batch), f.vector.dtype, s.K, F(1), u);
-    padded_row<F>(f.vector.batch(f.lead, batch), f.vector.dtype, s.K, F(kLog2e), u2);
+    padded_row<F>(f.vector.batch(f.lead, batch), f.vector.dtype, s.K, u);
     std::memset(d_vector, 0, size_t(s.KP) * sizeof(F));
     const Slots<F> slots(f.keys, f.values, f.mask, f.lead, batch, f.N, s.K, s.V, true);
     const bool first_keys = p.d_keys && first_visit(p.d_keys, f.lead, batch);
@@ -136,9 +136,9 @@ void run(const AdditiveReadBackward& p) {
       });
       // ps = p of one token and a block of slots.
       auto weigh = [&](const SlotBlock<F>& block, int64_t t, F* ps, F* hidden) {
-        additive_row<F>(block, s.K, tokens.q + t * s.KP, u2, ps, hidden);
-        const Vec<F> base = fill<F>(tokens.lse2[t]);
-        for (int64_t j = 0; j < block.n; j += W) store<F>(ps + j, exp2<F>(load<F>(ps + j) - base));
+        additive_row<F>(block, s.K, tokens.q + t * s.KP, u, ps, hidden);
+        const Vec<F> lse = fill<F>(tokens.lse[t]), rest = fill<F>(tokens.rest[t]);
+        for (int64_t j = 0; j < block.n; j += W) store<F>(ps + j, weight<F>(load<F>(ps + j), lse, rest));
       };
       // D = dP of n tokens.
       auto products = [&](const SlotBlock<F>& block, int64_t x, int64_t n, F* D) {

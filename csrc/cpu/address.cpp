@@ -27,12 +27,13 @@ void run(const Address& p) {
     const int64_t t0 = tile * s.tile, n = least(s.tile, s.tokens - t0), L = round_up(n, W);
     const Slots<F> slots(p.keys, View{}, p.mask, p.lead, batch, p.N, p.K, 0, s.few);
     const TokenRows query(p.query, p.lead, batch, p.T), lse(p.lse, p.lead, batch, p.T);
+    const TokenRows lse_rest(p.lse_rest, p.lead, batch, p.T);
     const TokenRows weights(p.weights, p.lead, batch, p.T);
     const auto buffers = Slots<F>::buffers(arena, kSlotBlock, p.K, 0);
     F* q = arena.take<F>(s.lanes * s.KP);
     F* S = arena.take<F>(kSlotBlock * most(s.lanes, W));
     F* row = arena.take<F>(most(kSlotBlock, W * s.KP));
-    const F factor = F(p.scale * kLog2e);
+    const F factor = F(p.scale);
     if (s.few) rows_query<F>(query, t0, n, p.K, factor, q);
     else pack_query<F>(query, t0, n, L, p.K, factor, row, q);
 
@@ -44,15 +45,15 @@ void run(const Address& p) {
       for (int64_t t = 0; t < n; ++t) {
         for (int64_t j = 0; j < kSlotBlock; ++j)
           row[j] = j < block.n ? (s.few ? S[t * kSlotBlock + j] : S[j * L + t]) : -kInf<F>;
-        F base = 0;
+        F top = 0, rest = 0;
         if (p.lse) {
           const F l = *reinterpret_cast<const F*>(lse.row(t0 + t));
-          base = l == -kInf<F> ? kInf<F> : l * F(kLog2e);
+          top = l == -kInf<F> ? kInf<F> : l, rest = *reinterpret_cast<const F*>(lse_rest.row(t0 + t));
         }
         for (int64_t j = 0; j < round_up(block.n, W); j += W) {
           Vec<F> x = load<F>(row + j), keep;
-          if (p.sigmoid) sigmoid2<F>(x, x, keep);
-          else x = exp2<F>(x - base);
+          if (p.sigmoid) sigmoid<F>(x, x, keep);
+          else x = weight<F>(x, fill<F>(top), fill<F>(rest));
           store<F>(row + j, x);
         }
         if (block.which != nullptr) {  // backwards, so that no weight is overwritten before it has moved

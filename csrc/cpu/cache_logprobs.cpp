@@ -81,19 +81,19 @@ void forward(const CacheLogprobs& c) {
   each_gathered<F>(p, [&](int64_t batch, int64_t t, const Gathered<F>& cache, F* buffer) {
     const TokenRows logits(p.logits, p.lead, batch, p.T);
     F* out = reinterpret_cast<F*>(TokenRows(c.logprobs, p.lead, batch, p.T).row(t));
-    const F lse = row_lse<F>(logits.row(t), logits.dtype, p.W, buffer);
-    *reinterpret_cast<F*>(TokenRows(p.lse, p.lead, batch, p.T).row(t)) = lse;
-    const F rest = cache.mix == 1 ? -kInf<F> : std::log1p(-cache.mix);
+    const LogSumExp<F> end = row_lse<F>(logits.row(t), logits.dtype, p.W, buffer);
+    put_end(end, TokenRows(p.lse, p.lead, batch, p.T), TokenRows(p.lse_rest, p.lead, batch, p.T), t);
+    const F left = cache.mix == 1 ? -kInf<F> : std::log1p(-cache.mix);
     put_past(goes_past(out, p), [&](auto put) {
       each_block<F>(logits.row(t), logits.dtype, p.W, buffer, [&](int64_t first, const F* z, int64_t count) {
         int64_t j = 0;
-        for (; j + W <= count; j += W) put(out + first + j, load<F>(z + j) - lse + rest);
-        for (; j < count; ++j) out[first + j] = z[j] - lse + rest;
+        for (; j + W <= count; j += W) put(out + first + j, ((load<F>(z + j) - end.lse) - end.rest) + left);
+        for (; j < count; ++j) out[first + j] = end.log_share(z[j]) + left;
       });
     });
     for (int64_t i = 0; i < cache.n; ++i) {
       const int64_t w = cache.distinct[i];
-      out[w] = cache.word(w, logit<F>(logits, t, w) - lse).log_p;
+      out[w] = cache.word(w, end.log_share(logit<F>(logits, t, w))).log_p;
     }
   });
 }
@@ -105,7 +105,8 @@ void backward(const CacheLogprobsBackward& b) {
   each_gathered<F>(p, [&](int64_t batch, int64_t t, Gathered<F>& cache, F* buffer) {
     const TokenRows logits(p.logits, p.lead, batch, p.T);
     const F* d = reinterpret_cast<const F*>(TokenRows(b.d_logprobs, p.lead, batch, p.T).row(t));
-    const F lse = number<F>(p.lse, p.lead, batch, p.T, t);
+    const LogSumExp<F> end = saved_lse<F>(p, batch, t);
+    const Vec<F> lse = fill<F>(end.lse), rest = fill<F>(end.rest);
     const F alone = cache.mix == 1 ? F(0) : F(1);  // share of the model in words that no entry names
 
     // The sum of d over words that have a probability without the cache.
@@ -122,7 +123,7 @@ void backward(const CacheLogprobsBackward& b) {
     for (int64_t i = 0; i < cache.n; ++i) {
       const int64_t w = cache.distinct[i];
       const F z = logit<F>(logits, t, w), before = z == -kInf<F> ? F(0) : d[w];
-      const Word<F> word = cache.word(w, z - lse);
+      const Word<F> word = cache.word(w, end.log_share(z));
       own += d[w] * word.own - alone * before;
       cached += d[w] * word.cache;
       d_mix += d[w] * word.d_mix;
@@ -136,7 +137,7 @@ void backward(const CacheLogprobsBackward& b) {
             const bool full = j + W <= count;
             const Vec<F> x = full ? load<F>(z + j) : load_or_least<F>(z, j, count);
             const Vec<F> g = full ? load<F>(d + first + j) : load_first<F>(d + first + j, count - j);
-            const Vec<F> dz = (x == -kInf<F> ? fill<F>(0) : alone * g) - own * exp2<F>((x - lse) * F(kLog2e));
+            const Vec<F> dz = (x == -kInf<F> ? fill<F>(0) : alone * g) - own * weight<F>(x, lse, rest);
             if (full) {
               put(out + first + j, dz);
             } else {
@@ -147,7 +148,7 @@ void backward(const CacheLogprobsBackward& b) {
       });
       for (int64_t i = 0; i < cache.n; ++i) {
         const int64_t w = cache.distinct[i];
-        const F log_own = logit<F>(logits, t, w) - lse;
+        const F log_own = end.log_share(logit<F>(logits, t, w));
         out[w] = d[w] * cache.word(w, log_own).own - own * std::exp(log_own);
       }
     }
@@ -161,7 +162,7 @@ void backward(const CacheLogprobsBackward& b) {
       const Entries<F>& c = cache.entries;
       for (int64_t i = 0; i < cache.n; ++i) {  // from here on sums hold what an exponential of the word is worth
         const int64_t w = cache.distinct[i];
-        const F share = d[w] * cache.word(w, logit<F>(logits, t, w) - lse).cache;
+        const F share = d[w] * cache.word(w, end.log_share(logit<F>(logits, t, w))).cache;
         cache.sums[w] = share == 0 ? F(0) : share / cache.sums[w];
       }
       const F mean = cached == 0 ? F(0) : cached / c.total;

@@ -11,7 +11,7 @@ struct CacheMix {
   Lead lead;
   int64_t T, W, N;
   View logits, scores, tokens, mix;
-  View lse;  // of the logits
+  View lse, lse_rest;  // of the logits
 };
 
 struct CacheLogprobs {

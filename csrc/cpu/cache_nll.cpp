@@ -20,7 +20,7 @@ struct Target {
   F hit = 0, mix;  // sum of the exponentials of entries that name it
   Word<F> at;
 
-  Target(const CacheMix& p, const View& targets, int64_t batch, int64_t t, F lse, Arena& arena)
+  Target(const CacheMix& p, const View& targets, int64_t batch, int64_t t, const LogSumExp<F>& end, Arena& arena)
       : entries(TokenRows(p.scores, p.lead, batch, p.T).row(t), p.scores.dtype, words(p.tokens, p.lead, batch, p.T, t),
                 p.N, arena.take<F>(p.N)),
         word(*words(targets, p.lead, batch, p.T, t)),
@@ -31,7 +31,8 @@ struct Target {
     for (int64_t j = 0; j < p.N; ++j) hit += entries.tokens[j] == word ? entries.e[j] : F(0);
     F z;
     read_row<F>(TokenRows(p.logits, p.lead, batch, p.T).row(t) + word * size_of(p.logits.dtype), p.logits.dtype, 1, &z);
-    at = hit == 0 ? Word<F>::alone(z - lse, mix) : Word<F>::mixed(z - lse, hit / entries.total, mix);
+    const F log_own = end.log_share(z);
+    at = hit == 0 ? Word<F>::alone(log_own, mix) : Word<F>::mixed(log_own, hit / entries.total, mix);
   }
 };
 
@@ -56,9 +57,9 @@ void forward(const CacheNll& n) {
   const CacheMix& p = n.mix;
   each_token<F>(p, [&](int64_t batch, int64_t t, F* buffer, Arena& arena) {
     const TokenRows logits(p.logits, p.lead, batch, p.T);
-    const F lse = row_lse<F>(logits.row(t), logits.dtype, p.W, buffer);
-    *reinterpret_cast<F*>(TokenRows(p.lse, p.lead, batch, p.T).row(t)) = lse;
-    const Target<F> target(p, n.targets, batch, t, lse, arena);
+    const LogSumExp<F> end = row_lse<F>(logits.row(t), logits.dtype, p.W, buffer);
+    put_end(end, TokenRows(p.lse, p.lead, batch, p.T), TokenRows(p.lse_rest, p.lead, batch, p.T), t);
+    const Target<F> target(p, n.targets, batch, t, end, arena);
     *reinterpret_cast<F*>(TokenRows(n.nll, p.lead, batch, p.T).row(t)) = target.word < 0 ? F(0) : -target.at.log_p;
   });
 }
@@ -68,8 +69,9 @@ void backward(const CacheNllBackward& b) {
   constexpr int W = kLanes<F>;
   const CacheMix& p = b.mix;
   each_token<F>(p, [&](int64_t batch, int64_t t, F* buffer, Arena& arena) {
-    const F lse = number<F>(p.lse, p.lead, batch, p.T, t);
-    const Target<F> target(p, b.targets, batch, t, lse, arena);
+    const LogSumExp<F> end = saved_lse<F>(p, batch, t);
+    const Vec<F> lse = fill<F>(end.lse), rest = fill<F>(end.rest);
+    const Target<F> target(p, b.targets, batch, t, end, arena);
     const Word<F>& y = target.at;
     const F d = target.word < 0 ? F(0) : -number<F>(b.d_nll, p.lead, batch, p.T, t);
     if (b.d.logits) {
@@ -84,9 +86,9 @@ void backward(const CacheNllBackward& b) {
             int64_t j = 0;
             for (; j + W <= count; j += W) {
               ask_for_next_page(z + j, W);
-              put(out + first + j, -share * exp2<F>((load<F>(z + j) - lse) * F(kLog2e)));
+              put(out + first + j, -share * weight<F>(load<F>(z + j), lse, rest));
             }
-            for (; j < count; ++j) out[first + j] = -share * std::exp(z[j] - lse);
+            for (; j < count; ++j) out[first + j] = -share * std::exp(end.log_share(z[j]));
           });
         });
         out[target.word] += share;

@@ -105,10 +105,9 @@ void forward(const CellScan& p) {
       for (int64_t r = 0; r < n; ++r) {
         F *state = h + r * s.DP, *gate = z + r * s.L;
         for (int64_t d = 0; d < s.DP; d += W) {
-          const F unit = F(kLog2e);
           Vec<F> f, i, rest;
-          sigmoid2<F>(unit * load<F>(gate + d), f, rest);
-          sigmoid2<F>(unit * load<F>(gate + s.DP + d), i, rest);
+          sigmoid<F>(load<F>(gate + d), f, rest);
+          sigmoid<F>(load<F>(gate + s.DP + d), i, rest);
           store<F>(state + d, f * load<F>(state + d) + i * tanh<F>(load<F>(gate + 2 * s.DP + d)));
         }
         write_row<F>(state, s.D, states.dtype, states.row((first + r) * p.T + t));
@@ -134,10 +133,9 @@ struct Chunk {
 template <class F>
 void step_back(const Shape<F>& s, const F* dh, const F* before, F* z, F* g) {
   for (int64_t x = 0; x < s.DP; x += kLanes<F>) {
-    const F unit = F(kLog2e);
     Vec<F> f, f_rest, i, i_rest;
-    sigmoid2<F>(unit * load<F>(z + x), f, f_rest);
-    sigmoid2<F>(unit * load<F>(z + s.DP + x), i, i_rest);
+    sigmoid<F>(load<F>(z + x), f, f_rest);
+    sigmoid<F>(load<F>(z + s.DP + x), i, i_rest);
     const Vec<F> c = tanh<F>(load<F>(z + 2 * s.DP + x)), all = load<F>(g + x) + load<F>(dh + x);
     store<F>(z + x, all * load<F>(before + x) * (f * f_rest));
     store<F>(z + s.DP + x, all * c * (i * i_rest));

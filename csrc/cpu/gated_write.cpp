@@ -93,7 +93,7 @@ void many(const GatedWrite& p, int64_t batch, int64_t first, int64_t count, int6
   const SlotBlock<F> block = slots.load(first, count, buffers);
   keep_empty<F>(p, batch, first, count, block, rows);
   if (block.n == 0) return;
-  lanes.pack(block, p.K, F(p.scale * kLog2e));
+  lanes.pack(block, p.K, F(p.scale));
   const int64_t L = lanes.L;
   for (int64_t j = 0; j < L; ++j) R[j] = kept[j] = F(j < block.n);
   std::memset(acc, 0, size_t(p.V * L) * sizeof(F));
@@ -110,12 +110,12 @@ void many(const GatedWrite& p, int64_t batch, int64_t first, int64_t count, int6
     const bool lost = fades && is_lost(chunk, p.V, R, share, e, acc, L);
     lanes.gates(gates, chunk, first, count, block, p.K, S);
     alive = false;
-    // Only prod (1 - a) = 1 / prod (1 + 2^s) is wanted, and R is it.
+    // Only prod (1 - a) = 1 / prod (1 + e^s) is wanted, and R is it.
     if (lost && gates.kind == Gate::sigmoid && e == 1) {
       for (int64_t l = 0; l < L; l += W) {
         const Vec<F> m = load<F>(lanes.mask + l);
         Vec<F> x = fill<F>(1);
-        for (int64_t t = chunk.n; t-- > 0;) x *= 1 + exp2<F>(load<F>(S + t * L + l) + m);
+        for (int64_t t = chunk.n; t-- > 0;) x *= 1 + exp<F>(load<F>(S + t * L + l) + m);
         const Vec<F> r = load<F>(R + l) / x;
         store<F>(R + l, r);
         store<F>(kept + l, r);
@@ -171,8 +171,7 @@ void few(const GatedWrite& p, int64_t batch, int64_t first, int64_t count, int64
   const Gates<F> gates(p, batch, softmax);
   const bool given = gates.kind == Gate::given;
   for (int64_t t = 0; t < chunk.n && !given; ++t) {
-    for (int64_t c = 0; c < KP; ++c)
-      q[t * KP + c] = c < p.K ? F(p.scale * kLog2e) * chunk.query[t * chunk.qs + c] : F(0);
+    for (int64_t c = 0; c < KP; ++c) q[t * KP + c] = c < p.K ? F(p.scale) * chunk.query[t * chunk.qs + c] : F(0);
   }
   char* out = p.out.batch(p.lead, batch);
   char* retained = p.retained.batch(p.lead, batch);

@@ -8,7 +8,7 @@ namespace mk {
 // Where the gates a[t, i] of a write come from: from scores, each for itself or over all slots, or they are given.
 enum class Gate : int8_t { sigmoid, softmax, given };
 
-// What makes the scores of one token a softmax, in units of log2: a_i = 2^(s_i - top) * inverse. `slot` is the one with the
+// What makes the scores of one token a softmax: a_i = exp(s_i - top) * inverse. `slot` is the one with the
 // largest score, and `left` its 1 - a, a sum and not a difference.
 template <class F>
 struct SoftmaxRow {

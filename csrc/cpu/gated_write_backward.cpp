@@ -158,7 +158,7 @@ class Batch {
     const int64_t count = width(first);
     const SlotBlock<F> block = keys_.load(first, count, key_buffers);
     const SlotBlock<F> content = content_.load(first, count, content_buffers);
-    lanes.pack(block, p_.K, F(p_.scale * kLog2e));
+    lanes.pack(block, p_.K, F(p_.scale));
     const F e = F(p_.erase_scale);
     for (int64_t j = 0; j < lanes.L; ++j) R[j] = F(j < block.n);
     for (int64_t c = s_.chunks; c-- > 0;) {
@@ -236,7 +236,7 @@ class Batch {
     const int64_t count = width(first);
     const SlotBlock<F> block = keys_.load(first, count, key_buffers);
     const SlotBlock<F> content = content_.load(first, count, content_buffers);
-    lanes.pack(block, p_.K, F(p_.scale * kLog2e));
+    lanes.pack(block, p_.K, F(p_.scale));
     const int64_t L = lanes.L;
     const F e = F(p_.erase_scale);
     pack_lanes<F>(block.n, L, p_.V, F(1), nullptr, U, [&](int64_t j, F*) { return content.keys + j * content.ks; });

@@ -82,7 +82,7 @@ void forward_block(const GatedWrite& p, int64_t batch, int64_t first, int64_t co
   const Tokens<F> source(p, batch);
   const Gates<F> gates(p, batch, softmax);
   const SlotBlock<F> block = slots.load(first, count, buffers);
-  lanes.pack(block, p.K, F(p.scale * kLog2e));
+  lanes.pack(block, p.K, F(p.scale));
   for (int64_t j = 0; j < kSlotTile<F>; ++j) kept[j] = 1;
   for (int64_t j = 0; j < block.n; ++j) {
     std::memcpy(rows + j * VP, block.values + j * block.vs, size_t(p.V) * sizeof(F));
@@ -178,7 +178,7 @@ class Group {
     const TokenRows weights(b_.d_weights, p_.lead, batch_, p_.T);
     const SlotBlock<F> block = keys_.load(first, count, key_buffers);
     const SlotBlock<F> content = content_.load(first, count, content_buffers);
-    lanes.pack(block, p_.K, F(p_.scale * kLog2e));
+    lanes.pack(block, p_.K, F(p_.scale));
     const int64_t L = lanes.L, size = kSlotTile<F> * VP_;
     for (int64_t j = 0; j < L; ++j) kept[j] = 1, dm[j] = 0;
     std::memset(dk, 0, size_t(p_.K * L) * sizeof(F));

@@ -10,6 +10,7 @@
 // by multiply-adds.
 #include <vector>
 
+#include "common/online_softmax.h"
 #include "common/scan_tiles.h"
 
 namespace mk::MK_ISA {
@@ -32,7 +33,7 @@ struct Shape {
   }
 };
 
-// What a range of slots says of one token: with weights p = 2^(s - base), sum of p and of p v; base is finite.
+// What a range of slots says of one token: with weights p = e^(s - base), sum of p and of p v; base is finite.
 template <class F>
 struct Sums {
   F *top, *total, *reads;  // [token], [token], [token][VP]
@@ -56,10 +57,10 @@ void soften(const SlotBlock<F>& block, int64_t n, int64_t VP, bool begun, F* S, 
     const Vec<F> before = load<F>(sums.top + l);
     Vec<F> top = before;
     for (int64_t j = 0; j < block.n; ++j) top = max<F>(load<F>(S + j * L + l), top);
-    const Vec<F> shrink = top == before ? fill<F>(1) : exp2<F>(before - top), base = base_of<F>(top);
+    const Vec<F> shrink = top == before ? fill<F>(1) : exp<F>(before - top), base = base_of<F>(top);
     Vec<F> total = load<F>(sums.total + l) * shrink;
     for (int64_t j = 0; j < block.n; ++j) {
-      const Vec<F> p = exp2<F>(load<F>(S + j * L + l) - base);
+      const Vec<F> p = exp<F>(load<F>(S + j * L + l) - base);
       store<F>(S + j * L + l, p);
       total += p;
     }
@@ -137,28 +138,29 @@ class Range {
   static void finish(const MemoryScan& m, const Shape<F>& s, int64_t batch, int64_t t0, int64_t count,
                      const Sums<F>* sums, int64_t ranges, F* row) {
     const GatedWrite& p = m.write;
-    const TokenRows reads(m.reads, p.lead, batch, p.T), lses(m.lse, p.lead, batch, p.T);
+    const TokenRows reads(m.reads, p.lead, batch, p.T), lses(m.lse, p.lead, batch, p.T),
+        rests(m.lse_rest, p.lead, batch, p.T);
     const TokenRows mask(p.token_mask, p.lead, batch, p.T);
     for (int64_t t = t0, j = 0; t < t0 + count; ++t) {
       std::memset(row, 0, size_t(s.VP) * sizeof(F));
-      F lse = -kInf<F>;
+      LogSumExp<F> end;
       if (!mask || *mask.row(t) != 0) {
         F top = -kInf<F>, total = 0;
         for (int64_t g = 0; g < ranges; ++g) top = sums[g].top[j] > top ? sums[g].top[j] : top;
         for (int64_t g = 0; g < ranges; ++g) {
-          const F share = sums[g].top[j] == top ? F(1) : F(std::exp2(sums[g].top[j] - top));
+          const F share = sums[g].top[j] == top ? F(1) : F(std::exp(sums[g].top[j] - top));
           const F* part = sums[g].reads + j * s.VP;
           total += share * sums[g].total[j];
           for (int64_t v = 0; v < p.V; ++v) row[v] += share * part[v];
         }
         ++j;
         if (total != 0) {
-          lse = (std::isinf(top) ? F(0) : top * F(kLn2)) + std::log(total);
+          end = {std::isinf(top) ? F(0) : top, total};
           for (int64_t v = 0; v < p.V; ++v) row[v] /= total;
         }
       }
       write_row<F>(row, p.V, reads.dtype, reads.row(t));
-      *reinterpret_cast<F*>(lses.row(t)) = lse;
+      put_end(end, lses, rests, t);
     }
   }
 

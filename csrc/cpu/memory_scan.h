@@ -9,7 +9,7 @@ namespace mk {
 // softmax of scale <read_query_t, key_i> + mask_i. With `read_first` the read comes before the write.
 struct MemoryScan {
   GatedWrite write;
-  View read_query, reads, lse;
+  View read_query, reads, lse, lse_rest;
   bool read_first;
 };
 

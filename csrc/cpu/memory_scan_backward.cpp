@@ -44,7 +44,7 @@ struct Packed {
   F *write_q, *read_q;        // [K][scan_lanes(n)]
   F *write_rows, *read_rows;  // [n][KP]
   F *write, *d_reads;         // [token][VP]
-  F *lse, *delta;             // in units of log2; <dr_t, r_t>
+  F *lse, *rest, *delta;      // of the read scores; <dr_t, r_t>
   int64_t* n;
 
   Packed(const Shape<F>& s, Arena& arena)
@@ -55,6 +55,7 @@ struct Packed {
         write(arena.take<F>(s.VP * kChunkTokens)),
         d_reads(arena.take<F>(s.VP * kChunkTokens)),
         lse(arena.take<F>(kChunkTokens)),
+        rest(arena.take<F>(kChunkTokens)),
         delta(arena.take<F>(kChunkTokens)),
         n(arena.take<int64_t>(1)) {}
 };
@@ -201,12 +202,13 @@ class Batch {
       pad_rows<F>(chunk.query, chunk.qs, chunk.n, p_.K, to.read_rows);
       if (b_.d_reads) pad_rows<F>(chunk.write, chunk.ws, chunk.n, p_.V, to.d_reads);
       else std::memset(to.d_reads, 0, size_t(kChunkTokens * s_.VP) * sizeof(F));
-      const TokenRows lse(m_.lse, p_.lead, batch_, p_.T), read(m_.reads, p_.lead, batch_, p_.T);
+      const TokenRows lse(m_.lse, p_.lead, batch_, p_.T), rest(m_.lse_rest, p_.lead, batch_, p_.T);
+      const TokenRows read(m_.reads, p_.lead, batch_, p_.T);
       for (int64_t t = 0; t < scan_lanes<F>(chunk.n); ++t) {
-        to.lse[t] = to.delta[t] = 0;
+        to.lse[t] = to.rest[t] = to.delta[t] = 0;
         if (t >= chunk.n) continue;
         const int64_t at = t0 + chunk.token[t];
-        to.lse[t] = F(kLog2e) * *reinterpret_cast<const F*>(lse.row(at));
+        to.lse[t] = *reinterpret_cast<const F*>(lse.row(at)), to.rest[t] = *reinterpret_cast<const F*>(rest.row(at));
         const F* r = row_as<F>(read.row(at), read.dtype, p_.V, row);
         for (int64_t v = 0; v < p_.V && b_.d_reads; ++v) to.delta[t] += to.d_reads[t * s_.VP + v] * r[v];
       }
@@ -256,7 +258,8 @@ class Batch {
     score_columns<F>(block, p_.K, c.read_q, L, w.p);
     for (int64_t j = 0; j < block.n; ++j) {
       F* p = w.p + j * L;
-      for (int64_t l = 0; l < L; l += W) store<F>(p + l, exp2<F>(load<F>(p + l) - load<F>(c.lse + l)));
+      for (int64_t l = 0; l < L; l += W)
+        store<F>(p + l, weight<F>(load<F>(p + l), load<F>(c.lse + l), load<F>(c.rest + l)));
       for (int64_t t = n; t < L; ++t) p[t] = 0;
     }
     back_tile<F>({block.n, n, s_.VP, w.a, w.keep, w.p, c.write, c.d_reads, w.groups, g_ + first * s_.VP,

@@ -223,7 +223,7 @@ class FirstLook {
 template <class F, bool wide>
 void search_range(const TopkSearch& p, const SearchPlan<F>& s, int64_t batch, int64_t lo, int64_t hi,
                   SearchTile<F, wide>& tile) {
-  const Slots<F> slots(p.keys, View{}, p.mask, p.lead, batch, p.N, p.K, 0, s.few, 1.0);
+  const Slots<F> slots(p.keys, View{}, p.mask, p.lead, batch, p.N, p.K, 0, s.few);
   const TokenRows query(p.query, p.lead, batch, p.T);
   const int64_t L = round_up(tile.n, kLanes<F>);
   const bool pairs = !s.few && are_pairs<F>(p.query.dtype, p.keys, p.K);

@@ -16,7 +16,7 @@ struct Kernel {
   const View& d_usage;  // missing: forward
   const GradientShape<F>& s;
 
-  // Packed tile: lse2 [lanes], queries as padded rows, and scaled by log2(e) as rows (few tokens) or lanes.
+  // Packed tile: lse [lanes], queries as padded rows, and scaled as rows (few tokens) or lanes.
   size_t packed(const GradientShape<F>& g) const {
     return size_t(g.lanes + g.tile * 2 * g.KP + (g.few ? 0 : g.lanes * g.K));
   }
@@ -27,13 +27,13 @@ struct Kernel {
 
   void pack(int64_t batch, int64_t t0, int64_t n, F* tile) const {
     const TokenRows query(p.query, p.lead, batch, p.T), lse(p.lse, p.lead, batch, p.T);
-    const F factor = F(p.scale * kLog2e);
+    const F factor = F(p.scale);
     F* q = const_cast<F*>(queries(s, tile));
     F* sq = const_cast<F*>(scaled(tile));
     rows_query<F>(query, t0, n, p.K, F(1), q);
     for (int64_t t = 0; t < s.lanes; ++t) {
       const F l = t < n ? *reinterpret_cast<const F*>(lse.row(t0 + t)) : -kInf<F>;
-      tile[t] = l == -kInf<F> ? kInf<F> : l * F(kLog2e);  // exp2(s - inf) = 0: such a token reads nothing
+      tile[t] = l == -kInf<F> ? kInf<F> : l;  // exp(s - inf) = 0: such a token reads nothing
     }
     if (s.few) {
       for (int64_t x = 0; x < n * s.KP; ++x) sq[x] = factor * q[x];
@@ -56,7 +56,7 @@ struct Kernel {
       for (int64_t t = 0; t < n; ++t) {
         for (int64_t j = 0; j < round_up(block.n, W); j += W) {
           F* x = D + t * at.ts + j;
-          store<F>(x, exp2<F>(load<F>(x) - fill<F>(tile[t])) * load<F>(g + j));
+          store<F>(x, exp<F>(load<F>(x) - fill<F>(tile[t])) * load<F>(g + j));
         }
       }
       return;
@@ -65,7 +65,7 @@ struct Kernel {
     for (int64_t j = 0; j < block.n; ++j) {
       for (int64_t l = 0; l < at.is; l += W) {
         F* x = D + j * at.is + l;
-        store<F>(x, exp2<F>(load<F>(x) - load<F>(tile + l)) * g[j]);
+        store<F>(x, exp<F>(load<F>(x) - load<F>(tile + l)) * g[j]);
       }
     }
   }

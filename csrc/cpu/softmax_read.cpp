@@ -1,7 +1,7 @@
 // softmax_read forward:  r_t = sum_i p[t, i] v_i,  p = softmax(s),  s[t, i] = scale <q_t, k_i> + mask_i
 //
-// Blocks of slots stream past a tile of tokens with a running maximum m, sum l and accumulator (online softmax). Scores are kept
-// in units of log2, so the exponential is exp2 and log2(e) is folded into the packed queries.
+// Blocks of slots stream past a tile of tokens with a running maximum m, sum l and accumulator (online softmax). The scale is folded
+// into the packed queries.
 //
 // Many tokens (`columns`): lanes are tokens. Panels of 64 tokens are packed once, [K][lanes]; the scores S[slot][lane], the
 // maximum, the sum and the read [V][lane] then need no shuffle at all, and keys and values are broadcast from where they lie:
@@ -58,7 +58,7 @@ Plan plan(const SoftmaxRead& p) {
   return s;
 }
 
-// The softmax of one block for R registers of tokens, in place: S becomes exp2(S - m), of pairs two slots in one row; acc, [V][L], is
+// The softmax of one block for R registers of tokens, in place: S becomes exp(S - m), of pairs two slots in one row; acc, [V][L], is
 // rescaled when m moves. Maxima and sums are chains along the slots: one register at a time would wait for each.
 template <class F, int R, Of E>
 void exponentials(F* S, int64_t slots, int64_t L, F* ms, F* ls, F* acc, int64_t V) {
@@ -77,7 +77,7 @@ void exponentials(F* S, int64_t slots, int64_t L, F* ms, F* ls, F* acc, int64_t 
     if (any<F>(top[i] > m + F(kSlack))) {
       const Vec<F> moved = max<F>(top[i], m);
       // Where m is -inf nothing has been summed yet, and -inf - -inf must not become NaN.
-      const Vec<F> factor = m == -kInf<F> ? fill<F>(0) : exp2<F>(m - moved);
+      const Vec<F> factor = m == -kInf<F> ? fill<F>(0) : exp<F>(m - moved);
       l[i] *= factor;
       for (int64_t v = 0; v < V; ++v) store<F>(acc + v * L + j, load<F>(acc + v * L + j) * factor);
       m = moved;
@@ -91,8 +91,8 @@ void exponentials(F* S, int64_t slots, int64_t L, F* ms, F* ls, F* acc, int64_t 
 #pragma GCC unroll 4
       for (int i = 0; i < R; ++i) {
         const F* s = S + r * L + i * W;
-        const Vec<F> a = exp2<F>(load<F>(s) - base[i]);
-        const Vec<F> b = r + 1 < slots ? exp2<F>(load<F>(s + L) - base[i]) : fill<F>(0);
+        const Vec<F> a = exp<F>(load<F>(s) - base[i]);
+        const Vec<F> b = r + 1 < slots ? exp<F>(load<F>(s + L) - base[i]) : fill<F>(0);
         l[i] += a;
         l[i] += b;
         store<F>(S + r / 2 * L + i * W, pairs_of(a, b));
@@ -103,7 +103,7 @@ void exponentials(F* S, int64_t slots, int64_t L, F* ms, F* ls, F* acc, int64_t 
 #pragma GCC unroll 4
     for (int i = 0; i < R; ++i) {
       F* s = S + r * L + i * W;
-      const Vec<F> e = exp2<F>(load<F>(s) - base[i]);
+      const Vec<F> e = exp<F>(load<F>(s) - base[i]);
       l[i] += e;
       store<F>(s, e);
     }
@@ -125,7 +125,7 @@ void columns(const SoftmaxRead& p, const Slots<F>& slots, const TokenRows& query
              int64_t lo, int64_t hi, Partial<F> out, Arena arena) {
   constexpr int64_t panel = kTokenTile<F>;
   const int64_t lanes = round_up(n, kLanes<F>);
-  const ColumnScores<F> scores{query, slots, p.K, F(p.scale * kLog2e), pairs};
+  const ColumnScores<F> scores{query, slots, p.K, F(p.scale), pairs};
   F* q = arena.take<F>(p.K * lanes);
   F* S = arena.take<F>(kSlotBlock * least(lanes, panel));
   F* row = arena.take<F>(kLanes<F> * p.K);
@@ -175,7 +175,7 @@ void columns(const SoftmaxRead& p, const Slots<F>& slots, const TokenRows& query
 template <class F>
 F* begin_rows(const SoftmaxRead& p, const TokenRows& query, int64_t n, const Partial<F>& out, Arena& arena) {
   F* q = arena.take<F>(n * Slots<F>::padded(p.K));
-  rows_query(query, 0, n, p.K, F(p.scale * kLog2e), q);
+  rows_query(query, 0, n, p.K, F(p.scale), q);
   for (int64_t t = 0; t < n; ++t) out.m[t] = -kInf<F>, out.l[t] = 0;
   std::memset(out.acc, 0, size_t(n * Slots<F>::padded(p.V)) * sizeof(F));
   return q;
@@ -261,17 +261,18 @@ void run(const SoftmaxRead& p) {
   Buffer<F> waiting(merge ? s.batches * s.tiles * s.ranges * size : 0);
   Arena measure;
   Slots<F>::buffers(measure, kSlotBlock, p.K, p.V);
-  measure.take<F>((Slots<F>::padded(p.K) + kSlotBlock) * lanes + kLanes<F> * (p.K + p.V + 1) + size + VP + kSlotBlock);
+  measure.take<F>((Slots<F>::padded(p.K) + kSlotBlock) * lanes + kLanes<F> * (p.K + p.V) + size + VP + kSlotBlock);
   for (int i = 0; i < 2; ++i) RowList<F>::take(measure, kSlotBlock);
   const size_t scratch = measure.used() + 8 * 64;
 
-  // `row` has room for a register of reads and their lse.
+  // `row` has room for a register of reads.
   auto finish_tile = [&](int64_t batch, int64_t tile, const Partial<F>* parts, F* row) {
     constexpr int64_t W = kLanes<F>;
     const int64_t t0 = tile * s.tile, n = least(s.tile, s.tokens - t0), together = few ? 1 : W;
     const int64_t lanes = round_up(n, W);
     const TokenRows read(p.read, p.lead, batch, p.T), lse(p.lse, p.lead, batch, p.T);
-    F* ends = row + W * p.V;
+    const TokenRows rest(p.lse_rest, p.lead, batch, p.T);
+    LogSumExp<F> ends[W];
     for (int64_t t = 0; t < n; t += together) {
       if (few) {
         ends[0] = merge_ranges<F>(parts, s.ranges, t, t * VP, 1, p.V, row);
@@ -281,7 +282,7 @@ void run(const SoftmaxRead& p) {
       }
       for (int64_t i = 0; i < least(together, n - t); ++i) {
         if (read) write_row<F>(row + i * p.V, p.V, read.dtype, read.row(t0 + t + i));
-        *reinterpret_cast<F*>(lse.row(t0 + t + i)) = ends[i];
+        put_end(ends[i], lse, rest, t0 + t + i);
       }
     }
   };
@@ -295,7 +296,7 @@ void run(const SoftmaxRead& p) {
     const int64_t lo = range * s.range, hi = least(lo + s.range, p.N);
     const int64_t t0 = tile * s.tile, n = least(s.tile, s.tokens - t0);
     F* own = arena.take<F>(size);
-    F* row = arena.take<F>(kLanes<F> * (p.V + 1));
+    F* row = arena.take<F>(kLanes<F> * p.V);
     const Partial<F> part = partial(merge ? waiting.data() + task * size : own);
     if (few && as_stored<F>(p, s.tokens)) stored_rows<F>(p, slots, query, n, lo, hi, part, arena);
     else if (few) rows<F>(p, slots, query, n, lo, hi, part, arena);
@@ -303,7 +304,7 @@ void run(const SoftmaxRead& p) {
     if (!merge) finish_tile(batch, tile, &part, row);
   });
   if (!merge) return;
-  parallel(s.batches * s.tiles, size_t(kLanes<F> * (p.V + 1)) * sizeof(F) + 64, [&](int64_t task, char* memory) {
+  parallel(s.batches * s.tiles, size_t(kLanes<F> * p.V) * sizeof(F) + 64, [&](int64_t task, char* memory) {
     FlushDenormals flush;
     Partial<F> parts[kTasks];
     for (int64_t r = 0; r < s.ranges; ++r) parts[r] = partial(waiting.data() + (task * s.ranges + r) * size);

@@ -3,7 +3,7 @@
 //   dS = p * (dP - delta),  dq = scale dS K,  dK = scale dS^T Q,  dV = P^T dR,  dmask_i = sum_t dS[t, i]
 //
 // Five products per tile, all in cache (score_gradients.h says what runs in parallel and in which order it is summed); scores are
-// computed again from lse rather than stored. Many tokens: lanes are tokens for s and dP; few: lanes are slots. Many of bfloat16
+// computed again rather than stored, and p = exp((s - lse) - lse_rest). Many tokens: lanes are tokens for s and dP; few: lanes are slots. Many of bfloat16
 // where the processor multiplies pairs: s and dP are products of the numbers given, P and dS are rounded before the other three.
 #include "common/score_gradients.h"
 #include "cpu/softmax_read.h"
@@ -16,34 +16,34 @@ struct Kernel {
   const SoftmaxReadBackward& p;
   const GradientShape<F>& s;
 
-  // Packed tile: lse2 and delta [lanes]; queries and d_reads as padded rows; for many tokens also as lanes.
+  // Packed tile: lse, lse_rest and delta [lanes]; queries and d_reads as padded rows; for many tokens also as lanes.
   size_t packed(const GradientShape<F>& g) const {
-    return size_t(2 * g.lanes + g.tile * 2 * (g.KP + g.VP) + (g.few ? 0 : g.lanes * (g.K + g.V)));
+    return size_t(3 * g.lanes + g.tile * 2 * (g.KP + g.VP) + (g.few ? 0 : g.lanes * (g.K + g.V)));
   }
   size_t scratch(const GradientShape<F>&) const { return 0; }
-  const F* queries(const GradientShape<F>& g, const F* tile) const { return tile + 2 * g.lanes; }
+  const F* queries(const GradientShape<F>& g, const F* tile) const { return tile + 3 * g.lanes; }
   const F* reads(const GradientShape<F>& g, const F* tile) const { return queries(g, tile) + g.tile * g.KP; }
-  // Queries times scale * log2(e): rows for few tokens, lanes for many; then d_reads as lanes.
+  // Queries times the scale: rows for few tokens, lanes for many; then d_reads as lanes.
   const F* scaled(const GradientShape<F>& g, const F* tile) const { return reads(g, tile) + g.tile * g.VP; }
 
   void pack(int64_t batch, int64_t t0, int64_t n, F* tile) const {
     const SoftmaxRead& f = p.forward;
     const TokenRows query(f.query, f.lead, batch, f.T), read(f.read, f.lead, batch, f.T),
-        lse(f.lse, f.lead, batch, f.T);
+        lse(f.lse, f.lead, batch, f.T), lse_rest(f.lse_rest, f.lead, batch, f.T);
     const TokenRows d_read(p.d_read, f.lead, batch, f.T), d_lse(p.d_lse, f.lead, batch, f.T);
-    F *lse2 = tile, *delta = tile + s.lanes;
+    F *top = tile, *rest = top + s.lanes, *delta = rest + s.lanes;
     F* q = const_cast<F*>(queries(s, tile));
     F* dr = const_cast<F*>(reads(s, tile));
     F* sq = const_cast<F*>(scaled(s, tile));
-    const F factor = F(f.scale * kLog2e);
+    const F factor = F(f.scale);
     rows_query<F>(d_read, t0, n, f.V, F(1), dr);
     if (!s.pairs) rows_query<F>(query, t0, n, f.K, F(1), q);
     for (int64_t t = 0; t < s.lanes; ++t) {
-      lse2[t] = kInf<F>;  // a token that reads nothing, and a lane without a token, have p = exp2(s - inf) = 0
-      delta[t] = 0;
+      top[t] = kInf<F>;  // a token that reads nothing, and a lane without a token, have p = exp(s - inf) = 0
+      rest[t] = delta[t] = 0;
       if (t >= n) continue;
       const F l = *reinterpret_cast<const F*>(lse.row(t0 + t));
-      if (l != -kInf<F>) lse2[t] = l * F(kLog2e);
+      if (l != -kInf<F>) top[t] = l, rest[t] = *reinterpret_cast<const F*>(lse_rest.row(t0 + t));
       if (read) {
         F* r = sq;  // not packed yet
         read_row<F>(read.row(t0 + t), read.dtype, f.V, r);
@@ -74,14 +74,14 @@ struct Kernel {
   void tile(int64_t, int64_t, const SlotBlock<F>& block, int64_t, int64_t n, const F* tile, F* P, F* D, TileStrides<F>,
             Arena&) const {
     constexpr int W = kLanes<F>;
-    const F *lse2 = tile, *delta = tile + s.lanes;
+    const F *lse = tile, *rest = lse + s.lanes, *delta = rest + s.lanes;
     if (s.few) {
       score_rows<F>(block, s.K, scaled(s, tile), n, P);
       dot_rows<F>(block.n, block.values, block.vs, s.V, reads(s, tile), n, F(0), D, kSlotBlock, block.values_ahead);
       for (int64_t t = 0; t < n; ++t) {
-        const Vec<F> base = fill<F>(lse2[t]), d = fill<F>(delta[t]);
+        const Vec<F> l = fill<F>(lse[t]), r = fill<F>(rest[t]), d = fill<F>(delta[t]);
         for (int64_t j = t * kSlotBlock; j < t * kSlotBlock + round_up(block.n, W); j += W) {
-          const Vec<F> e = exp2<F>(load<F>(P + j) - base);
+          const Vec<F> e = weight<F>(load<F>(P + j), l, r);
           store<F>(P + j, e);
           store<F>(D + j, e * (load<F>(D + j) - d));
         }
@@ -92,7 +92,7 @@ struct Kernel {
     const F *q = scaled(s, tile), *dr = q + s.lanes * s.K;
     if constexpr (kHasPairs<F>) {
       if (s.pairs) {
-        gemm_pairs({block.n, L, s.K / 2, block.keys, block.ks, 1, q, L, P, L, false}, F(p.forward.scale * kLog2e));
+        gemm_pairs({block.n, L, s.K / 2, block.keys, block.ks, 1, q, L, P, L, false}, F(p.forward.scale));
         add_mask(block, L, P);
         gemm_pairs({block.n, L, s.V / 2, block.values, block.vs, 1, dr, L, D, L, false}, 1);
       }
@@ -102,9 +102,9 @@ struct Kernel {
       gemm(Gemm<F>{block.n, L, s.V, block.values, block.vs, 1, dr, L, D, L, false});
     }
     for (int64_t l = 0; l < L; l += W) {
-      const Vec<F> base = load<F>(lse2 + l), d = load<F>(delta + l);
+      const Vec<F> top = load<F>(lse + l), r = load<F>(rest + l), d = load<F>(delta + l);
       for (int64_t j = l; j < block.n * L; j += L) {
-        const Vec<F> e = exp2<F>(load<F>(P + j) - base);
+        const Vec<F> e = weight<F>(load<F>(P + j), top, r);
         store<F>(P + j, e);
         store<F>(D + j, e * (load<F>(D + j) - d));
       }

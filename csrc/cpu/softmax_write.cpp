@@ -1,6 +1,6 @@
 // The first pass of softmax_write: what makes the scores of every token a softmax. The write itself is that of gated_write.
 //
-//   top_t = max_i s[t, i],   left_t = rest_t / (1 + rest_t),   rest_t = sum of 2^(s[t, i] - top_t) over all slots but the first at top
+//   top_t = max_i s[t, i],   left_t = rest_t / (1 + rest_t),   rest_t = sum of e^(s[t, i] - top_t) over all slots but the first at top
 //
 // Leaving the largest slot out of the sum keeps 1 - a of a gate near 1 a sum of small numbers: 1 - 1 / (1 + rest) would cancel.
 // Slots are lanes, a tile of scores is compared with the token's maximum so far, which rarely moves. Parallel over batches, chunks
@@ -18,7 +18,7 @@ struct Seen {
 
   // `rest` of a lower maximum, seen from a higher one. A maximum of -inf stands for no slot at all.
   static F lowered(F rest, F from, F to) {
-    const F factor = exp2<F>(fill<F>(from - to))[0];
+    const F factor = exp<F>(fill<F>(from - to))[0];
     return from == -kInf<F> ? rest : factor * (rest + 1);
   }
   void merge(const Seen& other) {
@@ -54,7 +54,7 @@ void add_row(F* S, int64_t lanes, const SlotBlock<F>& block, int64_t first, Seen
   }
   const F base = seen.top == -kInf<F> ? F(0) : seen.top;
   Vec<F> rest = fill<F>(0);
-  for (int64_t l = 0; l < lanes; l += W) rest += exp2<F>(load<F>(S + l) - base);
+  for (int64_t l = 0; l < lanes; l += W) rest += exp<F>(load<F>(S + l) - base);
   seen.rest += sum<F>(rest);
 }
 
@@ -91,7 +91,7 @@ void run(const GatedWrite& p, SoftmaxRow<F>* rows) {
     Seen<F> own[kChunkTokens];
     for (int64_t t = 0; t < chunk.n && few; ++t) {
       for (int64_t x = 0; x < KP; ++x) {
-        q[t * KP + x] = x < p.K ? F(p.scale * kLog2e) * chunk.query[t * chunk.qs + x] : F(0);
+        q[t * KP + x] = x < p.K ? F(p.scale) * chunk.query[t * chunk.qs + x] : F(0);
       }
     }
     for (int64_t i = r * range; i < least((r + 1) * range, p.N); i += size) {
@@ -101,7 +101,7 @@ void run(const GatedWrite& p, SoftmaxRow<F>* rows) {
       if (few) {
         score_rows<F>(block, p.K, q, chunk.n, S);
       } else {
-        lanes.pack(block, p.K, F(p.scale * kLog2e));
+        lanes.pack(block, p.K, F(p.scale));
         lanes.scores(chunk, p.K, S);
       }
       for (int64_t t = 0; t < chunk.n; ++t) {

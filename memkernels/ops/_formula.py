@@ -48,12 +48,13 @@ def softmax(s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     nothing = torch.isneginf(s).all(-1, keepdim=True)
     s = s.masked_fill(nothing, 0)
     top = s.detach().amax(-1, keepdim=True)  # a constant: what is subtracted from all scores changes no weight
+    top = top.masked_fill(torch.isinf(top), 0)  # beside a score of +inf finite ones have weight 0, it has none
     e = torch.exp(s - top)
     total = e.sum(-1, keepdim=True)
     log_total = torch.log(total)
     lse = top + log_total
     rest = (top - lse.detach()) + log_total.detach()
-    lse, rest = lse.masked_fill(nothing, -torch.inf), rest.masked_fill(nothing, 0)
+    lse, rest = lse.masked_fill(nothing, -torch.inf), rest.masked_fill(nothing | torch.isinf(lse), 0)
     return (e / total).masked_fill(nothing, 0), lse.squeeze(-1), rest.squeeze(-1)
 
 
