@@ -12,7 +12,7 @@ namespace {
 struct Mixed {
   Case c;
   Random random;
-  Tensor logits, scores, tokens, mix, lse;
+  Tensor logits, scores, tokens, mix, lse, rest;
   Wide z, s, y, m, l;
 
   explicit Mixed(const Case& grid) : c(grid), random(grid.seed) {
@@ -36,10 +36,10 @@ struct Mixed {
         *l.row(place, t) = std::log(sum);
       }
     }
-    lse = Tensor(c.stats(), l);
+    lse = Tensor(c.stats(), l), rest = rest_of(l, lse);
   }
-  mk::CacheMix params(const Tensor& out_lse) const {
-    return {c.lead, c.T, c.V, c.N, logits.view(), scores.view(), tokens.view(), mix.view(), out_lse.view()};
+  mk::CacheMix params(const Tensor& lse, const Tensor& rest) const {
+    return {c.lead, c.T, c.V, c.N, logits.view(), scores.view(), tokens.view(), mix.view(), lse.view(), rest.view()};
   }
   bool empty(int64_t place, int64_t t, int64_t j) const {
     return y.row(place, t)[j] < 0 || s.row(place, t)[j] == -kInfinity;
@@ -111,10 +111,10 @@ void cache_logprobs(const Case& grid) {
       g.add(in, place, t, dp, share, any);
     }
   }
-  Tensor out(c.stats(), c.tokens(c.V)), lse(c.stats(), c.tokens(1));
-  const mk::CacheLogprobs f{in.params(lse), out.view()};
+  Tensor out(c.stats(), c.tokens(c.V)), lse(c.stats(), c.tokens(1)), rest(c.stats(), c.tokens(1));
+  const mk::CacheLogprobs f{in.params(lse, rest), out.view()};
   verify(c, "cache_logprobs", {{"logprobs", &out, &want}, {"lse", &lse, &in.l}}, [&] { MK_CALL(cache_logprobs, f); });
-  const mk::CacheLogprobsBackward b{in.params(in.lse), d_out.view(), g.views()};
+  const mk::CacheLogprobsBackward b{in.params(in.lse, in.rest), d_out.view(), g.views()};
   verify(c, "cache_logprobs_backward",
          {{"d_logits", &g.z, &g.want_z}, {"d_scores", &g.s, &g.want_c}, {"d_mix", &g.m, &g.want_m}},
          [&] { MK_CALL(cache_logprobs_backward, b); });
@@ -144,10 +144,10 @@ void cache_nll(const Case& grid) {
       g.add(in, place, t, dp, share, any);
     }
   }
-  Tensor out(c.stats(), c.tokens(1)), lse(c.stats(), c.tokens(1));
-  const mk::CacheNll f{in.params(lse), targets.view(), out.view()};
+  Tensor out(c.stats(), c.tokens(1)), lse(c.stats(), c.tokens(1)), rest(c.stats(), c.tokens(1));
+  const mk::CacheNll f{in.params(lse, rest), targets.view(), out.view()};
   verify(c, "cache_nll", {{"nll", &out, &want}, {"lse", &lse, &in.l}}, [&] { MK_CALL(cache_nll, f); });
-  const mk::CacheNllBackward b{in.params(in.lse), targets.view(), d_out.view(), g.views()};
+  const mk::CacheNllBackward b{in.params(in.lse, in.rest), targets.view(), d_out.view(), g.views()};
   verify(c, "cache_nll_backward",
          {{"d_logits", &g.z, &g.want_z}, {"d_scores", &g.s, &g.want_c}, {"d_mix", &g.m, &g.want_m}},
          [&] { MK_CALL(cache_nll_backward, b); });

@@ -76,10 +76,10 @@ void softmax_read(const Case& c) {
       }
     }
   }
-  Tensor read(c.dtype, c.tokens(c.V)), lse(c.stats(), c.tokens(1));
+  Tensor read(c.dtype, c.tokens(c.V)), lse(c.stats(), c.tokens(1)), rest(c.stats(), c.tokens(1));
   mk::SoftmaxRead p;
   in.fill(c, p);
-  p.V = c.V, p.values = values.view(), p.read = read.view(), p.lse = lse.view();
+  p.V = c.V, p.values = values.view(), p.read = read.view(), p.lse = lse.view(), p.lse_rest = rest.view();
   if (fault == "row") p.K += 1;
   if (fault == "overflow") p.T = std::numeric_limits<int64_t>::max();
   verify(c, "softmax_read", {{"read", &read, &want_read}, {"lse", &lse, &want_lse}}, [&] { MK_CALL(softmax_read, p); });
@@ -91,9 +91,10 @@ void softmax_read(const Case& c) {
   if (c.T * c.N == 0) return;
 
   const Tensor saved_read(c.dtype, want_read), saved_lse(c.stats(), want_lse);
+  const Tensor saved_rest = rest_of(want_lse, saved_lse);
   const Tensor d_read = uniform(c.dtype, c.tokens(c.V), in.random, -1, 1);
   const Tensor d_lse = in.random.one_in(2) ? uniform(c.stats(), c.tokens(1), in.random, -1, 1) : Tensor();
-  const Wide r = saved_read.wide(), l = saved_lse.wide(), dr = d_read.wide(), dl = d_lse.wide();
+  const Wide r = saved_read.wide(), dr = d_read.wide(), dl = d_lse.wide();
   Wide want_dq = gradient(in.random, c.tokens(c.K)), want_dk = in.keys.gradient(in.random);
   Wide want_dv = values.gradient(in.random), want_dm = gradient(in.random, in.mask);
   const ScoreGradients sum{&in.q, &in.k, &want_dq, &want_dk, &want_dm, in.scale};
@@ -103,7 +104,7 @@ void softmax_read(const Case& c) {
       const double* g = dr.row(place, t);
       const double delta = dot(g, r.row(place, t), c.V) - (dl ? *dl.row(place, t) : 0);
       for (int64_t i = 0; i < c.N; ++i) {
-        const double w = share(s[size_t(t * c.N + i)], *l.row(place, t));
+        const double w = share(s[size_t(t * c.N + i)], *want_lse.row(place, t));
         if (w == 0) continue;
         sum.add_score(place, t, i, w * (dot(g, v.row(place, i), c.V) - delta));
         if (want_dv) add(w, g, c.V, want_dv.row(place, i));
@@ -112,7 +113,7 @@ void softmax_read(const Case& c) {
   }
   Tensor dq(c.stats(), want_dq), dk(c.stats(), want_dk), dv(c.stats(), want_dv), dm(c.stats(), want_dm);
   mk::SoftmaxReadBackward b{p, d_read.view(), d_lse.view(), dq.view(), dk.view(), dv.view(), dm.view()};
-  b.forward.read = saved_read.view(), b.forward.lse = saved_lse.view();
+  b.forward.read = saved_read.view(), b.forward.lse = saved_lse.view(), b.forward.lse_rest = saved_rest.view();
   verify(
       c, "softmax_read_backward",
       {{"d_query", &dq, &want_dq}, {"d_keys", &dk, &want_dk}, {"d_values", &dv, &want_dv}, {"d_mask", &dm, &want_dm}},
@@ -149,15 +150,26 @@ void additive_read(const Case& c) {
       }
     }
   }
-  Tensor read(c.dtype, c.tokens(c.V)), lse(c.stats(), c.tokens(1));
-  const mk::AdditiveRead p{
-      c.lead,         c.T,         c.N,       c.K, c.V, in.query.view(), in.keys.view(), values.view(), vector.view(),
-      in.mask.view(), read.view(), lse.view()};
+  Tensor read(c.dtype, c.tokens(c.V)), lse(c.stats(), c.tokens(1)), rest(c.stats(), c.tokens(1));
+  const mk::AdditiveRead p{c.lead,
+                           c.T,
+                           c.N,
+                           c.K,
+                           c.V,
+                           in.query.view(),
+                           in.keys.view(),
+                           values.view(),
+                           vector.view(),
+                           in.mask.view(),
+                           read.view(),
+                           lse.view(),
+                           rest.view()};
   verify(c, "additive_read", {{"read", &read, &want_read}, {"lse", &lse, &want_lse}},
          [&] { MK_CALL(additive_read, p); });
   if (c.places() * c.T * c.N == 0) return;
 
   const Tensor saved_read(c.dtype, want_read), saved_lse(c.stats(), want_lse);
+  const Tensor saved_rest = rest_of(want_lse, saved_lse);
   const Tensor d_read = uniform(c.dtype, c.tokens(c.V), in.random, -1, 1, c.gap);
   const Tensor d_lse = in.random.one_in(2) ? Tensor() : uniform(c.stats(), c.tokens(1), in.random, -1, 1);
   const Wide dr = d_read.wide(), dl = d_lse.wide();
@@ -187,7 +199,7 @@ void additive_read(const Case& c) {
   Tensor d_mask(c.stats(), dm);
   mk::AdditiveReadBackward b{
       p, d_read.view(), d_lse.view(), d_query.view(), d_keys.view(), d_values.view(), d_vector.view(), d_mask.view()};
-  b.forward.read = saved_read.view(), b.forward.lse = saved_lse.view();
+  b.forward.read = saved_read.view(), b.forward.lse = saved_lse.view(), b.forward.lse_rest = saved_rest.view();
   verify(c, "additive_read_backward",
          {{"d_query", &d_query, &dq},
           {"d_keys", &d_keys, &dk},
@@ -201,8 +213,8 @@ void address(const Case& c) {
   if (c.T * c.N == 0) return;
   Scored in(c);
   const bool sigmoid = in.random.one_in(2);
-  const Tensor lse(c.stats(), sigmoid ? Wide() : lse_of(c, in));
-  const Wide l = lse.wide();
+  const Wide l = sigmoid ? Wide() : lse_of(c, in);
+  const Tensor lse(c.stats(), l), rest = rest_of(l, lse);
   Wide want(c.tokens(c.N));
   for (int64_t place = 0; place < c.places(); ++place) {
     const std::vector<double> s = in.at(c, place);
@@ -216,7 +228,7 @@ void address(const Case& c) {
   Tensor weights(c.dtype, c.tokens(c.N));
   mk::Address p;
   in.fill(c, p);
-  p.lse = lse.view(), p.weights = weights.view(), p.sigmoid = sigmoid;
+  p.lse = lse.view(), p.lse_rest = rest.view(), p.weights = weights.view(), p.sigmoid = sigmoid;
   verify(c, "address", {{"weights", &weights, &want}}, [&] { MK_CALL(address, p); });
 
   const Tensor saved(c.dtype, want), d_weights = uniform(c.dtype, c.tokens(c.N), in.random, -1, 1);

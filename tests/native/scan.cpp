@@ -239,7 +239,8 @@ void memory_scan(const Case& c) {
   for (const auto& places : all) {
     for (int64_t i = 0; i < c.N; ++i) one_slot(c, in, places, i, want_reads, want, nullptr, nullptr);
   }
-  Tensor reads(c.dtype, c.tokens(c.V)), out(c.content, c.slots(c.V)), lse(c.stats(), c.tokens(1));
+  Tensor reads(c.dtype, c.tokens(c.V)), out(c.content, c.slots(c.V)), lse(c.stats(), c.tokens(1)),
+      rest(c.stats(), c.tokens(1));
   mk::MemoryScan p;
   p.write = {c.lead,
              c.T,
@@ -257,11 +258,12 @@ void memory_scan(const Case& c) {
              {},
              in.scale,
              1};
-  p.read_query = in.read_query.view(), p.reads = reads.view(), p.lse = lse.view(), p.read_first = in.read_first;
+  p.read_query = in.read_query.view(), p.reads = reads.view(), p.lse = lse.view(), p.lse_rest = rest.view(),
+  p.read_first = in.read_first;
   verify(c, "memory_scan", {{"reads", &reads, &want_reads}, {"values", &out, &want}, {"lse", &lse, &in.lse}},
          [&] { MK_CALL(memory_scan, p); });
 
-  const Tensor saved(c.dtype, want_reads), sums(c.stats(), in.lse);
+  const Tensor saved(c.dtype, want_reads), sums(c.stats(), in.lse), rests = rest_of(in.lse, sums);
   const int64_t missing = in.random.below(4);
   const Tensor d_reads = missing == 1 ? Tensor() : uniform(c.dtype, c.tokens(c.V), in.random, -1, 1);
   const Tensor d_out = missing == 2 ? Tensor() : uniform(c.content, c.slots(c.V), in.random, -1, 1);
@@ -279,7 +281,8 @@ void memory_scan(const Case& c) {
   Tensor dwq(c.stats(), d.write_query), dw(c.stats(), d.write), dm(c.stats(), d.mask);
   mk::MemoryScanBackward b{p,          d_reads.view(), d_out.view(), dv.view(), dk.view(),
                            drq.view(), dwq.view(),     dw.view(),    dm.view()};
-  b.forward.reads = saved.view(), b.forward.lse = sums.view(), b.forward.write.out = mk::View{};
+  b.forward.reads = saved.view(), b.forward.lse = sums.view(), b.forward.lse_rest = rests.view(),
+  b.forward.write.out = mk::View{};
   verify(c, "memory_scan_backward",
          {{"d_values", &dv, &d.values},
           {"d_keys", &dk, &d.keys},

@@ -180,6 +180,16 @@ Tensor quarters(DType dtype, const Layout& layout, Random& random, int64_t gap) 
   return Tensor(dtype, x, gap);
 }
 
+Tensor rest_of(const Wide& exact, const Tensor& rounded) {
+  Wide rest = exact;
+  const Wide stored = rounded.wide();
+  for (size_t i = 0; i < rest.all().size(); ++i) {
+    const double x = exact.all()[i];
+    rest.all()[i] = std::isfinite(x) ? x - stored.all()[i] : 0;
+  }
+  return Tensor(rounded.dtype(), rest);
+}
+
 std::string difference(const Tensor& got, const Wide& want, double tolerance) {
   const Wide have = got.wide();
   double largest = 1;

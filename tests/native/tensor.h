@@ -98,6 +98,9 @@ Tensor uniform(DType dtype, const Layout& layout, Random& random, double lo, dou
 // Small multiples of 1/4: their sums of products are exact in float, so that equal scores are equal.
 Tensor quarters(DType dtype, const Layout& layout, Random& random, int64_t gap = 0);
 
+// What rounding to the dtype of `rounded` took from each finite number of `exact`.
+Tensor rest_of(const Wide& exact, const Tensor& rounded);
+
 // Empty where `got` agrees with `want` to `tolerance` of its largest number; else a sentence.
 std::string difference(const Tensor& got, const Wide& want, double tolerance);
 
