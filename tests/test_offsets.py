@@ -1,7 +1,7 @@
 """Softmax laws where scores are large: weights do not change when every score is moved, and they sum to one.
 
 The truth is written here in float64, on the very numbers that the op is given; it never passes through the library's
-own softmax. Scores are such that a float32 holds them exactly, so that nothing but the op's own arithmetic can be at fault.
+own softmax. Scores are such that a float32 holds them exactly: only the op's own arithmetic can be at fault.
 """
 
 from __future__ import annotations

@@ -73,9 +73,13 @@ MK_INLINE void with_dtype(DType dtype, Body&& body) {
   }
 }
 
-// out[0..NV registers) = sum_j weights[j] * row_j at byte `offset`; the last register holds `live` lanes.
+// A sum of so many rows is taken at a time, and added to the others: one that is added to row by row stops at 2^24 equal terms.
+constexpr int64_t kTerms = 4096;
+
+// out[0..NV registers) = sum_j weights[j] * row_j at byte `offset`, or is increased by it; the last register holds `live` lanes.
 template <class F, DType D, int NV, bool whole>
-inline void sum_block(const char* const* rows, const F* weights, int64_t n, int64_t offset, int64_t live, F* out) {
+inline void sum_block(const char* const* rows, const F* weights, int64_t n, int64_t offset, int64_t live, bool add,
+                      F* out) {
   constexpr int bytes = kLanes<F> * kSize<D>;
   Vec<F> acc[NV];
 #pragma GCC unroll 16
@@ -93,22 +97,32 @@ inline void sum_block(const char* const* rows, const F* weights, int64_t n, int6
     }
   }
 #pragma GCC unroll 16
-  for (int i = 0; i < NV; ++i) store<F>(out + i * kLanes<F>, acc[i]);
+  for (int i = 0; i < NV; ++i) {
+    if (add) acc[i] += load<F>(out + i * kLanes<F>);
+    store<F>(out + i * kLanes<F>, acc[i]);
+  }
 }
 
 template <class F, DType D, int NV>
-inline int64_t sum_blocks(const char* const* rows, const F* weights, int64_t n, int64_t width, int64_t c, F* out) {
+inline int64_t sum_blocks(const char* const* rows, const F* weights, int64_t n, int64_t width, int64_t c, bool add,
+                          F* out) {
   constexpr int64_t lanes = NV * kLanes<F>;
-  for (; c + lanes <= width; c += lanes) sum_block<F, D, NV, true>(rows, weights, n, c * kSize<D>, 0, out + c);
-  if constexpr (NV > 1) return sum_blocks<F, D, NV / 2>(rows, weights, n, width, c, out);
+  for (; c + lanes <= width; c += lanes) sum_block<F, D, NV, true>(rows, weights, n, c * kSize<D>, 0, add, out + c);
+  if constexpr (NV > 1) return sum_blocks<F, D, NV / 2>(rows, weights, n, width, c, add, out);
   return c;
 }
 
 template <class F, DType D>
 inline void sum_of(const char* const* rows, const F* weights, int64_t n, int64_t width, F* out) {
   constexpr int kWidest = MK_BYTES == 64 ? 16 : 8;
-  const int64_t c = sum_blocks<F, D, kWidest>(rows, weights, n, width, 0, out);
-  if (c < width) sum_block<F, D, 1, false>(rows, weights, n, c * kSize<D>, width - c, out + c);
+  for (int64_t first = 0; first < n || first == 0; first += kTerms) {
+    const char* const* some = rows + first;
+    const F* w = weights + first;
+    const int64_t count = least(kTerms, n - first);
+    const bool add = first > 0;
+    const int64_t c = sum_blocks<F, D, kWidest>(some, w, count, width, 0, add, out);
+    if (c < width) sum_block<F, D, 1, false>(some, w, count, c * kSize<D>, width - c, add, out + c);
+  }
 }
 
 // Row after row: where rows follow one another the hardware reads ahead, in that order best.

@@ -58,13 +58,13 @@ void soften(const SlotBlock<F>& block, int64_t n, int64_t VP, bool begun, F* S, 
     Vec<F> top = before;
     for (int64_t j = 0; j < block.n; ++j) top = max<F>(load<F>(S + j * L + l), top);
     const Vec<F> shrink = top == before ? fill<F>(1) : exp<F>(before - top), base = base_of<F>(top);
-    Vec<F> total = load<F>(sums.total + l) * shrink;
+    Vec<F> total = fill<F>(0);
     for (int64_t j = 0; j < block.n; ++j) {
       const Vec<F> p = exp<F>(load<F>(S + j * L + l) - base);
       store<F>(S + j * L + l, p);
       total += p;
     }
-    store<F>(sums.top + l, top), store<F>(sums.total + l, total);
+    store<F>(sums.top + l, top), store<F>(sums.total + l, load<F>(sums.total + l) * shrink + total);
     if (!begun || !any<F>(shrink != F(1))) continue;
     for (int64_t t = l; t < least(l + kLanes<F>, n); ++t) {
       const F by = shrink[t - l];

@@ -113,7 +113,11 @@ void sum_bucket(const Bucket& bucket, int64_t k, const Sum<F>& s, RowList<F> lis
       weighted_sum(s.dtype, list.rows + begin, list.weights + begin, n, s.width, sum);
     } else {
       *sum = 0;
-      for (int64_t e = begin; e < begin + n; ++e) *sum += s.weights[bucket.positions[e]];
+      for (int64_t e = begin; e < begin + n;) {  // in two levels, as weighted_sum
+        F part = 0;
+        for (const int64_t end = least(begin + n, e + 4096); e < end; ++e) part += s.weights[bucket.positions[e]];
+        *sum += part;
+      }
     }
     if (s.factor != 1) {
       for (int64_t c = 0; c < s.width; ++c) sum[c] *= s.factor;

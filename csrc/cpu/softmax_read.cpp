@@ -73,17 +73,17 @@ void exponentials(F* S, int64_t slots, int64_t L, F* ms, F* ls, F* acc, int64_t 
   for (int i = 0; i < R; ++i) {
     const int64_t j = i * W;
     Vec<F> m = load<F>(ms + j);
-    l[i] = load<F>(ls + j);
     if (any<F>(top[i] > m + F(kSlack))) {
       const Vec<F> moved = max<F>(top[i], m);
       // Where m is -inf nothing has been summed yet, and -inf - -inf must not become NaN.
       const Vec<F> factor = m == -kInf<F> ? fill<F>(0) : exp<F>(m - moved);
-      l[i] *= factor;
+      store<F>(ls + j, load<F>(ls + j) * factor);
       for (int64_t v = 0; v < V; ++v) store<F>(acc + v * L + j, load<F>(acc + v * L + j) * factor);
       m = moved;
       store<F>(ms + j, m);
     }
     base[i] = m == -kInf<F> ? fill<F>(0) : m;
+    l[i] = fill<F>(0);
   }
   int64_t r = 0;
   if constexpr (E == Of::pairs) {
@@ -108,7 +108,7 @@ void exponentials(F* S, int64_t slots, int64_t L, F* ms, F* ls, F* acc, int64_t 
       store<F>(s, e);
     }
   }
-  for (int i = 0; i < R; ++i) store<F>(ls + i * W, l[i]);
+  for (int i = 0; i < R; ++i) store<F>(ls + i * W, load<F>(ls + i * W) + l[i]);
 }
 
 // The same for a panel of L tokens.

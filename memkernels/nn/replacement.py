@@ -21,8 +21,9 @@ from ..ops import sparse_write
 class SlotUse(NamedTuple):
     """How slots were used so far. A pytree of tensors, without gradient; leading dimensions are those of the memory.
 
-    reads: ``[..., N]``, decayed sum of the weights with which tokens read the slot.
-    writes: ``[..., N]``, decayed sum of the shares of the slot that were overwritten.
+    reads: float64 ``[..., N]``, decayed sum of the weights with which tokens read the slot.
+    writes: float64 ``[..., N]``, decayed sum of the shares of the slot that were overwritten. A float32 would stop
+        counting at 2^24.
     last_used: int64 ``[..., N]``, the value of ``tokens`` when the slot was last read or written; -1 is never.
     tokens: int64 ``[]``, tokens that went by so far.
     """
@@ -35,7 +36,7 @@ class SlotUse(NamedTuple):
     @classmethod
     def none(cls, *shape: int, device: torch.device | str | None = None) -> SlotUse:
         """No slot of a memory ``[*shape]`` = ``[..., N]`` was used yet."""
-        zeros = torch.zeros(shape, device=device)
+        zeros = torch.zeros(shape, dtype=torch.float64, device=device)
         never = torch.full(shape, -1, dtype=torch.int64, device=device)
         return cls(zeros, zeros.clone(), never, torch.zeros((), dtype=torch.int64, device=device))
 
