@@ -106,7 +106,7 @@ class Out:
     judged: bool = True
 
 
-# What the rounding of a log-sum-exp left out: lse is an exact maximum plus the logarithm of a sum, and where the maximum is
+# What the rounding of a log-sum-exp left out: lse is an exact maximum plus the logarithm of a sum. Where the maximum is
 # large its rounding is as large as that logarithm. The backward pass forms weights as exp((s - lse) - lse_rest).
 LSE_REST = Out("lse_rest", "T", dtype="stats", grad=False, judged=False)
 
