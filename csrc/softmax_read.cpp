@@ -6,6 +6,7 @@ namespace mk {
 namespace {
 
 using Two = std::tuple<Tensor, Tensor>;
+using Three = std::tuple<Tensor, Tensor, Tensor>;
 using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 // Guards the inputs and fills everything of `p` but the results.
@@ -38,21 +39,23 @@ struct Inputs {
   }
 };
 
-Two run(const Tensor& query, const Tensor& keys, const Tensor& values, const std::optional<Tensor>& slot_mask,
-        const Scales& scales, double scale) {
+Three run(const Tensor& query, const Tensor& keys, const Tensor& values, const std::optional<Tensor>& slot_mask,
+          const Scales& scales, double scale) {
   SoftmaxRead p;
   Inputs in("softmax_read", query, keys, values, slot_mask, scales, scale, p);
   in.fill(p);
   Tensor read = empty(in.args.sizes(Side::tokens, {p.T, p.V}), query.scalar_type());
   Tensor lse = empty(in.args.sizes(Side::tokens, {p.T}), stats_type(query.scalar_type()));
-  p.read = in.args.view(read, 2), p.lse = in.args.view(lse, 1);
+  Tensor rest = empty(in.args.sizes(Side::tokens, {p.T}), stats_type(query.scalar_type()));
+  p.read = in.args.view(read, 2), p.lse = in.args.view(lse, 1), p.lse_rest = in.args.view(rest, 1);
   MK_CALL(softmax_read, p);
-  return {read, lse};
+  return {read, lse, rest};
 }
 
 Four run_backward(const Tensor& query, const Tensor& keys, const Tensor& values, const std::optional<Tensor>& slot_mask,
-                  const Scales& scales, const Tensor& read, const Tensor& lse, const std::optional<Tensor>& d_read,
-                  const std::optional<Tensor>& d_lse, double scale, const std::vector<bool>& wants) {
+                  const Scales& scales, const Tensor& read, const Tensor& lse, const Tensor& lse_rest,
+                  const std::optional<Tensor>& d_read, const std::optional<Tensor>& d_lse, double scale,
+                  const std::vector<bool>& wants) {
   SoftmaxReadBackward p;
   SoftmaxRead& f = p.forward;
   Inputs in("softmax_read_backward", query, keys, values, slot_mask, scales, scale, f);
@@ -62,11 +65,12 @@ Four run_backward(const Tensor& query, const Tensor& keys, const Tensor& values,
   const Tensor* r = &in.args.add("read", read, Side::tokens, {f.T, f.V});
   const Tensor* dr = &in.args.add("d_read", zeros, Side::tokens, {f.T, f.V});
   const Tensor* l = &in.args.add("lse", lse, Side::tokens, {f.T});
+  const Tensor* lr = &in.args.add("lse_rest", lse_rest, Side::tokens, {f.T});
   const Tensor* dl = in.args.add("d_lse", d_lse, Side::tokens, {f.T});
-  in.args.floats({in.query, r, dr, l, dl});
-  in.args.stats({l, dl}, query);
+  in.args.floats({in.query, r, dr, l, lr, dl});
+  in.args.stats({l, lr, dl}, query);
   in.fill(f);
-  f.read = in.args.view(r, 2), f.lse = in.args.view(l, 1);
+  f.read = in.args.view(r, 2), f.lse = in.args.view(l, 1), f.lse_rest = in.args.view(lr, 1);
   p.d_read = in.args.view(dr, 2), p.d_lse = in.args.view(dl, 1);
   Gradient d_query(in.args, in.query, wants[0], Side::tokens, 2);
   Gradient d_keys(in.args, in.keys, wants[1], Side::memory, 2);
@@ -81,31 +85,31 @@ Four run_backward(const Tensor& query, const Tensor& keys, const Tensor& values,
   return {d_query.result(), d_keys.result(), d_values.result(), d_mask.result()};
 }
 
-Two forward(const Tensor& query, const Tensor& keys, const Tensor& values, const std::optional<Tensor>& slot_mask,
-            double scale) {
+Three forward(const Tensor& query, const Tensor& keys, const Tensor& values, const std::optional<Tensor>& slot_mask,
+              double scale) {
   return run(query, keys, values, slot_mask, {}, scale);
 }
 
 Four backward(const Tensor& query, const Tensor& keys, const Tensor& values, const std::optional<Tensor>& slot_mask,
-              const Tensor& read, const Tensor& lse, const std::optional<Tensor>& d_read,
+              const Tensor& read, const Tensor& lse, const Tensor& lse_rest, const std::optional<Tensor>& d_read,
               const std::optional<Tensor>& d_lse, double scale, const std::vector<bool>& wants) {
-  return run_backward(query, keys, values, slot_mask, {}, read, lse, d_read, d_lse, scale, wants);
+  return run_backward(query, keys, values, slot_mask, {}, read, lse, lse_rest, d_read, d_lse, scale, wants);
 }
 
-Two forward_compressed(const Tensor& query, const Tensor& keys, const Tensor& values,
-                       const std::optional<Tensor>& slot_mask, const std::optional<Tensor>& key_scale,
-                       const std::optional<Tensor>& value_scale, double scale) {
+Three forward_compressed(const Tensor& query, const Tensor& keys, const Tensor& values,
+                         const std::optional<Tensor>& slot_mask, const std::optional<Tensor>& key_scale,
+                         const std::optional<Tensor>& value_scale, double scale) {
   return run(query, keys, values, slot_mask, {key_scale, value_scale}, scale);
 }
 
 Two backward_compressed(const Tensor& query, const Tensor& keys, const Tensor& values,
                         const std::optional<Tensor>& slot_mask, const std::optional<Tensor>& key_scale,
                         const std::optional<Tensor>& value_scale, const Tensor& read, const Tensor& lse,
-                        const std::optional<Tensor>& d_read, const std::optional<Tensor>& d_lse, double scale,
-                        const std::vector<bool>& wants) {
+                        const Tensor& lse_rest, const std::optional<Tensor>& d_read, const std::optional<Tensor>& d_lse,
+                        double scale, const std::vector<bool>& wants) {
   check(wants.size() == 2, "softmax_read_compressed_backward: wants must have 2 entries");
-  const Four d = run_backward(query, keys, values, slot_mask, {key_scale, value_scale}, read, lse, d_read, d_lse, scale,
-                              {wants[0], false, false, wants[1]});
+  const Four d = run_backward(query, keys, values, slot_mask, {key_scale, value_scale}, read, lse, lse_rest, d_read,
+                              d_lse, scale, {wants[0], false, false, wants[1]});
   return {std::get<0>(d), std::get<3>(d)};
 }
 

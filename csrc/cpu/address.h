@@ -10,7 +10,7 @@ struct Address {
   Lead lead;
   int64_t T, N, K;
   View query, keys, mask;
-  View lse;  // of the scores, for softmax
+  View lse, lse_rest;  // of the scores, for softmax
   View weights;
   double scale;
   bool sigmoid;

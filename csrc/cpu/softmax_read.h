@@ -5,14 +5,14 @@
 
 namespace mk {
 
-// read[t] = sum_i softmax_i(s[t, i]) value_i and lse[t]; s[t, i] = scale <query_t, key_i> + mask_i.
+// read[t] = sum_i softmax_i(s[t, i]) value_i, lse[t] and what its rounding left out; s[t, i] = scale <query_t, key_i> + mask_i.
 struct SoftmaxRead {
   Lead lead;
   int64_t T, N, K, V;
   View query;
   SlotView keys, values;
   View mask;
-  View read, lse;
+  View read, lse, lse_rest;
   double scale;
 };
 
