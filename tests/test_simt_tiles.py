@@ -67,9 +67,9 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
         tensors = [randn(*s, dtype=torch.float32).to(dtype) for s in sizes]
         moved = [torch.empty(x.numel() + offset, dtype=dtype)[offset:].view(x.shape).copy_(x) for x in tensors]
         *inputs, g = moved
-        read, lse = run(*inputs, None, 0.2)
-        gradients = back(*inputs, None, read, lse, g, None, 0.2, [True, True, True, False])
-        return b"".join(bits(x) for x in (read, lse, *gradients))
+        read, lse, rest = run(*inputs, None, 0.2)
+        gradients = back(*inputs, None, read, lse, rest, g, None, 0.2, [True, True, True, False])
+        return b"".join(bits(x) for x in (read, lse, rest, *gradients))
 
     for tokens, slots in ((20, 600), (300, 40)):
         first = read(tokens, slots, 0)
@@ -124,10 +124,10 @@ run, back = operator("cuda", "softmax_read"), operator("cuda", "softmax_read_bac
 def worst(sizes, inputs, g):
     q, k, v = (x * randn(*s).half() for x, s in zip(inputs, sizes))
     g = g * randn(sizes[0][0], sizes[2][1]).half()
-    read, lse = run(q, k, v, None, 1.0)
+    read, lse, rest = run(q, k, v, None, 1.0)
     exact = [x.double().requires_grad_() for x in (q, k, v)]
     wanted = torch.autograd.grad(((exact[0] @ exact[1].T).softmax(-1) @ exact[2]), exact, g.double())
-    found = back(q, k, v, None, read, lse, g, None, 1.0, [True, True, True, False])
+    found = back(q, k, v, None, read, lse, rest, g, None, 1.0, [True, True, True, False])
     return [float((f.double() - w).abs().max() / w.abs().max()) for f, w in zip(found, wanted)]
 
 
@@ -158,8 +158,8 @@ wanted += torch.autograd.grad(wanted[0], exact, g.double())
 
 
 def errors():
-    read, lse = run(*inputs, None, 0.2)
-    found = [read, lse, *back(*inputs, None, read, lse, g, None, 0.2, [True, True, True, False])[:3]]
+    read, lse, rest = run(*inputs, None, 0.2)
+    found = [read, lse, *back(*inputs, None, read, lse, rest, g, None, 0.2, [True, True, True, False])[:3]]
     return [float((f.double() - w).abs().max() / w.abs().max()) for f, w in zip(found, wanted)]
 
 

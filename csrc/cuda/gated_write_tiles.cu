@@ -8,6 +8,8 @@
 // Scores stay in registers, where they become gates, then weights a R by a scan along the tokens, and the left side of the second
 // product. Four neighbouring lanes share a slot and pass products of 1 - e a by shuffles; from tile to tile R is carried in a
 // register. Every factor is at most 1, nothing is divided, and once R of all slots of a block is 0 no earlier token can matter.
+// After every kRun tiles the sums move from the registers to doubles in scratch memory: a float that has grown far beyond what one
+// tile brings rounds all that follow alike.
 //
 // Blocks of columns each compute the gates again. Each block reads and writes its own numbers of the memory, so `out` may be `values`.
 #include "cuda/write_tiles.h"
@@ -24,10 +26,17 @@ struct Tiling {
   int value_blocks, width;          // width: value columns of a block but the last
   int key_parts, part;              // of a query row, and the columns of one
   int key_pitch, part_pitch, write_pitch, buffer_bytes;
-  bool held;  // keys stay in shared memory
+  bool held;          // keys stay in shared memory
+  double* long_sums;  // [blocks][numbers of a thread][threads]; null: there are not more than kRun tiles
 };
 
-constexpr int S = 32;  // tokens of a tile; with more, registers run short
+constexpr int S = 32;      // tokens of a tile; with more, registers run short
+constexpr int kRun = 128;  // tiles that are added up in float
+
+// Where a thread adds up its numbers in double.
+MK_DEVICE double* own_long_sums(const Tiling& r) {
+  return r.long_sums + int64_t(blockIdx.x) * (kColumns / 2 * kThreads) + opaque(int(threadIdx.x));
+}
 
 struct alignas(16) Shared {
   int64_t batch, first, column0;  // the first slot and value column
@@ -90,7 +99,7 @@ write_slots(MK_PARAM(Tiling) r) {
   // This lane's first slot is warp * 16 + lane / 4; the other one is 8 below.
   const Gates gates{given};
   float acc[kColumns / 8][4] = {}, left[2] = {1, 1}, kept[2] = {1, 1};
-  bool busy = block.first + warp * 16 < p.N;
+  bool busy = block.first + warp * 16 < p.N, aside = false;  // aside: long sums have begun
   for (int64_t n = r.token_tiles; n-- > 0;) {
     float x[S / 8][4];
     {
@@ -164,9 +173,23 @@ write_slots(MK_PARAM(Tiling) r) {
     if (weighs) {
       add_weighted<M, kSteps, kColumns>(acc, weights, drop, buffer, r.write_pitch, block.columns, opaque(lane));
     }
+    if (r.long_sums != nullptr && (r.token_tiles - n) % kRun == 0) {
+      double* sums = own_long_sums(r);
+#pragma unroll
+      for (int i = 0; i < kColumns / 2; ++i) {
+        sums[i * kThreads] = (aside ? sums[i * kThreads] : 0.) + acc[i / 4][i % 4];
+        acc[i / 4][i % 4] = 0;
+      }
+      aside = true;
+    }
     if (!more) break;
   }
   wait_copies<0>();
+  if (aside) {
+    const double* sums = own_long_sums(r);
+#pragma unroll
+    for (int i = 0; i < kColumns / 2; ++i) acc[i / 4][i % 4] = float(sums[i * kThreads] + acc[i / 4][i % 4]);
+  }
 #pragma unroll
   for (int row = 0; row < 2; ++row) {
     kept[row] *= __shfl_xor_sync(kAllLanes, kept[row], 1);
@@ -218,7 +241,9 @@ void write(const Device& device, const char* name, Tiling& r) {
   };
   r.held = shared(true) <= device.shared;
   r.key_pitch = r.held ? int(pitch) : 0;
-  launch(device, name, write_slots<M>, p.lead.batches() * r.slot_tiles * r.value_blocks, kThreads, shared(r.held), r);
+  const int64_t blocks = p.lead.batches() * r.slot_tiles * r.value_blocks;
+  if (r.token_tiles > kRun) r.long_sums = device.scratch<double>(blocks * (kColumns / 2 * kThreads));
+  launch(device, name, write_slots<M>, blocks, kThreads, shared(r.held), r);
 }
 
 }  // namespace

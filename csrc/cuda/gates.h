@@ -53,7 +53,7 @@ MK_DEVICE void soften(const SoftmaxRow<float>& row, float s, int64_t i, float& a
   if (i == row.slot && row.left < 0.5f) {
     a = 1 - row.left, keep = row.left;
   } else {
-    a = exponential(s - row.top) * row.inverse, keep = 1 - a;
+    a = weight_of(s - row.top) * row.inverse, keep = 1 - a;
   }
 }
 

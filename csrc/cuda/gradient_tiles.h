@@ -1,5 +1,5 @@
 // Gradients of softmax_read for many tokens: products of tiles on the tensor cores. With term_t = dlse_t - <dr_t, r_t>:
-//   w[t, i] = exp(s[t, i] - lse_t),   dw[t, i] = <dr_t, v_i>,   ds[t, i] = w (dw + term_t)
+//   w[t, i] = exp(s[t, i] - lse_t - rest_t),   dw[t, i] = <dr_t, v_i>,   ds[t, i] = w (dw + term_t)
 //   dq_t = scale sum_i ds[t, i] k_i                                 a block has 64 tokens and walks tiles of slots
 //   dk_i = scale sum_t ds[t, i] q_t,   dmask_i = sum_t ds[t, i]     a block has 64 slots and walks tiles of tokens
 //   dv_i = sum_t w[t, i] dr_t                                       likewise
@@ -46,11 +46,11 @@ constexpr int kTile = of == Of::values ? 128 / int(sizeof(X))
                       : sizeof(X) == 4 ? 16
                                        : 32;
 
-// Rows of one side: query and dr of tokens, with lse and term; or keys and values of slots, with what the mask adds.
+// Rows of one side: query and dr of tokens, with lse, term and lse_rest; or keys and values of slots, with what the mask adds.
 template <int R>
 struct Rows {
   const char *first[R], *second[R];  // null: beyond the last, or an empty slot
-  float a[R], b[R];
+  float a[R], b[R], c[R];
 };
 
 template <int S>
@@ -73,11 +73,12 @@ MK_DEVICE void look_up(Rows<R>& rows, const Tiling& g, int64_t batch, int64_t fr
   rows.first[r] = rows.second[r] = nullptr;
   if constexpr (tokens) {
     const int64_t all = p.lead.folded() * p.T;
-    rows.a[r] = -kInfinity, rows.b[r] = 0;
+    rows.a[r] = -kInfinity, rows.b[r] = rows.c[r] = 0;
     if (at >= all) return;
     auto row_of = [&](const View& v) { return token_row(v, p.lead, v.batch(p.lead, batch), p.T, at); };
     rows.first[r] = row_of(p.query), rows.second[r] = row_of(g.b.d_read);
     rows.a[r] = *reinterpret_cast<const float*>(row_of(p.lse)), rows.b[r] = g.terms[batch * all + at];
+    rows.c[r] = *reinterpret_cast<const float*>(row_of(p.lse_rest));
   } else {
     rows.a[r] = at < p.N ? mask_at(p.mask, p.mask ? p.mask.batch(p.lead, batch) : nullptr, at) : -kInfinity;
     if (rows.a[r] == -kInfinity) return;
@@ -216,8 +217,9 @@ sum_tiles(MK_PARAM(Tiling) g) {
           const Rows<S>& tile = block.tile[n % 2];
           const float added = by_slots ? block.own.a[row] : tile.a[column];
           const float lse = by_slots ? tile.a[column] : block.own.a[row];
-          const float s = float(p.scale) * sums[j][i] + added;
-          const float w = added == -kInfinity || lse == -kInfinity ? 0.f : power_of_two((s - lse) * kLog2e);
+          const float rest = by_slots ? tile.c[column] : block.own.c[row];
+          const float above = at_most_zero(score(float(p.scale), sums[j][i], added) - lse - rest);
+          const float w = added == -kInfinity || lse == -kInfinity ? 0.f : power_of_two(above * kLog2e);
           if constexpr (of_values) {
             x[j][i] = w;
           } else {

@@ -59,6 +59,10 @@ inline bool in_packs(const View& v, const Lead& l, int64_t columns) {
   return bits % 16 == 0;
 }
 
+// A score, in natural units: a mask of any finite size stays one, and only differences are multiplied by log2(e). The FMA is written
+// out so that a score is one rounded number in all kernels, which the compiler cannot fuse into what is subtracted from it.
+MK_DEVICE float score(float scale, float product, float added) { return __fmaf_rn(scale, product, added); }
+
 // What a mask adds to the score of slot i; `base`: its batch, or null.
 MK_DEVICE float mask_at(const View& mask, const char* base, int64_t i) {
   if (base == nullptr) return 0;

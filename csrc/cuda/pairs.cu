@@ -46,8 +46,23 @@ MK_DEVICE void look_up(Tile& tile, const Pairs& p, int64_t batch, int64_t t) {
   };
   tile.weights[row] = row_of(p.weights), tile.d_weights[row] = row_of(p.d_weights);
   const auto* lse = reinterpret_cast<const float*>(row_of(p.lse));
-  tile.lse[row] = lse == nullptr ? 0.f : *lse;
+  const auto* rest = reinterpret_cast<const float*>(row_of(p.lse_rest));
+  tile.lse[row] = lse == nullptr ? 0.f : *lse, tile.rests[row] = rest == nullptr ? 0.f : *rest;
   tile.terms[row] = p.terms != nullptr && there ? p.terms[batch * tokens + t] : 0.f;
+}
+
+// The sum of a column of a tile, this thread's. Of many tiles they are added up in double, because a usage counts: a float that has
+// grown to 2^24 no longer changes by 1.
+MK_DEVICE float column_sum(const float (&x)[kTile][kPitch]) {
+  float sum = 0;
+  for (int j = 0; j < kTile; ++j) sum += x[j][threadIdx.x];
+  return sum;
+}
+
+// acc += part, what one tile brings: a long sum is one of sums.
+MK_DEVICE void add_part(const float (&part)[kTile], float (&acc)[kTile]) {
+#pragma unroll
+  for (int r = 0; r < kTile; ++r) acc[r] += part[r];
 }
 
 // Fills tile.w and tile.ds; pairs that do not exist are 0. `by_slots`: slots run along the rows of a tile, for sums over tokens.
@@ -68,13 +83,13 @@ MK_DEVICE void weigh(Tile& tile, const Pairs& p, int64_t batch, int64_t t0, int6
 #pragma unroll
   for (int x = 0; x < 2; ++x) {
     const int row = ty + 16 * x;
-    const float lse = tile.lse[row], term = tile.terms[row];
+    const float lse = tile.lse[row], rest = tile.rests[row], term = tile.terms[row];
 #pragma unroll
     for (int y = 0; y < 4; ++y) {
       const int64_t i = i0 + tx + 8 * y;
       float w = 0, ds = 0;
       if (t0 + row < tokens && i < p.N) {
-        w = given ? load(tile.weights[row], p.weights.dtype, i) : softmax_weight(s[x][y], lse);
+        w = given ? load(tile.weights[row], p.weights.dtype, i) : softmax_weight(p.rule, s[x][y], lse, rest);
         float d = dw[x][y];
         if (given) d = load(tile.d_weights[row], p.d_weights.dtype, i);
         else if (p.rule == Rule::usage && p.d_usage)
@@ -92,14 +107,15 @@ MK_KERNEL(kPairThreads) sum_by_tokens(MK_PARAM(Pairs) p, MK_PARAM(Results) out, 
   Tile& tile = *reinterpret_cast<Tile*>(shared_memory());
   const Part part(tiles, blocks);
   const int64_t column = part.block * kPairThreads + threadIdx.x, tokens = p.lead.folded() * p.T;
-  float acc[kTile] = {}, total = 0;
+  float acc[kTile] = {};
+  double total = 0;
   for (int64_t i0 = 0; i0 < p.N; i0 += kTile) {
+    float sums[kTile] = {};
     weigh<false>(tile, p, part.batch, part.first, i0);
     point(tile, p, part.batch, p.query, part.first, p.keys, i0);
-    if (out.d_query && column < p.K) add_rows(tile.ds, tile.b_rows, p.keys.dtype, column, acc);
-    if (int(threadIdx.x) < kTile) {
-      for (int j = 0; j < kTile; ++j) total += tile.ds[j][threadIdx.x];
-    }
+    if (out.d_query && column < p.K) add_rows(tile.ds, tile.b_rows, p.keys.dtype, column, sums);
+    add_part(sums, acc);
+    if (int(threadIdx.x) < kTile) total += column_sum(tile.ds);
   }
   point(tile, p, part.batch, out.d_query, part.first, View{}, 0);
 #pragma unroll
@@ -109,7 +125,7 @@ MK_KERNEL(kPairThreads) sum_by_tokens(MK_PARAM(Pairs) p, MK_PARAM(Results) out, 
   }
   if (out.d_lse && column < kTile && part.first + column < tokens) {
     char* row = token_row(out.d_lse, p.lead, out.d_lse.batch(p.lead, part.batch), p.T, part.first + column);
-    *reinterpret_cast<float*>(row) = -total;
+    *reinterpret_cast<float*>(row) = float(-total);
   }
 }
 
@@ -123,14 +139,15 @@ sum_by_slots(MK_PARAM(Pairs) p, MK_PARAM(Results) out, int64_t tiles, int64_t bl
   const View &rows = of_keys ? p.query : p.d_read, &result = of_keys ? out.d_keys : out.d_values;
   const bool mine = result && rows && column < (of_keys ? p.K : p.V);
   const int64_t tokens = p.lead.folded() * p.T;
-  float acc[kTile] = {}, total = 0;
+  float acc[kTile] = {};
+  double total = 0;
   for (int64_t t0 = 0; t0 < tokens; t0 += kTile) {
+    float sums[kTile] = {};
     weigh<true>(tile, p, part.batch, t0, part.first);
     point(tile, p, part.batch, rows, t0, p.keys, part.first);
-    if (mine) add_rows(of_keys ? tile.ds : tile.w, tile.a_rows, rows.dtype, column, acc);
-    if (int(threadIdx.x) < kTile) {
-      for (int j = 0; j < kTile; ++j) total += out.usage ? tile.w[j][threadIdx.x] : tile.ds[j][threadIdx.x];
-    }
+    if (mine) add_rows(of_keys ? tile.ds : tile.w, tile.a_rows, rows.dtype, column, sums);
+    add_part(sums, acc);
+    if (int(threadIdx.x) < kTile) total += column_sum(out.usage ? tile.w : tile.ds);
   }
   if (result && column < (of_keys ? p.K : p.V)) {
     char* row = result.batch(p.lead, part.batch) + part.first * result.row;
@@ -141,7 +158,7 @@ sum_by_slots(MK_PARAM(Pairs) p, MK_PARAM(Results) out, int64_t tiles, int64_t bl
   }
   const View& sums = out.usage ? out.usage : out.d_mask;
   if (sums && part.block == 0 && int(threadIdx.x) < kTile && part.first + threadIdx.x < p.N) {
-    *reinterpret_cast<float*>(sums.batch(p.lead, part.batch) + (part.first + threadIdx.x) * sums.row) = total;
+    *reinterpret_cast<float*>(sums.batch(p.lead, part.batch) + (part.first + threadIdx.x) * sums.row) = float(total);
   }
 }
 
@@ -159,12 +176,13 @@ MK_KERNEL(kPairThreads) write_weights(MK_PARAM(Pairs) p, MK_PARAM(Results) out, 
     const int token = int(threadIdx.x) / 8 + 16 * x;
     char* row = tile.a_rows[token];
     if (row == nullptr) continue;
-    const float lse = tile.lse[token];
+    const float lse = tile.lse[token], rest = tile.rests[token];
 #pragma unroll
     for (int y = 0; y < 4; ++y) {
       const int64_t i = i0 + int(threadIdx.x) % 8 + 8 * y;
       if (i >= p.N) continue;
-      const float w = p.rule == Rule::sigmoid ? 1 / (1 + exponential(-s[x][y])) : softmax_weight(s[x][y], lse);
+      const float w =
+          p.rule == Rule::sigmoid ? 1 / (1 + exponential(-s[x][y])) : softmax_weight(p.rule, s[x][y], lse, rest);
       store(row, out.weights.dtype, i, w);
     }
   }
@@ -217,7 +235,7 @@ void gradients(const Device& device, const char* name, const Pairs& p, const Res
 Pairs pairs_of(const Address& a) {
   Pairs p{};
   p.lead = a.lead, p.T = a.T, p.N = a.N, p.K = a.K, p.scale = a.scale;
-  p.query = a.query, p.keys = a.keys, p.mask = a.mask, p.lse = a.lse;
+  p.query = a.query, p.keys = a.keys, p.mask = a.mask, p.lse = a.lse, p.lse_rest = a.lse_rest;
   p.rule = a.sigmoid ? Rule::sigmoid : Rule::weights;
   return p;
 }
@@ -236,8 +254,8 @@ void softmax_read_backward(const Device& device, const SoftmaxReadBackward& b) {
   const SoftmaxRead& f = b.forward;
   Pairs p{};
   p.lead = f.lead, p.T = f.T, p.N = f.N, p.K = f.K, p.V = f.V, p.scale = f.scale;
-  p.query = f.query, p.keys = f.keys, p.values = f.values, p.mask = f.mask, p.lse = f.lse, p.d_read = b.d_read;
-  p.rule = Rule::softmax;
+  p.query = f.query, p.keys = f.keys, p.values = f.values, p.mask = f.mask, p.d_read = b.d_read;
+  p.lse = f.lse, p.lse_rest = f.lse_rest, p.rule = Rule::softmax;
   p.terms = terms_of(device, "softmax_read_backward", p, b.d_read, f.read, b.d_lse, f.V);
   if (f.lead.folded() * f.T > kFew && tiles_take(device, b)) return softmax_read_tiles_backward(device, b, p.terms);
   Results out{};

@@ -9,9 +9,9 @@ namespace mk::cuda {
 constexpr int kPairThreads = 128, kTile = 32, kPitch = 36;  // a row of a tile is 16-byte aligned
 
 enum class Rule : int8_t {
-  softmax,  // w = exp(s - lse),              ds = w (<dr_t, v_i> + term_t)
+  softmax,  // w = exp(s - lse - rest),       ds = w (<dr_t, v_i> + term_t)
   usage,    // w = exp(s - lse),              ds = w d_usage_i
-  weights,  // w given (a softmax),           ds = w (dw + term_t)
+  weights,  // w given, or as for softmax,     ds = w (dw + term_t)
   sigmoid,  // w given, or 1 / (1 + exp(-s)), ds = dw w (1 - w)
 };
 
@@ -19,7 +19,7 @@ struct Pairs {
   Lead lead;
   int64_t T, N, K, V;
   View query, keys, values, mask;
-  View lse, weights;                // what the forward found
+  View lse, lse_rest, weights;      // what the forward found
   View d_read, d_weights, d_usage;  // gradients of results
   const float* terms;               // one per token, of all batches
   double scale;
@@ -33,7 +33,7 @@ struct Tile {
   char *a_rows[kTile], *b_rows[kTile];        // addresses are found by one warp: the divisions in them take long
   // Of tokens: null and 0 beyond the last one, and where a rule does not need them.
   const char *weights[kTile], *d_weights[kTile];
-  float lse[kTile], terms[kTile];
+  float lse[kTile], rests[kTile], terms[kTile];
 };
 
 // s[x][y] += sum over columns of a[ty + 16 x] b[tx + 8 y]; rows behind null pointers are zero. All threads; begins and ends with
@@ -85,12 +85,14 @@ MK_DEVICE void score_pairs(Tile& tile, const Pairs& p, int64_t batch, int64_t t0
     const int64_t i = i0 + tx + 8 * y;
     const float added = i < p.N ? mask_at(p.mask, mask, i) : -kInfinity;
 #pragma unroll
-    for (int x = 0; x < 2; ++x) s[x][y] = added == -kInfinity ? -kInfinity : float(p.scale) * s[x][y] + added;
+    for (int x = 0; x < 2; ++x) s[x][y] = added == -kInfinity ? -kInfinity : score(float(p.scale), s[x][y], added);
   }
 }
 
-MK_DEVICE float softmax_weight(float s, float lse) {
-  return s == -kInfinity || lse == -kInfinity ? 0.f : exponential(s - lse);
+// `lse` of a usage is the caller's, of this memory or of a larger one: nothing bounds its weights.
+MK_DEVICE float softmax_weight(Rule rule, float s, float lse, float rest) {
+  if (s == -kInfinity || lse == -kInfinity) return 0;
+  return rule == Rule::usage ? exponential(s - lse) : weight_of(s - lse - rest);
 }
 
 // acc[r] += factors[j][r] x_j for the 32 rows j of a tile; x_j: this thread's column of rows[j], 0 behind null.

@@ -89,6 +89,13 @@ MK_DEVICE float reciprocal(float x) {
 // x / y for y up to 1, to two units in the last place.
 MK_DEVICE float quotient(float x, float y) { return __fdividef(x, y); }
 
+// x, or 0 where it is above; a NaN stays one.
+MK_DEVICE float at_most_zero(float x) {
+  float y;
+  asm("min.NaN.f32 %0, %1, 0f00000000;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // x, unknown to the compiler: what depends on it is computed where it stands, and not kept in registers from before a loop.
 MK_DEVICE int opaque(int x) {
   asm volatile("" : "+r"(x));
@@ -142,5 +149,9 @@ MK_DEVICE float warp_max(float x) {
 
 // e^x; 0 for -inf.
 MK_DEVICE float exponential(float x) { return exp2f(x * kLog2e); }
+
+// The softmax weight e^x. x is a score less the log-sum-exp or the largest score that another kernel found, at most 0 but for what
+// rounding makes of the same score there and here; at scores of 1e9 that is whole units, but no weight is above 1.
+MK_DEVICE float weight_of(float x) { return exponential(at_most_zero(x)); }
 
 }  // namespace mk::cuda

@@ -14,6 +14,7 @@ namespace mk::cuda {
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32, kDigits = 256;
+constexpr int kRun = 128;  // entries that are added up in float
 
 struct Entries {
   uint32_t *keys, *keys_after;
@@ -109,8 +110,11 @@ MK_KERNEL(kThreads) sum_segments(MK_PARAM(ChosenSum) s, MK_PARAM(SortedEntries) 
   char* out = s.out.view.data + row * s.out.view.row;
   for (int64_t c0 = 0; c0 < s.width; c0 += 32) {
     const int64_t column = c0 + lane;
+    // Any number of entries may name a row, and a float that has grown to 2^24 times a term no longer changes by it.
+    double total = 0;
     float sum = 0;
     for (int64_t i = begin; i < e.count && e.rows[i] == row; ++i) {
+      if ((i - begin) % kRun == 0) total += sum, sum = 0;
       const int64_t at = e.places[i], batch = at / c.k / tokens, t = at / c.k % tokens;
       const float w =
           load(token_row(s.weights, c.lead, s.weights.batch(c.lead, batch), c.T, t), s.weights.dtype, at % c.k);
@@ -118,7 +122,7 @@ MK_KERNEL(kThreads) sum_segments(MK_PARAM(ChosenSum) s, MK_PARAM(SortedEntries) 
       if (!s.tokens) sum += w;
       else sum += w * load(token_row(s.tokens, c.lead, s.tokens.batch(c.lead, batch), c.T, t), s.tokens.dtype, column);
     }
-    if (column < s.width) store(out, s.out.view.dtype, column, s.factor * sum);
+    if (column < s.width) store(out, s.out.view.dtype, column, s.factor * float(total + sum));
   }
 }
 

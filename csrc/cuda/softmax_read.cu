@@ -107,14 +107,17 @@ read_stream(MK_PARAM(Reading) r) {
       soften<Q>(scores, S, m, l, fade);
       continue;
     }
-#pragma unroll
-    for (int q = 0; q < Q; ++q) acc[q][0] *= fade[q], acc[q][1] *= fade[q];
+    float part[Q][2] = {};  // of this tile: a long sum is one of sums
     if (2 * pair >= columns) continue;
     for (int i = group; i < S; i += groups) {
       const auto* row = reinterpret_cast<const W*>(buffer + i * pitch_of<W>(columns)) + 2 * pair;
       const float v0 = to_float(row[0]), v1 = to_float(row[1]);
 #pragma unroll
-      for (int q = 0; q < Q; ++q) acc[q][0] += scores[q * S + i] * v0, acc[q][1] += scores[q * S + i] * v1;
+      for (int q = 0; q < Q; ++q) part[q][0] += scores[q * S + i] * v0, part[q][1] += scores[q * S + i] * v1;
+    }
+#pragma unroll
+    for (int q = 0; q < Q; ++q) {
+      acc[q][0] = acc[q][0] * fade[q] + part[q][0], acc[q][1] = acc[q][1] * fade[q] + part[q][1];
     }
   }
 
@@ -145,8 +148,7 @@ read_stream(MK_PARAM(Reading) r) {
       ends[split * rows + token] = m[q];
       ends[(plan.splits + split) * rows + token] = l[q];
     } else {
-      store(token_row(p.lse, p.lead, p.lse.batch(p.lead, batch), p.T, t0 + q), DType::f32, 0,
-            l[q] == 0 ? -kInfinity : (isinf(m[q]) ? 0.f : m[q]) + logf(l[q]));
+      store_lse(p, batch, t0 + q, m[q], l[q]);
     }
   }
 }
@@ -174,10 +176,7 @@ MK_KERNEL(kThreads) add_ranges(MK_PARAM(SoftmaxRead) p, MK_PARAM(Ranges) r) {
     for (int64_t i = 0; i < splits; ++i) x += w[i] == 0 ? 0.f : w[i] * part[i * r.rows * p.V];
     store(out, p.read.dtype, c, sum == 0 ? 0.f : x / sum);
   }
-  if (threadIdx.x == 0) {
-    store(token_row(p.lse, p.lead, p.lse.batch(p.lead, batch), p.T, t), DType::f32, 0,
-          sum == 0 ? -kInfinity : base + logf(sum));
-  }
+  if (threadIdx.x == 0) store_lse(p, batch, t, top, sum);
 }
 
 template <class X, class W, int Q>

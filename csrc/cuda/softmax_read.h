@@ -16,7 +16,17 @@ struct Ranges {
   float* partial = nullptr;  // [splits][rows][V], then [splits][rows] of m, then of l; null: one range
 };
 
-// Adds up the ranges, in their order, and writes read and lse.
+// Writes the statistics of token t: lse = log(l) + m, and what its rounding left out; -inf and 0 where no slot is open. For sums of
+// exp(s - m), where an infinite m counts as 0.
+MK_DEVICE void store_lse(const SoftmaxRead& p, int64_t batch, int64_t t, float m, float l) {
+  const float top = isinf(m) ? 0.f : m, log_sum = logf(l), lse = l == 0 ? -kInfinity : top + log_sum;
+  auto put = [&](const View& v, float x) {
+    store(token_row(v, p.lead, v.batch(p.lead, batch), p.T, t), DType::f32, 0, x);
+  };
+  put(p.lse, lse), put(p.lse_rest, isinf(lse) ? 0.f : (top - lse) + log_sum);
+}
+
+// Adds up the ranges, in their order, and writes read, lse and lse_rest.
 void merge_ranges(const Device&, const SoftmaxRead&, const Ranges&);
 
 // Calls body<M, W>() for the arithmetic of the keys and the numbers of the values.

@@ -175,7 +175,7 @@ read_tiles(MK_PARAM(Tiling) r) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const float extra = block.added[n * 8 + lane % 4 * 2 + i % 2];
-          s[n][i] = extra == -kInfinity ? -kInfinity : float(p.scale) * sums[n][i] + extra;
+          s[n][i] = extra == -kInfinity ? -kInfinity : score(float(p.scale), sums[n][i], extra);
         }
       }
     }
@@ -191,15 +191,16 @@ read_tiles(MK_PARAM(Tiling) r) {
       now = fmaxf(now, __shfl_xor_sync(kAllLanes, now, 2));
       const float base = isinf(now) ? 0.f : now;  // nothing addressable yet; a NaN or +inf shows in the sum
       fade[row] = m[row] == now ? 1.f : power_of_two((m[row] - base) * kLog2e);
-      l[row] *= fade[row];
       m[row] = now;
+      float sum = 0;  // of this tile: a long sum is one of sums
 #pragma unroll
       for (int n = 0; n < S / 8; ++n) {
 #pragma unroll
         for (int i = 2 * row; i < 2 * row + 2; ++i) {
-          l[row] += s[n][i] = power_of_two((s[n][i] - base) * kLog2e + kLift);
+          sum += s[n][i] = power_of_two((s[n][i] - base) * kLog2e + kLift);
         }
       }
+      l[row] = l[row] * fade[row] + sum;
     }
     Left<P> weights[kSteps];
 #pragma unroll
@@ -266,8 +267,7 @@ read_tiles(MK_PARAM(Tiling) r) {
       ends[split * rows + token] = m[row];
       ends[(r.ranges.splits + split) * rows + token] = sum;
     } else {
-      store(token_row(p.lse, p.lead, p.lse.batch(p.lead, batch), p.T, t), DType::f32, 0,
-            sum == 0 ? -kInfinity : (isinf(m[row]) ? 0.f : m[row]) + logf(sum));
+      store_lse(p, batch, t, m[row], sum);
     }
   }
 }

@@ -114,7 +114,7 @@ MK_DEVICE void store_scores(float (&s)[Q], float scale, int S, int64_t first, in
   for (int q = 0; q < Q; ++q) {
     for (int d = lanes / 2; d > 0; d >>= 1) s[q] += __shfl_xor_sync(kAllLanes, s[q], d);
     if (int(threadIdx.x) % lanes == q % lanes) {
-      scores[q * S + slot] = added == -kInfinity ? -kInfinity : scale * s[q] + added;
+      scores[q * S + slot] = added == -kInfinity ? -kInfinity : score(scale, s[q], added);
     }
     s[q] = 0;
   }

@@ -226,7 +226,7 @@ search_tiles(MK_PARAM(Tiling) r) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float extra = block.added[first / S % 2][n * 8 + lane % 4 * 2 + i % 2];
-        s[n][i] = extra == -kInfinity ? -kInfinity : float(p.scale) * sums[n][i] + extra;
+        s[n][i] = extra == -kInfinity ? -kInfinity : score(float(p.scale), sums[n][i], extra);
       }
     }
     best.take<S>(s, first, lane);

@@ -128,12 +128,12 @@ MK_DEVICE void to_gates(float (&x)[S / 8][4], const Writing& w, const Tokens<R>&
     each([&](int j, int i) {
       const SoftmaxRow<float>& row = tokens.softmax[token(j, i)];
       const bool largest = first + slot(j, i) == row.slot && row.left < 0.5f;
-      const float s = scale * x[j][i] + added(j, i);
-      return largest ? -row.left : power_of_two((s - row.top) * kLog2e) * row.inverse;
+      const float above = at_most_zero(score(scale, x[j][i], added(j, i)) - row.top);
+      return largest ? -row.left : power_of_two(above * kLog2e) * row.inverse;
     });
   } else {
     each([&](int j, int i) {
-      const float s = scale * x[j][i] + added(j, i);
+      const float s = score(scale, x[j][i], added(j, i));
       const float z = power_of_two(-fabsf(s) * kLog2e), small = z * reciprocal(1 + z);
       return s > 0 ? -small : small;
     });

@@ -107,6 +107,7 @@ inline int __popc(unsigned x) { return std::popcount(x); }
 inline int __ffs(int x) { return x == 0 ? 0 : std::countr_zero(unsigned(x)) + 1; }
 inline unsigned __float_as_uint(float x) { return std::bit_cast<unsigned>(x); }
 inline float __uint_as_float(unsigned x) { return std::bit_cast<float>(x); }
+inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 inline unsigned atomicAdd(unsigned* at, unsigned x) {
   const unsigned was = *at;
   *at += x;
@@ -125,6 +126,7 @@ void wait_copies() {
 }
 inline int opaque(int x) { return x; }
 inline float opaque(float x) { return x; }
+inline float at_most_zero(float x) { return x > 0 ? 0.f : x; }
 inline float power_of_two(float x) { return std::exp2(x); }
 inline float reciprocal(float x) { return 1 / x; }
 inline float quotient(float x, float y) { return x / y; }
