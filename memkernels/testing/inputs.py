@@ -104,7 +104,7 @@ def _lse(op: Op, tensors: list[Tensor | None], params: dict) -> Tensor:
     named = {a.name: t for a, t in zip(op.args, tensors)}
     mask = named.get("slot_mask")
     mask = mask.double() if mask is not None and mask.is_floating_point() else mask
-    _, lse = softmax(scores(named["query"].double(), named["keys"].double(), mask, params["scale"]))
+    _, lse, _ = softmax(scores(named["query"].double(), named["keys"].double(), mask, params["scale"]))
     return lse.to(stats_dtype(named["query"].dtype))
 
 
