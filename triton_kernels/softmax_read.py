@@ -6,8 +6,8 @@
 Forward: a program keeps a block of tokens and streams blocks of slots, with a running maximum m, sum l and accumulator
 (Dao 2023); [T, N] never leaves the chip. Where few tokens would leave processors idle, N is split: each part writes its
 own read, lse and rest, and merge_reads joins the parts in their order. Values wider than one block go to further
-programs, which compute the scores again. With T tokens against N slots it reads the memory ceil(T / BLOCK_T) times; T up to a
-block is bound by bandwidth, more by the matrix unit.
+programs, which compute the scores again. With T tokens against N slots it reads the memory ceil(T / BLOCK_T) times; T
+up to a block is bound by bandwidth, more by the matrix unit.
 
 Backward: ds = p (<dr_t, v_i> - delta_t) with delta_t = <dr_t, r_t> - dlse_t; see score_gradients.py.
 """
