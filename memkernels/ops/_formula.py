@@ -49,13 +49,14 @@ def softmax(s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     s = s.masked_fill(nothing, 0)
     top = s.detach().amax(-1, keepdim=True)  # a constant: what is subtracted from all scores changes no weight
     e = torch.exp(s - top)
-    infinite = torch.isposinf(top)  # leaves NaN at that score and 0 elsewhere
-    total = e.sum(-1, keepdim=True).masked_fill(infinite, 1)
+    total = e.sum(-1, keepdim=True)
     log_total = torch.log(total)
     lse = top + log_total
     rest = (top - lse.detach()) + log_total.detach()
-    lse, rest = lse.masked_fill(nothing, -torch.inf), rest.masked_fill(nothing | infinite, 0)
-    return (e / total).masked_fill(nothing, 0), lse.squeeze(-1), rest.squeeze(-1)
+    infinite = torch.isposinf(top)  # leaves NaN at that score and 0 elsewhere
+    lse = lse.masked_fill(nothing, -torch.inf).masked_fill(infinite, torch.inf)
+    rest = rest.masked_fill(nothing | infinite, 0)
+    return (e / total).masked_fill(nothing | infinite & (s < top), 0), lse.squeeze(-1), rest.squeeze(-1)
 
 
 def default_scale(query: Tensor, scale: float | None) -> float:
