@@ -64,9 +64,9 @@ def launches(dtype: torch.dtype, width: int, device: str, tokens: int = TOKENS, 
         q, k, v = new(2, t, width), new(2, n, width), new(2, n, width)
 
         def run():
-            r, lse = launcher("softmax_read")(q, k, v, mask, SCALE)
+            r, lse, rest = launcher("softmax_read")(q, k, v, mask, SCALE)
             if backward:
-                launcher("softmax_read_backward")(q, k, v, mask, r, lse, r, lse, SCALE, [True] * 4)
+                launcher("softmax_read_backward")(q, k, v, mask, r, lse, rest, r, lse, SCALE, [True] * 4)
 
         return run
 
@@ -74,8 +74,8 @@ def launches(dtype: torch.dtype, width: int, device: str, tokens: int = TOKENS, 
         q, k, v, u = new(2, t, width), new(2, n, width), new(2, n, width), new(width)
 
         def run():
-            r, lse = launcher("additive_read")(q, k, v, u, None)
-            launcher("additive_read_backward")(q, k, v, u, None, r, lse, r, lse, [True] * 5)
+            r, lse, rest = launcher("additive_read")(q, k, v, u, None)
+            launcher("additive_read_backward")(q, k, v, u, None, r, lse, rest, r, lse, [True] * 5)
 
         return run
 
@@ -85,10 +85,10 @@ def launches(dtype: torch.dtype, width: int, device: str, tokens: int = TOKENS, 
         target = words[..., 0]
 
         def run():
-            nll, lse = launcher("cache_nll")(logits, target, scores, words, mix)
-            launcher("cache_nll_backward")(logits, target, scores, words, mix, lse, nll, [True] * 3)
-            p, lse = launcher("cache_logprobs")(logits, scores, words, mix)
-            launcher("cache_logprobs_backward")(logits, scores, words, mix, lse, p, [True] * 3)
+            nll, lse, rest = launcher("cache_nll")(logits, target, scores, words, mix)
+            launcher("cache_nll_backward")(logits, target, scores, words, mix, lse, rest, nll, [True] * 3)
+            p, lse, rest = launcher("cache_logprobs")(logits, scores, words, mix)
+            launcher("cache_logprobs_backward")(logits, scores, words, mix, lse, rest, p, [True] * 3)
 
         return run
 
@@ -109,9 +109,9 @@ def launches(dtype: torch.dtype, width: int, device: str, tokens: int = TOKENS, 
         w, i = new(2, tokens, 32), named()
 
         def run():
-            r, lse = launcher("softmax_read_compressed")(q, keys, v, mask, scales, scales, SCALE)
+            r, lse, rest = launcher("softmax_read_compressed")(q, keys, v, mask, scales, scales, SCALE)
             launcher("softmax_read_compressed_backward")(
-                q, keys, v, mask, scales, scales, r, lse, r, lse, SCALE, [True] * 2
+                q, keys, v, mask, scales, scales, r, lse, rest, r, lse, SCALE, [True] * 2
             )
             r, j, p = launcher("topk_read_compressed")(q, keys, v, mask, scales, scales, 32, SCALE)
             launcher("topk_read_compressed_backward")(
@@ -228,8 +228,8 @@ def launches(dtype: torch.dtype, width: int, device: str, tokens: int = TOKENS, 
         args = (v, k, new(2, t, width), new(2, t, width), w, mask, None)
 
         def run():
-            reads, out, lse = launcher("memory_scan")(*args, SCALE, read_first)
-            gradients = (reads, lse, reads, out)
+            reads, out, lse, rest = launcher("memory_scan")(*args, SCALE, read_first)
+            gradients = (reads, lse, rest, reads, out)
             launcher("memory_scan_backward")(*args, *gradients, SCALE, read_first, [True] * 6)
 
         return run

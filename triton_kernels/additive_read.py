@@ -30,7 +30,6 @@ from .layout import Call, Gradient, precision
 from .score_gradients import from_scores, row_dots, shifted_lse
 from .softmax_read import finish_read, read_blocks
 from .tiles import (
-    LOG2E,
     columns,
     dots,
     open_slots,
@@ -66,18 +65,18 @@ def vector(u, b, B1, a, K):
 def additive_scores(
     q_rows, t_ok, k_rows, ok, bias, u, b, B1, K, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_A: tl.constexpr
 ):
-    """One tile of scores in units of log2: [tokens, slots]."""
+    """One tile of scores: [tokens, slots]."""
     s = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
     for a in range(0, K, BLOCK_A):
         x = upright(q_rows, t_ok, K, a, BLOCK_A)[:, :, None] + upright(k_rows, ok, K, a, BLOCK_A)[:, None, :]
         h, _ = tanh_slope(x)
         s += tl.sum(h * vector(u, b, B1, a + tl.arange(0, BLOCK_A), K)[:, None, None], 0)
-    return (s + bias[None, :]) * LOG2E
+    return s + bias[None, :]
 
 
 @triton.jit
 def additive_read_kernel(
-    q, k, v, u, mask, read, lse, T, N, K, V, B1, inner, parts, span, read_part, lse_part,
+    q, k, v, u, mask, read, lse, rest, T, N, K, V, B1, inner, parts, span, read_part, lse_part,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_V: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -105,12 +104,13 @@ def additive_read_kernel(
         acc = product(p.to(v0.dtype), v0, acc * shrink[:, None], PRECISION)
     read_rows = tokens(read, b, B1, t, inner) + part.to(tl.int64) * read_part
     lse_rows = tokens(lse, b, B1, t, inner) + part.to(tl.int64) * lse_part
-    finish_read(read_rows, lse_rows, t_ok, V, column, m, total, acc, BLOCK_V)
+    rest_rows = tokens(rest, b, B1, t, inner) + part.to(tl.int64) * lse_part
+    finish_read(read_rows, lse_rows, rest_rows, t_ok, V, column, m, total, acc, BLOCK_V)
 
 
 @triton.jit
 def additive_query_kernel(
-    q, k, v, u, mask, d_read, lse, delta, d_q, T, N, K, V, B1, inner, parts, span, q_part,
+    q, k, v, u, mask, d_read, lse, rest, delta, d_q, T, N, K, V, B1, inner, parts, span, q_part,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_A: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_V: tl.constexpr,
     V_STEPS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -128,6 +128,7 @@ def additive_query_kernel(
     q_rows = tokens(q, b, B1, t, inner)
     dr_rows, dr0 = token_block(d_read, b, B1, t, inner, t_ok, V, BLOCK_V)
     lse_t = shifted_lse(lse, b, B1, t, inner, T)
+    rest_t = tl.load(tokens(rest, b, B1, t, inner), mask=t_ok, other=0.0)
     delta_t = tl.load(tokens(delta, b, B1, t, inner), mask=t_ok, other=0.0)
     own = tl.arange(0, CHUNKS)
     acc = tl.zeros([CHUNKS, BLOCK_A, BLOCK_T], tl.float32)
@@ -138,7 +139,9 @@ def additive_query_kernel(
         v_rows, v0 = slot_block(v, b, B1, n, ok, V, BLOCK_V)
         s = additive_scores(q_rows, t_ok, k_rows, ok, bias, u, b, B1, K, BLOCK_T, BLOCK_N, BLOCK_A)
         dp = dots(dr0, dr_rows, t_ok, v0, v_rows, ok, V, BLOCK_V, V_STEPS, PRECISION)
-        p, ds = from_scores(s, lse_t[:, None], dp, delta_t[:, None], t_ok[:, None] & ok[None, :], "read")
+        p, ds = from_scores(
+            s, lse_t[:, None], rest_t[:, None], dp, delta_t[:, None], t_ok[:, None] & ok[None, :], "read"
+        )
         ds = tl.trans(ds)[:, None, :]
         for c in range(CHUNKS):
             a = column + c * BLOCK_A
@@ -154,7 +157,7 @@ def additive_query_kernel(
 
 @triton.jit
 def additive_slot_kernel(
-    q, k, v, u, mask, d_read, lse, delta, d_u, d_k, d_v, d_m, T, N, K, V, B1, inner,
+    q, k, v, u, mask, d_read, lse, rest, delta, d_u, d_k, d_v, d_m, T, N, K, V, B1, inner,
     parts, span, k_part, v_part, m_part,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_A: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_V: tl.constexpr,
     V_STEPS: tl.constexpr, PRECISION: tl.constexpr,
@@ -189,10 +192,13 @@ def additive_slot_kernel(
         q_rows = tokens(q, b, B1, t, inner)
         dr_rows, dr0 = token_block(d_read, b, B1, t, inner, t_ok, V, BLOCK_V)
         lse_t = shifted_lse(lse, b, B1, t, inner, T)
+        rest_t = tl.load(tokens(rest, b, B1, t, inner), mask=t_ok, other=0.0)
         delta_t = tl.load(tokens(delta, b, B1, t, inner), mask=t_ok, other=0.0)
         s = additive_scores(q_rows, t_ok, k_rows, ok, bias, u, b, B1, K, BLOCK_T, BLOCK_N, BLOCK_A)
         dp = dots(dr0, dr_rows, t_ok, v0, v_rows, ok, V, BLOCK_V, V_STEPS, PRECISION)
-        p, ds = from_scores(s, lse_t[:, None], dp, delta_t[:, None], t_ok[:, None] & ok[None, :], "read")
+        p, ds = from_scores(
+            s, lse_t[:, None], rest_t[:, None], dp, delta_t[:, None], t_ok[:, None] & ok[None, :], "read"
+        )
         total += tl.sum(ds, 0)
         if d_v is not None:
             right = columns(dr0, dr_rows, t_ok, V, step * BLOCK_V, BLOCK_V, V_STEPS)
@@ -235,7 +241,7 @@ def _call(
     return call
 
 
-def _read(call: Call, sources: tuple, query: Tensor, values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _read(call: Call, sources: tuple, query: Tensor, values: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
     p = plan("additive_read", max(query.shape[-1], values.shape[-1]), query, values)
     return read_blocks(call, additive_read_kernel, p, sources, query, values, dtype, BLOCK_A=COLUMNS)
 
@@ -246,23 +252,24 @@ def _sources(call: Call, query: Tensor, keys: Tensor, values: Tensor, score_vect
 
 
 def additive_read(query: Tensor, keys: Tensor, values: Tensor, score_vector: Tensor, slot_mask: Tensor | None):
-    """read ``[..., T, V]``, lse ``[..., T]``."""
+    """read ``[..., T, V]``, lse and lse_rest ``[..., T]``."""
     call = _call("additive_read", query, keys, values, score_vector, slot_mask)
     return _read(call, _sources(call, query, keys, values, score_vector, slot_mask), query, values, query.dtype)
 
 
 def additive_read_backward(
     query: Tensor, keys: Tensor, values: Tensor, score_vector: Tensor, slot_mask: Tensor | None, read: Tensor,
-    lse: Tensor, d_read: Tensor | None, d_lse: Tensor | None, wants: list[bool],
+    lse: Tensor, lse_rest: Tensor, d_read: Tensor | None, d_lse: Tensor | None, wants: list[bool],
 ):  # fmt: skip
     """Gradients of query, keys, values, score_vector and a float mask."""
     (T, K), (N, V) = query.shape[-2:], values.shape[-2:]
     d_read = read.new_zeros(V).expand(read.shape) if d_read is None else d_read
-    more = [("read", read, (T, V)), ("d_read", d_read, (T, V)), ("lse", lse, (T,)), ("d_lse", d_lse, (T,))]
+    more = [("read", read, (T, V)), ("d_read", d_read, (T, V))]
+    more += [("lse", lse, (T,)), ("lse_rest", lse_rest, (T,)), ("d_lse", d_lse, (T,))]
     call = _call("additive_read_backward", query, keys, values, score_vector, slot_mask, *more)
     call.require(len(wants) == 5, "wants must have 5 entries")
     call.floats(read, d_read)
-    call.stats(lse, d_lse)
+    call.stats(lse, lse_rest, d_lse)
     d_query = Gradient(call, query, wants[0], "tokens", T, K)
     d_keys = Gradient(call, keys, wants[1], "memory", N, K)
     d_values = Gradient(call, values, wants[2], "memory", N, V)
@@ -273,7 +280,7 @@ def additive_read_backward(
     if read.dtype != torch.float32:
         read = _read(call, sources, query, values, torch.float32)[0]
     delta = row_dots(call, d_read, read, d_lse)
-    sources = *sources, call.rows(d_read), call.numbers(lse), (delta, *delta.stride())
+    sources = *sources, call.rows(d_read), call.numbers(lse), call.numbers(lse_rest), (delta, *delta.stride())
     count, inner = call.F * T, T if call.F > 1 else None
     sizes = (count, N, K, V, call.batches[1], inner)
     wide = width(V, query, values)

@@ -2,8 +2,9 @@
 
     w[t, i] = gate(scale <q_t, k_i> + mask_i),  gate = softmax over the slots, or sigmoid
 
-The softmax takes the lse first (the kernel of softmax_read), then every tile of weights is independent: scores, one
-exponential, one store. Bound by writing [T, N]. Backward from the weights themselves: see score_gradients.py.
+The softmax takes the lse, and what its rounding left out, first (the kernel of softmax_read); then every tile of
+weights is independent: scores, one exponential, one store. Bound by writing [T, N]. Backward from the weights
+themselves: see score_gradients.py.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ from torch import Tensor
 
 from .launch import launch, plan, summed
 from .layout import Call, Gradient, precision
-from .score_gradients import score_gradients
+from .score_gradients import score_gradients, shifted_lse
 from .softmax_read import softmax_lse
-from .tiles import LOG2E, dots, open_slots, sigmoid, slot_block, token_block, tokens
+from .tiles import dots, open_slots, scores, sigmoid, slot_block, softmax_weights, token_block, tokens
 
 
 @triton.jit
 def address_kernel(
-    q, k, mask, lse, w, T, N, K, B1, inner, scale, SIGMOID: tl.constexpr,
+    q, k, mask, lse, rest, w, T, N, K, B1, inner, scale, SIGMOID: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, K_STEPS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of weights."""
@@ -35,12 +36,13 @@ def address_kernel(
     ok, bias = open_slots(mask, b, B1, n, N)
     q_rows, q0 = token_block(q, b, B1, t, inner, t_ok, K, BLOCK_K)
     k_rows, k0 = slot_block(k, b, B1, n, ok, K, BLOCK_K)
-    s = dots(q0, q_rows, t_ok, k0, k_rows, ok, K, BLOCK_K, K_STEPS, PRECISION) * scale + bias[None, :]
+    dot = dots(q0, q_rows, t_ok, k0, k_rows, ok, K, BLOCK_K, K_STEPS, PRECISION)
+    s = scores(dot, scale, bias[None, :])
     if SIGMOID:
         weights = sigmoid(s)
     else:
-        lse_t = tl.load(tokens(lse, b, B1, t, inner), mask=t_ok, other=0.0)
-        weights = tl.exp2((s - tl.where(lse_t == float("-inf"), 0.0, lse_t)[:, None]) * LOG2E)
+        rest_t = tl.load(tokens(rest, b, B1, t, inner), mask=t_ok, other=0.0)
+        weights = softmax_weights(s, shifted_lse(lse, b, B1, t, inner, T)[:, None], rest_t[:, None])
     weights = tl.where(ok[None, :], weights, 0.0)
     rows = tokens(w, b, B1, t, inner)
     tl.store(rows[:, None] + n[None, :], weights.to(w[0].dtype.element_ty), mask=t_ok[:, None] & (n < N)[None, :])
@@ -59,13 +61,14 @@ def address(query: Tensor, keys: Tensor, slot_mask: Tensor | None, scale: float,
     call = _call("address", query, keys, slot_mask)
     (T, K), N = query.shape[-2:], keys.shape[-2]
     out, view = call.token_result(T, N, dtype=query.dtype)
-    lse = None if sigmoid else softmax_lse(call, query, keys, slot_mask, scale)
+    lse, rest = (None, None) if sigmoid else softmax_lse(call, query, keys, slot_mask, scale)
     p = plan("address", K, query)
     c, wide, count = p.config, summed(K, query), call.F * T
     launch(
         address_kernel, call.B * triton.cdiv(count, c.block_t) * triton.cdiv(N, c.block_n),
         call.rows(query), call.slots(keys), call.slot_numbers(slot_mask), call.numbers(lse),
-        (view, *view.stride()[:4]), count, N, K, call.batches[1], T if call.F > 1 else None, scale, sigmoid,
+        call.numbers(rest), (view, *view.stride()[:4]), count, N, K, call.batches[1], T if call.F > 1 else None, scale,
+        sigmoid,
         plan=p, BLOCK_T=c.block_t, BLOCK_N=c.block_n, BLOCK_K=wide.block, K_STEPS=wide.several,
         PRECISION=precision(query),
     )  # fmt: skip

@@ -15,7 +15,7 @@ from torch import Tensor
 from .launch import Plan, plan
 from .layout import Call
 from .sparse_read import check_indices
-from .tiles import LN2, LOG2E
+from .tiles import LOG2E, log_total
 
 ROW = 64  # the width class of kernels that have no rows of columns
 SMALLEST = tl.constexpr(1.1754943508222875e-38)  # of the normal float32 numbers
@@ -23,30 +23,29 @@ SMALLEST = tl.constexpr(1.1754943508222875e-38)  # of the normal float32 numbers
 
 @triton.jit
 def join(s, m, total):
-    """Move a running maximum and the sum of exponentials against it over a block of numbers, in units of log2."""
+    """Move a running maximum and the sum of exponentials against it over a block of numbers."""
     highest = tl.maximum(m, tl.max(s, 0))
     base = tl.where(highest == float("-inf"), 0.0, highest)
-    return highest, total * tl.exp2(m - base) + tl.sum(tl.exp2(s - base), 0)
+    return highest, total * tl.exp2((m - base) * LOG2E) + tl.sum(tl.exp2((s - base) * LOG2E), 0)
 
 
 @triton.jit
 def row_lse(row, W, BLOCK: tl.constexpr):
-    """Log-sum-exp of the numbers of a row; -inf where every one is."""
+    """Log-sum-exp of the numbers of a row and what its rounding left out; -inf and 0 where every one is -inf."""
     m = tl.full([], float("-inf"), tl.float32)
     total = tl.zeros([], tl.float32)
     for first in range(0, W, BLOCK):
         w = first + tl.arange(0, BLOCK)
-        m, total = join(tl.load(row + w, mask=w < W, other=float("-inf")).to(tl.float32) * LOG2E, m, total)
-    base = tl.where(m == float("-inf"), 0.0, m)
-    return tl.where(total == 0, float("-inf"), (base + tl.log2(total)) * LN2)
+        m, total = join(tl.load(row + w, mask=w < W, other=float("-inf")).to(tl.float32), m, total)
+    return log_total(m, total)
 
 
 @triton.jit
 def entries(scores, words, j, N, W):
-    """Scores of entries ``j`` in units of log2, and their words; -inf and -1 for those that are empty."""
+    """Scores of entries ``j``, and their words; -inf and -1 for those that are empty."""
     word = tl.load(words + j, mask=j < N, other=-1)
     word = tl.where(word < W, word, -1)
-    score = tl.load(scores + j, mask=word >= 0, other=float("-inf")).to(tl.float32) * LOG2E
+    score = tl.load(scores + j, mask=word >= 0, other=float("-inf")).to(tl.float32)
     return score, word
 
 

@@ -23,23 +23,23 @@ from .cache_mix import cache_total, entries, mix_call, mix_plan, mixed, row_lse
 from .launch import launch
 from .layout import Call, Gradient
 from .sparse_read import check_indices
-from .tiles import LOG2E, tokens
+from .tiles import LOG2E, softmax_weights, tokens
 
 
 @triton.jit
-def target_mix(row, lse, target, scores, words, mix, W, N, BLOCK: tl.constexpr):
+def target_mix(row, lse, lse_rest, target, scores, words, mix, W, N, BLOCK: tl.constexpr):
     """:func:`mixed` of the target, 0 of all where it is none; the entries' largest score, their sum of exponentials and
     that of those that name the target."""
     m, total = cache_total(scores, words, N, W, BLOCK)
     hit = tl.zeros([], tl.float32)
     for first in range(0, N, BLOCK):
         score, word = entries(scores, words, first + tl.arange(0, BLOCK), N, W)
-        hit += tl.sum(tl.where(word == target, tl.exp2(score - m), 0.0), 0)
+        hit += tl.sum(tl.where(word == target, tl.exp2((score - m) * LOG2E), 0.0), 0)
     known = (target >= 0) & (target < W)
     z = tl.load(row + target, mask=known, other=0.0).to(tl.float32)
     empty = total == 0  # then the cache has no say
     cached = hit / tl.where(empty, 1.0, total)
-    log_p, own, cache, d_mix = mixed(z - lse, cached, tl.where(empty, 0.0, mix))
+    log_p, own, cache, d_mix = mixed((z - lse) - lse_rest, cached, tl.where(empty, 0.0, mix))
     log_p = tl.where(known, log_p, 0.0)
     own = tl.where(known, own, 0.0)
     cache = tl.where(known, cache, 0.0)
@@ -47,29 +47,37 @@ def target_mix(row, lse, target, scores, words, mix, W, N, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def cache_nll_kernel(z, targets, c, words, mix, nll, lse, T, W, N, B1, BLOCK: tl.constexpr):
+def cache_nll_kernel(z, targets, c, words, mix, nll, lse, lse_rest, T, W, N, B1, BLOCK: tl.constexpr):
     pid = tl.program_id(0)
     t, b = pid % T, pid // T
     row = tokens(z, b, B1, t, None)
-    own_lse = row_lse(row, W, BLOCK)
+    own_lse, own_rest = row_lse(row, W, BLOCK)
     target = tl.load(tokens(targets, b, B1, t, None))
     share = tl.load(tokens(mix, b, B1, t, None))
     scores, named = tokens(c, b, B1, t, None), tokens(words, b, B1, t, None)
-    log_p, _own, _cache, _d_mix, _m, _total, _hit = target_mix(row, own_lse, target, scores, named, share, W, N, BLOCK)
+    log_p, _own, _cache, _d_mix, _m, _total, _hit = target_mix(
+        row, own_lse, own_rest, target, scores, named, share, W, N, BLOCK
+    )
     tl.store(tokens(nll, b, B1, t, None), -log_p)
     tl.store(tokens(lse, b, B1, t, None), own_lse)
+    tl.store(tokens(lse_rest, b, B1, t, None), own_rest)
 
 
 @triton.jit
-def cache_nll_backward_kernel(z, targets, c, words, mix, lse, d_nll, d_z, d_c, d_mix, T, W, N, B1, BLOCK: tl.constexpr):
+def cache_nll_backward_kernel(
+    z, targets, c, words, mix, lse, lse_rest, d_nll, d_z, d_c, d_mix, T, W, N, B1, BLOCK: tl.constexpr
+):
     pid = tl.program_id(0)
     t, b = pid % T, pid // T
     row = tokens(z, b, B1, t, None)
     own_lse = tl.load(tokens(lse, b, B1, t, None))
+    own_rest = tl.load(tokens(lse_rest, b, B1, t, None))
     target = tl.load(tokens(targets, b, B1, t, None))
     share = tl.load(tokens(mix, b, B1, t, None))
     scores, named = tokens(c, b, B1, t, None), tokens(words, b, B1, t, None)
-    _log_p, own, cache, slope, m, total, hit = target_mix(row, own_lse, target, scores, named, share, W, N, BLOCK)
+    _log_p, own, cache, slope, m, total, hit = target_mix(
+        row, own_lse, own_rest, target, scores, named, share, W, N, BLOCK
+    )
     d = -tl.load(tokens(d_nll, b, B1, t, None))
     if d_z is not None:
         g = d * own
@@ -77,7 +85,7 @@ def cache_nll_backward_kernel(z, targets, c, words, mix, lse, d_nll, d_z, d_c, d
         for first in range(0, W, BLOCK):
             w = first + tl.arange(0, BLOCK)
             x = tl.load(row + w, mask=w < W, other=float("-inf")).to(tl.float32)
-            p = tl.exp2((x - own_lse) * LOG2E)
+            p = softmax_weights(x, own_lse, own_rest)
             dz = tl.where(g == 0, 0.0, g * (tl.where(w == target, 1.0, 0.0) - p))
             tl.store(out + w, dz.to(d_z[0].dtype.element_ty), mask=w < W)
     if d_c is not None:
@@ -86,7 +94,7 @@ def cache_nll_backward_kernel(z, targets, c, words, mix, lse, d_nll, d_z, d_c, d
         for first in range(0, N, BLOCK):
             j = first + tl.arange(0, BLOCK)
             score, word = entries(scores, named, j, N, W)
-            e = tl.exp2(score - m)
+            e = tl.exp2((score - m) * LOG2E)
             of_target = tl.where(word == target, 1.0 / tl.where(hit == 0, 1.0, hit), 0.0)
             dc = g * e * (of_target - 1.0 / tl.where(total == 0, 1.0, total))
             dc = tl.where(e == 0, 0.0, dc)
@@ -105,39 +113,39 @@ def _call(
 
 
 def cache_nll(logits: Tensor, targets: Tensor, cache_scores: Tensor, cache_tokens: Tensor, mix: Tensor):
-    """nll ``[..., T]`` and the lse of the logits ``[..., T]``."""
+    """nll, and lse and lse_rest of the logits, ``[..., T]``."""
     call, T, W, N = _call("cache_nll", logits, targets, cache_scores, cache_tokens, mix)
     nll, nll_view = call.token_result(T, dtype=torch.float32)
-    lse, lse_view = call.token_result(T, dtype=torch.float32)
+    (lse, lse_view), (rest, rest_view) = (call.token_result(T, dtype=torch.float32) for _ in range(2))
     p = mix_plan("cache_nll", call, logits)
     launch(
         cache_nll_kernel, call.B * T, call.rows(logits), call.numbers(targets), call.rows(cache_scores),
         call.rows(cache_tokens), call.numbers(mix), (nll_view, *nll_view.stride()), (lse_view, *lse_view.stride()),
-        T, W, N, call.batches[1],
+        (rest_view, *rest_view.stride()), T, W, N, call.batches[1],
         plan=p, BLOCK=p.config.block_n,
     )  # fmt: skip
-    return call.store(nll, nll_view), call.store(lse, lse_view)
+    return call.store(nll, nll_view), call.store(lse, lse_view), call.store(rest, rest_view)
 
 
 def cache_nll_backward(
     logits: Tensor, targets: Tensor, cache_scores: Tensor, cache_tokens: Tensor, mix: Tensor, lse: Tensor,
-    d_nll: Tensor | None, wants: list[bool],
+    lse_rest: Tensor, d_nll: Tensor | None, wants: list[bool],
 ):  # fmt: skip
     """Gradients of logits, cache_scores and mix."""
     T = logits.shape[-2]
-    more = [("lse", lse, (T,)), ("d_nll", d_nll, (T,))]
+    more = [("lse", lse, (T,)), ("lse_rest", lse_rest, (T,)), ("d_nll", d_nll, (T,))]
     call, T, W, N = _call("cache_nll_backward", logits, targets, cache_scores, cache_tokens, mix, *more)
     call.require(len(wants) == 3, "wants must have 3 entries")
     call.require(d_nll is not None, "d_nll must be given")
-    call.stats(lse, d_nll)
+    call.stats(lse, lse_rest, d_nll)
     d_logits = Gradient(call, logits, wants[0], "tokens", T, W)
     d_scores = Gradient(call, cache_scores, wants[1], "tokens", T, N)
     d_mix = Gradient(call, mix, wants[2], "tokens", T)
     p = mix_plan("cache_nll", call, logits)
     launch(
         cache_nll_backward_kernel, call.B * T, call.rows(logits), call.numbers(targets), call.rows(cache_scores),
-        call.rows(cache_tokens), call.numbers(mix), call.numbers(lse), call.numbers(d_nll),
-        d_logits.rows(), d_scores.rows(), d_mix.rows(), T, W, N, call.batches[1],
+        call.rows(cache_tokens), call.numbers(mix), call.numbers(lse), call.numbers(lse_rest),
+        call.numbers(d_nll), d_logits.rows(), d_scores.rows(), d_mix.rows(), T, W, N, call.batches[1],
         plan=p, BLOCK=p.config.block_n,
     )  # fmt: skip
     return d_logits.result(), d_scores.result(), d_mix.result()

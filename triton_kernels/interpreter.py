@@ -2,7 +2,8 @@
 
 Triton 3.6 turns a loop bound into an int in a way that NumPy 2.4 refuses, goes through scans and reductions one element
 at a time, which takes seconds per tile, and prepares its language again at every call of a function, which takes a
-millisecond. None of it changes what a kernel computes.
+millisecond. None of that changes what a kernel computes. Matrix products it leaves to NumPy, where the rounding depends
+on how the summed axis is cut into blocks; on a GPU it does not, and kernels that compute a score twice count on that.
 """
 
 from __future__ import annotations
@@ -44,6 +45,15 @@ def _reduce(self, operands):
     return [self.to_tensor(r, x.dtype) for r, x in zip(results, operands)]
 
 
+def _dot(self, a, b, d, input_precision, max_num_imprecise_acc):
+    """acc + a @ b, product after product along the summed axis, as the compiled kernel adds them."""
+    left, right = (x.data.astype(d.data.dtype, copy=False) for x in (a, b))
+    terms = np.empty((1 + len(right), *d.data.shape), d.data.dtype)  # summed axis outermost: no pairwise sums
+    terms[0] = d.data
+    np.multiply(left.T[:, :, None], right[:, None, :], out=terms[1:])
+    return interpreter.TensorHandle(np.add.reduce(terms, 0), d.dtype.scalar)
+
+
 @functools.cache
 def _languages(function) -> frozenset[int]:
     """The modules that the interpreter prepares for ``function``."""
@@ -78,5 +88,6 @@ def repair() -> None:
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
     interpreter._patch_lang_tensor = patch_tensor
+    interpreter.InterpreterBuilder.create_dot = _dot
     interpreter.ScanOps.generic_scan = _scan
     interpreter.ReduceOps.generic_reduce = _reduce

@@ -33,7 +33,7 @@ BLOCKS = {16: 256, 32: 64}
 
 @triton.jit
 def memory_scan_kernel(
-    v, k, q_read, q_write, w, mask, token_mask, lse, out, reads, states,
+    v, k, q_read, q_write, w, mask, token_mask, lse, rest, out, reads, states,
     first, blocks, T, N, K, V, B1, inner, B, scale,
     READ_FIRST: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     K_STEPS: tl.constexpr, BLOCK_V: tl.constexpr, PRECISION: tl.constexpr,
@@ -67,8 +67,9 @@ def memory_scan_kernel(
             put(states + (chunk * group + place) * V, exists, V, column, x, BLOCK_V)
         else:
             p = read_weights(
-                k0, k_rows, ok, bias, q_read, lse, b, B1, t, t_ok, T, inner, K, scale, BLOCK_K, K_STEPS, PRECISION
-            )
+                k0, k_rows, ok, bias, q_read, lse, rest, b, B1, t, t_ok, T, inner, K, scale,
+                BLOCK_K, K_STEPS, PRECISION,
+            )  # fmt: skip
         for i in range(tl.minimum(BLOCK_T, T - t0)):
             w_i = token_row(w, b, B1, t0, i, t_ok, inner, V, column, BLOCK_T, BLOCK_V)[None, :]
             before = x
@@ -122,10 +123,11 @@ class Scan:
         call = self.call
         return (first, blocks, self.count, self.N, self.K, self.V, call.batches[1], self.inner, call.B, self.scale)
 
-    def forward(self, group: tuple[int, int], lse: tuple | None, out: tuple | None, reads, states) -> None:
+    def forward(self, group: tuple[int, int], stats: tuple, out: tuple | None, reads, states) -> None:
+        """stats: lse and lse_rest of the read scores, or None of both where nothing is read."""
         launch(
             memory_scan_kernel, self.call.B * self.columns * group[1], self.call.slots(self.values), *self.sources,
-            lse, out, reads, states, *self.sizes(*group), **self.constants,
+            *stats, out, reads, states, *self.sizes(*group), **self.constants,
         )  # fmt: skip
 
 
@@ -133,28 +135,28 @@ def memory_scan(
     values: Tensor, keys: Tensor, read_query: Tensor, write_query: Tensor, write: Tensor, slot_mask: Tensor | None,
     token_mask: Tensor | None, scale: float, read_first: bool,
 ):  # fmt: skip
-    """reads ``[..., T, V]``, new values ``[..., N, V]``, lse of the read scores ``[..., T]``."""
+    """reads ``[..., T, V]``, new values ``[..., N, V]``, lse and lse_rest of the read scores ``[..., T]``."""
     s = Scan("memory_scan", values, keys, read_query, write_query, write, slot_mask, token_mask, scale, read_first)
     call, T, N, V = s.call, s.T, s.N, s.V
     out = call.memory_result(N, V, dtype=values.dtype)
     reads, view = call.token_result(T, V, dtype=read_query.dtype)
-    lse = softmax_lse(call, read_query, keys, slot_mask, scale)
+    lse, rest = softmax_lse(call, read_query, keys, slot_mask, scale)
     if token_mask is not None:
-        lse = lse.masked_fill(~token_mask, float("-inf"))
+        lse, rest = lse.masked_fill(~token_mask, float("-inf")), rest.masked_fill(~token_mask, 0.0)
     rows = (out, call.batches[1] * N * V, N * V, V)
     total = None
     for group in s.groups(call.B * s.count * V):
         shares = call.scratch(group[1], *view.shape)
-        s.forward(group, call.numbers(lse), rows, shares, None)
+        s.forward(group, (call.numbers(lse), call.numbers(rest)), rows, shares, None)
         total = shares.sum(0) if total is None else total + shares.sum(0)
     view.copy_(total)
-    return call.store(reads, view), out, lse
+    return call.store(reads, view), out, lse, rest
 
 
 def memory_scan_backward(
     values: Tensor, keys: Tensor, read_query: Tensor, write_query: Tensor, write: Tensor, slot_mask: Tensor | None,
-    token_mask: Tensor | None, reads: Tensor, lse: Tensor, d_reads: Tensor | None, d_values: Tensor | None,
-    scale: float, read_first: bool, wants: list[bool],
+    token_mask: Tensor | None, reads: Tensor, lse: Tensor, lse_rest: Tensor, d_reads: Tensor | None,
+    d_values: Tensor | None, scale: float, read_first: bool, wants: list[bool],
 ):  # fmt: skip
     """Gradients of values, keys, both queries, write and a float mask."""
     T, K = read_query.shape[-2:]
@@ -162,7 +164,7 @@ def memory_scan_backward(
     d_reads = reads.new_zeros(V).expand(reads.shape) if d_reads is None else d_reads
     s = Scan(
         "memory_scan_backward", values, keys, read_query, write_query, write, slot_mask, token_mask, scale, read_first,
-        ("reads", reads, (T, V)), ("lse", lse, (T,)), ("d_reads", d_reads, (T, V)),
+        ("reads", reads, (T, V)), ("lse", lse, (T,)), ("lse_rest", lse_rest, (T,)), ("d_reads", d_reads, (T, V)),
     )  # fmt: skip
     call, c, wide_v = s.call, s.plan.config, s.constants["BLOCK_V"]
     shape = (*call.memory, N, V)
@@ -170,7 +172,7 @@ def memory_scan_backward(
     call.require(len(wants) == 6, "wants must have 6 entries")
     call.require(tuple(d_values.shape) == shape, "d_values must have the shape of values")
     call.floats(reads, d_reads, d_values)
-    call.stats(lse)
+    call.stats(lse, lse_rest)
     d_old = Gradient(call, values, wants[0], "memory", N, V)
     d_write = Gradient(call, write, wants[4], "tokens", T, V)
     by_scores = any(wants[i] for i in (1, 2, 3, 5))
@@ -189,15 +191,15 @@ def memory_scan_backward(
         slots_here = slice(first * c.block_n, (first + blocks) * c.block_n)
         size = min(N, slots_here.stop) - slots_here.start
         states = call.scratch(call.B, chunks, size, V)
-        s.forward((first, blocks), None, None, None, states)
+        s.forward((first, blocks), (None, None), None, None, states)
         programs = call.B * s.columns * blocks
         replay = call.scratch(programs, c.block_t, c.block_n, wide_v)
         ds = call.scratch(s.columns, *call.batches, 2 * call.F, T, size) if by_scores else None
         shares = call.scratch(blocks, *call.batches, call.F, T, V) if d_write.wanted else None
         launch(
-            memory_scan_backward_kernel, programs, *s.sources, call.numbers(lse), (delta, *delta.stride()),
-            call.rows(d_reads), call.slots(d_values), states, replay, d_old.rows(), ds, shares, *s.sizes(first, blocks),
-            **s.constants,
+            memory_scan_backward_kernel, programs, *s.sources, call.numbers(lse), call.numbers(lse_rest),
+            (delta, *delta.stride()), call.rows(d_reads), call.slots(d_values), states, replay, d_old.rows(), ds,
+            shares, *s.sizes(first, blocks), **s.constants,
         )  # fmt: skip
         if shares is not None:
             dw = shares.sum(0) if dw is None else dw + shares.sum(0)

@@ -15,27 +15,28 @@ import triton
 import triton.language as tl
 
 from .score_gradients import shifted_lse
-from .tiles import LOG2E, dots, open_slots, put, slot_block, slots, tile, tokens
+from .tiles import dots, open_slots, put, scores, slot_block, slots, softmax_weights, tile, tokens
 from .write_scan import at_token, token_row
 from .write_tiles import gates, open_tokens
 
 
 @triton.jit
 def read_weights(
-    k0, k_rows, ok, bias, q, lse, b, B1, t, t_ok, T, inner, K, scale,
+    k0, k_rows, ok, bias, q, lse, rest, b, B1, t, t_ok, T, inner, K, scale,
     BLOCK_K: tl.constexpr, K_STEPS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """p of a tile [slots, tokens]; 0 where nothing is read."""
     q_rows = tokens(q, b, B1, t, inner)
     q0 = tile(q_rows, t_ok, K, 0, BLOCK_K)
-    s = dots(k0, k_rows, ok, q0, q_rows, t_ok, K, BLOCK_K, K_STEPS, PRECISION) * scale + bias[:, None]
-    p = tl.exp2(s * LOG2E - shifted_lse(lse, b, B1, t, inner, T)[None, :])
+    s = scores(dots(k0, k_rows, ok, q0, q_rows, t_ok, K, BLOCK_K, K_STEPS, PRECISION), scale, bias[:, None])
+    rest_t = tl.load(tokens(rest, b, B1, t, inner), mask=t_ok, other=0.0)
+    p = softmax_weights(s, shifted_lse(lse, b, B1, t, inner, T)[None, :], rest_t[None, :])
     return tl.where(ok[:, None] & t_ok[None, :], p, 0.0)
 
 
 @triton.jit
 def memory_scan_backward_kernel(
-    k, q_read, q_write, w, mask, token_mask, lse, delta, d_reads, d_new, states, replay, d_v, ds, dw,
+    k, q_read, q_write, w, mask, token_mask, lse, rest, delta, d_reads, d_new, states, replay, d_v, ds, dw,
     first, blocks, T, N, K, V, B1, inner, B, scale,
     READ_FIRST: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     K_STEPS: tl.constexpr, BLOCK_V: tl.constexpr, PRECISION: tl.constexpr,
@@ -71,7 +72,7 @@ def memory_scan_backward_kernel(
             "sigmoid", "full", BLOCK_K, K_STEPS, PRECISION,
         )  # fmt: skip
         p = read_weights(
-            k0, k_rows, ok, bias, q_read, lse, b, B1, t, t_ok, T, inner, K, scale, BLOCK_K, K_STEPS, PRECISION
+            k0, k_rows, ok, bias, q_read, lse, rest, b, B1, t, t_ok, T, inner, K, scale, BLOCK_K, K_STEPS, PRECISION
         )
         x = tile(states + ((b.to(tl.int64) * chunks + chunks - 1 - c) * group + place) * V, ok, V, column, BLOCK_V)
         count = tl.minimum(BLOCK_T, T - t0)

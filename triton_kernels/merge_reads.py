@@ -1,12 +1,14 @@
 """merge_reads on a GPU: reads of S disjoint memories become the read of their union.
 
-    lse_t = log sum_s exp(lse[s, t]),     w[s, t] = exp(lse[s, t] - lse_t),     r_t = sum_s w[s, t] r[s, t]
+    lse_t = log sum_s exp(lse[s, t]),     w[s, t] = softmax_s(lse[s, t]),     r_t = sum_s w[s, t] r[s, t]
     d_r[s, t] = w[s, t] dr_t,     d_lse[s, t] = w[s, t] (x[s, t] - sum_u w[u, t] x[u, t] + d_lse_t)
 
 with x[s, t] = <dr_t, r[s, t]>.
 
 A program takes a block of tokens and a block of columns and goes through the parts in their order. Every read is loaded
-once and every result stored once: bound by bandwidth. A part of weight 0 is not looked at.
+once and every result stored once: bound by bandwidth. A part of weight 0 is not looked at. The weights come from the
+largest lse and the sum, never from the rounded lse_t. The parts of a read that was split bring what the rounding of
+their own lse left out (rests), and the result tells the same.
 """
 
 from __future__ import annotations
@@ -18,27 +20,35 @@ from torch import Tensor
 
 from .launch import Plan, launch, plan, width
 from .layout import Call, Gradient, unit_last
-from .tiles import LN2, LOG2E, put, tile, tokens
+from .tiles import LOG2E, log_total, put, tile, tokens
 
 
 @triton.jit
-def merged_lse(lses, parts, part, t_ok):
-    """lse of the union in units of log2, and the same with 0 for -inf."""
+def part_share(lses, rests, offset, base, t_ok):
+    """exp(lse - base) of the part ``offset`` numbers on; rests: None, or what the rounding of each lse left out."""
+    x = tl.load(lses + offset, mask=t_ok, other=float("-inf")) - base
+    if rests is not None:
+        x += tl.load(rests + offset, mask=t_ok, other=0.0)
+    return tl.exp2(x * LOG2E)
+
+
+@triton.jit
+def merged_lse(lses, rests, parts, part, t_ok):
+    """The largest lse, the sum of the parts' shares against it, and both as ``part_share`` and a quotient take them."""
     m = tl.full(t_ok.shape, float("-inf"), tl.float32)
     zero = tl.full([], 0, tl.int64)  # offsets of parts are 64-bit
     for s in range(parts):
-        m = tl.maximum(m, tl.load(lses + (zero + s) * part, mask=t_ok, other=0.0) * LOG2E)
+        m = tl.maximum(m, tl.load(lses + (zero + s) * part, mask=t_ok, other=0.0))
     base = tl.where(m == float("-inf"), 0.0, m)
     total = tl.zeros(t_ok.shape, tl.float32)
     for s in range(parts):
-        total += tl.exp2(tl.load(lses + (zero + s) * part, mask=t_ok, other=0.0) * LOG2E - base)
-    lse = tl.where(total == 0, float("-inf"), base + tl.log2(total))
-    return lse, tl.where(total == 0, 0.0, lse)
+        total += part_share(lses, rests, (zero + s) * part, base, t_ok)
+    return m, total, base, tl.where(total == 0, 1.0, total)
 
 
 @triton.jit
 def merge_kernel(
-    reads, lses, read, lse, T, V, B1, inner, parts, read_part, lse_part,
+    reads, lses, rests, read, lse, rest, T, V, B1, inner, parts, read_part, lse_part,
     BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
@@ -50,15 +60,21 @@ def merge_kernel(
     t_ok = t < T
     lse_rows = tokens(lses, b, B1, t, inner)
     read_rows = tokens(reads, b, B1, t, inner)
-    merged, base = merged_lse(lse_rows, parts, lse_part, t_ok)
+    rest_rows = rests
+    if rests is not None:
+        rest_rows = tokens(rests, b, B1, t, inner)
+    m, total, base, whole = merged_lse(lse_rows, rest_rows, parts, lse_part, t_ok)
     acc = tl.zeros([BLOCK_T, BLOCK_V], tl.float32)
     for s in range(parts):
         offset = tl.full([], 0, tl.int64) + s
-        w = tl.exp2(tl.load(lse_rows + offset * lse_part, mask=t_ok, other=float("-inf")) * LOG2E - base)
+        w = part_share(lse_rows, rest_rows, offset * lse_part, base, t_ok) / whole
         acc += w[:, None] * tile(read_rows + offset * read_part, t_ok & (w != 0), V, column, BLOCK_V).to(tl.float32)
     put(tokens(read, b, B1, t, inner), t_ok, V, column, acc, BLOCK_V)
     if column == 0:
-        tl.store(tokens(lse, b, B1, t, inner), merged * LN2, mask=t_ok)
+        merged, merged_rest = log_total(m, total)
+        tl.store(tokens(lse, b, B1, t, inner), merged, mask=t_ok)
+        if rest is not None:
+            tl.store(tokens(rest, b, B1, t, inner), merged_rest, mask=t_ok)
 
 
 @triton.jit
@@ -73,7 +89,7 @@ def merge_backward_kernel(
     t_ok = t < T
     lse_rows = tokens(lses, b, B1, t, None)
     read_rows = tokens(reads, b, B1, t, None)
-    _, base = merged_lse(lse_rows, parts, lse_part, t_ok)
+    _m, _total, base, whole = merged_lse(lse_rows, None, parts, lse_part, t_ok)
     mean = tl.zeros([BLOCK_T], tl.float32)
     more = tl.zeros([BLOCK_T], tl.float32)
     if d_lse is not None:
@@ -82,7 +98,7 @@ def merge_backward_kernel(
     for sweep in tl.static_range(2):
         for s in range(parts):
             offset = tl.full([], 0, tl.int64) + s
-            w = tl.exp2(tl.load(lse_rows + offset * lse_part, mask=t_ok, other=float("-inf")) * LOG2E - base)
+            w = part_share(lse_rows, None, offset * lse_part, base, t_ok) / whole
             live = t_ok & (w != 0)
             x = tl.zeros([BLOCK_T], tl.float32)
             for step in range(V_STEPS):
@@ -110,14 +126,16 @@ def _blocks(V: int, *tensors: Tensor) -> tuple[Plan, int, int]:
     return p, p.config.block_t, width(V, *tensors).block
 
 
-def merge_parts(call: Call, reads: Tensor, lses: Tensor, read: Tensor, lse: Tensor, T: int, V: int) -> None:
+def merge_parts(
+    call: Call, reads: Tensor, lses: Tensor, rests: Tensor, read: Tensor, lse: Tensor, rest: Tensor, T: int, V: int
+) -> None:
     """Merge float32 parts ``[S, B0, B1, F, T, V]`` and ``[S, B0, B1, F, T]`` of a split read into its results."""
     p, block_t, block_v = _blocks(V, reads)
     count = call.F * T
     launch(
         merge_kernel, call.B * triton.cdiv(count, block_t) * max(1, triton.cdiv(V, block_v)),
-        (reads, *reads.stride()[1:5]), (lses, *lses.stride()[1:]),
-        (read, *read.stride()[:4]), (lse, *lse.stride()),
+        (reads, *reads.stride()[1:5]), (lses, *lses.stride()[1:]), (rests, *rests.stride()[1:]),
+        (read, *read.stride()[:4]), (lse, *lse.stride()), (rest, *rest.stride()),
         count, V, call.batches[1], T if call.F > 1 else None, reads.shape[0], reads.stride(0), lses.stride(0),
         plan=p, BLOCK_T=block_t, BLOCK_V=block_v,
     )  # fmt: skip
@@ -147,7 +165,7 @@ def merge_reads(reads: Tensor, lses: Tensor):
     (all_reads, read_part), (all_lses, lse_part) = _parts(call, reads, 2), _parts(call, lses, 1)
     launch(
         merge_kernel, call.B * triton.cdiv(T, block_t) * max(1, triton.cdiv(V, block_v)),
-        all_reads, all_lses, (read_view, *read_view.stride()[:4]), (lse_view, *lse_view.stride()),
+        all_reads, all_lses, None, (read_view, *read_view.stride()[:4]), (lse_view, *lse_view.stride()), None,
         T, V, call.batches[1], None, S, read_part, lse_part, plan=p, BLOCK_T=block_t, BLOCK_V=block_v,
     )  # fmt: skip
     return call.store(read, read_view), call.store(lse, lse_view)

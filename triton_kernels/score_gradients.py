@@ -4,8 +4,8 @@
 
 where ds is made on the fly, tile by tile, from what the op kept (KIND):
 
-    "read"      p = exp(s - lse_t),  ds = p (<dr_t, v_i> - delta_t),  and  dv_i = sum_t p[t, i] dr_t
-    "usage"     p = exp(s - lse_t),  ds = p du_i,                     and  dlse_t = -sum_i ds
+    "read"      p = exp((s - lse_t) - rest_t),  ds = p (<dr_t, v_i> - delta_t),  and  dv_i = sum_t p[t, i] dr_t
+    "usage"     p = exp(s - lse_t),  ds = p du_i,  and  dlse_t = -sum_i ds
     "softmax"   ds = w (dw - delta_t)          from weights w and their gradient dw, [T, N] arguments of the op
     "sigmoid"   ds = w (1 - w) dw
     "given"     ds = dw
@@ -33,8 +33,10 @@ from .tiles import (
     put,
     row_scales,
     scaled,
+    scores,
     slot_block,
     slots,
+    softmax_weights,
     tile,
     token_block,
     tokens,
@@ -60,12 +62,13 @@ def delta_kernel(a, b_rows, minus, out, T, D, B1, inner, BLOCK_T: tl.constexpr, 
 
 
 @triton.jit
-def from_scores(s, lse, gradient, delta, live, KIND: tl.constexpr):
-    """p and ds of one tile, from scores in units of log2. lse, delta, gradient broadcast against s."""
-    p = tl.where(live, tl.exp2(s - lse), 0.0)
+def from_scores(s, lse, rest, gradient, delta, live, KIND: tl.constexpr):
+    """p and ds of one tile, from scores. lse, rest, delta, gradient broadcast against s."""
     if KIND == "read":
+        p = tl.where(live, softmax_weights(s, lse, rest), 0.0)
         return p, tl.where(live, p * (gradient - delta), 0.0)
     else:
+        p = tl.where(live, tl.exp2((s - lse) * LOG2E), 0.0)
         return p, tl.where(live, p * gradient, 0.0)
 
 
@@ -83,14 +86,14 @@ def from_weights(w, dw, delta, live, KIND: tl.constexpr):
 
 @triton.jit
 def shifted_lse(lse, b, B1, t, inner, T):
-    """lse in units of log2; +inf, which no weight survives, past the end and where no slot was addressable."""
-    x = tl.load(tokens(lse, b, B1, t, inner), mask=t < T, other=float("inf")) * LOG2E
+    """lse; +inf, which no weight survives, past the end and where no slot was addressable."""
+    x = tl.load(tokens(lse, b, B1, t, inner), mask=t < T, other=float("inf"))
     return tl.where(x == float("-inf"), float("inf"), x)
 
 
 @triton.jit
 def query_gradient_kernel(
-    q, k, v, mask, k_scale, v_scale, d_read, lse, delta, du, w, dw, d_q, d_lse, T, N, K, V, B1, inner,
+    q, k, v, mask, k_scale, v_scale, d_read, lse, rest, delta, du, w, dw, d_q, d_lse, T, N, K, V, B1, inner,
     parts, span, q_part, lse_part, scale,
     KIND: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, K_STEPS: tl.constexpr,
     BLOCK_V: tl.constexpr, V_STEPS: tl.constexpr, PRECISION: tl.constexpr,
@@ -113,7 +116,9 @@ def query_gradient_kernel(
         delta_t = tl.load(tokens(delta, b, B1, t, inner), mask=t_ok, other=0.0)
     else:
         delta_t = tl.zeros([BLOCK_T], tl.float32)
+    rest_t = tl.zeros([BLOCK_T], tl.float32)
     if KIND == "read":
+        rest_t = tl.load(tokens(rest, b, B1, t, inner), mask=t_ok, other=0.0)
         dr_rows, dr0 = token_block(d_read, b, B1, t, inner, t_ok, V, BLOCK_V)
     acc = tl.zeros([BLOCK_T, BLOCK_K], tl.float32)
     row_sum = tl.zeros([BLOCK_T], tl.float32)
@@ -123,20 +128,19 @@ def query_gradient_kernel(
         k_rows, k0 = slot_block(k, b, B1, n, ok, K, BLOCK_K)
         live = t_ok[:, None] & ok[None, :]
         if KIND == "read" or KIND == "usage":
-            s = dots(q0, q_rows, t_ok, k0, k_rows, ok, K, BLOCK_K, K_STEPS, PRECISION) * (scale * LOG2E)
+            dot = dots(q0, q_rows, t_ok, k0, k_rows, ok, K, BLOCK_K, K_STEPS, PRECISION)
             if k_scale is not None:
-                s *= row_scales(k_scale, b, B1, n, ok)[None, :]
-            if mask is not None:
-                s += (bias * LOG2E)[None, :]
+                dot *= row_scales(k_scale, b, B1, n, ok)[None, :]
+            s = scores(dot, scale, bias[None, :])
             if KIND == "read":
                 v_rows, v0 = slot_block(v, b, B1, n, ok, V, BLOCK_V)
                 dp = dots(dr0, dr_rows, t_ok, v0, v_rows, ok, V, BLOCK_V, V_STEPS, PRECISION)
                 if v_scale is not None:
                     dp *= row_scales(v_scale, b, B1, n, ok)[None, :]
-                _, ds = from_scores(s, lse_t[:, None], dp, delta_t[:, None], live, KIND)
+                gradient = dp
             else:
-                d_n = tl.load(slots(du, b, B1, n), mask=ok, other=0.0)
-                _, ds = from_scores(s, lse_t[:, None], d_n[None, :], delta_t[:, None], live, KIND)
+                gradient = tl.load(slots(du, b, B1, n), mask=ok, other=0.0)[None, :]
+            _, ds = from_scores(s, lse_t[:, None], rest_t[:, None], gradient, delta_t[:, None], live, KIND)
         else:
             dw_tile = tl.load(tokens(dw, b, B1, t, inner)[:, None] + n[None, :], mask=live, other=0.0).to(tl.float32)
             w_tile = dw_tile
@@ -158,7 +162,7 @@ def query_gradient_kernel(
 
 @triton.jit
 def slot_gradient_kernel(
-    q, k, v, mask, k_scale, v_scale, d_read, lse, delta, du, w, dw, d_k, d_v, d_m, T, N, K, V, B1, inner,
+    q, k, v, mask, k_scale, v_scale, d_read, lse, rest, delta, du, w, dw, d_k, d_v, d_m, T, N, K, V, B1, inner,
     parts, span, k_part, v_part, m_part, scale,
     KIND: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, K_STEPS: tl.constexpr,
     BLOCK_V: tl.constexpr, V_STEPS: tl.constexpr, PRECISION: tl.constexpr,
@@ -190,26 +194,27 @@ def slot_gradient_kernel(
         q_rows, q0 = token_block(q, b, B1, t, inner, t_ok, K, BLOCK_K)
         live = ok[:, None] & t_ok[None, :]
         delta_t = tl.zeros([BLOCK_T], tl.float32)
+        rest_t = tl.zeros([BLOCK_T], tl.float32)
         if KIND == "read" or KIND == "softmax":
             delta_t = tl.load(tokens(delta, b, B1, t, inner), mask=t_ok, other=0.0)
         if KIND == "read" or KIND == "usage":
             lse_t = shifted_lse(lse, b, B1, t, inner, T)
-            s = dots(k0, k_rows, ok, q0, q_rows, t_ok, K, BLOCK_K, K_STEPS, PRECISION) * (scale * LOG2E)
+            dot = dots(k0, k_rows, ok, q0, q_rows, t_ok, K, BLOCK_K, K_STEPS, PRECISION)
             if k_scale is not None:
-                s *= row_scales(k_scale, b, B1, n, ok)[:, None]
-            if mask is not None:
-                s += (bias * LOG2E)[:, None]
+                dot *= row_scales(k_scale, b, B1, n, ok)[:, None]
+            s = scores(dot, scale, bias[:, None])
             if KIND == "read":
                 dr_rows, dr0 = token_block(d_read, b, B1, t, inner, t_ok, V, BLOCK_V)
                 dp = dots(v0, v_rows, ok, dr0, dr_rows, t_ok, V, BLOCK_V, V_STEPS, PRECISION)
                 if v_scale is not None:
                     dp *= row_scales(v_scale, b, B1, n, ok)[:, None]
-                p, ds = from_scores(s, lse_t[None, :], dp, delta_t[None, :], live, KIND)
+                rest_t = tl.load(tokens(rest, b, B1, t, inner), mask=t_ok, other=0.0)
+                p, ds = from_scores(s, lse_t[None, :], rest_t[None, :], dp, delta_t[None, :], live, KIND)
                 if d_v is not None:
                     right = columns(dr0, dr_rows, t_ok, V, step * BLOCK_V, BLOCK_V, V_STEPS)
                     dv_acc = product(p.to(right.dtype), right, dv_acc, PRECISION)
             else:
-                p, ds = from_scores(s, lse_t[None, :], d_n[:, None], delta_t[None, :], live, KIND)
+                p, ds = from_scores(s, lse_t[None, :], rest_t[None, :], d_n[:, None], delta_t[None, :], live, KIND)
         else:
             dw_tile = tl.load(tokens(dw, b, B1, t, inner)[None, :] + n[:, None], mask=live, other=0.0).to(tl.float32)
             w_tile = dw_tile
@@ -248,9 +253,9 @@ def score_gradients(
     call: Call, kind: str, query: Tensor, keys: Tensor, slot_mask: Tensor | None, scale: float,
     d_query: Gradient | None, d_keys: Gradient | None, d_mask: Gradient | None, *,
     values: Tensor | None = None, d_values: Gradient | None = None, d_read: Tensor | None = None,
-    read: Tensor | None = None, lse: Tensor | None = None, d_lse: Tensor | Gradient | None = None,
-    d_usage: Tensor | None = None, weights: Tensor | None = None, d_weights: Tensor | tuple | None = None,
-    key_scale: Tensor | None = None, value_scale: Tensor | None = None,
+    read: Tensor | None = None, lse: Tensor | None = None, lse_rest: Tensor | None = None,
+    d_lse: Tensor | Gradient | None = None, d_usage: Tensor | None = None, weights: Tensor | None = None,
+    d_weights: Tensor | tuple | None = None, key_scale: Tensor | None = None, value_scale: Tensor | None = None,
 ):  # fmt: skip
     """Run both kernels for one KIND.
 
@@ -269,8 +274,9 @@ def score_gradients(
     sources = (
         call.rows(query), call.slots(keys), call.slots(values), call.slot_numbers(slot_mask),
         call.slot_numbers(key_scale), call.slot_numbers(value_scale), call.rows(d_read),
-        call.numbers(lse), None if delta is None else (delta, *delta.stride()), call.slot_numbers(d_usage),
-        call.rows(weights), d_weights if isinstance(d_weights, tuple) else call.rows(d_weights),
+        call.numbers(lse), call.numbers(lse_rest), None if delta is None else (delta, *delta.stride()),
+        call.slot_numbers(d_usage), call.rows(weights),
+        d_weights if isinstance(d_weights, tuple) else call.rows(d_weights),
     )  # fmt: skip
     constants = {
         "KIND": kind, "BLOCK_K": wide_k.block, "K_STEPS": wide_k.steps, "BLOCK_V": wide_v.block,
@@ -278,14 +284,14 @@ def score_gradients(
     }  # fmt: skip
     sizes = (count, N, K, V, call.batches[1], inner)
     # The other kinds read [T, N] arguments, and multiply once where these do so three times.
-    scores = kind in ("read", "usage")
+    by_scores = kind in ("read", "usage")
     d_q = d_query.rows() if d_query is not None else None
     d_lse_rows = None
     if isinstance(d_lse, Gradient) and d_lse.wanted:
         d_lse_rows = (d_lse.view, *d_lse.view.stride())
     if d_q is not None or d_lse_rows is not None:
         packed = key_scale is not None or value_scale is not None
-        p = plan("query_gradient" if scores else "query_sums", max(K, V), query, values, compressed=packed)
+        p = plan("query_gradient" if by_scores else "query_sums", max(K, V), query, values, compressed=packed)
         c = p.config
         launch_in_parts(
             call, query_gradient_kernel, call.B * triton.cdiv(count, c.block_t) * wide_k.steps, N, c.block_n,
@@ -294,7 +300,7 @@ def score_gradients(
         )  # fmt: skip
     targets = [g.rows() if g is not None else None for g in (d_keys, d_values, d_mask)]
     if any(target is not None for target in targets):
-        p = plan("slot_gradient" if scores else "slot_sums", max(K, V), query, values)
+        p = plan("slot_gradient" if by_scores else "slot_sums", max(K, V), query, values)
         c = p.config
         programs = call.B * triton.cdiv(N, c.block_n) * max(wide_k.steps, wide_v.steps)
         launch_in_parts(

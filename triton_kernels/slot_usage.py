@@ -15,7 +15,7 @@ from torch import Tensor
 from .launch import launch_in_parts, plan, summed
 from .layout import Call, Gradient, precision
 from .score_gradients import score_gradients, shifted_lse
-from .tiles import LOG2E, dots, open_slots, slot_block, slots, token_block
+from .tiles import LOG2E, dots, open_slots, scores, slot_block, slots, token_block
 
 
 @triton.jit
@@ -37,10 +37,9 @@ def slot_usage_kernel(
         t = t0 + tl.arange(0, BLOCK_T)
         t_ok = t < T
         q_rows, q0 = token_block(q, b, B1, t, inner, t_ok, K, BLOCK_K)
-        s = dots(k0, k_rows, ok, q0, q_rows, t_ok, K, BLOCK_K, K_STEPS, PRECISION) * (scale * LOG2E)
-        if mask is not None:
-            s += (bias * LOG2E)[:, None]
-        p = tl.exp2(s - shifted_lse(lse, b, B1, t, inner, T)[None, :])
+        dot = dots(k0, k_rows, ok, q0, q_rows, t_ok, K, BLOCK_K, K_STEPS, PRECISION)
+        s = scores(dot, scale, bias[:, None])
+        p = tl.exp2((s - shifted_lse(lse, b, B1, t, inner, T)[None, :]) * LOG2E)
         total += tl.sum(tl.where(ok[:, None] & t_ok[None, :], p, 0.0), 1)
     tl.store(slots(usage, b, B1, n) + part.to(tl.int64) * usage_part, total, mask=n < N)
 

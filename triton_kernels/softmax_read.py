@@ -1,13 +1,13 @@
 """softmax_read on a GPU.
 
     s[t, i] = scale <q_t, k_i> + mask_i,     p = softmax_i(s)
-    r_t = sum_i p[t, i] v_i,     lse_t = log sum_i exp(s[t, i])
+    r_t = sum_i p[t, i] v_i,     lse_t = log sum_i exp(s[t, i]),     rest_t: what the rounding of lse_t left out
 
 Forward: a program keeps a block of tokens and streams blocks of slots, with a running maximum m, sum l and accumulator
 (Dao 2023); [T, N] never leaves the chip. Where few tokens would leave processors idle, N is split: each part writes its
-own read and lse, and merge_reads joins the parts in their order. Values wider than one block go to further programs,
-which compute the scores again. With T tokens against N slots it reads the memory ceil(T / BLOCK_T) times; T up to a
-block is bound by bandwidth, more by the matrix unit.
+own read, lse and rest, and merge_reads joins the parts in their order. Values wider than one block go to further
+programs, which compute the scores again. With T tokens against N slots it reads the memory ceil(T / BLOCK_T) times; T
+up to a block is bound by bandwidth, more by the matrix unit.
 
 Backward: ds = p (<dr_t, v_i> - delta_t) with delta_t = <dr_t, r_t> - dlse_t; see score_gradients.py.
 """
@@ -24,7 +24,6 @@ from .layout import Call, Gradient, precision
 from .merge_reads import merge_parts
 from .score_gradients import score_gradients
 from .tiles import (
-    LOG2E,
     dots,
     log_total,
     open_slots,
@@ -32,6 +31,7 @@ from .tiles import (
     put,
     row_scales,
     scaled,
+    scores,
     slot_block,
     slots,
     tile,
@@ -42,18 +42,20 @@ from .tiles import (
 
 
 @triton.jit
-def finish_read(read_rows, lse_rows, t_ok, V, column, m, total, acc, BLOCK_V: tl.constexpr):
-    """Store what a block of tokens has read: columns of the read, and with the first of them the lse."""
+def finish_read(read_rows, lse_rows, rest_rows, t_ok, V, column, m, total, acc, BLOCK_V: tl.constexpr):
+    """Store what a block of tokens has read: columns of the read, and with the first of them lse and lse_rest."""
     nothing = total == 0  # no addressable slot; NaN is something
     r = tl.where(nothing[:, None], 0.0, acc / tl.where(nothing, 1.0, total)[:, None])
     put(read_rows, t_ok, V, column, r, BLOCK_V)
     if column == 0:
-        tl.store(lse_rows, log_total(m, total), mask=t_ok)
+        lse, rest = log_total(m, total)
+        tl.store(lse_rows, lse, mask=t_ok)
+        tl.store(rest_rows, rest, mask=t_ok)
 
 
 @triton.jit
 def softmax_read_kernel(
-    q, k, v, mask, k_scale, v_scale, read, lse, T, N, K, V, B1, inner, parts, span, read_part, lse_part, scale,
+    q, k, v, mask, k_scale, v_scale, read, lse, rest, T, N, K, V, B1, inner, parts, span, read_part, lse_part, scale,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, K_STEPS: tl.constexpr,
     BLOCK_V: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -76,12 +78,10 @@ def softmax_read_kernel(
         n = n0 + tl.arange(0, BLOCK_N)
         ok, bias = open_slots(mask, b, B1, n, N)
         k_rows, k0 = slot_block(k, b, B1, n, ok, K, BLOCK_K)
-        s = dots(q0, q_rows, t_ok, k0, k_rows, ok, K, BLOCK_K, K_STEPS, PRECISION) * (scale * LOG2E)
+        dot = dots(q0, q_rows, t_ok, k0, k_rows, ok, K, BLOCK_K, K_STEPS, PRECISION)
         if k_scale is not None:
-            s *= row_scales(k_scale, b, B1, n, ok)[None, :]
-        if mask is not None:
-            s += (bias * LOG2E)[None, :]
-        s = tl.where(ok[None, :], s, float("-inf"))
+            dot *= row_scales(k_scale, b, B1, n, ok)[None, :]
+        s = tl.where(ok[None, :], scores(dot, scale, bias[None, :]), float("-inf"))
         p, shrink, m, total = weigh(s, m, total)
         v0 = tile(slots(v, b, B1, n), ok, V, column, BLOCK_V)
         if v_scale is not None:
@@ -89,7 +89,8 @@ def softmax_read_kernel(
         acc = product(p.to(v0.dtype), v0, acc * shrink[:, None], PRECISION)
     read_rows = tokens(read, b, B1, t, inner) + part.to(tl.int64) * read_part
     lse_rows = tokens(lse, b, B1, t, inner) + part.to(tl.int64) * lse_part
-    finish_read(read_rows, lse_rows, t_ok, V, column, m, total, acc, BLOCK_V)
+    rest_rows = tokens(rest, b, B1, t, inner) + part.to(tl.int64) * lse_part
+    finish_read(read_rows, lse_rows, rest_rows, t_ok, V, column, m, total, acc, BLOCK_V)
 
 
 def _call(
@@ -109,7 +110,7 @@ def _call(
 
 
 def softmax_read(query: Tensor, keys: Tensor, values: Tensor, slot_mask: Tensor | None, scale: float):
-    """read ``[..., T, V]``, lse ``[..., T]``."""
+    """read ``[..., T, V]``, lse and lse_rest ``[..., T]``."""
     call = _call("softmax_read", query, keys, values, slot_mask)
     return _read(call, query, keys, values, slot_mask, scale)
 
@@ -124,15 +125,17 @@ def softmax_read_compressed(
     return _read(call, query, keys, values, slot_mask, scale, **scales)
 
 
-def softmax_lse(call: Call, query: Tensor, keys: Tensor, slot_mask: Tensor | None, scale: float) -> Tensor:
-    """The lse alone: a read of keys' first column, which costs what the scores cost."""
-    return _read(call, query, keys, keys[..., :1], slot_mask, scale)[1]
+def softmax_lse(
+    call: Call, query: Tensor, keys: Tensor, slot_mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """lse and lse_rest alone: a read of keys' first column, which costs what the scores cost."""
+    return _read(call, query, keys, keys[..., :1], slot_mask, scale)[1:]
 
 
 def _read(
     call: Call, query: Tensor, keys: Tensor, values: Tensor, slot_mask: Tensor | None, scale: float,
     key_scale: Tensor | None = None, value_scale: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     K, V = query.shape[-1], values.shape[-1]
     wide = summed(K, query, values)
     sources = call.rows(query), call.slots(keys), call.slots(values), call.slot_numbers(slot_mask)
@@ -147,26 +150,26 @@ def _read(
 
 def read_blocks(
     call: Call, kernel, p: Plan, sources: tuple, query: Tensor, values: Tensor, dtype: torch.dtype, *more, **constants
-) -> tuple[Tensor, Tensor]:
-    """Run a kernel that keeps tokens, streams slots and ends with :func:`finish_read`: read in ``dtype``, and lse.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run a kernel that keeps tokens, streams slots and ends with :func:`finish_read`: a read in ``dtype``, lse, rest.
 
-    It takes ``sources``, places for both, sizes, the cut of N into parts and the steps between them, and ``more``.
+    It takes ``sources``, places for these, sizes, the cut of N into parts and the steps between them, and ``more``.
     """
     T, K = query.shape[-2:]
     N, V = values.shape[-2:]
     read, read_view = call.token_result(T, V, dtype=dtype)
-    lse, lse_view = call.token_result(T, dtype=torch.float32)
+    (lse, lse_view), (rest, rest_view) = (call.token_result(T, dtype=torch.float32) for _ in range(2))
     wide = width(V, query, values)
     c, count, inner = p.config, call.F * T, T if call.F > 1 else None
     programs = call.B * triton.cdiv(count, c.block_t) * max(1, triton.cdiv(V, wide.block))
     parts, span = p.cut(programs, N, c.block_n)
     if parts == 1:
-        outs = (read_view, *read_view.stride()[:4]), (lse_view, *lse_view.stride())
+        outs = (read_view, *read_view.stride()[:4]), *((x, *x.stride()) for x in (lse_view, rest_view))
         steps_between = (0, 0)
     else:
         part_reads = call.scratch(parts, *read_view.shape)
-        part_lses = call.scratch(parts, *lse_view.shape)
-        outs = (part_reads, *part_reads.stride()[1:5]), (part_lses, *part_lses.stride()[1:])
+        part_lses, part_rests = (call.scratch(parts, *lse_view.shape) for _ in range(2))
+        outs = (part_reads, *part_reads.stride()[1:5]), *((x, *x.stride()[1:]) for x in (part_lses, part_rests))
         steps_between = part_reads.stride(0), part_lses.stride(0)
     launch(
         kernel, programs * parts, *sources, *outs,
@@ -175,51 +178,53 @@ def read_blocks(
         **constants,
     )  # fmt: skip
     if parts > 1:
-        merge_parts(call, part_reads, part_lses, read_view, lse_view, T, V)
-    return call.store(read, read_view), call.store(lse, lse_view)
+        merge_parts(call, part_reads, part_lses, part_rests, read_view, lse_view, rest_view, T, V)
+    return call.store(read, read_view), call.store(lse, lse_view), call.store(rest, rest_view)
 
 
 def softmax_read_compressed_backward(
     query: Tensor, keys: Tensor, values: Tensor, slot_mask: Tensor | None, key_scale: Tensor | None,
-    value_scale: Tensor | None, read: Tensor, lse: Tensor, d_read: Tensor | None, d_lse: Tensor | None, scale: float,
-    wants: list[bool],
+    value_scale: Tensor | None, read: Tensor, lse: Tensor, lse_rest: Tensor, d_read: Tensor | None,
+    d_lse: Tensor | None, scale: float, wants: list[bool],
 ):  # fmt: skip
     """Gradients of query and a float mask."""
     (T, K), (N, V) = query.shape[-2:], values.shape[-2:]
     d_read = read.new_zeros(V).expand(read.shape) if d_read is None else d_read
-    more = [("read", read, (T, V)), ("d_read", d_read, (T, V)), ("lse", lse, (T,)), ("d_lse", d_lse, (T,))]
+    more = [("read", read, (T, V)), ("d_read", d_read, (T, V))]
+    more += [("lse", lse, (T,)), ("lse_rest", lse_rest, (T,)), ("d_lse", d_lse, (T,))]
     scales = {"key_scale": key_scale, "value_scale": value_scale}
     call = _call("softmax_read_compressed_backward", query, keys, values, slot_mask, *more, **scales)
     call.require(len(wants) == 2, "wants must have 2 entries")
     call.floats(read, d_read)
-    call.stats(lse, d_lse)
+    call.stats(lse, lse_rest, d_lse)
     d_query = Gradient(call, query, wants[0], "tokens", T, K)
     d_mask = Gradient(call, slot_mask, wants[1], "memory", N)
     score_gradients(
         call, "read", query, keys, slot_mask, scale, d_query, None, d_mask,
-        values=values, d_read=d_read, read=read, lse=lse, d_lse=d_lse, **scales,
+        values=values, d_read=d_read, read=read, lse=lse, lse_rest=lse_rest, d_lse=d_lse, **scales,
     )  # fmt: skip
     return d_query.result(), d_mask.result()
 
 
 def softmax_read_backward(
     query: Tensor, keys: Tensor, values: Tensor, slot_mask: Tensor | None, read: Tensor, lse: Tensor,
-    d_read: Tensor | None, d_lse: Tensor | None, scale: float, wants: list[bool],
+    lse_rest: Tensor, d_read: Tensor | None, d_lse: Tensor | None, scale: float, wants: list[bool],
 ):  # fmt: skip
     """Gradients of query, keys, values and a float mask."""
     (T, K), (N, V) = query.shape[-2:], values.shape[-2:]
     d_read = read.new_zeros(V).expand(read.shape) if d_read is None else d_read
-    more = [("read", read, (T, V)), ("d_read", d_read, (T, V)), ("lse", lse, (T,)), ("d_lse", d_lse, (T,))]
+    more = [("read", read, (T, V)), ("d_read", d_read, (T, V))]
+    more += [("lse", lse, (T,)), ("lse_rest", lse_rest, (T,)), ("d_lse", d_lse, (T,))]
     call = _call("softmax_read_backward", query, keys, values, slot_mask, *more)
     call.require(len(wants) == 4, "wants must have 4 entries")
     call.floats(read, d_read)
-    call.stats(lse, d_lse)
+    call.stats(lse, lse_rest, d_lse)
     d_query = Gradient(call, query, wants[0], "tokens", T, K)
     d_keys = Gradient(call, keys, wants[1], "memory", N, K)
     d_values = Gradient(call, values, wants[2], "memory", N, V)
     d_mask = Gradient(call, slot_mask, wants[3], "memory", N)
     score_gradients(
         call, "read", query, keys, slot_mask, scale, d_query, d_keys, d_mask,
-        values=values, d_values=d_values, d_read=d_read, read=read, lse=lse, d_lse=d_lse,
+        values=values, d_values=d_values, d_read=d_read, read=read, lse=lse, lse_rest=lse_rest, d_lse=d_lse,
     )  # fmt: skip
     return d_query.result(), d_keys.result(), d_values.result(), d_mask.result()

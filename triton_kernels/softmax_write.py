@@ -19,7 +19,7 @@ from torch import Tensor
 from . import write as dense
 from .launch import launch, plan, summed
 from .layout import precision
-from .tiles import LOG2E, dots, open_slots, slot_block, token_block
+from .tiles import LOG2E, dots, open_slots, scores, slot_block, token_block
 from .write_tiles import Write
 
 
@@ -55,7 +55,7 @@ def softmax_norm_kernel(
         n = n0 + tl.arange(0, BLOCK_N)
         ok, bias = open_slots(mask, b, B1, n, N)
         k_rows, k0 = slot_block(k, b, B1, n, ok, K, BLOCK_K)
-        s = dots(q0, q_rows, t_ok, k0, k_rows, ok, K, BLOCK_K, K_STEPS, PRECISION) * scale + bias[None, :]
+        s = scores(dots(q0, q_rows, t_ok, k0, k_rows, ok, K, BLOCK_K, K_STEPS, PRECISION), scale, bias[None, :])
         s = tl.where(ok[None, :], s, float("-inf"))
         number = tl.where(s == s, s, float("-inf"))  # NaN reaches the sum alone
         here = tl.max(number, 1)

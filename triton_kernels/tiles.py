@@ -141,21 +141,41 @@ def open_slots(mask, b, B1, n, N):
 
 
 @triton.jit
+def scores(dot, scale, bias):
+    """scale <q, k> + mask, natural, as a rounded number.
+
+    Were the product left to the compiler, it might contract it with the subtraction of the maximum or the lse that
+    follows. Those are rounded, and at scores of 1e9 the difference would be off by tens. Units of log2 are for
+    differences alone: a score in them overflows at 0.69 of the largest number, and is rounded once more.
+    """
+    return tl.fma(dot, scale, bias)
+
+
+@triton.jit
 def weigh(s, m, total):
-    """One step of a softmax whose scores, in units of log2, come block after block: weights against the running
-    maximum ``m``, what shrinks earlier ones, the maximum and the sum ``total`` moved on."""
+    """One step of a softmax whose scores come block after block: weights against the running maximum ``m``, what
+    shrinks earlier ones, the maximum and the sum ``total`` moved on."""
     highest = tl.maximum(m, tl.max(s, 1))
     base = tl.where(tl.abs(highest) == float("inf"), 0.0, highest)
-    p = tl.exp2(s - base[:, None])
-    shrink = tl.exp2(m - base)
+    p = tl.exp2((s - base[:, None]) * LOG2E)
+    shrink = tl.exp2((m - base) * LOG2E)
     return p, shrink, highest, total * shrink + tl.sum(p, 1)
 
 
 @triton.jit
 def log_total(m, total):
-    """The log-sum-exp, natural, at the end of such a softmax; -inf where there was nothing."""
+    """The log-sum-exp at the end of such a softmax, and what its rounding left out; -inf and 0 of nothing."""
     base = tl.where(tl.abs(m) == float("inf"), 0.0, m)
-    return tl.where(total == 0, float("-inf"), (base + tl.log2(total)) * LN2)
+    log = tl.log2(tl.where(total == 0, 1.0, total)) * LN2
+    lse = tl.where(total == 0, float("-inf"), base + log)
+    return lse, tl.where(tl.abs(lse) == float("inf"), 0.0, (base - lse) + log)
+
+
+@triton.jit
+def softmax_weights(s, lse, rest):
+    """exp(s - lse) of scores computed again, ``rest`` being what the rounding of lse left out. Such a score may be
+    rounded another way than the one in the lse: at 1e9 by tens, so a weight ends at 1. NaN stays NaN."""
+    return tl.minimum(tl.exp2((s - lse) * LOG2E - rest * LOG2E), 1.0, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit

@@ -24,7 +24,7 @@ from .launch import bits, launch, narrowed, plan, summed
 from .layout import Call, Gradient, precision
 from .segments import Segments
 from .sparse_read import check_indices, gather
-from .tiles import dots, open_slots, row_scales, slot_block, token_block, tokens
+from .tiles import dots, open_slots, row_scales, scores, slot_block, token_block, tokens
 from .topk_tiles import LOWEST, best_of, ranks, scored, scored_tensor, shares, shares_tensor
 
 LARGEST = {16: 256, 32: 128}  # neighbours that a list on the chip holds, by bits of an element: more would spill
@@ -40,10 +40,10 @@ def score_ranks(
     """Ranks of slots ``n`` for a block of tokens."""
     ok, bias = open_slots(mask, b, B1, n, N)
     k_rows, k0 = slot_block(k, b, B1, n, ok, K, BLOCK_K)
-    s = dots(q0, q_rows, t_ok, k0, k_rows, ok, K, BLOCK_K, K_STEPS, PRECISION) * scale
+    dot = dots(q0, q_rows, t_ok, k0, k_rows, ok, K, BLOCK_K, K_STEPS, PRECISION)
     if k_scale is not None:
-        s *= row_scales(k_scale, b, B1, n, ok)[None, :]
-    s += bias[None, :]
+        dot *= row_scales(k_scale, b, B1, n, ok)[None, :]
+    s = scores(dot, scale, bias[None, :])
     return ranks(s, tl.broadcast_to(n[None, :], s.shape), tl.broadcast_to(ok[None, :], s.shape))
 
 

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .layout import Call
-from .tiles import LOG2E, dots, sigmoid, tile, tokens
+from .tiles import dots, scores, sigmoid, softmax_weights, tile, tokens
 
 
 @triton.jit
@@ -40,13 +40,13 @@ def gates(
         keep = 1.0 - a
     else:
         q0 = tile(q_rows, t_ok, K, 0, BLOCK_K)
-        s = dots(k0, k_rows, ok, q0, q_rows, t_ok, K, BLOCK_K, K_STEPS, PRECISION) * scale + bias[:, None]
+        s = scores(dots(k0, k_rows, ok, q0, q_rows, t_ok, K, BLOCK_K, K_STEPS, PRECISION), scale, bias[:, None])
         if GATE == "softmax":
             at = b.to(tl.int64) * T + t
             top = tl.load(norm[0] + at, mask=t_ok, other=0.0)[None, :]
             rest = tl.load(norm[1] + at, mask=t_ok, other=0.0)[None, :]
             highest = n[:, None] == tl.load(norm[2] + at, mask=t_ok, other=-1)[None, :]
-            p = tl.where(highest, 1.0, tl.exp2((s - top) * LOG2E))
+            p = tl.where(highest, 1.0, softmax_weights(s, top, 0.0))
             a = p / (1.0 + rest)
             keep = tl.where(highest, rest, 1.0 + rest - p) / (1.0 + rest)
         else:

@@ -48,14 +48,15 @@ def softmax(s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     nothing = torch.isneginf(s).all(-1, keepdim=True)
     s = s.masked_fill(nothing, 0)
     top = s.detach().amax(-1, keepdim=True)  # a constant: what is subtracted from all scores changes no weight
-    top = top.masked_fill(torch.isinf(top), 0)  # beside a score of +inf finite ones have weight 0, it has none
     e = torch.exp(s - top)
     total = e.sum(-1, keepdim=True)
     log_total = torch.log(total)
     lse = top + log_total
     rest = (top - lse.detach()) + log_total.detach()
-    lse, rest = lse.masked_fill(nothing, -torch.inf), rest.masked_fill(nothing | torch.isinf(lse), 0)
-    return (e / total).masked_fill(nothing, 0), lse.squeeze(-1), rest.squeeze(-1)
+    infinite = torch.isposinf(top)  # leaves NaN at that score and 0 elsewhere
+    lse = lse.masked_fill(nothing, -torch.inf).masked_fill(infinite, torch.inf)
+    rest = rest.masked_fill(nothing | infinite, 0)
+    return (e / total).masked_fill(nothing | infinite & (s < top), 0), lse.squeeze(-1), rest.squeeze(-1)
 
 
 def default_scale(query: Tensor, scale: float | None) -> float:
