@@ -5,11 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
+from memkernels._extras import require
 
 from . import results, text
 
@@ -100,6 +96,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
     parser.add_argument("--docs", type=Path, default=DOCS, help="folder of the plots")
     options = parser.parse_args(arguments)
+    require(parser.prog, "matplotlib")
     for file in options.files:
         rows = results.load(file)
         first = rows[0]

@@ -14,6 +14,7 @@ A block stands between ``<!-- generated: NAME -->`` and ``<!-- end: NAME -->``:
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 import json
@@ -170,6 +171,9 @@ def stale() -> list[str]:
 
 
 def main() -> int:
+    argparse.ArgumentParser(
+        prog="python -m docs.generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     for page in pages():
         before = page.read_text()
         after = filled(before, ROOT / "docs")
