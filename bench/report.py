@@ -58,7 +58,7 @@ def plot(rows: list[dict], path: Path) -> None:
         notes.append("above 100 %: the kernel leaves out work that the definition of the op counts")
     figure.suptitle("\n".join(notes), fontsize=8, color=QUIET)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=200)
+    figure.savefig(path, dpi=150)
 
 
 def _ratios(axis, timed: list[dict]) -> None:
