@@ -61,7 +61,7 @@ setup(
     version=version(),
     packages=[*find_packages(include=["memkernels", "memkernels.*"]), KERNELS],
     package_dir={KERNELS: "triton_kernels"},  # the bare name is taken by another package
-    package_data={"memkernels": ["fastest.json"], KERNELS: ["configs.json"]},
+    package_data={"memkernels": ["fastest.json", "py.typed"], KERNELS: ["configs.json"]},
     ext_modules=[Extension(NAME, sources=[])],
     cmdclass={"build_ext": CMakeBuild},
 )

@@ -21,8 +21,8 @@ from triton.runtime.jit import JITCallable
 
 from memkernels import _triton
 
-# Architecture -> what ptxas calls it, and the shared memory that one block may have, in bytes.
-TARGETS = {"80": ("sm_80", 163 << 10), "90": ("sm_90a", 227 << 10), "100": ("sm_100a", 227 << 10)}
+from .targets import TARGETS
+
 INSTRUCTIONS = {"80": ("mma.sync",), "90": ("wgmma.mma_async", "mma.sync"), "100": ("tcgen05.mma", "mma.sync")}
 
 

@@ -24,19 +24,24 @@ import sys
 from collections.abc import Container, Sequence
 from pathlib import Path
 
-import triton
-
 from memkernels import _triton
+from memkernels._extras import optional, require
 
-from .compilation import TARGETS, Needs
-from .compile import ROWS, Compiled, compiled
 from .results import DIRECTORY
+from .targets import TARGETS
+
+with optional("triton"):
+    import triton
+
+    from .compilation import Needs
+    from .compile import ROWS, Compiled, compiled
+
+    NEEDS = tuple(field.name for field in dataclasses.fields(Needs))
 
 DTYPES = ("bfloat16", "float16", "float32", "tf32")
 WIDTHS = (64, 128, 256, 512)
 FILE = DIRECTORY / "triton-compiled.jsonl"
 TOLD = ("key", "kernel", "arch", "dtype", "width", "constants")
-NEEDS = tuple(field.name for field in dataclasses.fields(Needs))
 DECIDING = ("compilation.py", "compile.py", "launches.py")  # of this folder, which builds are asked for and how
 
 
@@ -99,6 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--sample", type=int, default=0, metavar="N", help="the same for N that are recorded")
     parser.add_argument("--write", action="store_true", help="renew the record")
     options = parser.parse_args(arguments)
+    require(parser.prog, "triton")
     gc.freeze()  # what torch and Triton have loaded stays: looking through it again and again takes a sixth of the time
     record = Record()
     recorded = record.needs()

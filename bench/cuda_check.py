@@ -10,6 +10,7 @@ in ``build/``, so a second run is short.
 
 from __future__ import annotations
 
+import argparse
 import fcntl
 import importlib.util
 import os
@@ -119,6 +120,9 @@ def plain(name: str) -> str:
 
 
 def main() -> int:
+    argparse.ArgumentParser(
+        prog="python -m bench.cuda_check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     if (why := missing()) is not None:
         print(f"cuda_check: {why}", file=sys.stderr)
         return 1

@@ -8,6 +8,7 @@ has gradients, backward: what training takes.
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import sys
@@ -67,6 +68,9 @@ def fastest(op: Op, few: bool, dtype: torch.dtype, device: str, names: Sequence[
 
 
 def main() -> int:
+    argparse.ArgumentParser(
+        prog="python -m bench.fastest", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     if not torch.cuda.is_available():
         print(f"fastest: no GPU that torch {torch.__version__} can use is here", file=sys.stderr)
         return 1

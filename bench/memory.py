@@ -7,6 +7,7 @@ those that do not go through torch.
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import gc
 import json
@@ -78,13 +79,23 @@ def step(case: Case, make_run: Callable, inputs: dict, d_out: torch.Tensor | Non
     return call
 
 
-def main(op: str, direction: str, device: str, threads: str, *quick: str) -> None:
+def main() -> None:
     from .cases.memory import CASES
 
-    torch.set_num_threads(int(threads))
-    torch.set_grad_enabled(direction == "backward")
-    case = next(c for c in CASES if (c.op, c.direction) == (op, direction))
-    sizes = case.quick if quick else case.sizes
+    parser = argparse.ArgumentParser(prog="python -m bench.memory", description=__doc__)
+    parser.add_argument("op", choices=sorted({case.op for case in CASES}))
+    parser.add_argument("direction", choices=("forward", "backward"))
+    parser.add_argument("device", choices=("cpu", "cuda"))
+    parser.add_argument("threads", type=int)
+    parser.add_argument("quick", nargs="?", choices=("quick",), help="small sizes")
+    options = parser.parse_args()
+    device = options.device
+    torch.set_num_threads(options.threads)
+    torch.set_grad_enabled(options.direction == "backward")
+    case = next((c for c in CASES if (c.op, c.direction) == (options.op, options.direction)), None)
+    if case is None:
+        parser.error(f"no case measures the {options.direction} of {options.op}")
+    sizes = case.quick if options.quick else case.sizes
     variants = {OWN: own(case), **peers_of(case, quick=True)[0]}
     tiny = case.make({**sizes, "T": 4, "N": 64}, case.torch_dtype, device, seed=0)
     inputs = case.make(sizes, case.torch_dtype, device, seed=0)
@@ -101,4 +112,4 @@ def main(op: str, direction: str, device: str, threads: str, *quick: str) -> Non
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

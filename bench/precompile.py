@@ -20,14 +20,17 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from memkernels._extras import optional, require
 from memkernels.registration import OPS
 from memkernels.testing import CASES, Subject
 
-from .compilation import Build
-from .compile import configs, replay
 from .cuda_check import ROOT
 from .gpu.telling import rounds
 from .launches import plain
+
+with optional("triton"):
+    from .compilation import Build
+    from .compile import configs, replay
 
 _CASES = {case.name: case for case in CASES}
 
@@ -132,6 +135,7 @@ def main() -> int:
     parser.add_argument("--part", type=int, default=0, help="every so many-th build, from this one on")
     parser.add_argument("--of", type=int, default=1)
     options = parser.parse_args()
+    require(parser.prog, "triton")
     found = builds(options.capability, options.rounds)
     if options.count:
         for i, fresh in enumerate(found):

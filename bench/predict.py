@@ -25,6 +25,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from memkernels._extras import require
+
 from . import cuda_check
 from .assumed import ARCHES, ASSUMED, assumed
 from .results import DIRECTORY
@@ -363,6 +365,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--width", nargs="+", type=int, choices=WIDTHS, default=WIDTHS)
     parser.add_argument("--write", action="store_true", help="renew these rows of the committed file")
     options = parser.parse_args(arguments)
+    require(parser.prog, "triton")
     rows: list[Row] = []
     for arch in options.arch:
         for dtype in options.dtype:

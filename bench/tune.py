@@ -23,12 +23,19 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from memkernels import _triton
+from memkernels._extras import optional, require
 
-from .compilation import TARGETS
-from .compile import DECODING, ROWS, compiled, compressed
 from .compile_check import WIDTHS, Record
 from .launches import Launch, launches, replayed
+from .targets import TARGETS
 from .timers import interleave
+
+with optional("triton"):
+    from .compile import DECODING, ROWS, compiled, compressed
+
+    configs, launch = (
+        importlib.import_module(f"{_triton.kernels().__name__}.{name}") for name in ("configs", "launch")
+    )
 
 DTYPES = {16: ("bfloat16", "float16"), 32: ("float32", "tf32")}
 DTYPE = {16: torch.bfloat16, 32: torch.float32}  # that is measured
@@ -36,8 +43,6 @@ DTYPE = {16: torch.bfloat16, 32: torch.float32}  # that is measured
 WORST = ("gated_write, erase 0.5, retained", "softmax_write, erase 0.5, retained", "topk, k = 128", "topk, k = 256")
 REGISTERS = 65536  # of one processor, for all threads of a block
 GAIN = 0.98  # a candidate replaces the present row when it takes less than this share of its time
-
-configs, launch = (importlib.import_module(f"{_triton.kernels().__name__}.{name}") for name in ("configs", "launch"))
 
 
 def save() -> None:
@@ -203,6 +208,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--bits", nargs="+", type=int, choices=(16, 32), default=(16, 32))
     parser.add_argument("--width", nargs="+", type=int, choices=WIDTHS, default=WIDTHS)
     options = parser.parse_args(arguments)
+    require(parser.prog, "triton")
     if options.arithmetic:
         only = ()
         if options.main:

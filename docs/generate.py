@@ -3,7 +3,7 @@
 A block stands between ``<!-- generated: NAME -->`` and ``<!-- end: NAME -->``:
 
 - ``ops``: the table of operations, from their declarations and the kernels that the dispatcher knows;
-- ``speed``: the picture of one of the committed result files, drawn by ``bench.report``;
+- ``speed``: table and picture of a dozen rows of one of the committed result files, chosen by :func:`headline`;
 - ``performance``: pictures and tables of the same files, printed by ``bench.report``;
 - ``ladder``, ``limits``: what each step bought, and what loops reach on a free and on a busy core, recorded in
   ``bench/results/ladder.json``;
@@ -14,6 +14,7 @@ A block stands between ``<!-- generated: NAME -->`` and ``<!-- end: NAME -->``:
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 import json
@@ -84,13 +85,49 @@ def result_files() -> list[Path]:
     return sorted(file for file in RESULTS.glob("*.json") if not other.search(file.stem))
 
 
-def speed(before: str) -> str:
-    """The picture of the result file with the most cases, of several the newest: not of a forced instruction set."""
+def headline(rows: list[dict]) -> list[dict]:
+    """The rows of the README, by rule: of each page of operations and each direction the float32 case with the most
+    multiply-adds that a peer ran too (of equals the one with the smaller ratio); then the smallest ratio of all."""
+    compared = [row for row in rows if row["unit"] == "s" and row["ratio"] is not None and not OPS[row["op"]].twin_of]
+    kinds: dict[tuple[str, str], list[dict]] = {}
+    for row in compared:
+        if row["dtype"] == "float32":
+            kinds.setdefault((page_of(row["op"]).stem, row["direction"]), []).append(row)
+    order = re.findall(r"\((\w+)\.md", (ROOT / "docs" / "index.md").read_text())
+    chosen = [
+        max(kinds[kind], key=lambda row: (row["flops"], -row["ratio"]))
+        for kind in sorted(kinds, key=lambda kind: (order.index(kind[0]), kind[1] == "backward"))
+    ]
+    worst = min(compared, key=lambda row: row["ratio"])
+    return chosen + [worst] * (worst not in chosen)
+
+
+def speed(pictures_to: Path) -> str:
+    """The headline of the result file with the most cases, of several the newest: not of a forced instruction set."""
     if not result_files():
         return EMPTY
-    rows = {file: json.loads(file.read_text())["rows"] for file in result_files()}
-    best = max(rows, key=lambda file: (len(rows[file]), rows[file][0]["date"]))
-    return f"![Speed against the best peer, and share of the ceiling](docs/performance-{best.stem}.png)\n"
+    from bench import report as bench_report
+    from bench import text
+
+    files = {file: json.loads(file.read_text())["rows"] for file in result_files()}
+    best = max(files, key=lambda file: (len(files[file]), files[file][0]["date"]))
+    rows = headline(files[best])
+    bench_report.plot(rows, pictures_to / "speed.png")
+    lines = [
+        "| op | case | time | times as fast as the best peer | share of the ceiling |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        name = f"[`{row['op']}`](docs/{page_of(row['op']).name}#{row['op']})"
+        share = max(row["peak_share"] or 0, row["bandwidth_share"] or 0)
+        name += " backward" if row["direction"] == "backward" else ""
+        lines.append(
+            f"| {name} | {row['case']} | {text.median(row)} | {row['ratio']:.2f}x {row['best_peer']} | {share:.0%} |"
+        )
+    first = rows[0]
+    where = f"{bench_report.machine(first)}; torch {first['torch']}, commit {first['commit']}, {first['date'][:10]}."
+    table = "\n".join(lines)
+    return f"{where}\n\n{table}\n\n![Speed against the best peer, and share of the ceiling](docs/speed.png)\n"
 
 
 def report(pictures_to: Path) -> str:
@@ -148,7 +185,7 @@ def generated(pictures_to: Path) -> dict[str, Callable[[str], str]]:
     """name -> the content of a block, given what it holds now."""
     return {
         "ops": op_table,
-        "speed": speed,
+        "speed": lambda before: speed(pictures_to),
         "performance": lambda before: report(pictures_to),
         "ladder": ladder,
         "limits": limits,
@@ -170,6 +207,9 @@ def stale() -> list[str]:
 
 
 def main() -> int:
+    argparse.ArgumentParser(
+        prog="python -m docs.generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     for page in pages():
         before = page.read_text()
         after = filled(before, ROOT / "docs")

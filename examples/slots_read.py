@@ -9,18 +9,15 @@ sentence is stored with the character that followed. The characters of a second 
 
 from __future__ import annotations
 
-import sys
+import argparse
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # after the back end is chosen
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from memkernels import _text, topk_read
+from memkernels._extras import require
 from memkernels.models import SimilarityLM
 
 WRITTEN = "a class is an object that is called to make objects"
@@ -48,7 +45,10 @@ def contexts(model: SimilarityLM, sentence: str) -> tuple[Tensor, Tensor]:
 
 
 def draw(path: Path, weights: Tensor) -> None:
-    figure, axes = plt.subplots(figsize=(11, 9), layout="constrained")
+    from matplotlib.figure import Figure  # so that --help does without
+
+    figure = Figure(figsize=(11, 9), layout="constrained")
+    axes = figure.subplots()
     image = axes.imshow(weights.numpy(), cmap="Blues", vmin=0, vmax=1)
     axes.set_xticks(range(len(WRITTEN) - 1), list(WRITTEN[1:]), family="monospace")
     axes.set_yticks(range(len(READER) - 1), list(READER[1:]), family="monospace")
@@ -57,7 +57,6 @@ def draw(path: Path, weights: Tensor) -> None:
     axes.xaxis.set_ticks_position("top")
     figure.colorbar(image, label="weight of the read", shrink=0.6)
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 @torch.no_grad()
@@ -84,4 +83,8 @@ def main(path: str = "slots_read.png") -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:2])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("picture", nargs="?", default="slots_read.png", help="where it goes (default: %(default)s)")
+    options = parser.parse_args()
+    require(parser.prog, "matplotlib")
+    main(options.picture)

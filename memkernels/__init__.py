@@ -6,6 +6,8 @@
 Operations are in :mod:`memkernels.ops`, modules in :mod:`memkernels.nn`, models in :mod:`memkernels.models`.
 """
 
+from typing import TYPE_CHECKING
+
 from . import ops
 from .backends import use_backend
 from .ops import *  # noqa: F403
@@ -13,10 +15,21 @@ from .ops import *  # noqa: F403
 __version__ = "0.1.0"
 __all__ = [*ops.__all__, "use_backend"]
 
+_LAZY = ("models", "nn", "testing")  # imported on first use, to keep the import of the ops fast
 
-def __getattr__(name: str):
-    if name in ("nn", "models", "testing"):  # imported on first use, to keep the import of the ops fast
-        import importlib
+if TYPE_CHECKING:  # a type checker sees the modules, and not a __getattr__ that would excuse every name
+    from . import models as models
+    from . import nn as nn
+    from . import testing as testing
+else:
 
-        return importlib.import_module(f"{__name__}.{name}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    def __getattr__(name: str):
+        if name in _LAZY:
+            import importlib
+
+            return importlib.import_module(f"{__name__}.{name}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

@@ -36,9 +36,11 @@ def collect() -> dict[str, Any]:
 
 
 def gaps(info: dict[str, Any]) -> list[str]:
-    """Every reason in the op x backend matrix, once."""
-    cells = (why for row in info["ops"].values() for by in row.values() for why in by.values())
-    return list(dict.fromkeys(why for why in cells if why))
+    """Every reason in the op x backend matrix, once; one for a backend that is missing altogether."""
+    missing = {name: row["missing"] for name, row in info["backends"].items() if row["missing"]}
+    whole = [f"every op: backend {name!r} is not available: {why}" for name, why in missing.items()]
+    rows = (by for row in info["ops"].values() for name, by in row.items() if name not in missing)
+    return [*whole, *dict.fromkeys(why for by in rows for why in by.values() if why)]
 
 
 def _processor() -> dict[str, Any]:

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from . import ops
 
@@ -105,6 +104,8 @@ def cases(tokens: int = 1024, slots: int = 2048, many: int = 65536) -> list[Case
 
 def measure(fused: str, seconds: float = SECONDS_PER_CASE) -> list[Timing]:
     """Median time of every variant of every case; variants take turns, so that a busy moment hits all of them."""
+    from tqdm import tqdm
+
     timings = []
     for case in tqdm(cases(), desc="timing", unit="op"):
         variants = {

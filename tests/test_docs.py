@@ -26,27 +26,36 @@ FIGURE = re.compile(
 )
 
 
-def _text_tokens():
-    """What the page on models leaves to its reader: windows of 8 texts, and prompts."""
-    return {"batches": [torch.randint(256, (8, 32)) for _ in range(2)], "prompt": torch.randint(256, (8, 8))}
-
-
-GIVEN = {"models.md": _text_tokens}
-
-
 def sections(text: str) -> set[str]:
     """The anchors of a page, as GitHub makes them."""
     titles = re.findall(r"^#+ (.+)$", FENCE.sub("", text), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if CODE.search(p.read_text())], ids=lambda p: p.name)
-def test_examples_run_as_written(page, capsys):
+SNIPPETS = [
+    (page, text[: match.start()].count("\n") + 1, match[1])
+    for page in PAGES
+    for text in [page.read_text()]
+    for match in CODE.finditer(text)
+]
+
+
+@pytest.mark.parametrize(
+    "page, line, code", SNIPPETS, ids=lambda x: getattr(x, "name", x if isinstance(x, int) else "")
+)
+def test_examples_run_as_written(page, line, code, capsys):
+    """Each alone, with nothing from the snippets above it: as whoever copies it runs it."""
     torch.manual_seed(0)
-    names = GIVEN.get(page.name, dict)()
-    for match in CODE.finditer(page.read_text()):
-        line = page.read_text()[: match.start()].count("\n") + 1
-        exec(compile("\n" * line + match[1], str(page), "exec"), names)
+    exec(compile("\n" * line + code, str(page), "exec"), {})
+
+
+def test_no_example_is_left_out():
+    """Python stands in fences at the margin that say so, where the test above finds it."""
+    for page in PAGES:
+        text = page.read_text()
+        assert len(re.findall(r"```\s*(?:python|py|pycon)\b", text)) == len(CODE.findall(text)), page.name
+        unnamed = [block for block in FENCE.findall(text) if block.startswith("```\n")]
+        assert not [block for block in unnamed if "import " in block], page.name
 
 
 def test_generated_blocks_are_up_to_date():

@@ -6,6 +6,7 @@ takes, least of several runs. With no device to wait for, what is left is what a
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 import time
@@ -58,6 +59,9 @@ def calls(subject: Subject, backend: Backend) -> Iterator[tuple[str, Callable[[]
 
 
 def main() -> int:
+    argparse.ArgumentParser(
+        prog="python -m bench.gpu.host", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     record = Record()
     unjudge()
     case = next(case for case in CASES if case.name == "usual")

@@ -8,6 +8,7 @@ has met an illegal address fails every later call.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import sys
@@ -108,7 +109,12 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error) or '-').splitlines()[0]:.300}"
 
 
-def main(mode: str, *words: str) -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu.worker", description=__doc__)
+    parser.add_argument("mode", choices=("look", "plan", "precompile", "contract", "launch", "speed"))
+    parser.add_argument("words", nargs="*", help="what the mode takes")
+    options = parser.parse_args()
+    mode, words = options.mode, options.words
     # Standard output belongs to the messages: what a library prints goes to the log.
     output = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
@@ -135,4 +141,4 @@ def main(mode: str, *words: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

@@ -55,6 +55,8 @@ class MemoryTransformerLM(nn.Module):
         ValueError: sizes that do not fit, a sequence longer than ``max_length``.
     """
 
+    positions: Tensor
+
     def __init__(
         self,
         vocab_size: int,

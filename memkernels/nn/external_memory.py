@@ -61,6 +61,8 @@ class ExternalMemory(nn.Module):
     Source: Sukhbaatar et al. 2015, End-To-End Memory Networks; Graves et al. 2014, Neural Turing Machines.
     """
 
+    values: Tensor
+
     def __init__(
         self,
         mem_size: int,

@@ -8,6 +8,8 @@ Source: Sukhbaatar et al. 2015, End-To-End Memory Networks (several hops, with t
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor, nn
 
@@ -40,6 +42,39 @@ class MultiHopRead(nn.Module):
         self.scale = width**-0.5 if scaled else 1.0
         self.carry = nn.Linear(width, width, bias=False)
         nn.init.eye_(self.carry.weight)
+
+    @overload
+    def forward(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        *,
+        slot_mask: Tensor | None = None,
+        return_queries: Literal[False] = False,
+    ) -> Tensor: ...
+
+    @overload
+    def forward(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        *,
+        slot_mask: Tensor | None = None,
+        return_queries: Literal[True],
+    ) -> tuple[Tensor, Tensor]: ...
+
+    @overload
+    def forward(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        *,
+        slot_mask: Tensor | None = None,
+        return_queries: bool,
+    ) -> Tensor | tuple[Tensor, Tensor]: ...
 
     def forward(
         self,

@@ -8,6 +8,8 @@ Source: Bahdanau et al. 2015, Neural Machine Translation by Jointly Learning to 
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 
@@ -50,6 +52,45 @@ OP = register(
         equation="r_t = sum_i softmax_i(u.tanh(q_t + k_i) + mask_i) v_i",
     )
 )
+
+
+@overload
+def additive_read(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    score_vector: Tensor,
+    *,
+    slot_mask: Tensor | None = None,
+    return_lse: Literal[False] = False,
+    backend: str | None = None,
+) -> Tensor: ...
+
+
+@overload
+def additive_read(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    score_vector: Tensor,
+    *,
+    slot_mask: Tensor | None = None,
+    return_lse: Literal[True],
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def additive_read(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    score_vector: Tensor,
+    *,
+    slot_mask: Tensor | None = None,
+    return_lse: bool,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
 def additive_read(

@@ -47,7 +47,7 @@ def address(
     query: Tensor,
     keys: Tensor,
     *,
-    scale: float | None = None,
+    scale: float | Tensor | None = None,
     slot_mask: Tensor | None = None,
     gate: str = "softmax",
     backend: str | None = None,

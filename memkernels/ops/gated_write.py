@@ -9,6 +9,8 @@ al. 2024, Stick-breaking Attention (the closed form over tokens for e = 1).
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 
@@ -61,6 +63,7 @@ OP = register(
 )
 
 
+@overload
 def gated_write(
     values: Tensor,
     keys: Tensor,
@@ -68,7 +71,54 @@ def gated_write(
     write: Tensor,
     *,
     erase: float | Tensor = 1.0,
-    scale: float | None = None,
+    scale: float | Tensor | None = None,
+    slot_mask: Tensor | None = None,
+    token_mask: Tensor | None = None,
+    return_retained: Literal[False] = False,
+    backend: str | None = None,
+) -> Tensor: ...
+
+
+@overload
+def gated_write(
+    values: Tensor,
+    keys: Tensor,
+    query: Tensor,
+    write: Tensor,
+    *,
+    erase: float | Tensor = 1.0,
+    scale: float | Tensor | None = None,
+    slot_mask: Tensor | None = None,
+    token_mask: Tensor | None = None,
+    return_retained: Literal[True],
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def gated_write(
+    values: Tensor,
+    keys: Tensor,
+    query: Tensor,
+    write: Tensor,
+    *,
+    erase: float | Tensor = 1.0,
+    scale: float | Tensor | None = None,
+    slot_mask: Tensor | None = None,
+    token_mask: Tensor | None = None,
+    return_retained: bool,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]: ...
+
+
+def gated_write(
+    values: Tensor,
+    keys: Tensor,
+    query: Tensor,
+    write: Tensor,
+    *,
+    erase: float | Tensor = 1.0,
+    scale: float | Tensor | None = None,
     slot_mask: Tensor | None = None,
     token_mask: Tensor | None = None,
     return_retained: bool = False,
@@ -106,6 +156,7 @@ def gated_write(
     return (new, retained) if return_retained else new
 
 
+@overload
 def gated_write_(
     values: Tensor,
     keys: Tensor,
@@ -113,7 +164,54 @@ def gated_write_(
     write: Tensor,
     *,
     erase: float | Tensor = 1.0,
-    scale: float | None = None,
+    scale: float | Tensor | None = None,
+    slot_mask: Tensor | None = None,
+    token_mask: Tensor | None = None,
+    return_retained: Literal[False] = False,
+    backend: str | None = None,
+) -> Tensor: ...
+
+
+@overload
+def gated_write_(
+    values: Tensor,
+    keys: Tensor,
+    query: Tensor,
+    write: Tensor,
+    *,
+    erase: float | Tensor = 1.0,
+    scale: float | Tensor | None = None,
+    slot_mask: Tensor | None = None,
+    token_mask: Tensor | None = None,
+    return_retained: Literal[True],
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def gated_write_(
+    values: Tensor,
+    keys: Tensor,
+    query: Tensor,
+    write: Tensor,
+    *,
+    erase: float | Tensor = 1.0,
+    scale: float | Tensor | None = None,
+    slot_mask: Tensor | None = None,
+    token_mask: Tensor | None = None,
+    return_retained: bool,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]: ...
+
+
+def gated_write_(
+    values: Tensor,
+    keys: Tensor,
+    query: Tensor,
+    write: Tensor,
+    *,
+    erase: float | Tensor = 1.0,
+    scale: float | Tensor | None = None,
     slot_mask: Tensor | None = None,
     token_mask: Tensor | None = None,
     return_retained: bool = False,

@@ -90,7 +90,7 @@ def memory_scan(
     write_query: Tensor,
     write: Tensor,
     *,
-    scale: float | None = None,
+    scale: float | Tensor | None = None,
     slot_mask: Tensor | None = None,
     token_mask: Tensor | None = None,
     read_first: bool = False,

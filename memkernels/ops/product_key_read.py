@@ -8,6 +8,8 @@ Source: Lample et al. 2019, Large Memory Layers with Product Keys: the layer of 
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 from torch import Tensor
 
 from ..registration import call, register
@@ -50,13 +52,52 @@ OP = register(
 )
 
 
+@overload
 def product_key_read(
     query: Tensor,
     subkeys: Tensor,
     values: Tensor,
     k: int,
     *,
-    scale: float | None = None,
+    scale: float | Tensor | None = None,
+    return_slots: Literal[False] = False,
+    backend: str | None = None,
+) -> Tensor: ...
+
+
+@overload
+def product_key_read(
+    query: Tensor,
+    subkeys: Tensor,
+    values: Tensor,
+    k: int,
+    *,
+    scale: float | Tensor | None = None,
+    return_slots: Literal[True],
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
+@overload
+def product_key_read(
+    query: Tensor,
+    subkeys: Tensor,
+    values: Tensor,
+    k: int,
+    *,
+    scale: float | Tensor | None = None,
+    return_slots: bool,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor, Tensor]: ...
+
+
+def product_key_read(
+    query: Tensor,
+    subkeys: Tensor,
+    values: Tensor,
+    k: int,
+    *,
+    scale: float | Tensor | None = None,
     return_slots: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:

@@ -49,7 +49,7 @@ OP = register(
 
 
 def product_key_search(
-    query: Tensor, subkeys: Tensor, k: int, *, scale: float | None = None, backend: str | None = None
+    query: Tensor, subkeys: Tensor, k: int, *, scale: float | Tensor | None = None, backend: str | None = None
 ) -> tuple[Tensor, Tensor]:
     """The ``k`` best of ``n * n`` slots whose keys are the pairs of two lists of ``n`` half keys. Exact.
 

@@ -47,7 +47,7 @@ def slot_usage(
     keys: Tensor,
     lse: Tensor,
     *,
-    scale: float | None = None,
+    scale: float | Tensor | None = None,
     slot_mask: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:

@@ -9,6 +9,8 @@ Networks (reading a memory by softmax); Dao 2023, FlashAttention-2 (blocked eval
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 from torch import Tensor
 
 from ..registration import call, register
@@ -43,12 +45,57 @@ OP = register(
 COMPRESSED = register(compressed(OP, keys="key_scale", values="value_scale"))
 
 
+@overload
 def softmax_read(
     query: Tensor,
     keys: Tensor,
     values: Tensor,
     *,
-    scale: float | None = None,
+    scale: float | Tensor | None = None,
+    slot_mask: Tensor | None = None,
+    key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None,
+    return_lse: Literal[False] = False,
+    backend: str | None = None,
+) -> Tensor: ...
+
+
+@overload
+def softmax_read(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    scale: float | Tensor | None = None,
+    slot_mask: Tensor | None = None,
+    key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None,
+    return_lse: Literal[True],
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def softmax_read(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    scale: float | Tensor | None = None,
+    slot_mask: Tensor | None = None,
+    key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None,
+    return_lse: bool,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]: ...
+
+
+def softmax_read(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    scale: float | Tensor | None = None,
     slot_mask: Tensor | None = None,
     key_scale: Tensor | None = None,
     value_scale: Tensor | None = None,

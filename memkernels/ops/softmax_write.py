@@ -8,6 +8,8 @@ Sources: Graves et al. 2014, Neural Turing Machines (content-based addressing, e
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 from torch import Tensor
 
 from ..registration import call, register
@@ -59,6 +61,7 @@ OP = register(
 )
 
 
+@overload
 def softmax_write(
     values: Tensor,
     keys: Tensor,
@@ -66,7 +69,54 @@ def softmax_write(
     write: Tensor,
     *,
     erase: float | Tensor = 1.0,
-    scale: float | None = None,
+    scale: float | Tensor | None = None,
+    slot_mask: Tensor | None = None,
+    token_mask: Tensor | None = None,
+    return_retained: Literal[False] = False,
+    backend: str | None = None,
+) -> Tensor: ...
+
+
+@overload
+def softmax_write(
+    values: Tensor,
+    keys: Tensor,
+    query: Tensor,
+    write: Tensor,
+    *,
+    erase: float | Tensor = 1.0,
+    scale: float | Tensor | None = None,
+    slot_mask: Tensor | None = None,
+    token_mask: Tensor | None = None,
+    return_retained: Literal[True],
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def softmax_write(
+    values: Tensor,
+    keys: Tensor,
+    query: Tensor,
+    write: Tensor,
+    *,
+    erase: float | Tensor = 1.0,
+    scale: float | Tensor | None = None,
+    slot_mask: Tensor | None = None,
+    token_mask: Tensor | None = None,
+    return_retained: bool,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]: ...
+
+
+def softmax_write(
+    values: Tensor,
+    keys: Tensor,
+    query: Tensor,
+    write: Tensor,
+    *,
+    erase: float | Tensor = 1.0,
+    scale: float | Tensor | None = None,
     slot_mask: Tensor | None = None,
     token_mask: Tensor | None = None,
     return_retained: bool = False,
@@ -104,6 +154,7 @@ def softmax_write(
     return (new, retained) if return_retained else new
 
 
+@overload
 def softmax_write_(
     values: Tensor,
     keys: Tensor,
@@ -111,7 +162,54 @@ def softmax_write_(
     write: Tensor,
     *,
     erase: float | Tensor = 1.0,
-    scale: float | None = None,
+    scale: float | Tensor | None = None,
+    slot_mask: Tensor | None = None,
+    token_mask: Tensor | None = None,
+    return_retained: Literal[False] = False,
+    backend: str | None = None,
+) -> Tensor: ...
+
+
+@overload
+def softmax_write_(
+    values: Tensor,
+    keys: Tensor,
+    query: Tensor,
+    write: Tensor,
+    *,
+    erase: float | Tensor = 1.0,
+    scale: float | Tensor | None = None,
+    slot_mask: Tensor | None = None,
+    token_mask: Tensor | None = None,
+    return_retained: Literal[True],
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def softmax_write_(
+    values: Tensor,
+    keys: Tensor,
+    query: Tensor,
+    write: Tensor,
+    *,
+    erase: float | Tensor = 1.0,
+    scale: float | Tensor | None = None,
+    slot_mask: Tensor | None = None,
+    token_mask: Tensor | None = None,
+    return_retained: bool,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]: ...
+
+
+def softmax_write_(
+    values: Tensor,
+    keys: Tensor,
+    query: Tensor,
+    write: Tensor,
+    *,
+    erase: float | Tensor = 1.0,
+    scale: float | Tensor | None = None,
     slot_mask: Tensor | None = None,
     token_mask: Tensor | None = None,
     return_retained: bool = False,

@@ -8,6 +8,8 @@ Memory Layers with Product Keys.
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 
@@ -64,13 +66,61 @@ OP = register(
 COMPRESSED = register(compressed(OP, keys="key_scale", values="value_scale"))
 
 
+@overload
 def topk_read(
     query: Tensor,
     keys: Tensor,
     values: Tensor,
     k: int,
     *,
-    scale: float | None = None,
+    scale: float | Tensor | None = None,
+    slot_mask: Tensor | None = None,
+    key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None,
+    return_slots: Literal[False] = False,
+    backend: str | None = None,
+) -> Tensor: ...
+
+
+@overload
+def topk_read(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    k: int,
+    *,
+    scale: float | Tensor | None = None,
+    slot_mask: Tensor | None = None,
+    key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None,
+    return_slots: Literal[True],
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
+@overload
+def topk_read(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    k: int,
+    *,
+    scale: float | Tensor | None = None,
+    slot_mask: Tensor | None = None,
+    key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None,
+    return_slots: bool,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor, Tensor]: ...
+
+
+def topk_read(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    k: int,
+    *,
+    scale: float | Tensor | None = None,
     slot_mask: Tensor | None = None,
     key_scale: Tensor | None = None,
     value_scale: Tensor | None = None,

@@ -71,7 +71,7 @@ def topk_search(
     keys: Tensor,
     k: int,
     *,
-    scale: float | None = None,
+    scale: float | Tensor | None = None,
     slot_mask: Tensor | None = None,
     key_scale: Tensor | None = None,
     backend: str | None = None,
