@@ -46,16 +46,10 @@ def softmax(s: Tensor) -> tuple[Tensor, Tensor]:
     return weights, lse.masked_fill(nothing, -torch.inf).squeeze(-1)
 
 
-def default_scale(query: Tensor, scale: float | None) -> float:
-    """``scale``, or the default ``K ** -0.5`` of scaled dot-product attention."""
-    if scale is not None:
-        return float(scale)
-    width = query.shape[-1] if isinstance(query, Tensor) and query.dim() else 1
-    return width**-0.5 if width else 1.0
-
-
 def stretch(slot_mask: Tensor | None, keys: Tensor) -> Tensor | None:
     """A mask whose last axis has size 1, viewed with one entry per slot."""
-    if isinstance(slot_mask, Tensor) and slot_mask.dim() and slot_mask.shape[-1] == 1 and keys.shape[-2] != 1:
+    if not isinstance(slot_mask, Tensor) or not isinstance(keys, Tensor) or keys.dim() < 2:
+        return slot_mask  # the check of the call says what is wrong
+    if slot_mask.dim() and slot_mask.shape[-1] == 1 and keys.shape[-2] != 1:
         return slot_mask.expand(*slot_mask.shape[:-1], keys.shape[-2])
     return slot_mask

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from ..registration import call, register
 from ..spec import Arg, Op, Out
-from ._formula import default_scale
+from ._options import neighbours, scaled
 from .product_key_search import product_scores
 from .topk_read import read_chosen
-from .topk_search import best, neighbours
+from .topk_search import best
 
 
 def reference(query: Tensor, subkeys: Tensor, values: Tensor, k: int, scale: float):
@@ -56,7 +56,7 @@ def product_key_read(
     values: Tensor,
     k: int,
     *,
-    scale: float | None = None,
+    scale: float | Tensor | None = None,
     return_slots: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
@@ -82,6 +82,7 @@ def product_key_read(
 
     Source: Lample et al. 2019, Large Memory Layers with Product Keys.
     """
-    params = (neighbours("product_key_read", k), default_scale(query, scale))
-    result = call(OP, [query, subkeys, values], params, backend)
+    k = neighbours("product_key_read", k)
+    tensors, factor = scaled(OP, [query, subkeys, values], scale, "product_key_read")
+    result = call(OP, tensors, (k, factor), backend)
     return tuple(result) if return_slots else result[0]

@@ -14,9 +14,10 @@ from torch import Tensor
 from ..registration import call, register
 from ..spec import Arg, Op, Out
 from ._compressed import choose, compressed
-from ._formula import default_scale, inert, scores, softmax, stretch
+from ._formula import inert, scores, softmax, stretch
+from ._options import neighbours, scaled
 from .sparse_read import gather_rows
-from .topk_search import at, best, neighbours
+from .topk_search import at, best
 
 
 def reference(query: Tensor, keys: Tensor, values: Tensor, slot_mask: Tensor | None, k: int, scale: float):
@@ -70,7 +71,7 @@ def topk_read(
     values: Tensor,
     k: int,
     *,
-    scale: float | None = None,
+    scale: float | Tensor | None = None,
     slot_mask: Tensor | None = None,
     key_scale: Tensor | None = None,
     value_scale: Tensor | None = None,
@@ -100,8 +101,9 @@ def topk_read(
     Source: Rae et al. 2016, Scaling Memory-Augmented Neural Networks with Sparse Reads and Writes; Wu et al. 2022,
     Memorizing Transformers.
     """
-    params = (neighbours("topk_read", k), default_scale(query, scale))
+    k = neighbours("topk_read", k)
     tensors = [query, keys, values, stretch(slot_mask, keys)]
     op, tensors = choose(OP, COMPRESSED, tensors, {"keys": key_scale, "values": value_scale})
-    result = call(op, tensors, params, backend)
+    tensors, factor = scaled(op, tensors, scale, "topk_read")
+    result = call(op, tensors, (k, factor), backend)
     return tuple(result) if return_slots else result[0]
