@@ -15,6 +15,7 @@ from torch.autograd import forward_ad
 from ..registration import autocast
 from ..spec import FLOATS, Op, check, stats_dtype
 
+SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 LARGEST = 2**63 - 1  # that operators of torch take
 
 
@@ -111,9 +112,9 @@ def single(op: str, name: str, x: Tensor, like: Tensor, dtype: torch.dtype, want
 def scaled(op: Op, tensors: list, scale: float | Tensor | None, name: str) -> tuple[list, float]:
     """The tensors of a call and its scale, a number: the default ``K ** -0.5``, or the one that was given.
 
-    A scale that is a tensor ``[..., T]``, or broadcasts to it, is multiplied into the queries, and the number is 1.
-    Kernels know nothing of it, and no number is looked at. The product is made in float32 and rounded to the dtype of
-    the query, once: so a score of 16-bit queries is as exact as if the scaled query had been given in 16 bits.
+    A scale that is a tensor ``[..., T]``, or broadcasts to it, is multiplied into the queries, and the number is 1:
+    kernels know nothing of it, and no number is looked at. Queries in 16 bits would lose digits to that product. They
+    become two parts, the rounded product and what the rounding left, side by side, each with keys of its own.
     """
     queries = [i for i, a in enumerate(op.args) if a.name.endswith("query")]
     if scale is None:
@@ -122,14 +123,19 @@ def scaled(op: Op, tensors: list, scale: float | Tensor | None, name: str) -> tu
         return tensors, width**-0.5 if width else 1.0
     if not stays_tensor(scale):
         return tensors, number(name, "scale", scale, SCALE)
-    tensors = autocast(op, tensors)
-    layout = check(op, tensors)
-    lead = tensors[queries[0]]
-    exact = stats_dtype(lead.dtype)
-    factor = _factor(name, scale, lead, [*layout.lead, layout.axes["T"]])
-    tensors = list(tensors)
+    cast = autocast(op, tensors)
+    layout = check(op, cast)
+    factor = _factor(name, scale, cast[queries[0]], [*layout.lead, layout.axes["T"]]).unsqueeze(-1)
+    if all(tensors[i].dtype not in SIXTEEN_BITS for i in queries):  # autocast rounds the product, not its factors
+        return [t * factor if i in queries else t for i, t in enumerate(tensors)], 1.0
+    halves = (2, -1) if op.args[queries[0]].axes == "T 2h" else (1, -1)
+    tensors = list(cast)
     for i in queries:
-        tensors[i] = (tensors[i].to(exact) * factor.unsqueeze(-1)).to(lead.dtype)
+        product = (tensors[i].float() * factor).unflatten(-1, halves)
+        rounded = product.detach().to(tensors[i].dtype)  # the other part takes the gradient, the same for both
+        tensors[i] = torch.cat([rounded, (product - rounded).to(tensors[i].dtype)], -1).flatten(-2)
+    keys = next(i for i, a in enumerate(op.args) if a.name.endswith("keys"))
+    tensors[keys] = torch.cat([tensors[keys], tensors[keys]], -1)
     return tensors, 1.0
 
 
