@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import spec
-from .backends import BACKENDS, FEW, note_kernels, requested, select
+from .backends import BACKENDS, FEW, NAMES, note_kernels, requested, select
 from .spec import Op
 
 OPS: dict[str, Op] = {}
@@ -300,7 +300,7 @@ def _reference_inplace(op: Op) -> Callable[..., Any]:
 def call(op: Op, tensors: list[Tensor | None], params: tuple, backend: str | None, inplace: bool = False):
     """Check a call, choose its backend and run it. Checks of shapes seen before are not repeated."""
     name = requested() if backend is None else backend
-    if name == "reference":
+    if backend == "reference":
         spec.check_kinds(op, tensors)  # plain PyTorch computes with some tensors that no kernel takes
     try:
         if torch._C._is_any_autocast_enabled():
@@ -311,6 +311,8 @@ def call(op: Op, tensors: list[Tensor | None], params: tuple, backend: str | Non
         return _run(op, tensors, params, name, inplace)
     except Exception as error:
         # Looked for here, so that a call that succeeds does not pay for it.
+        if not isinstance(name, str):
+            raise TypeError(f"backend must be one of {', '.join(NAMES)}, got {type(name).__name__}") from error
         if (sentence := spec.unusual(op, tensors)) is not None:
             raise TypeError(sentence) from error
         raise

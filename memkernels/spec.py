@@ -22,7 +22,7 @@ from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 COMPRESSED = (torch.int8, torch.float8_e4m3fn)
-MAX_LEAD = 12  # leading dimensions that kernels have room for
+MAX_LEAD = 12  # leading dimensions that kernels have room for, beside the two axes of most arguments
 _NAMES = {d: str(d).removeprefix("torch.") for d in (*FLOATS, torch.bool, torch.int64, *COMPRESSED)}
 
 
@@ -188,6 +188,11 @@ def _check_masks(op: Op, shapes: list[tuple[Arg, tuple[int, ...]]], lead: tuple[
             )
 
 
+def shaped(*tensors: object) -> bool:
+    """Are all of them tensors with sizes? A nested tensor has none. Where one is not, the check of the call says so."""
+    return all(isinstance(t, Tensor) and not t.is_nested for t in tensors)
+
+
 def _kind(tensor: Tensor) -> str | None:
     """What a tensor is that has no plain strided memory."""
     if tensor.is_nested:
@@ -255,9 +260,13 @@ def check(op: Op, tensors: Sequence[Tensor | None], params: Sequence[object] = (
     axes: dict[str, int] = {name: value for (name, kind), value in zip(op.params, params) if kind == "int"}
     leads: list[tuple[str, tuple[int, ...]]] = []
     memory: list[tuple[str, tuple[int, ...]]] = []
-    lead = next((t for a, t in zip(op.args, tensors) if a.dtype == "lead" and isinstance(t, Tensor)), None)
+    leader, lead = next(((a, t) for a, t in zip(op.args, tensors) if a.dtype == "lead"), (None, None))
+    lead = lead if isinstance(lead, Tensor) else None
+    if lead is not None:  # first, for the others are measured against it
+        _check_dtype(op, leader, lead, lead, None)
     content = next((t for a, t in zip(op.args, tensors) if a.dtype == "content" and isinstance(t, Tensor)), None)
     masks: list[tuple[Arg, tuple[int, ...]]] = []
+    room = MAX_LEAD + 2 - max(2, *(len(a.parsed) for a in op.args))
     for arg, tensor in zip(op.args, tensors):
         if tensor is None and arg.optional:
             continue
@@ -281,9 +290,9 @@ def check(op: Op, tensors: Sequence[Tensor | None], params: Sequence[object] = (
         if not fits:
             known = {a: n for a, n in axes.items() if any(a in letters(b.axes) for b in op.args if b.name != arg.name)}
             raise ValueError(f"{op.name}: {arg.name} must be {_axes_text(arg, known)}, got {list(shape)}")
-        if split > MAX_LEAD:
+        if split > room:
             raise ValueError(
-                f"{op.name}: {arg.name} must have at most {MAX_LEAD} leading dimensions, got {split}, {list(shape)}"
+                f"{op.name}: {arg.name} must have at most {room} leading dimensions, got {split}, {list(shape)}"
             )
         if arg.dtype in ("mask", "bool", "scale"):
             masks.append((arg, shape[:split]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..spec import stats_dtype
+from ..spec import shaped, stats_dtype
 
 
 def additive(slot_mask: Tensor | None, like: Tensor) -> Tensor:
@@ -48,8 +48,8 @@ def softmax(s: Tensor) -> tuple[Tensor, Tensor]:
 
 def stretch(slot_mask: Tensor | None, keys: Tensor) -> Tensor | None:
     """A mask whose last axis has size 1, viewed with one entry per slot."""
-    if not isinstance(slot_mask, Tensor) or not isinstance(keys, Tensor) or keys.dim() < 2:
-        return slot_mask  # the check of the call says what is wrong
+    if slot_mask is None or not shaped(slot_mask, keys) or keys.dim() < 2:
+        return slot_mask
     if slot_mask.dim() and slot_mask.shape[-1] == 1 and keys.shape[-2] != 1:
         return slot_mask.expand(*slot_mask.shape[:-1], keys.shape[-2])
     return slot_mask

@@ -118,8 +118,10 @@ def scaled(op: Op, tensors: list, scale: float | Tensor | None, name: str) -> tu
     """
     queries = [i for i, a in enumerate(op.args) if a.name.endswith("query")]
     if scale is None:
-        query = tensors[queries[0]]
-        width = query.shape[-1] if isinstance(query, Tensor) and query.dim() else 1
+        try:
+            width = tensors[queries[0]].shape[-1]
+        except (AttributeError, IndexError, RuntimeError):  # no tensor with sizes: the check of the call says so
+            width = 1
         return tensors, width**-0.5 if width else 1.0
     if not stays_tensor(scale):
         return tensors, number(name, "scale", scale, SCALE)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..spec import fold_tokens, stats_dtype
+from ..spec import fold_tokens, shaped, stats_dtype
 from ._options import fraction, single, stays_tensor
 
 
@@ -64,7 +64,7 @@ def erase_options(op: str, erase: float | Tensor, values: Tensor, write: Tensor)
         return erase, 1.0
     if not stays_tensor(erase):
         return None, fraction(op, "erase", erase, ERASE)
-    if isinstance(values, Tensor) and isinstance(write, Tensor) and write.dim() > 1:
+    if shaped(values, write) and write.dim() > 1:
         erase = single(op, "erase", erase, values, values.dtype, ERASE).expand(write.shape[-2:])
     return erase, 1.0  # else the check of the call says what is wrong
 
@@ -77,7 +77,7 @@ def check_in_place(op: str, tensors, values: Tensor, others: tuple[tuple[str, Te
     if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors):
         raise RuntimeError(f"{op}: writes in place and has no gradient; use {op[:-1]}, or torch.no_grad()")
     for name, other, tail in others:
-        if isinstance(other, Tensor) and isinstance(values, Tensor):
+        if shaped(other, values):
             lead, own = other.shape[: max(other.dim() - tail, 0)], values.shape[: max(values.dim() - 2, 0)]
             if len(lead) > len(own) or any(a not in (1, b) for a, b in zip(reversed(lead), reversed(own))):
                 raise ValueError(

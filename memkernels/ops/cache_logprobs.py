@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..registration import call, register
-from ..spec import Arg, Op, Out, stats_dtype
+from ..spec import Arg, Op, Out, shaped, stats_dtype
 from ._formula import softmax
 from ._options import fraction, single, stays_tensor
 
@@ -93,7 +93,7 @@ MIX = "a number or a tensor [..., T]"
 
 def spread(op: str, logits: Tensor, cache_scores: Tensor, cache_tokens: Tensor, mix: float | Tensor):
     """The tokens with one row per row of the scores, and the mix as a tensor with one number per token."""
-    if isinstance(cache_tokens, Tensor) and isinstance(cache_scores, Tensor) and cache_scores.dim() > 1:
+    if shaped(cache_tokens, cache_scores) and cache_scores.dim() > 1:
         if cache_tokens.dim() == 1:
             cache_tokens = cache_tokens.unsqueeze(0)
         if cache_tokens.dim() > 1 and cache_tokens.shape[-2] == 1:
@@ -102,7 +102,7 @@ def spread(op: str, logits: Tensor, cache_scores: Tensor, cache_tokens: Tensor, 
         return cache_tokens, mix
     if not stays_tensor(mix):
         mix = fraction(op, "mix", mix, MIX)
-    if isinstance(logits, Tensor) and logits.dim() > 1:
+    if shaped(logits) and logits.dim() > 1:
         exact = stats_dtype(logits.dtype)
         if isinstance(mix, Tensor):
             mix = single(op, "mix", mix, logits, exact, MIX)
