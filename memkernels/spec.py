@@ -96,13 +96,15 @@ class Arg:
 @dataclass(frozen=True)
 class Out:
     """One result. ``lead``: the leading dimensions of ``"all"`` arguments or of the ``"memory"``. ``dtype``:
-    ``"lead"``, ``"stats"``, ``"index"``, or the name of the argument whose dtype it has."""
+    ``"lead"``, ``"stats"``, ``"index"``, or the name of the argument whose dtype it has. ``positive``: a sum of
+    positive terms, of which each number is right to its last digits, however small."""
 
     name: str
     axes: str
     lead: str = "all"
     dtype: str = "lead"
     grad: bool = True
+    positive: bool = False
 
 
 @dataclass(frozen=True)

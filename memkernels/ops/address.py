@@ -35,7 +35,7 @@ OP = register(
             Arg("slot_mask", "N", "memory", "mask", optional=True, stretch=True),
         ),
         params=(("scale", "float"), ("sigmoid", "bool")),
-        outputs=(Out("weights", "T N"),),
+        outputs=(Out("weights", "T N", positive=True),),
         saved=("weights",),
         reference=reference,
         autocast=("query", "keys"),

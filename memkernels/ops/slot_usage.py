@@ -34,7 +34,7 @@ OP = register(
             Arg("slot_mask", "N", "memory", "mask", optional=True, stretch=True),
         ),
         params=(("scale", "float"),),
-        outputs=(Out("usage", "N", lead="memory", dtype="stats"),),
+        outputs=(Out("usage", "N", lead="memory", dtype="stats", positive=True),),
         saved=(),
         reference=reference,
         autocast=("query", "keys"),

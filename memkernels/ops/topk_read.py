@@ -53,7 +53,7 @@ OP = register(
         outputs=(
             Out("read", "T V"),
             Out("indices", "T k", dtype="index", grad=False),
-            Out("weights", "T k", dtype="stats"),
+            Out("weights", "T k", dtype="stats", positive=True),
         ),
         saved=("indices", "weights"),
         reference=reference,
