@@ -8,7 +8,7 @@ Operations are in :mod:`memkernels.ops`, modules in :mod:`memkernels.nn`, models
 
 from typing import TYPE_CHECKING
 
-from . import ops
+from . import _states, ops  # noqa: F401 (registers states that torch.load may make)
 from .backends import use_backend
 from .ops import *  # noqa: F403
 

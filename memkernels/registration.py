@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import spec
-from .backends import BACKENDS, FEW, note_kernels, requested, select
+from .backends import BACKENDS, FEW, NAMES, note_kernels, requested, select
 from .spec import Op
 
 OPS: dict[str, Op] = {}
@@ -209,23 +209,40 @@ def _second_derivative(op, formula, args, d_outputs, params, wants, dd, differen
     return d_args, [seconds.pop(0) if d is not None else None for d in d_outputs]
 
 
-def _autocast(op: Op, tensors: list[Tensor | None]) -> list[Tensor | None]:
-    if not op.autocast or not all(t is None or isinstance(t, Tensor) for t in tensors):
+def autocast(op: Op, tensors: list[Tensor | None]) -> list[Tensor | None]:
+    """``tensors`` in dtypes that fit each other, where autocast is on: what plain PyTorch would promote, ``op`` runs.
+
+    Arguments that ``op`` names go to the dtype of autocast. A memory keeps its own: what is written follows it, and so
+    do 16-bit queries or weights where the memory is not in float32. Contents that belong to tokens are promoted.
+    """
+    if not torch._C._is_any_autocast_enabled() or not all(t is None or isinstance(t, Tensor) for t in tensors):
         return tensors
-    device = next(t.device.type for t in tensors if t is not None)
-    if not torch.is_autocast_enabled(device):
+    device = next((t.device.type for t in tensors if t is not None), "meta")
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
-    target = torch.get_autocast_dtype(device)
-    content = next((t for a, t in zip(op.args, tensors) if a.dtype == "content" and a.name not in op.autocast), None)
+    floats = {a.name: t.dtype for a, t in zip(op.args, tensors) if t is not None and t.dtype in spec.FLOATS}
+    lead = next((a.name for a in op.args if a.dtype == "lead"), None)
+    if lead not in floats:
+        return tensors  # the check of the call says what is wrong
+    low, cast = torch.get_autocast_dtype(device), [name for name in op.autocast if floats.get(name) != torch.float64]
+    dtype = low if lead in cast else floats[lead]
+    contents = [a for a in op.args if a.dtype == "content" and a.name in floats and a.name not in cast]
+    content = dtype
+    if contents:
+        content = floats[contents[0].name]
+        if contents[0].side == "tokens":
+            content = functools.reduce(torch.promote_types, [floats[a.name] for a in contents], dtype)
+        if content not in (dtype, spec.stats_dtype(dtype)):
+            dtype = content
+    exact = spec.stats_dtype(dtype)
+    wanted = {"lead": dtype, "same": dtype, "content": content, "stats": exact, "scale": exact, "mask": exact}
     result = []
     for arg, tensor in zip(op.args, tensors):
-        low = tensor is not None and tensor.dtype in (torch.float32, torch.bfloat16, torch.float16)
-        if low and arg.name in op.autocast:
-            tensor = tensor.to(target)
-        elif low and arg.dtype == "content" and content is not None:
-            tensor = tensor.to(content.dtype)  # the memory keeps its own dtype; what is written follows it
-        elif low and arg.dtype == "mask":
-            tensor = tensor.to(torch.float32)
+        if arg.name in floats:
+            own = dtype if arg.name in cast and arg.dtype != "slots" else wanted.get(arg.dtype)
+            if arg.dtype == "slots" and floats[arg.name] not in (dtype, exact):
+                own = dtype
+            tensor = tensor if own is None else tensor.to(own)
         result.append(tensor)
     return result
 
@@ -283,12 +300,22 @@ def _reference_inplace(op: Op) -> Callable[..., Any]:
 def call(op: Op, tensors: list[Tensor | None], params: tuple, backend: str | None, inplace: bool = False):
     """Check a call, choose its backend and run it. Checks of shapes seen before are not repeated."""
     name = requested() if backend is None else backend
-    if torch._C._is_any_autocast_enabled():
-        tensors = _autocast(op, tensors)
-        device = next((t.device.type for t in tensors if isinstance(t, Tensor)), "cpu")
-        with torch.autocast(device, enabled=False):  # a reference chooses its own dtypes
-            return _run(op, tensors, params, name, inplace)
-    return _run(op, tensors, params, name, inplace)
+    if backend == "reference":
+        spec.check_kinds(op, tensors)  # plain PyTorch computes with some tensors that no kernel takes
+    try:
+        if torch._C._is_any_autocast_enabled():
+            tensors = autocast(op, tensors)
+            device = next((t.device.type for t in tensors if isinstance(t, Tensor)), "cpu")
+            with torch.autocast(device, enabled=False):  # a reference chooses its own dtypes
+                return _run(op, tensors, params, name, inplace)
+        return _run(op, tensors, params, name, inplace)
+    except Exception as error:
+        # Looked for here, so that a call that succeeds does not pay for it.
+        if not isinstance(name, str):
+            raise TypeError(f"backend must be one of {', '.join(NAMES)}, got {type(name).__name__}") from error
+        if (sentence := spec.unusual(op, tensors)) is not None:
+            raise TypeError(sentence) from error
+        raise
 
 
 def _run(op: Op, tensors: list[Tensor | None], params: tuple, name: str, inplace: bool):

@@ -22,6 +22,7 @@ from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 COMPRESSED = (torch.int8, torch.float8_e4m3fn)
+MAX_LEAD = 12  # leading dimensions that kernels have room for, beside the two axes of most arguments
 _NAMES = {d: str(d).removeprefix("torch.") for d in (*FLOATS, torch.bool, torch.int64, *COMPRESSED)}
 
 
@@ -95,14 +96,16 @@ class Arg:
 @dataclass(frozen=True)
 class Out:
     """One result. ``lead``: the leading dimensions of ``"all"`` arguments or of the ``"memory"``. ``dtype``:
-    ``"lead"``, ``"stats"``, ``"index"``, or the name of the argument whose dtype it has. ``judged``: False for what is
-    kept for the backward kernel alone and has no right value of its own."""
+    ``"lead"``, ``"stats"``, ``"index"``, or the name of the argument whose dtype it has. ``positive``: a sum of
+    positive terms, of which each number is right to its last digits, however small. ``judged``: False for what is kept
+    for the backward kernel alone and has no right value of its own."""
 
     name: str
     axes: str
     lead: str = "all"
     dtype: str = "lead"
     grad: bool = True
+    positive: bool = False
     judged: bool = True
 
 
@@ -183,6 +186,55 @@ def _broadcast(op: Op, shapes: list[tuple[str, tuple[int, ...]]]) -> tuple[int, 
     return tuple(result)
 
 
+def _check_masks(op: Op, shapes: list[tuple[Arg, tuple[int, ...]]], lead: tuple[int, ...]) -> None:
+    """A mask with leading dimensions that the other arguments lack was meant as ``[T, N]``, which no mask is."""
+    for arg, shape in shapes:
+        own = lead[len(lead) - len(shape) :]
+        if len(shape) > len(lead) or any(size != whole and size != 1 for size, whole in zip(shape, own)):
+            raise ValueError(
+                f"{op.name}: leading dimensions of {arg.name} must broadcast to {list(lead)}, those of the other "
+                f"arguments, got {list(shape)}"
+            )
+
+
+def shaped(*tensors: object) -> bool:
+    """Are all of them tensors with sizes? A nested tensor has none. Where one is not, the check of the call says so."""
+    return all(isinstance(t, Tensor) and not t.is_nested for t in tensors)
+
+
+def _kind(tensor: Tensor) -> str | None:
+    """What a tensor is that has no plain strided memory."""
+    if tensor.is_nested:
+        return "a nested tensor"
+    if tensor.layout != torch.strided:
+        return f"a tensor of layout {str(tensor.layout).removeprefix('torch.')}"
+    return None
+
+
+def _kind_text(op: Op, arg: Arg, kind: str) -> str:
+    return f"{op.name}: {arg.name} must be a dense tensor [..., {', '.join(arg.axes.split())}], got {kind}"
+
+
+def check_kinds(op: Op, tensors: Sequence[Tensor | None]) -> None:
+    """Refuse nested and sparse tensors in one sentence."""
+    for arg, tensor in zip(op.args, tensors):
+        if isinstance(tensor, Tensor) and (kind := _kind(tensor)) is not None:
+            raise TypeError(_kind_text(op, arg, kind))
+
+
+def unusual(op: Op, tensors: Sequence[object]) -> str | None:
+    """The sentence that says which of ``tensors`` no kernel takes, for a call that failed."""
+    for arg, tensor in zip(op.args, tensors):
+        if not isinstance(tensor, Tensor):
+            continue
+        kind = _kind(tensor)
+        if kind is None and type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+            kind = type(tensor).__name__
+        if kind is not None:
+            return _kind_text(op, arg, kind)
+    return None
+
+
 def _axes_text(arg: Arg, axes: dict[str, int]) -> str:
     named = zip(arg.axes.split(), arg.parsed)
     return "[..., " + ", ".join(f"{n}={a.size(axes)}" if a.letter in axes else n for n, a in named) + "]"
@@ -217,8 +269,13 @@ def check(op: Op, tensors: Sequence[Tensor | None], params: Sequence[object] = (
     axes: dict[str, int] = {name: value for (name, kind), value in zip(op.params, params) if kind == "int"}
     leads: list[tuple[str, tuple[int, ...]]] = []
     memory: list[tuple[str, tuple[int, ...]]] = []
-    lead = next((t for a, t in zip(op.args, tensors) if a.dtype == "lead" and isinstance(t, Tensor)), None)
+    leader, lead = next(((a, t) for a, t in zip(op.args, tensors) if a.dtype == "lead"), (None, None))
+    lead = lead if isinstance(lead, Tensor) else None
+    if lead is not None:  # first, for the others are measured against it
+        _check_dtype(op, leader, lead, lead, None)
     content = next((t for a, t in zip(op.args, tensors) if a.dtype == "content" and isinstance(t, Tensor)), None)
+    masks: list[tuple[Arg, tuple[int, ...]]] = []
+    room = MAX_LEAD + 2 - max(2, *(len(a.parsed) for a in op.args))
     for arg, tensor in zip(op.args, tensors):
         if tensor is None and arg.optional:
             continue
@@ -227,6 +284,8 @@ def check(op: Op, tensors: Sequence[Tensor | None], params: Sequence[object] = (
         _check_dtype(op, arg, tensor, tensor if lead is None else lead, content)
         if lead is not None and tensor.device != lead.device:
             raise ValueError(f"{op.name}: {arg.name} must be on {lead.device}, got {tensor.device}")
+        if (kind := _kind(tensor)) is not None:
+            raise TypeError(_kind_text(op, arg, kind))
         shape = tuple(tensor.shape)
         split = len(shape) - len(arg.parsed)
         fits = split >= 0
@@ -240,10 +299,18 @@ def check(op: Op, tensors: Sequence[Tensor | None], params: Sequence[object] = (
         if not fits:
             known = {a: n for a, n in axes.items() if any(a in letters(b.axes) for b in op.args if b.name != arg.name)}
             raise ValueError(f"{op.name}: {arg.name} must be {_axes_text(arg, known)}, got {list(shape)}")
-        leads.append((arg.name, shape[:split]))
+        if split > room:
+            raise ValueError(
+                f"{op.name}: {arg.name} must have at most {room} leading dimensions, got {split}, {list(shape)}"
+            )
+        if arg.dtype in ("mask", "bool", "scale"):
+            masks.append((arg, shape[:split]))
+        else:
+            leads.append((arg.name, shape[:split]))
         if arg.side == "memory":
             memory.append((arg.name, shape[:split]))
     whole = _broadcast(op, leads)
+    _check_masks(op, masks, whole)
     own = _broadcast(op, memory) if memory else whole
     return Layout(axes, whole, own, lead.dtype)
 

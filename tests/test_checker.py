@@ -37,6 +37,75 @@ def test_an_error_of_one_in_a_thousand_fails_both_directions(monkeypatch, direct
     assert "error" in rows[direction].message
 
 
+def _small(x: torch.Tensor, share: float) -> torch.Tensor:
+    chosen = (x > 0) & (x < share * x.max())
+    assert chosen.any()
+    return chosen
+
+
+# Weights of every op that returns some, each number wrong in a way that the largest of them hides.
+WEIGHTS = {
+    "small weights half a percent off": lambda x: torch.where(_small(x, 1e-2), x * 1.005, x),
+    "small weights missing": lambda x: x.masked_fill(_small(x, 1e-2), 0),
+    "only the smallest off": lambda x: torch.where(x == _ascending(x)[0], x * 1.01, x),
+    "the two smallest swapped": lambda x: _swapped(x, *_ascending(x)[:2]),
+    "a bias": lambda x: torch.where(x > 0, x + 3e-6 * x.max(), x),
+}
+
+
+def _ascending(x: torch.Tensor) -> torch.Tensor:
+    """The different numbers of ``x``, smallest first, without those that float32 may flush to zero."""
+    return x[x > 1e-30].unique()
+
+
+def _swapped(x: torch.Tensor, one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    return torch.where(x == one, other, torch.where(x == other, one, x))
+
+
+@pytest.mark.parametrize("mutant", WEIGHTS)
+@pytest.mark.parametrize("op", ["address", "slot_usage", "topk_read", "product_key_read"])
+def test_wrong_small_weights_fail(monkeypatch, op, mutant):
+    place = 2 if op.endswith("_read") else 0
+
+    def spoil(inputs, results):
+        return [WEIGHTS[mutant](r) if i == place else r for i, r in enumerate(results)]
+
+    assert all(r.passed for r in _rows(monkeypatch, op, "one slot takes all", lambda i, r: r))
+    monkeypatch.undo()
+    row = _rows(monkeypatch, op, "one slot takes all", spoil)[0]
+    assert not row.passed, mutant
+    assert "a number of" in row.message or "error" in row.message
+
+
+def _smallest_row(x: torch.Tensor) -> torch.Tensor:
+    """Which numbers are in the row with the smallest largest number."""
+    largest = x.detach().abs().amax(-1, keepdim=True)
+    return (largest == largest.min()).expand_as(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("op", ["softmax_read", "gated_write", "memory_scan", "gated_scan"])
+def test_one_small_row_off_fails_in_both_directions(monkeypatch, op, dtype):
+    off = 3 * {torch.float32: 1e-5, torch.float64: 1e-13}[dtype]
+
+    def spoil(inputs, results):
+        return [torch.where(_smallest_row(results[0]), results[0] * (1 + off), results[0]), *results[1:]]
+
+    rows = _rows(monkeypatch, op, "usual", spoil, dtype)
+    assert not rows[0].passed
+    monkeypatch.undo()
+
+    def spoil_gradient(inputs, results):
+        for x in inputs:
+            if isinstance(x, torch.Tensor) and x.requires_grad:
+                x.register_hook(lambda g: torch.where(_smallest_row(g), g * (1 + 20 * off), g))
+        return results
+
+    rows = _rows(monkeypatch, op, "usual", spoil_gradient, dtype)
+    assert rows[0].passed and not rows[1].passed
+    assert "a row of at most" in rows[1].message or "error" in rows[1].message
+
+
 def test_one_number_left_unwritten_fails(monkeypatch):
     def spoil(inputs, results):
         fresh = torch.empty_like(results[0])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..spec import stats_dtype
+from ..spec import shaped, stats_dtype
 
 
 def additive(slot_mask: Tensor | None, like: Tensor) -> Tensor:
@@ -59,16 +59,10 @@ def softmax(s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return (e / total).masked_fill(nothing | infinite & (s < top), 0), lse.squeeze(-1), rest.squeeze(-1)
 
 
-def default_scale(query: Tensor, scale: float | None) -> float:
-    """``scale``, or the default ``K ** -0.5`` of scaled dot-product attention."""
-    if scale is not None:
-        return float(scale)
-    width = query.shape[-1] if isinstance(query, Tensor) and query.dim() else 1
-    return width**-0.5 if width else 1.0
-
-
 def stretch(slot_mask: Tensor | None, keys: Tensor) -> Tensor | None:
     """A mask whose last axis has size 1, viewed with one entry per slot."""
-    if isinstance(slot_mask, Tensor) and slot_mask.dim() and slot_mask.shape[-1] == 1 and keys.shape[-2] != 1:
+    if slot_mask is None or not shaped(slot_mask, keys) or keys.dim() < 2:
+        return slot_mask
+    if slot_mask.dim() and slot_mask.shape[-1] == 1 and keys.shape[-2] != 1:
         return slot_mask.expand(*slot_mask.shape[:-1], keys.shape[-2])
     return slot_mask

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..spec import fold_tokens, stats_dtype
+from ..spec import fold_tokens, shaped, stats_dtype
+from ._options import fraction, single, stays_tensor
 
 
 def fold(memory: tuple[int, ...], token_mask: Tensor | None, *tensors: Tensor | None):
@@ -51,15 +52,21 @@ def write_scores(values, keys, query, write, erase, slot_mask, token_mask, erase
     return write_tokens(values, a, w, e, erase_scale).to(values.dtype), torch.prod(1 - a, dim=-2)
 
 
-def erase_options(op: str, erase: float | Tensor) -> tuple[Tensor | None, float]:
-    """``erase`` as the vector, or None, and the number that stands where there is no vector."""
-    if isinstance(erase, Tensor):
+ERASE = "a number or a tensor [..., T, V]"
+
+
+def erase_options(op: str, erase: float | Tensor, values: Tensor, write: Tensor) -> tuple[Tensor | None, float]:
+    """``erase`` as the vector, or None, and the number that stands where there is no vector.
+
+    One number in a tensor that stays one is the same number for every token and channel of ``write``.
+    """
+    if isinstance(erase, Tensor) and (erase.is_nested or erase.dim()):
         return erase, 1.0
-    if not isinstance(erase, (int, float)):
-        raise TypeError(f"{op}: erase must be a number or a tensor [..., T, V], got {type(erase).__name__}")
-    if not 0.0 <= erase <= 1.0:
-        raise ValueError(f"{op}: erase must be in [0, 1], got {float(erase)}")
-    return None, float(erase)
+    if not stays_tensor(erase):
+        return None, fraction(op, "erase", erase, ERASE)
+    if shaped(values, write) and write.dim() > 1:
+        erase = single(op, "erase", erase, values, values.dtype, ERASE).expand(write.shape[-2:])
+    return erase, 1.0  # else the check of the call says what is wrong
 
 
 def check_in_place(op: str, tensors, values: Tensor, others: tuple[tuple[str, Tensor | None, int], ...] = ()) -> None:
@@ -70,9 +77,9 @@ def check_in_place(op: str, tensors, values: Tensor, others: tuple[tuple[str, Te
     if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors):
         raise RuntimeError(f"{op}: writes in place and has no gradient; use {op[:-1]}, or torch.no_grad()")
     for name, other, tail in others:
-        if isinstance(other, Tensor) and isinstance(values, Tensor):
+        if shaped(other, values):
             lead, own = other.shape[: max(other.dim() - tail, 0)], values.shape[: max(values.dim() - 2, 0)]
-            if torch.broadcast_shapes(lead, own) != own:
+            if len(lead) > len(own) or any(a not in (1, b) for a, b in zip(reversed(lead), reversed(own))):
                 raise ValueError(
                     f"{op}: values must have the leading dimensions of {name}, {list(lead)}, got {list(own)}"
                 )

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ..registration import call, register
 from ..spec import Arg, Op, Out
-from ._formula import default_scale, scores, softmax, stretch
+from ._formula import scores, softmax, stretch
+from ._options import scaled
 
 GATES = ("softmax", "sigmoid")
 
@@ -34,7 +35,7 @@ OP = register(
             Arg("slot_mask", "N", "memory", "mask", optional=True, stretch=True),
         ),
         params=(("scale", "float"), ("sigmoid", "bool")),
-        outputs=(Out("weights", "T N"),),
+        outputs=(Out("weights", "T N", positive=True),),
         saved=("weights",),
         reference=reference,
         autocast=("query", "keys"),
@@ -59,7 +60,7 @@ def address(
 
     Args:
         query: ``[..., T, K]``. keys: ``[..., N, K]``, same dtype.
-        scale: default ``K ** -0.5``. slot_mask: ``[..., N]``, bool or float; an empty slot (-inf) has weight 0.
+        scale: as in :func:`softmax_read`. slot_mask: ``[..., N]``, bool or float; an empty slot (-inf) has weight 0.
         gate: ``"softmax"`` or ``"sigmoid"``. backend: as in :func:`softmax_read`.
 
     Returns:
@@ -71,10 +72,10 @@ def address(
 
     Source: Vaswani et al. 2017, Attention Is All You Need; Graves et al. 2014, Neural Turing Machines.
     """
-    if gate not in GATES:
+    if not isinstance(gate, str) or gate not in GATES:
         raise ValueError(f"address: gate must be one of {', '.join(GATES)}, got {gate!r}")
-    params = (default_scale(query, scale), gate == "sigmoid")
-    return _only(call(OP, [query, keys, stretch(slot_mask, keys)], params, backend))
+    tensors, factor = scaled(OP, [query, keys, stretch(slot_mask, keys)], scale, "address")
+    return _only(call(OP, tensors, (factor, gate == "sigmoid"), backend))
 
 
 def _only(result):

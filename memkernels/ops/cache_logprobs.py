@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from ..registration import call, register
-from ..spec import LSE_REST, Arg, Op, Out, stats_dtype
+from ..spec import LSE_REST, Arg, Op, Out, shaped, stats_dtype
 from ._formula import softmax
+from ._options import fraction, single, stays_tensor
 
 
 def mixture(logits: Tensor, cache_scores: Tensor, cache_tokens: Tensor, mix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -87,19 +88,25 @@ def cache_logprobs(
     return call(OP, [logits, cache_scores, tokens, share], (), backend)[0]
 
 
+MIX = "a number or a tensor [..., T]"
+
+
 def spread(op: str, logits: Tensor, cache_scores: Tensor, cache_tokens: Tensor, mix: float | Tensor):
     """The tokens with one row per row of the scores, and the mix as a tensor with one number per token."""
-    if isinstance(cache_tokens, Tensor) and isinstance(cache_scores, Tensor) and cache_scores.dim() > 1:
+    if shaped(cache_tokens, cache_scores) and cache_scores.dim() > 1:
         if cache_tokens.dim() == 1:
             cache_tokens = cache_tokens.unsqueeze(0)
         if cache_tokens.dim() > 1 and cache_tokens.shape[-2] == 1:
             cache_tokens = cache_tokens.expand(*cache_tokens.shape[:-2], cache_scores.shape[-2], -1)
-    if isinstance(mix, Tensor):
+    if isinstance(mix, Tensor) and (mix.is_nested or mix.dim()):
         return cache_tokens, mix
-    if isinstance(mix, bool) or not isinstance(mix, (int, float)):
-        raise TypeError(f"{op}: mix must be a number or a tensor [..., T], got {type(mix).__name__}")
-    if not 0 <= mix <= 1:
-        raise ValueError(f"{op}: mix must be in [0, 1], got {mix}")
-    if isinstance(logits, Tensor) and logits.dim() > 1:
-        mix = torch.full((1,), mix, dtype=stats_dtype(logits.dtype), device=logits.device).expand(logits.shape[-2])
+    if not stays_tensor(mix):
+        mix = fraction(op, "mix", mix, MIX)
+    if shaped(logits) and logits.dim() > 1:
+        exact = stats_dtype(logits.dtype)
+        if isinstance(mix, Tensor):
+            mix = single(op, "mix", mix, logits, exact, MIX)
+        else:
+            mix = torch.full((), mix, dtype=exact, device=logits.device)
+        mix = mix.expand(logits.shape[-2])
     return cache_tokens, mix

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ..registration import call, register
 from ..spec import LSE_REST, Arg, Op, Out, stats_dtype, unfold_tokens
-from ._formula import default_scale, inert, scores, softmax, stretch
+from ._formula import inert, scores, softmax, stretch
+from ._options import scaled
 from ._write import fold, write_tokens
 
 
@@ -107,7 +108,7 @@ def memory_scan(
         values: ``[..., N, V]``, the memory: dtype of the queries, or float32 beside 16-bit queries. It is not modified.
         keys: ``[..., N, K]``. read_query, write_query: ``[..., T, K]``, same dtype.
         write: ``w``, ``[..., T, V]``, dtype of ``values``.
-        scale: default ``K ** -0.5``.
+        scale: as in :func:`softmax_read`, of both queries.
         slot_mask: ``[..., N]``, bool or float; an empty slot (-inf) is neither written nor read.
         token_mask: bool ``[..., T]``; a token at False writes nothing and reads 0.
         read_first: a token reads before it writes.
@@ -126,5 +127,6 @@ def memory_scan(
     if not isinstance(read_first, bool):
         raise TypeError(f"memory_scan: read_first must be a bool, got {type(read_first).__name__}")
     tensors = [values, keys, read_query, write_query, write, stretch(slot_mask, keys), token_mask]
-    reads, new, *_ = call(OP, tensors, (default_scale(read_query, scale), read_first), backend)
+    tensors, factor = scaled(OP, tensors, scale, "memory_scan")
+    reads, new, *_ = call(OP, tensors, (factor, read_first), backend)
     return reads, new

@@ -7,13 +7,14 @@ Sources: Milakov and Gimelshein 2018, Online normalizer calculation for softmax;
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from ..registration import call, register
-from ..spec import Arg, Op, Out
+from ..spec import FLOATS, Arg, Op, Out
 from ._formula import softmax
 
 
@@ -61,18 +62,34 @@ def merge_reads(
 
 def _stack(name: str, parts: Sequence[Tensor] | Tensor, dim: int) -> Tensor:
     if isinstance(parts, Tensor):
+        if parts.is_nested or parts.layout != torch.strided:
+            raise TypeError(f"merge_reads: {name} must be a dense tensor or several, got a nested or sparse one")
         if parts.dim() < -dim:
             raise ValueError(f"merge_reads: {name} must have at least {-dim} dimensions, got {list(parts.shape)}")
         return parts.movedim(0, dim)
+    if isinstance(parts, str) or not isinstance(parts, Iterable):
+        raise TypeError(f"merge_reads: {name} must be a tensor or a sequence of tensors, got {type(parts).__name__}")
     parts = list(parts)
     if not parts:
         raise ValueError(f"merge_reads: {name} must hold at least one tensor, got none")
+    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+        parts = _promoted(parts)
     for part in parts:
         if not isinstance(part, Tensor):
             raise TypeError(f"merge_reads: {name} must hold tensors, got {type(part).__name__}")
+        if part.is_nested or part.layout != torch.strided:
+            raise TypeError(f"merge_reads: {name} must hold dense tensors, got a nested or sparse one")
         if part.shape != parts[0].shape or part.dtype != parts[0].dtype or part.dim() < -dim - 1:
             raise ValueError(
                 f"merge_reads: {name} must all be like the first, {list(parts[0].shape)} {parts[0].dtype}, "
                 f"got {list(part.shape)} {part.dtype}"
             )
     return torch.stack(parts, dim)
+
+
+def _promoted(parts: list) -> list:
+    """``parts`` in the widest of their dtypes, as torch.stack makes them where autocast is on."""
+    if not all(isinstance(part, Tensor) and part.dtype in FLOATS for part in parts):
+        return parts
+    widest = functools.reduce(torch.promote_types, [part.dtype for part in parts])
+    return [part.to(widest) for part in parts]

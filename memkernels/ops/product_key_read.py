@@ -14,10 +14,10 @@ from torch import Tensor
 
 from ..registration import call, register
 from ..spec import Arg, Op, Out
-from ._formula import default_scale
+from ._options import neighbours, scaled
 from .product_key_search import product_scores
 from .topk_read import read_chosen
-from .topk_search import best, neighbours
+from .topk_search import best
 
 
 def reference(query: Tensor, subkeys: Tensor, values: Tensor, k: int, scale: float):
@@ -41,7 +41,7 @@ OP = register(
         outputs=(
             Out("read", "T V"),
             Out("indices", "T k", dtype="index", grad=False),
-            Out("weights", "T k", dtype="stats"),
+            Out("weights", "T k", dtype="stats", positive=True),
         ),
         saved=("indices", "weights"),
         reference=reference,
@@ -123,6 +123,7 @@ def product_key_read(
 
     Source: Lample et al. 2019, Large Memory Layers with Product Keys.
     """
-    params = (neighbours("product_key_read", k), default_scale(query, scale))
-    result = call(OP, [query, subkeys, values], params, backend)
+    k = neighbours("product_key_read", k)
+    tensors, factor = scaled(OP, [query, subkeys, values], scale, "product_key_read")
+    result = call(OP, tensors, (k, factor), backend)
     return tuple(result) if return_slots else result[0]

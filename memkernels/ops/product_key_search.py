@@ -12,8 +12,9 @@ from torch import Tensor
 
 from ..registration import call, register
 from ..spec import Arg, Op, Out
-from ._formula import default_scale, scores
-from .topk_search import at, best, neighbours
+from ._formula import scores
+from ._options import neighbours, scaled
+from .topk_search import at, best
 
 
 def product_scores(query: Tensor, subkeys: Tensor, scale: float) -> Tensor:
@@ -57,7 +58,7 @@ def product_key_search(
 
     Args:
         query: ``[..., T, K]``, K even. subkeys: ``[..., 2, n, K/2]``, same dtype.
-        k: how many; may exceed n * n. scale: default ``K ** -0.5``. backend: as in :func:`softmax_read`.
+        k: how many; may exceed n * n. scale: as in :func:`softmax_read`. backend: as in :func:`softmax_read`.
 
     Returns:
         ``(scores [..., T, k] in the dtype of query, indices [..., T, k] int64)`` as of :func:`topk_search` over all
@@ -70,5 +71,6 @@ def product_key_search(
 
     Source: Lample et al. 2019, Large Memory Layers with Product Keys.
     """
-    params = (neighbours("product_key_search", k), default_scale(query, scale))
-    return call(OP, [query, subkeys], params, backend)
+    k = neighbours("product_key_search", k)
+    tensors, factor = scaled(OP, [query, subkeys], scale, "product_key_search")
+    return call(OP, tensors, (k, factor), backend)

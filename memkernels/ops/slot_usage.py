@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ..registration import call, register
 from ..spec import Arg, Op, Out, fold_tokens
-from ._formula import default_scale, scores, stretch
+from ._formula import scores, stretch
+from ._options import scaled
 
 
 def reference(query: Tensor, keys: Tensor, lse: Tensor, slot_mask: Tensor | None, scale: float):
@@ -33,7 +34,7 @@ OP = register(
             Arg("slot_mask", "N", "memory", "mask", optional=True, stretch=True),
         ),
         params=(("scale", "float"),),
-        outputs=(Out("usage", "N", lead="memory", dtype="stats"),),
+        outputs=(Out("usage", "N", lead="memory", dtype="stats", positive=True),),
         saved=(),
         reference=reference,
         autocast=("query", "keys"),
@@ -71,5 +72,6 @@ def slot_usage(
 
     Source: Graves et al. 2016, Hybrid computing using a neural network with dynamic external memory.
     """
-    result = call(OP, [query, keys, lse, stretch(slot_mask, keys)], (default_scale(query, scale),), backend)
+    tensors, factor = scaled(OP, [query, keys, lse, stretch(slot_mask, keys)], scale, "slot_usage")
+    result = call(OP, tensors, (factor,), backend)
     return result[0] if isinstance(result, tuple) else result

@@ -106,5 +106,5 @@ def slot_write_(
 
 
 def _arguments(op, values, weights, write, erase, token_mask):
-    vector, amount = erase_options(op, erase)
+    vector, amount = erase_options(op, erase, values, write)
     return [values, weights, write, vector, token_mask], (amount,)

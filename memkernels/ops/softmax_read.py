@@ -16,7 +16,8 @@ from torch import Tensor
 from ..registration import call, register
 from ..spec import LSE_REST, Arg, Op, Out
 from ._compressed import choose, compressed
-from ._formula import default_scale, inert, scores, softmax, stretch
+from ._formula import inert, scores, softmax, stretch
+from ._options import scaled
 
 
 def reference(query: Tensor, keys: Tensor, values: Tensor, slot_mask: Tensor | None, scale: float):
@@ -111,7 +112,10 @@ def softmax_read(
         keys: ``[..., N, K]``, dtype of ``query``, or int8 or float8_e4m3fn with ``key_scale``.
         values: ``[..., N, V]``, dtype of ``query``, or float32 beside a 16-bit query, or int8 or float8_e4m3fn with
             ``value_scale``.
-        scale: multiplies the dot products; default ``K ** -0.5``.
+        scale: multiplies the dot products; default ``K ** -0.5``. A number, or a tensor that broadcasts to ``[..., T]``
+            (a learned temperature, ``[H, 1]`` for one per head, ``[..., T]`` for one per token), in the dtype of
+            ``query`` or float32 beside a 16-bit query; differentiable. A tensor is multiplied into the query, whose
+            dtype the product has.
         slot_mask: ``[..., N]``; bool (True: the slot may be addressed) or float, added to the scores and
             differentiable. A slot at ``-inf`` is empty: its key and value are not looked at.
         key_scale, value_scale: ``[..., N]``, float32 (float64 beside float64), what multiplies each row of compressed
@@ -134,5 +138,6 @@ def softmax_read(
     """
     tensors = [query, keys, values, stretch(slot_mask, keys)]
     op, tensors = choose(OP, COMPRESSED, tensors, {"keys": key_scale, "values": value_scale})
-    read, lse, _ = call(op, tensors, (default_scale(query, scale),), backend)
+    tensors, factor = scaled(op, tensors, scale, "softmax_read")
+    read, lse, _ = call(op, tensors, (factor,), backend)
     return (read, lse) if return_lse else read

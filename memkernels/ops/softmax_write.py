@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ..registration import call, register
 from ..spec import Arg, Op, Out
-from ._formula import default_scale, scores, softmax, stretch
+from ._formula import scores, softmax, stretch
+from ._options import scaled
 from ._write import check_in_place, erase_options, write_scores
 
 
@@ -133,7 +134,7 @@ def softmax_write(
         write: ``[..., T, V]``, dtype of ``values``.
         erase: 1.0 interpolates (``v + a (w - v)``), 0.0 adds (``v + a w``), a tensor ``[..., T, V]`` in the dtype of
             ``values`` is the erase vector of the Neural Turing Machine.
-        scale: default ``K ** -0.5``. slot_mask: ``[..., N]``, bool or float; an empty slot (-inf) is not written.
+        scale: as in :func:`softmax_read`. slot_mask: ``[..., N]``, bool or float; an empty slot (-inf) is not written.
         token_mask: bool ``[..., T]``; a token at False writes nothing.
         return_retained: also return ``retained`` ``[..., N]``, ``prod_t (1 - a[t, i])`` over the tokens that write,
             whatever ``erase`` is; float32 (float64 for float64).
@@ -230,6 +231,7 @@ def softmax_write_(
 
 
 def _arguments(op, values, keys, query, write, erase, scale, slot_mask, token_mask):
-    vector, amount = erase_options(op, erase)
+    vector, amount = erase_options(op, erase, values, write)
     tensors = [values, keys, query, write, vector, stretch(slot_mask, keys), token_mask]
-    return tensors, (default_scale(query, scale), amount)
+    tensors, factor = scaled(OP, tensors, scale, op)
+    return tensors, (factor, amount)

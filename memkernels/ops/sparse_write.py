@@ -122,5 +122,5 @@ def sparse_write_(
 
 
 def _arguments(op, values, indices, weights, write, erase):
-    vector, amount = erase_options(op, erase)
+    vector, amount = erase_options(op, erase, values, write)
     return [values, indices, weights, write, vector], (amount,)

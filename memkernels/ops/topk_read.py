@@ -16,9 +16,10 @@ from torch import Tensor
 from ..registration import call, register
 from ..spec import Arg, Op, Out
 from ._compressed import choose, compressed
-from ._formula import default_scale, inert, scores, softmax, stretch
+from ._formula import inert, scores, softmax, stretch
+from ._options import neighbours, scaled
 from .sparse_read import gather_rows
-from .topk_search import at, best, neighbours
+from .topk_search import at, best
 
 
 def reference(query: Tensor, keys: Tensor, values: Tensor, slot_mask: Tensor | None, k: int, scale: float):
@@ -54,7 +55,7 @@ OP = register(
         outputs=(
             Out("read", "T V"),
             Out("indices", "T k", dtype="index", grad=False),
-            Out("weights", "T k", dtype="stats"),
+            Out("weights", "T k", dtype="stats", positive=True),
         ),
         saved=("indices", "weights"),
         reference=reference,
@@ -150,8 +151,9 @@ def topk_read(
     Source: Rae et al. 2016, Scaling Memory-Augmented Neural Networks with Sparse Reads and Writes; Wu et al. 2022,
     Memorizing Transformers.
     """
-    params = (neighbours("topk_read", k), default_scale(query, scale))
+    k = neighbours("topk_read", k)
     tensors = [query, keys, values, stretch(slot_mask, keys)]
     op, tensors = choose(OP, COMPRESSED, tensors, {"keys": key_scale, "values": value_scale})
-    result = call(op, tensors, params, backend)
+    tensors, factor = scaled(op, tensors, scale, "topk_read")
+    result = call(op, tensors, (k, factor), backend)
     return tuple(result) if return_slots else result[0]

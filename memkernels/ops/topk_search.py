@@ -15,7 +15,8 @@ from torch import Tensor
 from ..registration import call, register
 from ..spec import Arg, Op, Out
 from ._compressed import choose, compressed
-from ._formula import default_scale, scores, stretch
+from ._formula import scores, stretch
+from ._options import neighbours, scaled
 
 
 def best(s: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -83,7 +84,7 @@ def topk_search(
     Args:
         query: ``[..., T, K]``. keys: ``[..., N, K]``, same dtype, or int8 or float8_e4m3fn with ``key_scale``.
         key_scale: as in :func:`softmax_read`.
-        k: how many; may exceed N. scale: default ``K ** -0.5``. slot_mask: ``[..., N]``, bool or float.
+        k: how many; may exceed N. scale: as in :func:`softmax_read`. slot_mask: ``[..., N]``, bool or float.
         backend: as in :func:`softmax_read`.
 
     Returns:
@@ -99,14 +100,7 @@ def topk_search(
 
     Source: Johnson et al. 2017, Billion-scale similarity search with GPUs; Wu et al. 2022, Memorizing Transformers.
     """
-    params = (neighbours("topk_search", k), default_scale(query, scale))
+    k = neighbours("topk_search", k)
     op, tensors = choose(OP, COMPRESSED, [query, keys, stretch(slot_mask, keys)], {"keys": key_scale})
-    return call(op, tensors, params, backend)
-
-
-def neighbours(op: str, k: int) -> int:
-    if isinstance(k, bool) or not isinstance(k, int):
-        raise TypeError(f"{op}: k must be an int, got {type(k).__name__}")
-    if k < 1:
-        raise ValueError(f"{op}: k must be at least 1, got {k}")
-    return k
+    tensors, factor = scaled(op, tensors, scale, "topk_search")
+    return call(op, tensors, (k, factor), backend)

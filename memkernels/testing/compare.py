@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,9 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3, tor
 # A result is measured against its own largest number, but never against less than this share of the largest number of
 # all results (or this much, absolutely): where terms cancel to almost nothing only the size of the terms is meaningful.
 FLOOR = 0.05
+
+# What is left of large terms that cancel, as a share of what the table allows sums in float32 (float64).
+ROUNDING = 0.3
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,44 @@ def norms(wanted: Sequence[Tensor]) -> list[float]:
 def distance(got: Tensor, wanted: Tensor, norm: float) -> float:
     """``max |got - wanted| / norm`` over the numbers that are finite in both."""
     return size(got.double() - wanted) / norm
+
+
+def small_ones(got: Tensor, wanted: Tensor, positive: bool, call: torch.dtype, norm: float, plain: Callable) -> str:
+    """What is wrong with numbers that are small beside the largest of their result, or an empty string.
+
+    positive: each number is a sum of positive terms, as a weight is. Nothing cancels, so each must be right to the
+        digits of its dtype, however small; twice the table, for its exponent carries the rounding of a score too.
+    Other results are judged by rows, the last axis: a row by its own largest number, but allowed what rounding leaves
+    of terms as large as ``norm``.
+    plain: makes the same result by plain PyTorch at the dtype of the call; twice its error is allowed as well.
+    """
+    if not wanted.numel() or not wanted.dim():
+        return ""
+    error, size = _finite(got.double() - wanted), _finite(wanted)
+    allowed = table(call, got.dtype)
+    if positive:
+        least = torch.finfo(torch.float32).tiny if got.dtype != torch.float16 else 2.0**-24  # below, a 0 will do
+        size = size.clamp(min=least)
+        limit = 2 * allowed * size + least
+        if bool((error > limit).any()):
+            theirs = (_finite(plain().double() - wanted) - least).clamp(min=0) / size
+            limit = limit + 2 * theirs.amax() * size
+    else:
+        size, error = size.amax(-1, keepdim=True), error.amax(-1, keepdim=True)
+        limit = allowed * size + ROUNDING * TOLERANCE[stats_dtype(call)] * norm
+        if bool((error > limit).any()):
+            limit = limit + 2 * _finite(plain().double() - wanted).amax()
+    at = (error - limit).argmax()
+    error, size, limit = (float(x.reshape(-1)[at]) for x in (error, size, limit))
+    if error <= limit:
+        return ""
+    what = "a number of" if positive else "a row of at most"
+    return f"{what} {size:.1e} is off by {error:.1e}, at most {limit:.1e}"
+
+
+def _finite(x: Tensor) -> Tensor:
+    """Sizes, 0 for what is not finite."""
+    return torch.where(torch.isfinite(x), x.abs(), 0.0)
 
 
 def special_values(got: Tensor, wanted: Tensor, *, nan_must_stay: bool) -> str:

@@ -1,0 +1,166 @@
+"""Options that are numbers: one rule for what is read as one, one sentence for what is not.
+
+A number is what Python or numpy take for one, or a tensor without dimensions. Texts, truth values, NaN and complex
+numbers are none. A tensor that has a gradient stays a tensor, and its gradient comes back.
+"""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from ..registration import autocast
+from ..spec import FLOATS, Op, check, stats_dtype
+
+SIXTEEN_BITS = (torch.bfloat16, torch.float16)
+LARGEST = 2**63 - 1  # that operators of torch take
+
+
+def number(op: str, name: str, value: object, wanted: str) -> float:
+    """``value`` as a float, or the sentence that says that ``name`` must be ``wanted``."""
+    result = _float(op, name, value, wanted)
+    if result != result:
+        raise ValueError(f"{op}: {name} must be {wanted}, got nan")
+    return result
+
+
+def fraction(op: str, name: str, value: object, wanted: str) -> float:
+    """``value`` as a float in [0, 1]."""
+    result = _float(op, name, value, wanted)
+    if not 0.0 <= result <= 1.0:
+        raise ValueError(f"{op}: {name} must be in [0, 1], got {result}")
+    return result
+
+
+def _float(op: str, name: str, value: object, wanted: str) -> float:
+    if isinstance(value, bool) or not (isinstance(value, (int, float)) or _counts_as_number(value)):
+        raise TypeError(f"{op}: {name} must be {wanted}, got {_kind(value)}")
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{op}: {name} must be {wanted}, got an int beyond the range of float64") from None
+
+
+def neighbours(op: str, k: int) -> int:
+    """``k``, an integer of at least 1."""
+    result = k
+    if isinstance(k, bool) or not isinstance(k, int):
+        try:
+            result = _index(k)
+        except TypeError:
+            raise TypeError(f"{op}: k must be an int, got {_kind(k)}") from None
+    if result < 1:
+        raise ValueError(f"{op}: k must be at least 1, got {result}")
+    if result > LARGEST:
+        raise ValueError(f"{op}: k must be at most {LARGEST}, got an int beyond it")
+    return result
+
+
+def _index(k: object) -> int:
+    if isinstance(k, bool):
+        raise TypeError
+    if not isinstance(k, Tensor):
+        return operator.index(k)
+    if k.dim() or k.dtype.is_floating_point or k.dtype.is_complex or k.dtype == torch.bool:
+        raise TypeError
+    return k.item()
+
+
+def _counts_as_number(value: object) -> bool:
+    if isinstance(value, Tensor):
+        return _is_single(value)
+    dtype = getattr(value, "dtype", None)
+    if dtype is not None:  # of numpy, whose texts and complex numbers have __float__ too
+        return getattr(dtype, "kind", "") in ("i", "u", "f") and getattr(value, "ndim", 1) == 0
+    return hasattr(type(value), "__float__")
+
+
+def _is_single(x: Tensor) -> bool:
+    """Is it a real number without dimensions?"""
+    return x.dim() == 0 and not x.dtype.is_complex and x.dtype != torch.bool
+
+
+def _kind(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor {list(value.shape)} of {str(value.dtype).removeprefix('torch.')}"
+    return type(value).__name__
+
+
+def stays_tensor(x: object) -> bool:
+    """Is ``x`` a tensor whose number must not be looked at? That would wait for a device, or lose a gradient, a
+    tangent, or what a trace or a transform of torch.func follows."""
+    if not isinstance(x, Tensor):
+        return False
+    if x.dim() or x.requires_grad or x.device.type != "cpu" or torch.compiler.is_compiling():
+        return True
+    return type(x) not in _PLAIN or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def single(op: str, name: str, x: Tensor, like: Tensor, dtype: torch.dtype, wanted: str) -> Tensor:
+    """A tensor without dimensions in ``dtype``, where ``like`` is."""
+    if not _is_single(x) or (x.is_meta and not like.is_meta):
+        raise TypeError(f"{op}: {name} must be {wanted}, got {_kind(x)}{' on meta' if x.is_meta else ''}")
+    return x.to(like.device, dtype)
+
+
+def scaled(op: Op, tensors: list, scale: float | Tensor | None, name: str) -> tuple[list, float]:
+    """The tensors of a call and its scale, a number: the default ``K ** -0.5``, or the one that was given.
+
+    A scale that is a tensor ``[..., T]``, or broadcasts to it, is multiplied into the queries, and the number is 1:
+    kernels know nothing of it, and no number is looked at. Queries in 16 bits would lose digits to that product. They
+    become two parts, the rounded product and what the rounding left, side by side, each with keys of its own.
+    """
+    queries = [i for i, a in enumerate(op.args) if a.name.endswith("query")]
+    if scale is None:
+        try:
+            width = tensors[queries[0]].shape[-1]
+        except (AttributeError, IndexError, RuntimeError):  # no tensor with sizes: the check of the call says so
+            width = 1
+        return tensors, width**-0.5 if width else 1.0
+    if not stays_tensor(scale):
+        return tensors, number(name, "scale", scale, SCALE)
+    cast = autocast(op, tensors)
+    layout = check(op, cast)
+    factor = _factor(name, scale, cast[queries[0]], [*layout.lead, layout.axes["T"]]).unsqueeze(-1)
+    if all(tensors[i].dtype not in SIXTEEN_BITS for i in queries):  # autocast rounds the product, not its factors
+        return [t * factor if i in queries else t for i, t in enumerate(tensors)], 1.0
+    halves = (2, -1) if op.args[queries[0]].axes == "T 2h" else (1, -1)
+    tensors = list(cast)
+    for i in queries:
+        product = (tensors[i].float() * factor).unflatten(-1, halves)
+        rounded = product.detach().to(tensors[i].dtype)  # the other part takes the gradient, the same for both
+        tensors[i] = torch.cat([rounded, (product - rounded).to(tensors[i].dtype)], -1).flatten(-2)
+    keys = next(i for i, a in enumerate(op.args) if a.name.endswith("keys"))
+    tensors[keys] = torch.cat([tensors[keys], tensors[keys]], -1)
+    return tensors, 1.0
+
+
+SCALE = "a number or a tensor that broadcasts to [..., T]"
+
+
+def _factor(op: str, scale: Tensor, query: Tensor, tokens: list[int]) -> Tensor:
+    """``scale`` in the dtype that sums over ``query`` have; ``tokens``: the leading dimensions of the call, and T."""
+    exact = stats_dtype(query.dtype)
+    if scale.is_nested or scale.layout != torch.strided:
+        raise TypeError(f"{op}: scale must be {SCALE}, got a {'nested' if scale.is_nested else scale.layout} one")
+    if not scale.dim():
+        return single(op, "scale", scale, query, exact, SCALE)
+    wanted = (*FLOATS[:3], exact) if torch.is_autocast_enabled(query.device.type) else (query.dtype, exact)
+    if scale.dtype not in wanted:
+        names = " or ".join(dict.fromkeys(str(d).removeprefix("torch.") for d in wanted))
+        raise TypeError(f"{op}: scale must be {names}, got {str(scale.dtype).removeprefix('torch.')}")
+    if scale.device != query.device:
+        raise ValueError(f"{op}: scale must be on {query.device}, got {scale.device}")
+    own = list(scale.shape)
+    inside = len(own) <= len(tokens) and all(
+        size == whole or size == 1 for size, whole in zip(own, tokens[len(tokens) - len(own) :])
+    )
+    if not inside:
+        raise ValueError(f"{op}: scale must broadcast to {tokens}, [..., T], got {own}")
+    return scale.to(exact)
