@@ -43,9 +43,10 @@ format: $(READY)
 bench: .build/native
 	$(PY) -m pytest bench --benchmark-enable --benchmark-only
 
-# C++ kernels without torch or Python, under AddressSanitizer + UBSan and under ThreadSanitizer.
+# C++ kernels without torch or Python, under AddressSanitizer + UBSan and under ThreadSanitizer; then the operators, called with
+# arguments that nobody would pass, for half a minute (LONG=1: ten).
 sanitize: $(READY)
-	PYTHON=$(PY) tests/native/run
+	PYTHON=$(PY) LONG=$(LONG) tests/native/run
 
 # The CUDA backend: builds and installs its library with nvcc, prints what it uses, runs its kernels on the CPU. No GPU is needed.
 cuda: $(READY)

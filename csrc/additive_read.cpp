@@ -54,7 +54,7 @@ Five backward(const Tensor& query, const Tensor& keys, const Tensor& values, con
   Inputs in("additive_read_backward", query, keys, values, score_vector, slot_mask, f);
   in.args.require(wants.size() == 5, "wants must have 5 entries");
   // Gradients that nobody has are zero.
-  const Tensor zeros = d_read.has_value() ? *d_read : torch::stable::new_zeros(read, read.sizes());
+  const Tensor zeros = d_read.has_value() ? *d_read : zeros_like(read);
   const Tensor* r = &in.args.add("read", read, Side::tokens, {f.T, f.V});
   const Tensor* dr = &in.args.add("d_read", zeros, Side::tokens, {f.T, f.V});
   const Tensor* l = &in.args.add("lse", lse, Side::tokens, {f.T});
@@ -82,6 +82,6 @@ Five backward(const Tensor& query, const Tensor& keys, const Tensor& values, con
 }  // namespace mk
 
 MK_REGISTER(m) {
-  m.impl("additive_read", TORCH_BOX(&mk::forward));
-  m.impl("additive_read_backward", TORCH_BOX(&mk::backward));
+  MK_OPERATOR(m, "additive_read", &mk::forward);
+  MK_OPERATOR(m, "additive_read_backward", &mk::backward);
 }

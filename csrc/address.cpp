@@ -77,6 +77,6 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& query, const Tensor& k
 }  // namespace mk
 
 MK_REGISTER(m) {
-  m.impl("address", TORCH_BOX(&mk::forward));
-  m.impl("address_backward", TORCH_BOX(&mk::backward));
+  MK_OPERATOR(m, "address", &mk::forward);
+  MK_OPERATOR(m, "address_backward", &mk::backward);
 }

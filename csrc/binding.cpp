@@ -1,6 +1,20 @@
 #include "binding.h"
 
+#include <algorithm>
+#include <functional>
+#include <new>
+
 namespace mk {
+
+void call_operator(const char* op, Boxed function, StableIValue* stack, uint64_t inputs, uint64_t outputs) {
+  try {
+    function(stack, inputs, outputs);
+  } catch (const OutOfMemory& e) {
+    fail(op, ": out of memory, could not allocate ", e.bytes(), " bytes");
+  } catch (const std::bad_alloc&) {
+    fail(op, ": out of memory");
+  }
+}
 
 DType dtype_of(const char* op, const char* name, const Tensor& t) {
   switch (t.scalar_type()) {
@@ -19,7 +33,9 @@ DType dtype_of(const char* op, const char* name, const Tensor& t) {
 int64_t size_at(const char* op, const char* name, const Tensor& t, int64_t d) {
   const int64_t rank = t.dim();
   check(d < 0 ? -d <= rank : d < rank, op, ": ", name, " has too few dimensions, ", rank);
-  return t.size(d < 0 ? rank + d : d);
+  const int64_t size = t.size(d < 0 ? rank + d : d);
+  check(size <= kMaxSize, op, ": ", name, " is too large, dimension ", d, " must be at most ", kMaxSize, ", got ", size);
+  return size;
 }
 
 const Tensor& Arguments::add(const char* name, const Tensor& t, Side side, std::initializer_list<int64_t> tail) {
@@ -31,10 +47,49 @@ const Tensor& Arguments::add(const char* name, const Tensor& t, Side side, std::
     check(t.size(d) == wanted, op_, ": dimension ", d, " of ", name, " must be ", wanted, ", got ", t.size(d));
     ++d;
   }
+  check_storage(name, t);
   const bool rows = n == 0 || t.size(rank - 1) <= 1 || t.stride(rank - 1) == 1;
   check(!ready_, op_, ": ", name, " came after the leading dimensions were settled");
-  items_.push_back({name, rows ? t : torch::stable::contiguous(t), side, int(n)});
+  items_.push_back({name, rows ? t : made(bytes_of(t), [&] { return torch::stable::contiguous(t); }), side, int(n)});
   return items_.back().tensor;
+}
+
+// Sizes and strides are what a tensor says of itself. Its storage may have been made smaller since (untyped_storage().resize_).
+void Arguments::check_storage(const char* name, const Tensor& t) const {
+  int64_t last = 0, end = 0, held = 0;
+  bool overflows = false;
+  for (int64_t d = 0; d < t.dim(); ++d) {
+    if (t.size(d) == 0) return;
+    int64_t step = 0;
+    overflows |= __builtin_mul_overflow(t.size(d) - 1, t.size(d) == 1 ? 0 : t.stride(d), &step);
+    overflows |= __builtin_add_overflow(last, step, &last);
+  }
+  overflows |= __builtin_add_overflow(last, t.storage_offset(), &last);
+  overflows |= last < 0 || __builtin_mul_overflow(last + 1, int64_t(t.element_size()), &end);
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(t.get(), &held));
+  check(!overflows && end <= held, op_, ": ", name, " reaches beyond its storage of ", held, " bytes");
+}
+
+// Kernels count places, scratch memory and products of two or three sizes in int64.
+void Arguments::check_work() const {
+  constexpr int64_t kMost = int64_t(1) << 61, kLeast = 16;  // every size may be rounded up to a register
+  int64_t largest[3] = {1, 1, 1}, all = 1;
+  bool fits = true;
+  auto times = [&](int64_t n) { fits = fits && !__builtin_mul_overflow(all, most(n, 1), &all) && all <= kMost; };
+  for (const Item& item : items_) {
+    const int64_t rank = item.tensor.dim();
+    int64_t own[3] = {1, 1, 1};
+    for (int64_t d = rank - item.tail; d < rank; ++d) own[d - rank + item.tail] = item.tensor.size(d);
+    // The three largest different sizes: one that several arguments share counts once.
+    for (int64_t size : own) {
+      if (size <= largest[2] || size == largest[0] || size == largest[1]) continue;
+      largest[2] = size;
+      std::sort(largest, largest + 3, std::greater<int64_t>());
+    }
+  }
+  for (int d = 0; d < lead_.rank; ++d) times(lead_.size[d]);
+  for (int64_t size : largest) times(most(size, kLeast));
+  check(fits, op_, ": the sizes of the arguments are too large, their product must be at most ", kMost);
 }
 
 void Arguments::floats(std::initializer_list<const Tensor*> tensors) const {
@@ -90,6 +145,7 @@ const Lead& Arguments::lead() {
     lead_.size[d] = whole[at];
     lead_.shared[d] = memory_[at] == 1 && whole[at] != 1;
   }
+  check_work();
   return lead_;
 }
 
@@ -115,9 +171,15 @@ View Arguments::view(const Tensor& t, int tail) const {
   if (v.data == nullptr) v.data = none;  // an empty tensor is still an argument that was given
   const auto strides = t.strides();
   const auto sizes = t.sizes();
-  v.row = tail == 0 ? 0 : strides[size_t(lead)] * item;
+  // The stride of a dimension of size 1 may be any number. A single row lies as one of many would.
+  if (tail > 0 && sizes[size_t(lead)] > 1) {
+    v.row = strides[size_t(lead)] * item;
+  } else if (tail > 0) {
+    v.row = item;
+    for (int d = lead + 1; d < rank; ++d) v.row *= sizes[size_t(d)];
+  }
   for (int d = 0; d < lead; ++d) {
-    v.lead[lead_.rank - lead + d] = sizes[size_t(d)] == 1 ? 0 : strides[size_t(d)] * item;
+    v.lead[lead_.rank - lead + d] = sizes[size_t(d)] <= 1 ? 0 : strides[size_t(d)] * item;
   }
   return v;
 }
@@ -149,8 +211,10 @@ static void sum_into(const Tensor& from, int, const Sizes& sizes, Tensor& to) {
     if (d < extra || (sizes[size_t(d - extra)] == 1 && from.size(d) != 1)) over.push_back(d);
   }
   const torch::headeronly::IntHeaderOnlyArrayRef dims(over.data(), over.size());
-  to = torch::stable::reshape(torch::stable::sum(from, dims, true),
-                              torch::headeronly::IntHeaderOnlyArrayRef(sizes.data(), sizes.size()));
+  to = made(bytes_of(sizes, from.scalar_type()), [&] {
+    return torch::stable::reshape(torch::stable::sum(from, dims, true),
+                                  torch::headeronly::IntHeaderOnlyArrayRef(sizes.data(), sizes.size()));
+  });
 }
 #else
 namespace {
@@ -197,7 +261,8 @@ Tensor Gradient::result() const {
   } else if (out.dim() != int64_t(sizes_.size())) {
     out = torch::stable::reshape(out, torch::headeronly::IntHeaderOnlyArrayRef(sizes_.data(), sizes_.size()));
   }
-  return out.scalar_type() == dtype_ ? out : torch::stable::to(out, dtype_);
+  if (out.scalar_type() == dtype_) return out;
+  return made(bytes_of(sizes_, dtype_), [&] { return torch::stable::to(out, dtype_); });
 }
 
 }  // namespace mk

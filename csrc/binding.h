@@ -16,12 +16,18 @@
 #include <vector>
 
 #include "common/isa.h"
+#include "common/parallel.h"
 #include "common/view.h"
 #include "place.h"
 
 // Adds kernels to the operators of this library's backend, on its device.
 #define MK_REGISTER_IN(library, key, m) STABLE_TORCH_LIBRARY_IMPL(library, key, m)
 #define MK_REGISTER(m) MK_REGISTER_IN(MK_LIBRARY, MK_KEY, m)
+// The operator `name` is `function`.
+#define MK_OPERATOR(m, name, function)                                              \
+  (m).impl(name, [](StableIValue* stack, uint64_t inputs, uint64_t outputs) {       \
+    mk::call_operator(name, TORCH_BOX(function), stack, inputs, outputs);           \
+  })
 
 namespace mk {
 
@@ -39,9 +45,16 @@ void check(bool holds, const Parts&... parts) {
   if (!holds) fail(parts...);
 }
 
+// Runs a boxed operator. Memory that it cannot have becomes a sentence that names it.
+using Boxed = void (*)(StableIValue*, uint64_t, uint64_t);
+void call_operator(const char* op, Boxed function, StableIValue* stack, uint64_t inputs, uint64_t outputs);
+
 DType dtype_of(const char* op, const char* name, const Tensor& t);
 
 inline Tensor nothing() { return empty({0}, ScalarType::Float); }
+inline Tensor zeros_like(const Tensor& t) {
+  return made(bytes_of(t), [&] { return torch::stable::new_zeros(t, t.sizes()); });
+}
 inline ScalarType stats_type(ScalarType t) { return t == ScalarType::Double ? t : ScalarType::Float; }
 
 // The tensor arguments of one call. Add them all, call lead(), then view() them and results.
@@ -76,6 +89,9 @@ class Arguments {
   const char* op() const { return op_; }
 
  private:
+  void check_storage(const char* name, const Tensor& t) const;
+  void check_work() const;
+
   struct Item {
     const char* name;
     Tensor tensor;
@@ -91,7 +107,8 @@ class Arguments {
   bool ready_ = false;
 };
 
-// The size of dimension `d` (negative: from the end) of a tensor that may have too few.
+// The size of dimension `d` (negative: from the end) of a tensor that may have too few, at most kMaxSize.
+constexpr int64_t kMaxSize = int64_t(1) << 40;
 int64_t size_at(const char* op, const char* name, const Tensor& t, int64_t d);
 
 // What multiplies the rows of compressed keys and values, one number per slot.

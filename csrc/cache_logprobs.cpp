@@ -41,6 +41,6 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& logits, const Tensor& 
 }  // namespace mk
 
 MK_REGISTER(m) {
-  m.impl("cache_logprobs", TORCH_BOX(&mk::forward));
-  m.impl("cache_logprobs_backward", TORCH_BOX(&mk::backward));
+  MK_OPERATOR(m, "cache_logprobs", &mk::forward);
+  MK_OPERATOR(m, "cache_logprobs_backward", &mk::backward);
 }

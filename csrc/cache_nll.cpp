@@ -43,6 +43,6 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& logits, const Tensor& 
 }  // namespace mk
 
 MK_REGISTER(m) {
-  m.impl("cache_nll", TORCH_BOX(&mk::forward));
-  m.impl("cache_nll_backward", TORCH_BOX(&mk::backward));
+  MK_OPERATOR(m, "cache_nll", &mk::forward);
+  MK_OPERATOR(m, "cache_nll_backward", &mk::backward);
 }

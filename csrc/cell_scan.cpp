@@ -63,6 +63,6 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& inputs, const Tensor& 
 }  // namespace mk
 
 MK_REGISTER(m) {
-  m.impl("cell_scan", TORCH_BOX(&mk::forward));
-  m.impl("cell_scan_backward", TORCH_BOX(&mk::backward));
+  MK_OPERATOR(m, "cell_scan", &mk::forward);
+  MK_OPERATOR(m, "cell_scan_backward", &mk::backward);
 }

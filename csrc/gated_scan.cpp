@@ -60,6 +60,6 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& forget, const Tensor& 
 }  // namespace mk
 
 MK_REGISTER(m) {
-  m.impl("gated_scan", TORCH_BOX(&mk::forward));
-  m.impl("gated_scan_backward", TORCH_BOX(&mk::backward));
+  MK_OPERATOR(m, "gated_scan", &mk::forward);
+  MK_OPERATOR(m, "gated_scan_backward", &mk::backward);
 }

@@ -114,10 +114,10 @@ using Soft = Write<Gate::softmax>;
 }  // namespace mk
 
 MK_REGISTER(m) {
-  m.impl("gated_write", TORCH_BOX(&mk::Gated::forward));
-  m.impl("gated_write_", TORCH_BOX(&mk::Gated::in_place));
-  m.impl("gated_write_backward", TORCH_BOX(&mk::Gated::backward));
-  m.impl("softmax_write", TORCH_BOX(&mk::Soft::forward));
-  m.impl("softmax_write_", TORCH_BOX(&mk::Soft::in_place));
-  m.impl("softmax_write_backward", TORCH_BOX(&mk::Soft::backward));
+  MK_OPERATOR(m, "gated_write", &mk::Gated::forward);
+  MK_OPERATOR(m, "gated_write_", &mk::Gated::in_place);
+  MK_OPERATOR(m, "gated_write_backward", &mk::Gated::backward);
+  MK_OPERATOR(m, "softmax_write", &mk::Soft::forward);
+  MK_OPERATOR(m, "softmax_write_", &mk::Soft::in_place);
+  MK_OPERATOR(m, "softmax_write_backward", &mk::Soft::backward);
 }

@@ -100,6 +100,6 @@ Six backward(const Tensor& values, const Tensor& keys, const Tensor& read_query,
 }  // namespace mk
 
 MK_REGISTER(m) {
-  m.impl("memory_scan", TORCH_BOX(&mk::forward));
-  m.impl("memory_scan_backward", TORCH_BOX(&mk::backward));
+  MK_OPERATOR(m, "memory_scan", &mk::forward);
+  MK_OPERATOR(m, "memory_scan_backward", &mk::backward);
 }

@@ -28,7 +28,7 @@ struct Inputs {
   View parts(const Tensor& t, int tail, int64_t& part) const {
     View v = args.view(t, tail);
     part = v.row;
-    v.row = size_of(v.dtype) * (tail == 3 ? t.stride(t.dim() - 2) : 1);
+    v.row = size_of(v.dtype) * (tail == 2 ? 1 : t.size(t.dim() - 2) > 1 ? t.stride(t.dim() - 2) : t.size(t.dim() - 1));
     return v;
   }
 };
@@ -68,6 +68,6 @@ Two backward(const Tensor& reads, const Tensor& lses, const std::optional<Tensor
 }  // namespace mk
 
 MK_REGISTER(m) {
-  m.impl("merge_reads", TORCH_BOX(&mk::forward));
-  m.impl("merge_reads_backward", TORCH_BOX(&mk::backward));
+  MK_OPERATOR(m, "merge_reads", &mk::forward);
+  MK_OPERATOR(m, "merge_reads_backward", &mk::backward);
 }

@@ -4,26 +4,26 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <atomic>
-#include <new>
+#include <exception>
 
 namespace mk {
 namespace {
 
 class Scratch {
  public:
-  ~Scratch() { release(); }
+  ~Scratch() { drop(); }
   char* at_least(size_t bytes) {
     if (bytes > size_) {
-      release();
-      data_ = static_cast<char*>(::operator new(bytes, std::align_val_t(64)));
+      drop();
+      data_ = static_cast<char*>(allocate(bytes));
       size_ = bytes;
     }
     return data_;
   }
 
  private:
-  void release() {
-    if (data_ != nullptr) ::operator delete(data_, std::align_val_t(64));
+  void drop() {
+    release(data_);
     data_ = nullptr;
     size_ = 0;
   }
@@ -35,25 +35,44 @@ class Scratch {
 thread_local Scratch scratch[3];
 thread_local int depth = 0;
 
+// While alive, this thread runs tasks, however they end.
+struct Deeper {
+  Deeper() { ++depth; }
+  ~Deeper() { --depth; }
+  Deeper(const Deeper&) = delete;
+  Deeper& operator=(const Deeper&) = delete;
+};
+
 }  // namespace
 
 void run_tasks_here(int64_t tasks, size_t bytes, void* context, TaskFunction function) {
   char* memory = scratch[depth].at_least(bytes);
-  ++depth;
+  const Deeper deeper;
   for (int64_t task = 0; task < tasks; ++task) function(context, task, memory);
-  --depth;
 }
 
 void run_tasks(int64_t tasks, size_t bytes, void* context, TaskFunction function) {
   const int64_t threads = tasks <= 1 || depth > 0 ? 1 : int64_t(torch::stable::get_num_threads());
   if (threads <= 1) return run_tasks_here(tasks, bytes, context, function);
+  const int64_t workers = tasks < threads ? tasks : threads;
+  // A piece for every worker. torch numbers their ranges, so none needs to be allocated where nobody could be told of a failure.
+  const size_t piece = (bytes + 63) / 64 * 64;
+  char* memory = scratch[0].at_least(bytes_of(piece, size_t(workers)));
   std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, tasks < threads ? tasks : threads, 1, [&](int64_t, int64_t) {
-    char* memory = scratch[depth].at_least(bytes);
-    ++depth;
-    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) function(context, task, memory);
-    --depth;
+  std::atomic<bool> failed{false};
+  std::exception_ptr error;  // of the first task that failed; an exception must not leave a thread of torch's
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t worker, int64_t) {
+    const Deeper deeper;
+    try {
+      for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
+        function(context, task, memory + size_t(worker) * piece);
+      }
+    } catch (...) {
+      if (!failed.exchange(true)) error = std::current_exception();
+      next.store(tasks, std::memory_order_relaxed);  // the others stop too
+    }
   });
+  if (error) std::rethrow_exception(error);
 }
 
 }  // namespace mk

@@ -20,7 +20,8 @@ void want_huge_pages([[maybe_unused]] char* data, [[maybe_unused]] size_t bytes)
 }
 
 Tensor empty(const Sizes& sizes, ScalarType dtype, bool whole) {
-  Tensor t = torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(sizes.data(), sizes.size()), dtype);
+  const torch::headeronly::IntHeaderOnlyArrayRef shape(sizes.data(), sizes.size());
+  Tensor t = made(bytes_of(sizes, dtype), [&] { return torch::stable::empty(shape, dtype); });
   if (whole) want_huge_pages(static_cast<char*>(t.mutable_data_ptr()), size_t(t.numel()) * t.element_size());
   return t;
 }

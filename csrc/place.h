@@ -2,10 +2,15 @@
 // CPU, csrc/cuda/place.cpp for a GPU.
 #pragma once
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <cstddef>
+#include <exception>
 #include <memory>
 #include <vector>
+
+#include "common/parallel.h"
 
 #ifdef MK_CUDA
 #include "cuda/launchers.h"
@@ -19,6 +24,26 @@ using Sizes = std::vector<int64_t>;
 
 // Asks for pages of 2 MiB where the system leaves that to the program (transparent_hugepage: madvise). Small pieces are left alone.
 void want_huge_pages(char* data, size_t bytes);
+
+// Bytes of a tensor of these sizes, kTooManyBytes where they cannot be counted.
+inline size_t bytes_of(const Sizes& sizes, ScalarType dtype) {
+  size_t bytes = aoti_torch_dtype_element_size(int32_t(dtype));
+  for (int64_t size : sizes) bytes = bytes_of(bytes, size_t(size));
+  return bytes;
+}
+inline size_t bytes_of(const Tensor& t) { return bytes_of(size_t(t.numel()), t.element_size()); }
+
+// What `make` returns, which asks torch for `bytes` of memory. torch's C interface tells of a failure and not of which: with
+// arguments that have been checked, there was no memory.
+template <class Make>
+Tensor made(size_t bytes, Make&& make) {
+  if (bytes >= kTooManyBytes) throw OutOfMemory(bytes);
+  try {
+    return make();
+  } catch (const std::exception&) {
+    throw OutOfMemory(bytes);
+  }
+}
 
 // A fresh, uninitialised tensor on the device of the call. `whole`: all of it will be written.
 Tensor empty(const Sizes& sizes, ScalarType dtype, bool whole = true);

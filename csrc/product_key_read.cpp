@@ -57,6 +57,6 @@ Three backward(const Tensor& query, const Tensor& subkeys, const Tensor& values,
 }  // namespace mk
 
 MK_REGISTER(m) {
-  m.impl("product_key_read", TORCH_BOX(&mk::forward));
-  m.impl("product_key_read_backward", TORCH_BOX(&mk::backward));
+  MK_OPERATOR(m, "product_key_read", &mk::forward);
+  MK_OPERATOR(m, "product_key_read_backward", &mk::backward);
 }

@@ -34,6 +34,6 @@ std::tuple<Tensor, Tensor> backward(const Tensor& query, const Tensor& subkeys, 
 }  // namespace mk
 
 MK_REGISTER(m) {
-  m.impl("product_key_search", TORCH_BOX(&mk::forward));
-  m.impl("product_key_search_backward", TORCH_BOX(&mk::backward));
+  MK_OPERATOR(m, "product_key_search", &mk::forward);
+  MK_OPERATOR(m, "product_key_search_backward", &mk::backward);
 }

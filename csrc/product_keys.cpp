@@ -4,7 +4,8 @@ namespace mk {
 namespace {
 
 Tensor reshaped(const Tensor& t, const Sizes& sizes) {
-  return torch::stable::reshape(t, torch::headeronly::IntHeaderOnlyArrayRef(sizes.data(), sizes.size()));
+  const torch::headeronly::IntHeaderOnlyArrayRef shape(sizes.data(), sizes.size());
+  return made(bytes_of(t), [&] { return torch::stable::reshape(t, shape); });
 }
 
 }  // namespace

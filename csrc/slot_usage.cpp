@@ -70,6 +70,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& query, const T
 }  // namespace mk
 
 MK_REGISTER(m) {
-  m.impl("slot_usage", TORCH_BOX(&mk::forward));
-  m.impl("slot_usage_backward", TORCH_BOX(&mk::backward));
+  MK_OPERATOR(m, "slot_usage", &mk::forward);
+  MK_OPERATOR(m, "slot_usage_backward", &mk::backward);
 }

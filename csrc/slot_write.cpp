@@ -87,7 +87,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& values, const 
 }  // namespace mk
 
 MK_REGISTER(m) {
-  m.impl("slot_write", TORCH_BOX(&mk::forward));
-  m.impl("slot_write_", TORCH_BOX(&mk::in_place));
-  m.impl("slot_write_backward", TORCH_BOX(&mk::backward));
+  MK_OPERATOR(m, "slot_write", &mk::forward);
+  MK_OPERATOR(m, "slot_write_", &mk::in_place);
+  MK_OPERATOR(m, "slot_write_backward", &mk::backward);
 }

@@ -61,7 +61,7 @@ Four run_backward(const Tensor& query, const Tensor& keys, const Tensor& values,
   Inputs in("softmax_read_backward", query, keys, values, slot_mask, scales, scale, f);
   in.args.require(wants.size() == 4, "wants must have 4 entries");
   // Gradients that nobody has are zero.
-  const Tensor zeros = d_read.has_value() ? *d_read : torch::stable::new_zeros(read, read.sizes());
+  const Tensor zeros = d_read.has_value() ? *d_read : zeros_like(read);
   const Tensor* r = &in.args.add("read", read, Side::tokens, {f.T, f.V});
   const Tensor* dr = &in.args.add("d_read", zeros, Side::tokens, {f.T, f.V});
   const Tensor* l = &in.args.add("lse", lse, Side::tokens, {f.T});
@@ -117,10 +117,10 @@ Two backward_compressed(const Tensor& query, const Tensor& keys, const Tensor& v
 }  // namespace mk
 
 MK_REGISTER(m) {
-  m.impl("softmax_read", TORCH_BOX(&mk::forward));
-  m.impl("softmax_read_backward", TORCH_BOX(&mk::backward));
+  MK_OPERATOR(m, "softmax_read", &mk::forward);
+  MK_OPERATOR(m, "softmax_read_backward", &mk::backward);
   if (mk::kCompressedSlots) {
-    m.impl("softmax_read_compressed", TORCH_BOX(&mk::forward_compressed));
-    m.impl("softmax_read_compressed_backward", TORCH_BOX(&mk::backward_compressed));
+    MK_OPERATOR(m, "softmax_read_compressed", &mk::forward_compressed);
+    MK_OPERATOR(m, "softmax_read_compressed_backward", &mk::backward_compressed);
   }
 }

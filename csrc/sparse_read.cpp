@@ -90,10 +90,10 @@ Tensor backward_compressed(const Tensor& values, const Tensor& indices, const Te
 }  // namespace mk
 
 MK_REGISTER(m) {
-  m.impl("sparse_read", TORCH_BOX(&mk::forward));
-  m.impl("sparse_read_backward", TORCH_BOX(&mk::backward));
+  MK_OPERATOR(m, "sparse_read", &mk::forward);
+  MK_OPERATOR(m, "sparse_read_backward", &mk::backward);
   if (mk::kCompressedSlots) {
-    m.impl("sparse_read_compressed", TORCH_BOX(&mk::forward_compressed));
-    m.impl("sparse_read_compressed_backward", TORCH_BOX(&mk::backward_compressed));
+    MK_OPERATOR(m, "sparse_read_compressed", &mk::forward_compressed);
+    MK_OPERATOR(m, "sparse_read_compressed_backward", &mk::backward_compressed);
   }
 }

@@ -92,7 +92,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& values, const 
 }  // namespace mk
 
 MK_REGISTER(m) {
-  m.impl("sparse_write", TORCH_BOX(&mk::forward));
-  m.impl("sparse_write_", TORCH_BOX(&mk::in_place));
-  m.impl("sparse_write_backward", TORCH_BOX(&mk::backward));
+  MK_OPERATOR(m, "sparse_write", &mk::forward);
+  MK_OPERATOR(m, "sparse_write_", &mk::in_place);
+  MK_OPERATOR(m, "sparse_write_backward", &mk::backward);
 }

@@ -120,10 +120,10 @@ std::tuple<Tensor, Tensor> backward_compressed(const Tensor& query, const Tensor
 }  // namespace mk
 
 MK_REGISTER(m) {
-  m.impl("topk_read", TORCH_BOX(&mk::forward));
-  m.impl("topk_read_backward", TORCH_BOX(&mk::backward));
+  MK_OPERATOR(m, "topk_read", &mk::forward);
+  MK_OPERATOR(m, "topk_read_backward", &mk::backward);
   if (mk::kCompressedSlots) {
-    m.impl("topk_read_compressed", TORCH_BOX(&mk::forward_compressed));
-    m.impl("topk_read_compressed_backward", TORCH_BOX(&mk::backward_compressed));
+    MK_OPERATOR(m, "topk_read_compressed", &mk::forward_compressed);
+    MK_OPERATOR(m, "topk_read_compressed_backward", &mk::backward_compressed);
   }
 }

@@ -100,10 +100,10 @@ Two backward_compressed(const Tensor& query, const Tensor& keys, const std::opti
 }  // namespace mk
 
 MK_REGISTER(m) {
-  m.impl("topk_search", TORCH_BOX(&mk::forward));
-  m.impl("topk_search_backward", TORCH_BOX(&mk::backward));
+  MK_OPERATOR(m, "topk_search", &mk::forward);
+  MK_OPERATOR(m, "topk_search_backward", &mk::backward);
   if (mk::kCompressedSlots) {
-    m.impl("topk_search_compressed", TORCH_BOX(&mk::forward_compressed));
-    m.impl("topk_search_compressed_backward", TORCH_BOX(&mk::backward_compressed));
+    MK_OPERATOR(m, "topk_search_compressed", &mk::forward_compressed);
+    MK_OPERATOR(m, "topk_search_compressed_backward", &mk::backward_compressed);
   }
 }

@@ -1,5 +1,8 @@
 #include "write.h"
 
+#include <algorithm>
+#include <utility>
+
 namespace mk {
 
 void run_write(const GatedWrite& p) {
@@ -22,8 +25,16 @@ void check_target(const Arguments& args, const Tensor& values, const Sizes& size
   int64_t elements = 1;
   for (int64_t s : sizes) elements *= s;
   args.require(elements == values.numel(), "values must have all leading dimensions of the memory");
-  for (int64_t d = 0; d < values.dim(); ++d) {
-    args.require(values.size(d) <= 1 || values.stride(d) != 0, "values must not be expanded");
+  // From the smallest stride to the largest, a step leads beyond all that the dimensions before it reach.
+  std::vector<std::pair<int64_t, int64_t>> steps;
+  for (int64_t d = 0; d < values.dim() && elements > 0; ++d) {
+    if (values.size(d) > 1) steps.emplace_back(values.stride(d), values.size(d));
+  }
+  std::sort(steps.begin(), steps.end());
+  int64_t reach = 0;
+  for (const auto& [stride, size] : steps) {
+    args.require(stride > reach, "values must not be expanded, nor overlap themselves");
+    reach += (size - 1) * stride;
   }
 }
 

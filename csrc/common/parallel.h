@@ -4,15 +4,43 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <new>
 #include <type_traits>
 #include <utility>
 
 namespace mk {
 
+// Memory that a call needs and cannot have. The binding makes a sentence of it that names the op.
+class OutOfMemory : public std::bad_alloc {
+ public:
+  explicit OutOfMemory(size_t bytes) : bytes_(bytes) {}
+  size_t bytes() const { return bytes_; }
+
+ private:
+  size_t bytes_;
+};
+
+// A size in bytes that is no address space's; far enough below the largest integer that adding to it stays there.
+constexpr size_t kTooManyBytes = size_t(1) << 62;
+
+inline size_t bytes_of(size_t count, size_t item) {
+  size_t bytes = 0;
+  return __builtin_mul_overflow(count, item, &bytes) || bytes > kTooManyBytes ? kTooManyBytes : bytes;
+}
+
+// 64-byte aligned memory, or OutOfMemory.
+inline void* allocate(size_t bytes) {
+  void* memory = bytes >= kTooManyBytes ? nullptr : ::operator new(bytes, std::align_val_t(64), std::nothrow);
+  if (memory == nullptr) throw OutOfMemory(bytes);
+  return memory;
+}
+inline void release(void* memory) { ::operator delete(memory, std::align_val_t(64)); }
+
 using TaskFunction = void (*)(void* context, int64_t task, char* scratch);
 
 // Run function(context, task, scratch) for every task in [0, tasks); scratch is 64-byte aligned memory of the running
-// thread. Supplied by the program that links the kernels: the operator library uses torch's threads.
+// thread, and of all threads before the first task: OutOfMemory leaves what tasks write as it was. What a task throws reaches the
+// caller, once all threads have stopped. Supplied by the program that links the kernels: the operator library uses torch's threads.
 void run_tasks(int64_t tasks, size_t scratch_bytes, void* context, TaskFunction function);
 
 // The same on the calling thread alone.
@@ -51,12 +79,13 @@ class Arena {
   template <class T>
   T* take(int64_t count) {
     char* p = base_ + used_;
-    used_ += (size_t(count) * sizeof(T) + 63) / 64 * 64;
+    used_ = least_bytes(used_ + (bytes_of(size_t(count), sizeof(T)) + 63) / 64 * 64);
     return base_ == nullptr ? nullptr : reinterpret_cast<T*>(p);
   }
   size_t used() const { return used_; }
 
  private:
+  static size_t least_bytes(size_t bytes) { return bytes < kTooManyBytes ? bytes : kTooManyBytes; }
   char* base_;
   size_t used_ = 0;
 };

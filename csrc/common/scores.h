@@ -185,10 +185,8 @@ template <class F>
 class Buffer {
  public:
   explicit Buffer(int64_t count)
-      : data_(count > 0 ? static_cast<F*>(::operator new(size_t(count) * sizeof(F), std::align_val_t(64))) : nullptr) {}
-  ~Buffer() {
-    if (data_ != nullptr) ::operator delete(data_, std::align_val_t(64));
-  }
+      : data_(count > 0 ? static_cast<F*>(allocate(bytes_of(size_t(count), sizeof(F)))) : nullptr) {}
+  ~Buffer() { release(data_); }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
   F* data() { return data_; }

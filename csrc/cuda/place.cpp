@@ -16,11 +16,11 @@ namespace mk {
 Tensor empty(const Sizes& sizes, ScalarType dtype, bool) {
   const torch::headeronly::IntHeaderOnlyArrayRef shape(sizes.data(), sizes.size());
 #ifdef MK_SIMT
-  return torch::stable::empty(shape, dtype);
+  return made(bytes_of(sizes, dtype), [&] { return torch::stable::empty(shape, dtype); });
 #else
   const auto device =
       torch::stable::Device(torch::headeronly::DeviceType::CUDA, torch::stable::accelerator::getCurrentDeviceIndex());
-  return torch::stable::empty(shape, dtype, std::nullopt, device);
+  return made(bytes_of(sizes, dtype), [&] { return torch::stable::empty(shape, dtype, std::nullopt, device); });
 #endif
 }
 

@@ -19,6 +19,7 @@
 #include <functional>
 #include <new>
 #include <stdexcept>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -170,7 +171,8 @@ double best_round(int threads, double seconds, const std::function<void(int)>& w
   bool done = false;
   std::barrier<> gate(threads + 1);
   std::vector<std::thread> pool;
-  for (int t = 0; t < threads; ++t) {
+  pool.reserve(threads);
+  auto start = [&](int t) {
     pool.emplace_back([&, t] {
       pin(cores[t % cores.size()]);
       for (;;) {
@@ -182,6 +184,14 @@ double best_round(int threads, double seconds, const std::function<void(int)>& w
         gate.arrive_and_wait();
       }
     });
+  };
+  try {
+    for (int t = 0; t < threads; ++t) start(t);
+  } catch (const std::system_error&) {  // those that began wait for the others, and must end before the error goes on
+    done = true;
+    (void)gate.arrive(threads + 1 - int(pool.size()));
+    for (auto& thread : pool) thread.join();
+    throw;
   }
   double best = 1e300;
   const auto deadline = Clock::now() + std::chrono::duration<double>(seconds);

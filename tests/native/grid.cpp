@@ -103,39 +103,12 @@ void each_case(int density, const std::function<void(const Case&)>& body) {
   }
 }
 
-void verify(const Case& c, const char* entry, std::initializer_list<Result> results,
-            const std::function<void()>& call) {
-  for (mk::Isa isa : instruction_sets()) {
-    auto wrong = [&](const char* output, const std::string& what) {
-      std::printf("FAIL %s %s, %s: %s: %s\n", entry, native::name_of(isa), c.text().c_str(), output, what.c_str());
-      ++tally.failures;
-    };
-    std::vector<std::string> bytes;
-    for (int threads : {1, 4}) {
-      for (const Result& r : results) r.got->poison();
-      use(isa, threads);
-      call();
-      if (fault == "value") results.begin()->got->break_one();
-      ++tally.runs;
-      size_t i = 0;
-      for (const Result& r : results) {
-        if (!*r.got) continue;
-        if (threads == 1) {
-          // Products of pairs round the weights and gradients of scores that these gradients of bfloat16 rows are summed from.
-          const std::string name = r.name;
-          const bool rounds = isa == mk::Isa::avx512bf16 && c.dtype == DType::bf16 &&
-                              std::string(entry) == "softmax_read_backward" &&
-                              (name == "d_query" || name == "d_keys" || name == "d_values");
-          const DType as = rounds ? DType::bf16 : r.got->dtype();
-          const std::string what = difference(*r.got, *r.want, c.tolerance(as));
-          if (!what.empty()) wrong(r.name, what);
-          bytes.push_back(r.got->bytes());
-        } else if (bytes[i++] != r.got->bytes()) {
-          wrong(r.name, "one thread and four give different bits");
-        }
-      }
-    }
-  }
+double tolerance(const Case& c, const std::string& entry, mk::Isa isa, const Result& r) {
+  // Products of pairs round the weights and gradients of scores that these gradients of bfloat16 rows are summed from.
+  const std::string name = r.name;
+  const bool rounds = isa == mk::Isa::avx512bf16 && c.dtype == DType::bf16 && entry == "softmax_read_backward" &&
+                      (name == "d_query" || name == "d_keys" || name == "d_values");
+  return c.tolerance(rounds ? DType::bf16 : r.got->dtype());
 }
 
 Tensor slot_mask(const Case& c, Random& random, double shift) {

@@ -47,8 +47,11 @@ struct Result {
   const Wide* want;
 };
 
+// How far a result may be from what is wanted, relative to its largest number.
+double tolerance(const Case& c, const std::string& entry, mk::Isa isa, const Result& result);
+
 // Runs `call` for every instruction set and for one and four threads into poisoned outputs, and compares. An output
-// that is not given counts as not wanted.
+// that is not given counts as not wanted. The program `out_of_memory` has its own, which also lets every allocation fail in turn.
 void verify(const Case& c, const char* entry, std::initializer_list<Result> results, const std::function<void()>& call);
 
 // How many runs have been compared, and how many were wrong.

@@ -19,12 +19,8 @@
 
 namespace native {
 
-std::string fault;
-
 namespace {
 
-mk::Isa chosen = mk::Isa::baseline;
-int wanted_threads = 1;
 thread_local bool inside = false;
 
 // Threads that wait for one job at a time.
@@ -102,35 +98,9 @@ void run_one(int64_t task, size_t bytes, void* context, mk::TaskFunction functio
 
 }  // namespace
 
-std::vector<mk::Isa> instruction_sets() {
-  std::vector<mk::Isa> sets{mk::Isa::baseline};
-#ifdef MK_HAVE_avx2
-  __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (avx2) sets.push_back(mk::Isa::avx2);
-  if (avx512) sets.push_back(mk::Isa::avx512);
-  if (avx512 && __builtin_cpu_supports("avx512bf16")) sets.push_back(mk::Isa::avx512bf16);
-#endif
-  return sets;
-}
-
-const char* name_of(mk::Isa isa) {
-  constexpr const char* names[] = {"baseline", "avx2", "avx512", "avx512bf16"};
-  return names[int64_t(isa)];
-}
-
-void use(mk::Isa isa, int threads) {
-  chosen = isa;
-  wanted_threads = threads;
-}
-
 }  // namespace native
 
 namespace mk {
-
-Isa isa() { return native::chosen; }
 
 void run_tasks_here(int64_t tasks, size_t bytes, void* context, TaskFunction function) {
   for (int64_t task = 0; task < tasks; ++task) native::run_one(task, bytes, context, function);
@@ -139,7 +109,7 @@ void run_tasks_here(int64_t tasks, size_t bytes, void* context, TaskFunction fun
 // Thread i begins with task i, so that several threads take part however short the tasks are; then whoever is free
 // takes the next.
 void run_tasks(int64_t tasks, size_t bytes, void* context, TaskFunction function) {
-  if (tasks <= 1 || native::wanted_threads == 1 || native::inside) {
+  if (tasks <= 1 || native::wanted_threads() == 1 || native::inside) {
     return run_tasks_here(tasks, bytes, context, function);
   }
   static native::Pool pool;

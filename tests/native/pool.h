@@ -13,6 +13,7 @@ std::vector<mk::Isa> instruction_sets();
 const char* name_of(mk::Isa isa);
 
 void use(mk::Isa isa, int threads);
+int wanted_threads();
 
 // A fault made on purpose, to see that it is noticed:
 //   row       a kernel is told that rows are one element longer than they are

@@ -1,0 +1,11 @@
+// The two functions of torch that csrc/parallel.cpp calls, over threads of this program (out_of_memory.cpp).
+#pragma once
+
+#include "common/parallel.h"
+
+namespace torch::stable {
+
+uint32_t get_num_threads();
+void parallel_for(int64_t begin, int64_t end, int64_t grain, mk::FunctionRef<void(int64_t, int64_t)> body);
+
+}  // namespace torch::stable
