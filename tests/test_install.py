@@ -75,7 +75,7 @@ def isolated(work) -> str:
     folder.mkdir()
     for name in REQUIRED:
         for found in PACKAGES.glob(name):
-            (folder / name).symlink_to(found)
+            (folder / found.name).symlink_to(found)
     (folder / "sitecustomize.py").write_text(HIDE)
     return str(folder)
 
