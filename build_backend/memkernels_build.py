@@ -164,22 +164,19 @@ def compile(command: list, jobs: int) -> None:
     """Run Ninja. pip shows none of its output until it fails, so the terminal is told how far it is."""
     if sys.stdout.isatty():
         return run(command)
-    told = -1
+    told = 0  # quarters of the steps
     with (
         open(_terminal(), "w") as terminal,
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process,
     ):
+        seconds = math.ceil(PROCESSOR_SECONDS / jobs)
+        _tell(terminal, f"compiling the native code, about {seconds} s on {jobs} processors where all of it is new")
         for line in process.stdout:
             print(line, end="", flush=True)
-            if not (step := re.match(r"\[(\d+)/(\d+)\]", line)):
-                continue
-            done, steps = map(int, step.groups())
-            text = f"{done} of {steps} steps of the native code"
-            if told < 0:
-                text += f", about {math.ceil(PROCESSOR_SECONDS / jobs)} s in all on {jobs} processors"
-            if told < (quarter := 4 * done // steps):
+            step = re.match(r"\[(\d+)/(\d+)\]", line)
+            if step and told < (quarter := 4 * int(step[1]) // int(step[2])):
                 told = quarter
-                print(f"\n  memkernels: {text} ", end="", file=terminal, flush=True)  # after the spinner of pip
+                _tell(terminal, f"{25 * quarter}% of the native code")
     if process.returncode != 0:
         raise SystemExit(FAILED)
 
@@ -190,3 +187,7 @@ def _terminal() -> str:
     except OSError:  # there is none
         return os.devnull
     return "/dev/tty"
+
+
+def _tell(terminal, text: str) -> None:
+    print(f"\n  memkernels: {text} ", end="", file=terminal, flush=True)  # the spinner of pip stands on the line
