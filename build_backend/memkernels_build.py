@@ -108,7 +108,8 @@ def torch() -> Path:
     found = "; ".join(old) or f"none is installed for {sys.executable}"
     raise SystemExit(
         f"memkernels: the native code needs the headers of {wanted}, and {found}: install torch first (pip install "
-        "torch, for the CPU alone --index-url https://download.pytorch.org/whl/cpu), or name its folder in TORCH_DIR"
+        "torch, for the CPU alone --index-url https://download.pytorch.org/whl/cpu), activate the environment that "
+        "has it, or name its folder in TORCH_DIR"
     )
 
 
