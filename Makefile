@@ -1,5 +1,5 @@
 # Each target sets up .venv when it is missing, or uses the interpreter given as PYTHON= without touching the network.
-#   make demo | test | lint | bench | sanitize | cuda | gpu-check | gpu-rehearsal | dev | clean
+#   make demo | test | test-quick | lint | bench | sanitize | cuda | gpu-check | gpu-rehearsal | dev | clean
 
 ifdef PYTHON
   PY := $(PYTHON)
@@ -12,7 +12,7 @@ else
 endif
 CLANG_FORMAT := $(PY) -c "import clang_format; clang_format.clang_format()"
 NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cmake) csrc/kernels.cmake CMakeLists.txt setup.py \
-	pyproject.toml
+	pyproject.toml $(wildcard build_backend/*.py memkernels/_stamp.py)
 
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu tests/*/*.cpp tests/*/*.h bench/gpu/stand_in/*)
 
@@ -20,7 +20,7 @@ SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu te
 SIDE_BY_SIDE := -n auto --maxprocesses=8 --dist loadfile
 PYTEST = $(PY) -m pytest $$($(PY) -c "import xdist" 2>/dev/null && printf '%s ' $(SIDE_BY_SIDE))
 
-.PHONY: dev demo test lint format bench sanitize cuda gpu-check gpu-rehearsal clean
+.PHONY: dev demo test test-quick lint format bench sanitize cuda gpu-check gpu-rehearsal clean
 
 dev: .build/native
 
@@ -28,7 +28,11 @@ demo: .build/native
 	$(PY) -m memkernels demo
 
 test: .build/native
-	$(PYTEST) tests/test_triton.py tests
+	$(PYTEST) tests/test_triton.py tests/test_install.py tests
+
+# The inner loop: what finds most mistakes (tests/quick.py), in under two minutes on two cores.
+test-quick: .build/native
+	$(PYTEST) --quick tests/test_triton.py tests
 
 lint: $(READY)
 	$(PY) -m ruff check .

@@ -1,8 +1,9 @@
-// What the operator library says of itself. The operators are defined by memkernels/registration.py; each csrc/<op>.cpp adds
-// the kernels of one.
+// What the operator library says of itself and of the processor. The operators are defined by memkernels/registration.py;
+// each csrc/<op>.cpp adds the kernels of one.
 #include <string>
 
 #include "binding.h"
+#include "host/processor.h"
 
 namespace {
 
@@ -15,7 +16,23 @@ std::string isa_name() {
   }
 }
 
+// A fact a line, its name first: name, cores, l1d, l2, l3, line, features.
+std::string processor() {
+  using namespace memkernels::host;
+  std::string text = "name " + processor_name() + "\ncores " + std::to_string(usable_cores().size());
+  for (const auto& [name, bytes] : caches()) text += "\n" + name + " " + std::to_string(bytes);
+  text += "\nfeatures";
+  for (const auto& [name, usable] : features()) text += usable ? " " + name : "";
+  return text;
+}
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(memkernels_cpu, m) { m.def("isa() -> str"); }
-STABLE_TORCH_LIBRARY_IMPL(memkernels_cpu, CompositeExplicitAutograd, m) { m.impl("isa", TORCH_BOX(&isa_name)); }
+STABLE_TORCH_LIBRARY_FRAGMENT(memkernels_cpu, m) {
+  m.def("isa() -> str");
+  m.def("processor() -> str");
+}
+STABLE_TORCH_LIBRARY_IMPL(memkernels_cpu, CompositeExplicitAutograd, m) {
+  m.impl("isa", TORCH_BOX(&isa_name));
+  m.impl("processor", TORCH_BOX(&processor));
+}

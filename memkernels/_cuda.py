@@ -7,8 +7,10 @@ from pathlib import Path
 
 import torch
 
+from . import _native
+
 # The variable names another build of it, as the rehearsal without a GPU uses (bench/gpu).
-LIBRARY = Path(os.environ.get("MEMKERNELS_CUDA_LIBRARY") or Path(__file__).parent / "_lib" / "libmemkernels_cuda.so")
+LIBRARY = Path(os.environ.get("MEMKERNELS_CUDA_LIBRARY") or _native.FOLDER / "libmemkernels_cuda.so")
 # The same kernels compiled for the CPU by the tests (tests/simt): a path of their library.
 ON_HOST = os.environ.get("MEMKERNELS_CUDA_ON_HOST")
 DEVICES = ("cpu",) if ON_HOST else ("cuda",)

@@ -45,19 +45,12 @@ def gaps(info: dict[str, Any]) -> list[str]:
 
 def _processor() -> dict[str, Any]:
     threads = {"threads": torch.get_num_threads()}
-    try:
-        from . import _host as host
-    except ImportError as error:
-        return {"name": platform.processor() or platform.machine(), **threads, "why_no_details": str(error)}
-    features = [name for name, usable in host.features().items() if usable]
-    return {
-        "name": host.processor(),
-        "cores": host.cores(),
-        **threads,
-        "caches": host.caches(),
-        "features": features,
-        "instruction_sets": [name for name in _native.ISAS if set(_NEEDS[name]) <= set(features)],
-    }
+    if why := _native.missing():
+        unknown = f"unknown, as the cpu backend would tell: {why}"
+        return {"name": platform.processor() or platform.machine(), **threads, "why_no_details": unknown}
+    facts = _native.processor()
+    sets = [name for name in _native.ISAS if set(_NEEDS[name]) <= set(facts["features"])]
+    return {**facts, **threads, "instruction_sets": sets}
 
 
 def _devices() -> list[str]:

@@ -15,16 +15,26 @@ DEVICES = ("cpu",) if INTERPRETED else ("cuda",)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def kernels():
-    """The package of the kernels; in a checkout that is not installed it lies beside this one."""
+def _beside() -> None:
+    """In a checkout the kernels lie beside this package, not in it: it gets them at their first use."""
     name = f"{__package__}.triton_kernels"
-    if importlib.util.find_spec(name) is None:
-        folder = Path(__file__).resolve().parent.parent / "triton_kernels"
-        found = importlib.util.spec_from_file_location(name, folder / "__init__.py", submodule_search_locations=[])
-        found.submodule_search_locations.append(str(folder))
-        sys.modules[name] = importlib.util.module_from_spec(found)
-        found.loader.exec_module(sys.modules[name])
-    return importlib.import_module(name)
+    folder = Path(__file__).resolve().parent.parent / "triton_kernels"
+    if importlib.util.find_spec(name) is not None or not folder.is_dir():
+        return
+    within = [str(folder)]
+    found = importlib.util.spec_from_file_location(name, folder / "__init__.py", submodule_search_locations=within)
+    found.loader = importlib.util.LazyLoader(found.loader)
+    package = sys.modules[name] = importlib.util.module_from_spec(found)
+    found.loader.exec_module(package)
+    sys.modules[__package__].triton_kernels = package  # as an import does
+
+
+_beside()
+
+
+def kernels():
+    """The package of the kernels."""
+    return importlib.import_module(f"{__package__}.triton_kernels")
 
 
 def _load() -> str | None:

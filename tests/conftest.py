@@ -11,12 +11,29 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import hypothesis
 import pytest
+import quick
 import torch
 from support import BACKENDS, NATIVE
 
 # derandomize: the same examples on every run, so a red build is red again when it is looked at.
 hypothesis.settings.register_profile("memkernels", deadline=None, max_examples=40, derandomize=True, database=None)
 hypothesis.settings.load_profile("memkernels")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--quick", action="store_true", help="only what finds most mistakes (quick.py)")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("quick"):
+        wanted = [item for item in items if quick.wanted(item)]
+        config.hook.pytest_deselected(items=[item for item in items if item not in wanted])
+        items[:] = wanted
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if config.getoption("quick"):
+        terminalreporter.write_line(quick.left_out())
 
 
 @pytest.fixture(params=BACKENDS)

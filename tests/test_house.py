@@ -20,9 +20,9 @@ from memkernels.registration import OPS
 PACKAGE = ROOT / "memkernels"
 # What a layer may import of memkernels: the layers below it, and itself.
 LAYERS = {
-    "_native": {"_host"},
+    "_native": {"_host", "_stamp"},
     "spec": set(),
-    "_cuda": set(),
+    "_cuda": {"_native"},
     "_triton": set(),
     "backends": {"_cuda", "_native", "_triton", "spec"},
     "registration": {"spec", "backends"},
@@ -32,7 +32,7 @@ LAYERS = {
     "integrations": {"", "models", "nn", "ops", "spec", "backends"},
     "store": {"", "nn", "ops", "spec", "backends", "_native"},
     "testing": {"ops", "spec", "backends", "registration"},
-    "_info": {"", "_native", "_host", "backends", "registration"},
+    "_info": {"", "_native", "backends", "registration"},
 }
 
 

@@ -15,6 +15,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import quick
 from support import ROOT, run_python
 
 from memkernels import _triton, backends
@@ -83,8 +84,10 @@ def result_of(code: str, *args: str) -> object:
     return json.loads(done.stdout.rsplit("RESULT", 1)[1])
 
 
-def wanted(op: str) -> dict[str, list[str]]:
+def wanted(op: str, config: pytest.Config) -> dict[str, list[str]]:
     """Case -> dtypes of the grid of one op."""
+    if config.getoption("quick"):
+        return {quick.TRITON_CASE: ["float32"]}
     result = {}
     for case in cases(OPS[op]):
         repeats = case.name in LONG and case.name != CUT.get(op) or case.name in VIEWS and op != VIEWED
@@ -96,20 +99,20 @@ def wanted(op: str) -> dict[str, list[str]]:
 
 
 @pytest.fixture(scope="module")
-def grids():
+def grids(pytestconfig):
     """op -> the grids of its share of the ops, as they run: one process for each processor."""
     processes = os.cpu_count() or 1
-    shares = [CLAIMED[i::processes] for i in range(processes)]
+    shares = [{op: wanted(op, pytestconfig) for op in CLAIMED[i::processes]} for i in range(processes)]
     with ThreadPoolExecutor(processes) as pool:
-        running = [pool.submit(result_of, GRID, json.dumps({op: wanted(op) for op in share})) for share in shares]
+        running = [pool.submit(result_of, GRID, json.dumps(share)) for share in shares]
         yield {op: one for share, one in zip(shares, running) for op in share}
         pool.shutdown(cancel_futures=True)
 
 
 @pytest.mark.parametrize("op", CLAIMED)
-def test_the_contract_grid_in_the_interpreter(op, grids):
+def test_the_contract_grid_in_the_interpreter(op, grids, pytestconfig):
     failures = grids[op].result()[op]
-    assert len(failures) == sum(map(len, wanted(op).values()))
+    assert len(failures) == sum(map(len, wanted(op, pytestconfig).values()))
     assert not any(failures.values()), "\n".join(row for rows in failures.values() for row in rows)
 
 
