@@ -200,7 +200,7 @@ def describe(training: Training) -> str:
         lines.append(f"held-out bits per byte after {settings.steps} steps, lower is better")
         lines += [f"  {value:.4f}  {name}" for name, value in training.bits.items()]
     else:
-        lost = ["the speed of training"] * (n < FEWEST_TIMED) + ["its curves", "the held-out bits per byte"]
+        lost = ["the speed of training"] * (n < FEWEST_TIMED) + ["the training curves", "the held-out bits per byte"]
         lines.append(
             f"out of time after {len(training.fused.losses)} of {settings.steps} training steps: not shown are "
             f"{', '.join(lost[:-1])} and {lost[-1]} (--seconds gives it more)"
