@@ -10,6 +10,7 @@ void call_operator(const char* op, Boxed function, StableIValue* stack, uint64_t
   try {
     function(stack, inputs, outputs);
   } catch (const OutOfMemory& e) {
+    if (e.bytes() == 0) fail(op, ": out of memory");
     fail(op, ": out of memory, could not allocate ", e.bytes(), " bytes");
   } catch (const std::bad_alloc&) {
     fail(op, ": out of memory");
@@ -31,14 +32,17 @@ DType dtype_of(const char* op, const char* name, const Tensor& t) {
 }
 
 int64_t size_at(const char* op, const char* name, const Tensor& t, int64_t d) {
+  check(t.defined(), op, ": ", name, " must be given");
   const int64_t rank = t.dim();
   check(d < 0 ? -d <= rank : d < rank, op, ": ", name, " has too few dimensions, ", rank);
   const int64_t size = t.size(d < 0 ? rank + d : d);
-  check(size <= kMaxSize, op, ": ", name, " is too large, dimension ", d, " must be at most ", kMaxSize, ", got ", size);
+  check(size <= kMaxSize, op, ": ", name, " is too large, dimension ", d, " must be at most ", kMaxSize, ", got ",
+        size);
   return size;
 }
 
 const Tensor& Arguments::add(const char* name, const Tensor& t, Side side, std::initializer_list<int64_t> tail) {
+  check(t.defined(), op_, ": ", name, " must be given");
   const int64_t rank = t.dim(), n = int64_t(tail.size());
   place_.enter(op_, name, t);
   check(rank >= n && rank - n <= kMaxLead, op_, ": ", name, " has ", rank, " dimensions");
@@ -47,7 +51,7 @@ const Tensor& Arguments::add(const char* name, const Tensor& t, Side side, std::
     check(t.size(d) == wanted, op_, ": dimension ", d, " of ", name, " must be ", wanted, ", got ", t.size(d));
     ++d;
   }
-  check_storage(name, t);
+  check_storage(op_, name, t);
   const bool rows = n == 0 || t.size(rank - 1) <= 1 || t.stride(rank - 1) == 1;
   check(!ready_, op_, ": ", name, " came after the leading dimensions were settled");
   items_.push_back({name, rows ? t : made(bytes_of(t), [&] { return torch::stable::contiguous(t); }), side, int(n)});
@@ -55,7 +59,7 @@ const Tensor& Arguments::add(const char* name, const Tensor& t, Side side, std::
 }
 
 // Sizes and strides are what a tensor says of itself. Its storage may have been made smaller since (untyped_storage().resize_).
-void Arguments::check_storage(const char* name, const Tensor& t) const {
+void check_storage(const char* op, const char* name, const Tensor& t) {
   int64_t last = 0, end = 0, held = 0;
   bool overflows = false;
   for (int64_t d = 0; d < t.dim(); ++d) {
@@ -67,7 +71,7 @@ void Arguments::check_storage(const char* name, const Tensor& t) const {
   overflows |= __builtin_add_overflow(last, t.storage_offset(), &last);
   overflows |= last < 0 || __builtin_mul_overflow(last + 1, int64_t(t.element_size()), &end);
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(t.get(), &held));
-  check(!overflows && end <= held, op_, ": ", name, " reaches beyond its storage of ", held, " bytes");
+  check(!overflows && end <= held, op, ": ", name, " reaches beyond its storage of ", held, " bytes");
 }
 
 // Kernels count places, scratch memory and products of two or three sizes in int64.
@@ -88,6 +92,7 @@ void Arguments::check_work() const {
     }
   }
   for (int d = 0; d < lead_.rank; ++d) times(lead_.size[d]);
+  check(fits && all <= kMaxSize, op_, ": leading dimensions must have at most ", kMaxSize, " places");
   for (int64_t size : largest) times(most(size, kLeast));
   check(fits, op_, ": the sizes of the arguments are too large, their product must be at most ", kMost);
 }

@@ -24,9 +24,9 @@
 #define MK_REGISTER_IN(library, key, m) STABLE_TORCH_LIBRARY_IMPL(library, key, m)
 #define MK_REGISTER(m) MK_REGISTER_IN(MK_LIBRARY, MK_KEY, m)
 // The operator `name` is `function`.
-#define MK_OPERATOR(m, name, function)                                              \
-  (m).impl(name, [](StableIValue* stack, uint64_t inputs, uint64_t outputs) {       \
-    mk::call_operator(name, TORCH_BOX(function), stack, inputs, outputs);           \
+#define MK_OPERATOR(m, name, function)                                        \
+  (m).impl(name, [](StableIValue* stack, uint64_t inputs, uint64_t outputs) { \
+    mk::call_operator(name, TORCH_BOX(function), stack, inputs, outputs);     \
   })
 
 namespace mk {
@@ -89,7 +89,6 @@ class Arguments {
   const char* op() const { return op_; }
 
  private:
-  void check_storage(const char* name, const Tensor& t) const;
   void check_work() const;
 
   struct Item {
@@ -107,6 +106,8 @@ class Arguments {
   bool ready_ = false;
 };
 
+// Refuses a tensor whose storage ends before its last element.
+void check_storage(const char* op, const char* name, const Tensor& t);
 // The size of dimension `d` (negative: from the end) of a tensor that may have too few, at most kMaxSize.
 constexpr int64_t kMaxSize = int64_t(1) << 40;
 int64_t size_at(const char* op, const char* name, const Tensor& t, int64_t d);

@@ -10,6 +10,7 @@
 namespace mk {
 
 void check_indices(const char* op, const Choice& c, const char* argument) {
+  if (c.k == 0) return;  // of any number of tokens
   const int64_t wrong = MK_CALL(wrong_index, c);
   check(wrong == -1, op, ": ", argument, " must be in [-1, ", c.N, "), got ", wrong);
 }

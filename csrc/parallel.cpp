@@ -4,7 +4,6 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <atomic>
-#include <exception>
 
 namespace mk {
 namespace {
@@ -59,20 +58,28 @@ void run_tasks(int64_t tasks, size_t bytes, void* context, TaskFunction function
   const size_t piece = (bytes + 63) / 64 * 64;
   char* memory = scratch[0].at_least(bytes_of(piece, size_t(workers)));
   std::atomic<int64_t> next{0};
+  // Kernels throw nothing but std::bad_alloc, which must not leave a thread of torch's. By value: the functions of
+  // std::exception_ptr are among those that torch exports, under no version.
   std::atomic<bool> failed{false};
-  std::exception_ptr error;  // of the first task that failed; an exception must not leave a thread of torch's
+  std::atomic<size_t> missing{0};
+  auto stop = [&](size_t missing_bytes) {
+    missing = missing_bytes;
+    failed = true;
+    next = tasks;  // the others stop too
+  };
   torch::stable::parallel_for(0, workers, 1, [&](int64_t worker, int64_t) {
     const Deeper deeper;
     try {
       for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
         function(context, task, memory + size_t(worker) * piece);
       }
-    } catch (...) {
-      if (!failed.exchange(true)) error = std::current_exception();
-      next.store(tasks, std::memory_order_relaxed);  // the others stop too
+    } catch (const OutOfMemory& e) {
+      stop(e.bytes());
+    } catch (const std::bad_alloc&) {
+      stop(0);
     }
   });
-  if (error) std::rethrow_exception(error);
+  if (failed) throw OutOfMemory(missing);
 }
 
 }  // namespace mk

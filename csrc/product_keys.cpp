@@ -13,6 +13,7 @@ Tensor reshaped(const Tensor& t, const Sizes& sizes) {
 Tensor in_halves(const char* op, const Tensor& query, int64_t h) {
   check(size_at(op, "query", query, -2) >= 0 && query.size(query.dim() - 1) == 2 * h, op, ": query must have ", 2 * h,
         " columns");
+  check_storage(op, "query", query);
   Sizes sizes(query.sizes().begin(), query.sizes().end());
   sizes.back() = 2;
   sizes.push_back(h);
@@ -29,6 +30,7 @@ Tensor whole(const Tensor& halves) {
 
 Tensor for_both(const char* op, const char* name, const Tensor& t) {
   size_at(op, name, t, -2);
+  check_storage(op, name, t);
   return torch::stable::unsqueeze(t, -3);
 }
 

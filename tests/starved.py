@@ -1,7 +1,7 @@
 """Calls one native operator while the address space is limited more and more widely, until it succeeds.
 
-test_out_of_memory.py runs it as a process. Every failure must name the op and the bytes, a memory that is written in place
-must stay as it was, and what succeeds in between and in the end must be right.
+test_out_of_memory.py runs it as a process. Every failure must name the op and the bytes, a memory that is written in
+place must stay as it was, and what succeeds in between and in the end must be right.
 """
 
 from __future__ import annotations

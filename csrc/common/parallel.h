@@ -14,7 +14,7 @@ namespace mk {
 class OutOfMemory : public std::bad_alloc {
  public:
   explicit OutOfMemory(size_t bytes) : bytes_(bytes) {}
-  size_t bytes() const { return bytes_; }
+  size_t bytes() const { return bytes_; }  // 0: nobody knows how many
 
  private:
   size_t bytes_;
@@ -39,8 +39,8 @@ inline void release(void* memory) { ::operator delete(memory, std::align_val_t(6
 using TaskFunction = void (*)(void* context, int64_t task, char* scratch);
 
 // Run function(context, task, scratch) for every task in [0, tasks); scratch is 64-byte aligned memory of the running
-// thread, and of all threads before the first task: OutOfMemory leaves what tasks write as it was. What a task throws reaches the
-// caller, once all threads have stopped. Supplied by the program that links the kernels: the operator library uses torch's threads.
+// thread, and of all threads before the first task: OutOfMemory leaves what tasks write as it was. The std::bad_alloc of a task
+// reaches the caller as OutOfMemory, once all threads have stopped. Supplied by the program that links the kernels: the operator library uses torch's threads.
 void run_tasks(int64_t tasks, size_t scratch_bytes, void* context, TaskFunction function);
 
 // The same on the calling thread alone.
