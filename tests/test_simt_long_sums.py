@@ -61,10 +61,11 @@ def softmax_write(last: float = 32 * LARGE):
 
 
 def memory_that_forgets():
-    """5000 tokens write a little, 2000 before them overwrite all: long sums begin, and end before the first token."""
-    scores = torch.full((7000,), -12.0)
+    """5000 tokens write much through gates of 2e-9, 2000 before them overwrite all: long sums end before the first."""
+    scores = torch.full((7000,), -20.0)
     scores[:2000] = 60.0
     write = torch.linspace(1, 2, 7000)
+    write[2000:] *= 1e8
     found = mk.gated_write(
         torch.full((1, 1), 9.0), torch.ones(1, 1), scores.unsqueeze(-1), write.unsqueeze(-1), scale=1.0, backend="cuda"
     )
