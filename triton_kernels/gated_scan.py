@@ -116,7 +116,7 @@ def _scan(
     p = plan("gated_scan", D, f, u)
     c, B1 = p.config, call.batches[1]
     programs = call.B * triton.cdiv(D, c.block_n)
-    parts, span = p.cut(programs, T, c.block_t)
+    parts, span = p.cut(programs, T, c.block_t, sums=False)
     totals = call.scratch(parts, 2, call.B, D) if parts > 1 else None
     between = 0 if totals is None else totals.stride(0)
     sources = (call.rows(f), call.rows(u), initial_row(call, initial), totals)

@@ -21,6 +21,9 @@ WIDEST = {16: 256, 32: 128}
 WIDEST_EXACT = 64
 STEP = {16: 128, 32: 64}
 SUMMED_EXACT = 16
+# The most steps of a sum in one float32 accumulator. Ones stop at 2^24 of them, and the error of n equal terms grows as
+# n 2^-25; longer loops are cut into parts, which are added as a tree.
+LONGEST = 1 << 18
 
 
 @functools.cache
@@ -92,14 +95,17 @@ class Plan:
         limit = {"maxnreg": self.config.registers} if self.config.registers else {}
         return {"num_warps": self.config.warps, "num_stages": self.config.stages, **limit}
 
-    def cut(self, programs: int, size: int, block: int, least: int = 4) -> tuple[int, int]:
-        """Parts of a loop over ``size`` in blocks so that ``programs`` fill the processors: their count and length.
+    def cut(self, programs: int, size: int, block: int, least: int = 4, sums: bool = True) -> tuple[int, int]:
+        """Parts of a loop over ``size`` in blocks so that ``programs`` fill the processors, and of one that ``sums`` so
+        that none is longer than LONGEST: their count and length.
 
         From shapes and the table alone, so that the same call adds in the same order on every run.
         """
         steps, parts = triton.cdiv(size, block), 1
         if 0 < programs < self.processors:
             parts = max(1, min(2 * self.processors // programs, steps // least, 128))
+        if sums:
+            parts = max(parts, triton.cdiv(size, LONGEST))
         span = max(1, triton.cdiv(steps, parts)) * block
         return max(1, triton.cdiv(size, span)), span
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .launch import launch, plan, width
 from .layout import Call, Gradient
-from .tiles import batch, decoded, tile, tokens
+from .tiles import add, batch, decoded, tile, tokens
 
 CHUNK = 32  # sorted entries of one program
 COLUMNS = 128  # and at most so many of their columns
@@ -87,10 +87,11 @@ def border_kernel(sorted_slots, out, border, N, D, B, B1, entries, scale, CHUNK:
     before = tl.load(sorted_slots + chunk * CHUNK - 1, mask=chunk > 0, other=-1)
     begins = (slot < none) & (slot == after) & (before != slot)
     acc = tl.load(border + (chunk * 2 + 1) * D + d, mask=begins & (d < D), other=0.0)
+    lost = tl.zeros([BLOCK_D], tl.float32)
     c = chunk + 1
     more = begins
     while more:
-        acc += tl.load(border + c * 2 * D + d, mask=d < D, other=0.0)
+        acc, lost = add(acc, lost, tl.load(border + c * 2 * D + d, mask=d < D, other=0.0))
         last = (c + 1) * CHUNK - 1
         end = tl.load(sorted_slots + last, mask=last < entries, other=none)
         after = tl.load(sorted_slots + last + 1, mask=last + 1 < entries, other=none)

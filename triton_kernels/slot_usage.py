@@ -15,7 +15,7 @@ from torch import Tensor
 from .launch import launch_in_parts, plan, summed
 from .layout import Call, Gradient, precision
 from .score_gradients import score_gradients, shifted_lse
-from .tiles import LOG2E, dots, open_slots, scores, slot_block, slots, token_block
+from .tiles import LOG2E, add, dots, open_slots, scores, slot_block, slots, token_block
 
 
 @triton.jit
@@ -33,6 +33,7 @@ def slot_usage_kernel(
     ok, bias = open_slots(mask, b, B1, n, N)
     k_rows, k0 = slot_block(k, b, B1, n, ok, K, BLOCK_K)
     total = tl.zeros([BLOCK_N], tl.float32)
+    lost = tl.zeros([BLOCK_N], tl.float32)
     for t0 in range(part * span, tl.minimum(T, (part + 1) * span), BLOCK_T):
         t = t0 + tl.arange(0, BLOCK_T)
         t_ok = t < T
@@ -40,7 +41,7 @@ def slot_usage_kernel(
         dot = dots(k0, k_rows, ok, q0, q_rows, t_ok, K, BLOCK_K, K_STEPS, PRECISION)
         s = scores(dot, scale, bias[:, None])
         p = tl.exp2((s - shifted_lse(lse, b, B1, t, inner, T)[None, :]) * LOG2E)
-        total += tl.sum(tl.where(ok[:, None] & t_ok[None, :], p, 0.0), 1)
+        total, lost = add(total, lost, tl.sum(tl.where(ok[:, None] & t_ok[None, :], p, 0.0), 1))
     tl.store(slots(usage, b, B1, n) + part.to(tl.int64) * usage_part, total, mask=n < N)
 
 

@@ -179,6 +179,16 @@ def softmax_weights(s, lse, rest):
 
 
 @triton.jit
+def add(total, lost, x):
+    """total + x, and what its rounding lost, which the next call takes: so errors do not grow with the count of terms
+    (Kahan 1965)."""
+    x -= lost
+    new = total + x
+    lost = (new - total) - x
+    return new, tl.where(lost == lost, lost, 0.0)  # of infinite sums NaN
+
+
+@triton.jit
 def sigmoid(x):
     """1 / (1 + exp(-x)); exact at infinities, and 1 - sigmoid(x) is sigmoid(-x)."""
     small = tl.exp2(-tl.abs(x) * LOG2E)

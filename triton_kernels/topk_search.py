@@ -175,7 +175,7 @@ def search(
         wide = narrowed(wide, NARROW)
     c, inner, block_n = p.config, T if call.F > 1 else None, max(p.config.block_n, size)
     programs = call.B * triton.cdiv(count, c.block_t)
-    parts, span = p.cut(programs, N, block_n)
+    parts, span = p.cut(programs, N, block_n, sums=False)
     lists = call.scratch(parts, call.B, count, size, dtype=torch.int64)
     launch(
         topk_search_kernel, programs * parts, call.rows(query), call.slots(keys), call.slot_numbers(slot_mask),
