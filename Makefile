@@ -20,7 +20,7 @@ SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu te
 SIDE_BY_SIDE := -n auto --maxprocesses=8 --dist loadfile
 PYTEST = $(PY) -m pytest $$($(PY) -c "import xdist" 2>/dev/null && printf '%s ' $(SIDE_BY_SIDE))
 
-.PHONY: dev demo test lint format bench sanitize cuda gpu-check gpu-rehearsal clean
+.PHONY: dev demo test test-torch lint format bench sanitize cuda gpu-check gpu-rehearsal clean
 
 dev: .build/native
 
@@ -29,6 +29,10 @@ demo: .build/native
 
 test: .build/native
 	$(PYTEST) tests/test_triton.py tests
+
+# The core of the tests under another torch, fetched once, such as VERSION=2.10.0.
+test-torch: .build/native
+	$(PY) -m bench.other_torch $(VERSION)
 
 lint: $(READY)
 	$(PY) -m ruff check .

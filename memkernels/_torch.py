@@ -71,7 +71,7 @@ def has_kernel(qualified: str, key: str) -> bool:
 
 def known(condition: bool | torch.SymBool) -> bool:
     """``condition`` on sizes; False where a size depends on data, so that no guard is put on it."""
-    if isinstance(condition, bool):
+    if not torch.compiler.is_compiling() and isinstance(condition, bool):  # the compiler takes any condition for a bool
         return condition
     from torch.fx.experimental import symbolic_shapes
 

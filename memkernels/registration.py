@@ -22,6 +22,7 @@ from torch import Tensor
 
 from . import _torch, spec
 from ._derivatives import Derivatives
+from ._flops import count_operator
 from .backends import BACKENDS, FEW, Backend, note_kernels, requested, select
 from .spec import Op
 
@@ -56,6 +57,7 @@ def register(op: Op) -> Op:
         _define(op, backend.namespace, library)
         for suffix in ("", "_backward", "_") if op.inplace else ("", "_backward"):
             note_kernels(f"{backend.namespace}::{op.name}{suffix}")
+            count_operator(op, backend.namespace, suffix)
     return op
 
 
@@ -181,7 +183,7 @@ def _eager(
 def _plan(op: Op, tensors: list[Tensor | None], name: str, inplace: bool) -> Callable[..., Any]:
     layout = spec.check(op, tensors)
     device = next(t.device.type for t in tensors if t is not None)
-    few = device == "cuda" and bool(layout.tokens <= FEW)
+    few = device == "cuda" and _torch.known(layout.tokens <= FEW)
     formula = _reference_inplace(op) if inplace else op.reference
 
     def chosen(direction: str) -> Backend | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._torch import known
 from ..spec import stats_dtype
 
 
@@ -38,10 +39,12 @@ def scores(query: Tensor, keys: Tensor, slot_mask: Tensor | None, scale: float) 
 
 def softmax(s: Tensor) -> tuple[Tensor, Tensor]:
     """Weights and log-sum-exp over the last axis; where every score is -inf (or there is none) 0 and -inf."""
-    if s.shape[-1] == 0:
+    if known(s.shape[-1] == 0):
         return s, s.new_full(s.shape[:-1], -torch.inf)
     nothing = torch.isneginf(s).all(-1, keepdim=True)
-    lse = torch.logsumexp(s.masked_fill(nothing, 0), -1, keepdim=True)
+    finite = s.masked_fill(nothing, 0)
+    top = finite.detach().amax(-1, keepdim=True)  # torch.logsumexp guards on a size that depends on data
+    lse = top + torch.log(torch.exp(finite - top).sum(-1, keepdim=True))
     weights = torch.exp(s - lse).masked_fill(nothing, 0)
     return weights, lse.masked_fill(nothing, -torch.inf).squeeze(-1)
 
@@ -56,6 +59,6 @@ def default_scale(query: Tensor, scale: float | None) -> float:
 
 def stretch(slot_mask: Tensor | None, keys: Tensor) -> Tensor | None:
     """A mask whose last axis has size 1, viewed with one entry per slot."""
-    if isinstance(slot_mask, Tensor) and slot_mask.dim() and slot_mask.shape[-1] == 1 and keys.shape[-2] != 1:
-        return slot_mask.expand(*slot_mask.shape[:-1], keys.shape[-2])
-    return slot_mask
+    if not (isinstance(slot_mask, Tensor) and slot_mask.dim() and known(slot_mask.shape[-1] == 1)):
+        return slot_mask
+    return slot_mask if known(keys.shape[-2] == 1) else slot_mask.expand(*slot_mask.shape[:-1], keys.shape[-2])

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._torch import known
 from ..registration import call, register
 from ..spec import Arg, Op, Out, stats_dtype
 from ._formula import softmax
@@ -31,7 +32,7 @@ def mixture(logits: Tensor, cache_scores: Tensor, cache_tokens: Tensor, mix: Ten
     both = torch.log(p.masked_fill(p == 0, 1)).masked_fill(p == 0, -torch.inf)
     alone = log_own + torch.log1p(-mix.masked_fill(mix == 1, 0)).masked_fill(mix == 1, -torch.inf)
     log_p = torch.where(cached == 0, alone, both)
-    return log_p.masked_fill(torch.isneginf(log_p), -torch.inf), torch.logsumexp(z, -1)
+    return log_p.masked_fill(torch.isneginf(log_p), -torch.inf), softmax(z)[1]
 
 
 def reference(logits: Tensor, cache_scores: Tensor, cache_tokens: Tensor, mix: Tensor):
@@ -50,6 +51,8 @@ OP = register(
         outputs=(Out("logprobs", "T W", dtype="stats"), Out("lse", "T", dtype="stats", grad=False)),
         saved=("lse",),
         reference=reference,
+        flops=lambda s: 2 * s["T"] * (s["W"] + s["N"]),
+        backward_flops=lambda s: 4 * s["T"] * (s["W"] + s["N"]),
         equation="log((1 - mix) softmax(z_t)[w] + mix sum_{j: token_j = w} softmax(c_t)_j)",
     )
 )
@@ -92,7 +95,7 @@ def spread(op: str, logits: Tensor, cache_scores: Tensor, cache_tokens: Tensor, 
     if isinstance(cache_tokens, Tensor) and isinstance(cache_scores, Tensor) and cache_scores.dim() > 1:
         if cache_tokens.dim() == 1:
             cache_tokens = cache_tokens.unsqueeze(0)
-        if cache_tokens.dim() > 1 and cache_tokens.shape[-2] == 1:
+        if cache_tokens.dim() > 1 and known(cache_tokens.shape[-2] == 1):
             cache_tokens = cache_tokens.expand(*cache_tokens.shape[:-2], cache_scores.shape[-2], -1)
     if isinstance(mix, Tensor):
         return cache_tokens, mix
