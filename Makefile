@@ -20,7 +20,7 @@ SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu te
 SIDE_BY_SIDE := -n auto --maxprocesses=8 --dist loadfile
 PYTEST = $(PY) -m pytest $$($(PY) -c "import xdist" 2>/dev/null && printf '%s ' $(SIDE_BY_SIDE))
 
-.PHONY: dev demo test test-quick lint format bench sanitize cuda gpu-check gpu-rehearsal clean
+.PHONY: dev demo test test-quick test-torch lint format bench sanitize cuda gpu-check gpu-rehearsal clean
 
 dev: .build/native
 
@@ -33,6 +33,10 @@ test: .build/native
 # The inner loop: what finds most mistakes (tests/quick.py), in under two minutes on two cores.
 test-quick: .build/native
 	$(PYTEST) --quick tests/test_triton.py tests
+
+# The core of the tests under another torch, fetched once, such as VERSION=2.10.0.
+test-torch: .build/native
+	$(PY) -m bench.other_torch $(VERSION)
 
 lint: $(READY)
 	$(PY) -m ruff check .

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from memkernels.registration import OPS
+
 OWN = "memkernels"
 MEMORY_LIMIT = 3 << 29  # bytes of all input sets of a case together
 MAX_SETS = {"cpu": 8, "cuda": 16}
@@ -126,6 +128,17 @@ def size_text(sizes: Mapping[str, int]) -> str:
     merged = {k: v for k, v in sizes.items() if not (k == "V" and sizes.get("K") == v)}
     both = sizes.get("K") == sizes.get("V") and "K" in sizes
     return " ".join(f"{'K=V' if both and k == 'K' else k}={number(v)}" for k, v in merged.items())
+
+
+def cost(op: str, direction: str = "forward", *, streams: str = "", **options: int) -> Callable[..., int]:
+    """Operations of a call, as ``op`` declares them, of a case's sizes; ``streams``: the size that counts calls."""
+
+    def flops(sizes: Mapping[str, int]) -> int:
+        axes = {**sizes, **options, "h": sizes.get("K", 0) // 2}
+        declared = OPS[op].flops if direction == "forward" else OPS[op].backward_flops
+        return declared(axes) * (sizes[streams] if streams else 1)
+
+    return flops
 
 
 @functools.lru_cache(maxsize=4)

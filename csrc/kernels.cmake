@@ -20,7 +20,7 @@ foreach(isa ${ISAS})
   target_compile_definitions(kernels_${isa} PRIVATE MK_ISA=${isa} ${ISA_DEFINITIONS})
   # NaN and infinity are part of the contract, so no -ffast-math; contraction to fused multiply-add is wanted.
   target_compile_options(kernels_${isa} PRIVATE ${ISA_${isa}} -ffp-contract=fast -fno-math-errno -fno-trapping-math
-    -Wall -Wextra -Wno-psabi -Wno-maybe-uninitialized)  # the last: false alarms from GCC's own intrinsics
+    -Wall -Wextra -Wno-psabi -Wno-maybe-uninitialized -Wno-uninitialized)  # the last two: false alarms from GCC's own intrinsics
   # What every kernel includes, with the intrinsics and the standard library behind it: a third of the compile time.
   target_precompile_headers(kernels_${isa} PRIVATE ${CMAKE_CURRENT_LIST_DIR}/common/parallel.h
     ${CMAKE_CURRENT_LIST_DIR}/common/scores.h)

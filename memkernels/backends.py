@@ -9,18 +9,22 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from . import _cuda, _native, _triton
+from . import _cuda, _native, _torch, _triton
 from .spec import FLOATS
 
 DIRECTIONS = ("forward", "backward")
+_SUFFIXES = {"forward": "", "backward": "_backward", "in-place": "_"}
 
 
 @dataclass(frozen=True)
@@ -44,8 +48,7 @@ class Backend:
             return f"{op}: backend {self.name!r} runs on {' and '.join(self.devices)}, got tensors on {device}"
         if dtype is not None and dtype not in self.dtypes:
             return f"{op}: backend {self.name!r} has no kernel for {str(dtype).removeprefix('torch.')}"
-        suffix = "" if direction == "forward" else "_backward"
-        if (f"{self.namespace}::{op}{suffix}", device) not in _kernels:
+        if (f"{self.namespace}::{op}{_SUFFIXES[direction]}", device) not in _kernels:
             return f"{op}: backend {self.name!r} has no {direction} kernel on {device}"
         return None
 
@@ -58,7 +61,7 @@ _kernels: set[tuple[str, str]] = set()
 def note_kernels(qualified: str) -> None:
     """Remember on which devices the operator ``qualified`` has a kernel."""
     for device, key in (("cpu", "CPU"), ("cuda", "CUDA")):
-        if torch._C._dispatch_has_kernel_for_dispatch_key(qualified, key):
+        if _torch.has_kernel(qualified, key):
             _kernels.add((qualified, device))
 
 
@@ -82,6 +85,7 @@ def measured() -> dict[tuple[str, str, int, bool], str]:
     return {(r["op"], r["capability"], r["bits"], r["few"]): r["backend"] for r in json.loads(FASTEST.read_text())}
 
 
+@_torch.constant
 def _first(op: str, bits: int, few: bool) -> str:
     """The backend to ask first on this GPU.
 
@@ -90,10 +94,6 @@ def _first(op: str, bits: int, few: bool) -> str:
     """
     capability = ".".join(map(str, torch.cuda.get_device_capability()))
     return measured().get((op, capability, bits, few), "cuda" if few else "triton")
-
-
-# As torch.compiler.assume_constant_result does, which would import the compiler here.
-_first._dynamo_marked_constant = True
 
 
 def _order(op: str, device: str, dtype: torch.dtype, few: bool) -> tuple[Backend, ...]:
@@ -111,35 +111,107 @@ def _named(name: str) -> str:
     return name
 
 
-_requested = [_named(os.environ.get("MEMKERNELS_BACKEND") or "auto")]
+_DEFAULT = _named(os.environ.get("MEMKERNELS_BACKEND") or "auto")
+
+
+class _Block:
+    """One ``with use_backend(...)`` block: the frame that it stands in, and whether that is a generator's."""
+
+    __slots__ = ("name", "frame", "in_generator")
+
+    def __init__(self, name: str):
+        frame = sys._getframe(1)
+        while _is_driver(frame) or (_is_generator(frame) and _is_driver(frame.f_back)):
+            frame = frame.f_back
+        self.name, self.frame, self.in_generator = name, id(frame), _is_generator(frame)
+
+
+def _is_generator(frame) -> bool:
+    return bool(frame.f_code.co_flags & (inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR))
+
+
+def _is_driver(frame) -> bool:
+    """Does the frame make a context manager or a fixture of a generator? Its blocks belong to who enters that."""
+    return frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("contextlib", "_pytest")
+
+
+# The blocks that this thread or task is in, the last entered last.
+_blocks: ContextVar[tuple[_Block, ...]] = ContextVar("memkernels_backend", default=())
+_traced: list[str] = []  # the blocks in the code that torch.compile is tracing: it follows a list, and no ContextVar
 
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Run every op inside the ``with`` block on backend ``name`` (process-wide, nests; ``backend=`` on a call wins).
+    """Run every op inside the ``with`` block on backend ``name``. Blocks nest; ``backend=`` on a call wins.
+
+    A block holds for its own thread or asyncio task, and for tasks created in it. A new thread begins with
+    ``MEMKERNELS_BACKEND``, or else ``"auto"``. A block in a generator holds while the generator runs, and not for
+    its consumer. The backward pass of a call runs on the backend of the call. Compiled code is compiled anew for
+    another backend.
 
     ``name``: ``"auto"``, ``"reference"``, or a row of ``python -m memkernels info``. Raises ValueError for another
     name.
     """
-    _requested.append(_named(name))
+    if torch.compiler.is_dynamo_compiling():
+        _traced.append(_named(name))
+        try:
+            yield
+        finally:
+            _traced.pop()
+        return
+    block = _Block(_named(name))
+    # A block whose generator was closed in another context stays behind there without a frame.
+    _blocks.set((*(b for b in _blocks.get() if b.frame), block))
     try:
         yield
     finally:
-        _requested.pop()
+        if block.in_generator:
+            block.frame = 0
+        _blocks.set(tuple(b for b in _blocks.get() if b is not block))
 
 
 def requested() -> str:
     """The backend that a call without ``backend=`` gets: innermost ``use_backend``, else ``MEMKERNELS_BACKEND``."""
-    return _requested[-1]
+    if torch.compiler.is_dynamo_compiling() and (_traced or _torch.can_guard()):
+        return _traced[-1] if _traced else _torch.guarded(__name__, "requested")
+    blocks = _blocks.get()
+    if not blocks:
+        return _DEFAULT
+    for block in blocks:
+        if block.in_generator:
+            return _nearest(blocks)
+    return blocks[-1].name
 
 
-def select(op: str, device: str, dtype: torch.dtype, name: str, few: bool = False) -> Backend | None:
+def _nearest(blocks: tuple[_Block, ...]) -> str:
+    """The block of the innermost frame that has one. A suspended generator is no such frame."""
+    frame = sys._getframe(2)
+    while frame is not None:
+        for block in reversed(blocks):
+            if block.frame == id(frame):
+                return block.name
+        frame = frame.f_back
+    return next((b.name for b in reversed(blocks) if not b.in_generator), _DEFAULT)
+
+
+def select(
+    op: str, device: str, dtype: torch.dtype, name: str, few: bool = False, direction: str = "forward"
+) -> Backend | None:
     """The backend for one call, of a few tokens per memory or more; None is the reference. A named backend that cannot
-    run it raises its reason."""
+    run it raises its reason.
+
+    direction: ``"forward"``; ``"backward"`` for a call that is to be differentiated, which takes both; ``"in-place"``.
+    """
     if _named(name) == "reference":
         return None
     if name == "auto":
-        return next((b for b in _order(op, device, dtype, few) if b.gap(op, device, dtype) is None), None)
-    if (why := _BY_NAME[name].gap(op, device, dtype)) is not None:
+        able = (b for b in _order(op, device, dtype, few) if _lacks(b, op, device, dtype, direction) is None)
+        return next(able, None)
+    if (why := _lacks(_BY_NAME[name], op, device, dtype, direction)) is not None:
         raise NotImplementedError(why)
     return _BY_NAME[name]
+
+
+def _lacks(backend: Backend, op: str, device: str, dtype: torch.dtype, direction: str) -> str | None:
+    why = backend.gap(op, device, dtype)
+    return why if why is not None or direction == "forward" else backend.gap(op, device, dtype, direction)

@@ -7,8 +7,8 @@ For op ``f`` and backend ``b`` there are the operators
 - ``memkernels_b::f_backward(args, saved results, gradients of results, params, wants) -> gradients of args``,
 - ``memkernels_b::f_(args, params)`` where the op has an in-place twin.
 
-A backend only adds kernels to them. The derivative of ``f_backward`` is that of the reference formula, so every op is
-twice differentiable on every backend.
+A backend only adds kernels to them. The derivative of ``f_backward`` is that of the reference formula, in plain
+PyTorch (``_derivatives.py``), so every op has derivatives of any order on every backend.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from . import spec
-from .backends import BACKENDS, FEW, NAMES, note_kernels, requested, select
+from . import _torch, spec
+from ._derivatives import Derivatives
+from ._flops import count_operator
+from .backends import BACKENDS, FEW, NAMES, Backend, note_kernels, requested, select
 from .spec import Op
 
 OPS: dict[str, Op] = {}
@@ -56,157 +57,78 @@ def register(op: Op) -> Op:
         _define(op, backend.namespace, library)
         for suffix in ("", "_backward", "_") if op.inplace else ("", "_backward"):
             note_kernels(f"{backend.namespace}::{op.name}{suffix}")
+            count_operator(op, backend.namespace, suffix)
     return op
 
 
 def _define(op: Op, namespace: str, library: torch.library.Library) -> None:
+    """Schemas, fake kernels and derivatives of the operators of ``op`` in one namespace."""
     forward, backward = _schemas(op)
-    n, n_params = len(op.args), len(op.params)
-    n_saved = len(op.saved)
-    differentiable = [i for i, a in enumerate(op.args) if a.is_float]
-    without_grad = [i for i, o in enumerate(op.outputs) if not o.grad]
-    outputs_with_grad = [i for i, o in enumerate(op.outputs) if o.grad]
-    saved = [next(i for i, o in enumerate(op.outputs) if o.name == name) for name in op.saved]
-
+    qualified = f"{namespace}::{op.name}"
     library.define(f"{op.name}{forward}")
     library.define(f"{op.name}_backward{backward}")
-    qualified = f"{namespace}::{op.name}"
-    backward_op = getattr(getattr(torch.ops, namespace), f"{op.name}_backward").default
+    torch.library.register_fake(qualified, _fake(op), lib=library)
+    torch.library.register_fake(f"{qualified}_backward", _fake_backward(op), lib=library)
+
+    derivatives = Derivatives(op, getattr(getattr(torch.ops, namespace), f"{op.name}_backward").default)
+    _recorded[qualified] = derivatives.recorded()
+    torch.library.register_autograd(
+        qualified, derivatives.backward, setup_context=derivatives.setup_context, lib=library
+    )
+    torch.library.register_autograd(
+        f"{qualified}_backward",
+        derivatives.backward_twice,
+        setup_context=derivatives.setup_context_twice,
+        lib=library,
+    )
+    if op.inplace:
+        _define_inplace(op, qualified, library)
+
+
+def _define_inplace(op: Op, qualified: str, library: torch.library.Library) -> None:
+    args = [("Tensor(a!) " + a.name) if a.name == op.inplace else _tensor(a.name, a.optional) for a in op.args]
+    params = [f"{kind} {name}" for name, kind in op.params]
+    others = [i for i, o in enumerate(op.outputs) if o.name != op.inplace]
+    library.define(f"{op.name}_({', '.join(args + params)}) -> ({', '.join('Tensor' for _ in others)})")
+    fake = _fake(op)
+
+    def fake_inplace(*inputs):
+        results = fake(*inputs)
+        results = results if isinstance(results, tuple) else (results,)
+        return _one_or_all([results[i] for i in others]) if others else None
+
+    torch.library.register_fake(f"{qualified}_", fake_inplace, lib=library)
+
+
+def _one_or_all(results: list[Tensor]) -> Tensor | tuple[Tensor, ...]:
+    return results[0] if len(results) == 1 else tuple(results)
+
+
+def _fake(op: Op) -> Callable[..., Any]:
+    n = len(op.args)
 
     def fake(*inputs):
         tensors = inputs[:n]
         layout = spec.check(op, tensors, inputs[n:])
-        results = []
-        for out in op.outputs:
-            shape, dtype = layout.shape(op, out, tensors)
-            results.append(tensors[0].new_empty(shape, dtype=dtype))
-        return tuple(results) if len(results) != 1 else results[0]
+        shapes = [layout.shape(op, out, tensors) for out in op.outputs]
+        return _one_or_all([tensors[0].new_empty(shape, dtype=dtype) for shape, dtype in shapes])
+
+    return fake
+
+
+def _fake_backward(op: Op) -> Callable[..., Any]:
+    differentiable = [i for i, a in enumerate(op.args) if a.is_float]
 
     def fake_backward(*inputs):
-        wants = inputs[-1]
-        grads = [
-            inputs[i].new_empty(inputs[i].shape if want and inputs[i] is not None else (0,))
-            if inputs[i] is not None
-            else inputs[0].new_empty((0,))
-            for i, want in zip(differentiable, wants)
-        ]
-        return tuple(grads) if len(grads) != 1 else grads[0]
-
-    def setup_context(ctx, inputs, output):
-        output = output if isinstance(output, tuple) else (output,)
-        ctx.set_materialize_grads(False)
-        if without_grad:
-            ctx.mark_non_differentiable(*(output[i] for i in without_grad))
-        ctx.params = inputs[n:]
-        ctx.save_for_backward(*inputs[:n], *(output[i] for i in saved))
-
-    def run_backward(ctx, *d_outputs):
-        needs = ctx.needs_input_grad[len(ctx.needs_input_grad) - n - n_params :]  # Recorded has one input more
-        wants = [bool(needs[i]) for i in differentiable]
-        d_outputs = [d_outputs[i] for i in outputs_with_grad]
-        result: list[Tensor | None] = [None] * (n + n_params)
-        if not any(wants) or all(d is None for d in d_outputs):
-            return tuple(result)
-        inputs = (*ctx.saved_tensors, *d_outputs, *ctx.params, wants)
-        grads = backward_op(*inputs) if torch.is_grad_enabled() else _below_autograd(backward_op, inputs)
-        for i, grad, want in zip(differentiable, grads if isinstance(grads, (tuple, list)) else (grads,), wants):
-            result[i] = grad if want else None
-        return tuple(result)
-
-    def setup_context_twice(ctx, inputs, output):
-        ctx.set_materialize_grads(False)
-        n_grads = len(outputs_with_grad)
-        ctx.params, ctx.wants = inputs[n + n_saved + n_grads : -1], inputs[-1]
-        ctx.save_for_backward(*inputs[: n + n_saved + n_grads])
-
-    def run_backward_twice(ctx, *dd):
-        tensors = ctx.saved_tensors
-        args, d_outputs = tensors[:n], tensors[n + n_saved :]
-        formula = op.reference
-        if op.selected is not None:  # the choice that was made: equal scores may rank either way
-            chosen = tensors[n + op.saved.index("indices")]
-            formula = functools.partial(_with_choice, op.selected, chosen)
-        d_args, d_d_outputs = _second_derivative(
-            op, formula, args, d_outputs, ctx.params, ctx.wants, dd, differentiable
-        )
-        return (*d_args, *([None] * n_saved), *d_d_outputs, *([None] * n_params), None)
-
-    class Recorded(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, operator, *inputs):
-            output = _below_autograd(operator, inputs)
-            setup_context(ctx, inputs, output)
-            return output
-
-        @staticmethod
-        def backward(ctx, *d_outputs):
-            return (None, *run_backward(ctx, *d_outputs))
-
-    _recorded[qualified] = Recorded.apply
-
-    torch.library.register_fake(qualified, fake, lib=library)
-    torch.library.register_fake(f"{qualified}_backward", fake_backward, lib=library)
-    torch.library.register_autograd(qualified, run_backward, setup_context=setup_context, lib=library)
-    torch.library.register_autograd(
-        f"{qualified}_backward", run_backward_twice, setup_context=setup_context_twice, lib=library
-    )
-    if op.inplace:
-        args = [("Tensor(a!) " + a.name) if a.name == op.inplace else _tensor(a.name, a.optional) for a in op.args]
-        params = [f"{kind} {name}" for name, kind in op.params]
-        others = [o for o in op.outputs if o.name != op.inplace]
-        library.define(f"{op.name}_({', '.join(args + params)}) -> ({', '.join('Tensor' for _ in others)})")
-
-        def fake_inplace(*inputs):
-            results = fake(*inputs)
-            results = [
-                r for r, o in zip(results if isinstance(results, tuple) else (results,), op.outputs) if o in others
+        args = [inputs[i] for i in differentiable]
+        return _one_or_all(
+            [
+                inputs[0].new_empty((0,)) if x is None else x.new_empty(x.shape if want else (0,))
+                for x, want in zip(args, inputs[-1])
             ]
-            if not results:
-                return None
-            return tuple(results) if len(results) != 1 else results[0]
-
-        torch.library.register_fake(f"{qualified}_", fake_inplace, lib=library)
-
-
-def _with_choice(selected, indices, *inputs):
-    return selected(*inputs, indices)
-
-
-def _second_derivative(op, formula, args, d_outputs, params, wants, dd, differentiable):
-    """Differentiate the reference's own first derivative (``formula``); returns gradients of ``args`` and of
-    ``d_outputs``."""
-    with torch.enable_grad():
-        args = [a if a is None else a.detach() for a in args]
-        for i in differentiable:
-            if args[i] is not None and args[i].is_floating_point():
-                args[i].requires_grad_()
-        d_outputs = [d if d is None else d.detach().requires_grad_() for d in d_outputs]
-        results = formula(*args, *params)
-        results = [r for r, o in zip(results, op.outputs) if o.grad]
-        pairs = [(r, d) for r, d in zip(results, d_outputs) if d is not None and r.requires_grad]
-        asked = [(i, g) for i, w, g in zip(differentiable, wants, dd) if w and g is not None]
-        asked = [(i, g) for i, g in asked if args[i] is not None and args[i].requires_grad]
-        if not asked or not pairs:
-            return [None] * len(args), [None] * len(d_outputs)
-        firsts = torch.autograd.grad(
-            [r for r, _ in pairs],
-            [args[i] for i, _ in asked],
-            [d for _, d in pairs],
-            create_graph=True,
-            allow_unused=True,
         )
-        live = [(f, g) for f, (_, g) in zip(firsts, asked) if f is not None and f.requires_grad]
-        leaves = [args[i] for i in differentiable if args[i] is not None and args[i].requires_grad]
-        leaves += [d for d in d_outputs if d is not None]
-        if live:
-            seconds = list(torch.autograd.grad([f for f, _ in live], leaves, [g for _, g in live], allow_unused=True))
-        else:
-            seconds = [None] * len(leaves)
-    d_args: list[Tensor | None] = [None] * len(args)
-    for i in differentiable:
-        if args[i] is not None and args[i].requires_grad:
-            d_args[i] = seconds.pop(0)
-    return d_args, [seconds.pop(0) if d is not None else None for d in d_outputs]
+
+    return fake_backward
 
 
 def autocast(op: Op, tensors: list[Tensor | None]) -> list[Tensor | None]:
@@ -215,7 +137,7 @@ def autocast(op: Op, tensors: list[Tensor | None]) -> list[Tensor | None]:
     Arguments that ``op`` names go to the dtype of autocast. A memory keeps its own: what is written follows it, and so
     do 16-bit queries or weights where the memory is not in float32. Contents that belong to tokens are promoted.
     """
-    if not torch._C._is_any_autocast_enabled() or not all(t is None or isinstance(t, Tensor) for t in tensors):
+    if not _torch.autocast_enabled() or not all(t is None or isinstance(t, Tensor) for t in tensors):
         return tensors
     device = next((t.device.type for t in tensors if t is not None), "meta")
     if device == "meta" or not torch.is_autocast_enabled(device):
@@ -247,26 +169,30 @@ def autocast(op: Op, tensors: list[Tensor | None]) -> list[Tensor | None]:
     return result
 
 
-def _below_autograd(operator, inputs):
-    with torch._C._AutoDispatchBelowAutograd():
-        return operator(*inputs)
-
-
-def _eager(op: Op, operator: Callable[..., Any], recorded: Callable[..., Any], formula: Callable[..., Any]):
+def _eager(
+    op: Op,
+    operator: Callable[..., Any],
+    differentiable: Callable[..., Any],
+    formula: Callable[..., Any],
+):
     """``operator`` without the autograd layer of torch.library, which in eager mode costs more than a small call.
 
     Transforms of torch.func and forward-mode derivatives, which that layer refuses or drops, are those of ``formula``.
+    ``differentiable`` runs a call of which a gradient is wanted.
     """
+    if not _torch.HAS_PROBES:
+        return operator
     n = len(op.args)
+    transforms_active, below_autograd = _torch.transforms_active, _torch.below_autograd
 
     def run(*inputs):
-        if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        if transforms_active():
             return formula(*inputs)
         if torch.is_grad_enabled():
             for tensor in inputs[:n]:
                 if tensor is not None and tensor.requires_grad:
-                    return recorded(operator, *inputs)
-        return _below_autograd(operator, inputs)
+                    return differentiable(*inputs)
+        return below_autograd(operator, inputs)
 
     return run
 
@@ -274,15 +200,43 @@ def _eager(op: Op, operator: Callable[..., Any], recorded: Callable[..., Any], f
 def _plan(op: Op, tensors: list[Tensor | None], name: str, inplace: bool) -> Callable[..., Any]:
     layout = spec.check(op, tensors)
     device = next(t.device.type for t in tensors if t is not None)
-    few = device == "cuda" and bool(layout.tokens <= FEW)
-    backend = select(op.name, device, layout.dtype, name, few)
+    few = device == "cuda" and _torch.known(layout.tokens <= FEW)
     formula = _reference_inplace(op) if inplace else op.reference
+
+    def chosen(direction: str) -> Backend | None:
+        return select(op.name, device, layout.dtype, name, few, direction)
+
+    if torch.compiler.is_compiling():
+        if _torch.transforms_active_while_tracing():
+            return formula
+        recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+        backend = chosen("in-place" if inplace else "backward" if recorded else "forward")
+        return formula if backend is None else _operator(op, backend, inplace)
+    backend = chosen("in-place" if inplace else "forward")
     if backend is None:
         return formula
-    operator = getattr(getattr(torch.ops, backend.namespace), op.name + ("_" if inplace else "")).default
-    if torch.compiler.is_compiling():
-        return operator
-    return _eager(op, operator, _recorded[f"{backend.namespace}::{op.name}"], formula)
+    differentiable = formula if inplace else _differentiable(op, chosen)
+    return _eager(op, _operator(op, backend, inplace), differentiable, formula)
+
+
+def _operator(op: Op, backend: Backend, inplace: bool) -> Callable[..., Any]:
+    return getattr(getattr(torch.ops, backend.namespace), op.name + ("_" if inplace else "")).default
+
+
+def _differentiable(op: Op, chosen: Callable[[str], Backend | None]) -> Callable[..., Any]:
+    """What runs a call of which a gradient is wanted: a backend may have the forward kernel and not the backward."""
+    try:
+        backend = chosen("backward")
+    except NotImplementedError as error:
+        why = str(error)
+
+        def refuse(*inputs):
+            raise NotImplementedError(why)
+
+        return refuse
+    if backend is None:
+        return op.reference
+    return functools.partial(_recorded[f"{backend.namespace}::{op.name}"], _operator(op, backend, False))
 
 
 def _reference_inplace(op: Op) -> Callable[..., Any]:
@@ -303,7 +257,7 @@ def call(op: Op, tensors: list[Tensor | None], params: tuple, backend: str | Non
     if backend == "reference":
         spec.check_kinds(op, tensors)  # plain PyTorch computes with some tensors that no kernel takes
     try:
-        if torch._C._is_any_autocast_enabled():
+        if _torch.autocast_enabled():
             tensors = autocast(op, tensors)
             device = next((t.device.type for t in tensors if isinstance(t, Tensor)), "cpu")
             with torch.autocast(device, enabled=False):  # a reference chooses its own dtypes
@@ -324,13 +278,14 @@ def _run(op: Op, tensors: list[Tensor | None], params: tuple, name: str, inplace
     try:
         key = (op.name, name, inplace, *[None if t is None else (t.shape, t.dtype, t.device) for t in tensors])
         plan = _plans.get(key)
-    except AttributeError:  # not tensors: the check says which
+    except (AttributeError, TypeError):  # not tensors: the check says which; or symbolic sizes, which have no hash
         key = plan = None
     if plan is None:
         plan = _plan(op, tensors, name, inplace)
         if len(_plans) >= _PLAN_LIMIT:
             _plans.clear()
-        _plans[key] = plan
+        if key is not None:
+            _plans[key] = plan
     if inplace:  # so that autograd notices when a tensor it saved was overwritten
         torch.autograd.graph.increment_version(tensors[op.index(op.inplace)])
     return plan(*tensors, *params)

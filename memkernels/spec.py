@@ -20,6 +20,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from . import _torch
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 COMPRESSED = (torch.int8, torch.float8_e4m3fn)
 MAX_LEAD = 12  # leading dimensions that kernels have room for, beside the two axes of most arguments
@@ -126,6 +128,8 @@ class Op:
     autocast: arguments cast to the autocast dtype while autocast is on.
     twin_of: for an op over compressed slots, the op over float ones; it is called through that one's function.
     inplace: name of the argument that a twin operator ``<name>_`` overwrites with the result of the same name.
+    flops, backward_flops: of the axes' sizes, the operations that an exact method needs for one stream, forward and for
+        all gradients; a multiply-add is two of them. None: not counted.
     """
 
     name: str
@@ -137,6 +141,8 @@ class Op:
     autocast: tuple[str, ...] = ()
     inplace: str | None = None
     selected: Callable[..., tuple[Tensor, ...]] | None = None
+    flops: Callable[[Mapping[str, int]], int] | None = None
+    backward_flops: Callable[[Mapping[str, int]], int] | None = None
     equation: str = ""
     twin_of: str = ""
 
@@ -160,7 +166,8 @@ class Layout:
     @property
     def tokens(self) -> int:
         """How many share one memory."""
-        return self.axes.get("T", 1) * math.prod(self.lead) // max(1, math.prod(self.memory))
+        streams = math.prod(self.memory)
+        return 0 if _torch.known(streams == 0) else self.axes.get("T", 1) * math.prod(self.lead) // streams
 
     def shape(self, op: Op, out: Out, tensors: Sequence[Tensor | None]) -> tuple[tuple[int, ...], torch.dtype]:
         lead = self.lead if out.lead == "all" else self.memory
@@ -177,9 +184,9 @@ def _broadcast(op: Op, shapes: list[tuple[str, tuple[int, ...]]]) -> tuple[int, 
         result = [1] * (len(shape) - len(result)) + result
         offset = len(result) - len(shape)
         for i, size in enumerate(shape):
-            if result[offset + i] == 1:
+            if _torch.known(result[offset + i] == 1):
                 result[offset + i] = size
-            elif size != 1 and size != result[offset + i]:
+            elif _torch.known(size != 1) and _torch.known(size != result[offset + i]):
                 raise ValueError(
                     f"{op.name}: leading dimensions of {name} must broadcast to {result}, got {list(shape)}"
                 )
@@ -291,11 +298,11 @@ def check(op: Op, tensors: Sequence[Tensor | None], params: Sequence[object] = (
         fits = split >= 0
         for i, axis in enumerate(arg.parsed if fits else ()):
             size = shape[split + i]
-            stretched = arg.stretch and i == len(arg.parsed) - 1 and size == 1
             if axis.letter and axis.letter not in axes:
                 axes[axis.letter] = size // axis.factor
-            if size != axis.size(axes) and not stretched:
-                fits = False
+            if _torch.known(size != axis.size(axes)):
+                stretched = arg.stretch and i == len(arg.parsed) - 1 and _torch.known(size == 1)
+                fits = fits and stretched
         if not fits:
             known = {a: n for a, n in axes.items() if any(a in letters(b.axes) for b in op.args if b.name != arg.name)}
             raise ValueError(f"{op.name}: {arg.name} must be {_axes_text(arg, known)}, got {list(shape)}")
@@ -340,5 +347,5 @@ def unfold_tokens(x: Tensor, memory: Sequence[int], lead: Sequence[int], tokens:
 def _kept_and_shared(memory: Sequence[int], lead: Sequence[int]) -> tuple[list[int], list[int]]:
     """Which dimensions of ``lead`` the memory has, and which its streams share."""
     own = [1] * (len(lead) - len(memory)) + list(memory)
-    shared = [d for d, size in enumerate(lead) if own[d] == 1 and size != 1]
+    shared = [d for d, size in enumerate(lead) if _torch.known(own[d] == 1) and not _torch.known(size == 1)]
     return [d for d in range(len(lead)) if d not in shared], shared

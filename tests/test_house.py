@@ -21,12 +21,14 @@ PACKAGE = ROOT / "memkernels"
 # What a layer may import of memkernels: the layers below it, and itself.
 LAYERS = {
     "_native": {"_host", "_stamp"},
-    "spec": set(),
+    "spec": {"_torch"},
     "_cuda": {"_native"},
     "_triton": set(),
-    "backends": {"_cuda", "_native", "_triton", "spec"},
-    "registration": {"spec", "backends"},
-    "ops": {"spec", "registration"},
+    "_torch": set(),
+    "_derivatives": {"_torch", "spec"},
+    "backends": {"_cuda", "_native", "_torch", "_triton", "spec"},
+    "registration": {"_derivatives", "_torch", "spec", "backends"},
+    "ops": {"_torch", "spec", "registration"},
     "nn": {"", "ops", "spec", "backends"},
     "models": {"", "nn", "ops", "spec", "backends"},
     "integrations": {"", "models", "nn", "ops", "spec", "backends"},

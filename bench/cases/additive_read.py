@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..case import Case, normal, ratio
+from ..case import Case, cost, normal, ratio
 
 
 def make(sizes, dtype, device, seed):
@@ -16,11 +16,6 @@ def make(sizes, dtype, device, seed):
     }
 
 
-def flops(s):
-    """Multiply-adds; a tangent counts as one."""
-    return 2 * s["B"] * s["T"] * s["N"] * (2 * s["K"] + s["V"])
-
-
 def bytes_moved(s, item):
     return s["B"] * (s["N"] + s["T"]) * (s["K"] + s["V"]) * item
 
@@ -32,7 +27,7 @@ def _case(sizes, direction, *goals):
         sizes=dict(zip("BTNKV", sizes)),
         quick={"B": 2, "T": min(sizes[1], 16), "N": 64, "K": 32, "V": 32},
         make=make,
-        flops=flops if forward else lambda s: 3 * flops(s),
+        flops=cost("additive_read", direction, streams="B"),
         bytes=bytes_moved if forward else lambda s, item: 2 * bytes_moved(s, item),
         direction=direction,
         grads=() if forward else ("query", "keys", "values", "score_vector"),

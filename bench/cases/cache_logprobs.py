@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..case import Case
+from ..case import Case, cost
 from . import cache_nll
 
 
@@ -20,7 +20,7 @@ def _case(direction):
         sizes={"T": 256, "W": 32000, "N": 256},
         quick={"T": 32, "W": 1000, "N": 64},
         make=make,
-        flops=cache_nll.flops if forward else lambda s: 2 * cache_nll.flops(s),
+        flops=cost("cache_logprobs", direction),
         bytes=lambda s, item: (2 if forward else 3) * s["T"] * s["W"] * item,
         direction=direction,
         grads=() if forward else ("logits", "cache_scores", "mix"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..case import Case, normal, ratio
+from ..case import Case, cost, normal, ratio
 
 
 def make(sizes, dtype, device, seed):
@@ -20,10 +20,6 @@ def make(sizes, dtype, device, seed):
     }
 
 
-def flops(s):
-    return 2 * s["T"] * (s["W"] + s["N"])
-
-
 def bytes_moved(s, item):
     return s["T"] * (s["W"] * item + s["N"] * (8 + item))
 
@@ -35,7 +31,7 @@ def _case(direction, *goals):
         sizes={"T": 256, "W": 32000, "N": 256},
         quick={"T": 32, "W": 1000, "N": 64},
         make=make,
-        flops=flops if forward else lambda s: 2 * flops(s),
+        flops=cost("cache_nll", direction),
         bytes=bytes_moved if forward else lambda s, item: 2 * bytes_moved(s, item),
         direction=direction,
         grads=() if forward else ("logits", "cache_scores", "mix"),

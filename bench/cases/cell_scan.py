@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..case import Case, normal, ratio
+from ..case import Case, cost, normal, ratio
 
 
 def make(sizes, dtype, device, seed):
@@ -25,7 +25,7 @@ def _case(b, d, direction, *goals):
         sizes={"B": b, "T": 256, "D": d},
         quick={"B": b, "T": 32, "D": d},
         make=make,
-        flops=lambda s: (6 if forward else 18) * s["B"] * s["T"] * s["D"] ** 2,
+        flops=cost("cell_scan", direction, streams="B"),
         bytes=_bytes if forward else lambda s, item: 2 * _bytes(s, item),
         direction=direction,
         grads=() if forward else ("inputs", "weight"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..case import Case, bandwidth, normal
+from ..case import Case, bandwidth, cost, normal
 
 
 def make(sizes, dtype, device, seed):
@@ -23,7 +23,7 @@ def _case(b, t, d, direction, *goals):
         sizes={"B": b, "T": t, "D": d},
         quick={"B": b, "T": t // 8, "D": d},
         make=make,
-        flops=lambda s: (2 if forward else 4) * s["B"] * s["T"] * s["D"],
+        flops=cost("gated_scan", direction, streams="B"),
         bytes=lambda s, item: (3 if forward else 5) * s["B"] * s["T"] * s["D"] * item,
         direction=direction,
         grads=() if forward else ("forget", "update"),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from ..case import Case, normal, peak, ratio
+from ..case import Case, cost, normal, peak, ratio
+
+forward_flops = cost("gated_write")
+backward_flops = cost("gated_write", "backward")
 
 
 def make(sizes, dtype, device, seed):
@@ -16,18 +19,8 @@ def make(sizes, dtype, device, seed):
     }
 
 
-def forward_flops(s):
-    """Scores, then the weighted sum of the writes."""
-    return 2 * s["T"] * s["N"] * (s["K"] + s["V"])
-
-
 def forward_bytes(s, item):
     return (s["N"] * (s["K"] + 2 * s["V"]) + s["T"] * (s["K"] + s["V"])) * item
-
-
-def backward_flops(s):
-    """Scores again, <d_values, write>, then d_query, d_keys, d_write."""
-    return 2 * s["T"] * s["N"] * (3 * s["K"] + 2 * s["V"])
 
 
 def backward_bytes(s, item):

@@ -15,7 +15,7 @@ from memkernels import spec
 from memkernels.registration import OPS
 from memkernels.testing.compare import distance, norms
 
-from ..case import Case, Goal, copy_bandwidth, normal, peak, ratio
+from ..case import Case, Goal, copy_bandwidth, cost, normal, peak, ratio
 from ..peers import eager
 from . import gated_write, memory_scan, softmax_read, sparse_read, topk_read
 
@@ -97,7 +97,7 @@ def _case(
 ):
     forward = direction == "forward"
     make = tensors(op, one_memory) if "H" in sizes else module.make
-    flops = getattr(module, f"{direction}_flops", getattr(module, "flops", None))
+    flops = cost(op, direction, k=getattr(module, "NEIGHBOURS", 0))
     moved = getattr(module, f"{direction}_bytes", getattr(module, "bytes_moved", None))
     return Case(
         op=op,

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from ..case import Case, normal, ratio
+from ..case import Case, cost, normal, ratio
+
+forward_flops = cost("memory_scan")
+backward_flops = cost("memory_scan", "backward")
 
 
 def make(sizes, dtype, device, seed):
@@ -12,18 +15,8 @@ def make(sizes, dtype, device, seed):
     return {name: normal(shape, dtype, device, 5 * seed + i) for i, (name, shape) in enumerate(shapes.items())}
 
 
-def forward_flops(s):
-    """Two scores, a write of two multiply-adds and a read of one."""
-    return 2 * s["T"] * s["N"] * (2 * s["K"] + 3 * s["V"])
-
-
 def forward_bytes(s, item):
     return (s["N"] * (s["K"] + 2 * s["V"]) + s["T"] * 2 * (s["K"] + s["V"])) * item
-
-
-def backward_flops(s):
-    """The forward again, three multiply-adds for each gradient of a score, and those of values, gates and write."""
-    return 2 * s["T"] * s["N"] * (6 * s["K"] + 8 * s["V"])
 
 
 def _case(t, n, direction, *goals):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..case import Case, normal
+from ..case import Case, cost, normal
 from . import product_key_search
 
 NEIGHBOURS = product_key_search.NEIGHBOURS
@@ -14,17 +14,9 @@ def make(sizes, dtype, device, seed):
     return inputs | {"values": normal((sizes["n"] ** 2, sizes["V"]), dtype, device, 2 * seed + 1)}
 
 
-def flops(s):
-    return product_key_search.flops(s) + 2 * s["T"] * NEIGHBOURS * s["V"]
-
-
 def bytes_moved(s, item):
     """Forward: half keys and queries, rows that are read, results."""
     return ((s["n"] + s["T"]) * s["K"] + s["T"] * (NEIGHBOURS + 1) * s["V"]) * item
-
-
-def backward_flops(s):
-    return 4 * s["T"] * NEIGHBOURS * (s["K"] + s["V"])
 
 
 def backward_bytes(s, item):
@@ -39,7 +31,7 @@ def _case(direction):
         sizes={"T": 1024, "n": 512, "K": 128, "V": 128},
         quick={"T": 128, "n": 128, "K": 64, "V": 64},
         make=make,
-        flops=flops if forward else backward_flops,
+        flops=cost("product_key_read", direction, k=NEIGHBOURS),
         bytes=bytes_moved if forward else backward_bytes,
         direction=direction,
         options={"k": NEIGHBOURS},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..case import Case, normal, ratio
+from ..case import Case, cost, normal, ratio
 
 NEIGHBOURS = 32
 
@@ -16,10 +16,6 @@ def make(sizes, dtype, device, seed):
     }
 
 
-def flops(s):
-    return 2 * s["T"] * s["n"] * s["K"]
-
-
 def bytes_moved(s, item):
     return (s["n"] + s["T"]) * s["K"] * item + s["T"] * NEIGHBOURS * (8 + item)
 
@@ -31,7 +27,7 @@ def _case(direction, *goals):
         sizes={"T": 1024, "n": 512, "K": 128},
         quick={"T": 128, "n": 128, "K": 64},
         make=make,
-        flops=flops if forward else lambda s: 4 * s["T"] * NEIGHBOURS * s["K"],
+        flops=cost("product_key_search", direction, k=NEIGHBOURS),
         bytes=bytes_moved,
         direction=direction,
         options={"k": NEIGHBOURS},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..case import Case, normal
+from ..case import Case, cost, normal
 
 
 def make(sizes, dtype, device, seed):
@@ -21,7 +21,7 @@ CASES = [
         sizes={"T": 1024, "N": 8192, "K": 64},
         quick={"T": 512, "N": 1024, "K": 64},
         make=make,
-        flops=lambda s: 2 * s["T"] * s["N"] * s["K"],
+        flops=cost("slot_usage"),
         bytes=lambda s, item: (s["T"] + s["N"]) * s["K"] * item,
     )
 ]

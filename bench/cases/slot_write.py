@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from ..case import Case, normal, ratio
+from ..case import Case, cost, normal, ratio
+
+forward_flops = cost("slot_write")
+backward_flops = cost("slot_write", "backward")
 
 
 def make(sizes, dtype, device, seed):
@@ -18,17 +21,8 @@ def make(sizes, dtype, device, seed):
     }
 
 
-def forward_flops(s):
-    return 4 * s["T"] * s["N"] * s["V"]
-
-
 def forward_bytes(s, item):
     return (2 * s["N"] * s["V"] + s["T"] * (s["N"] + 2 * s["V"])) * item
-
-
-def backward_flops(s):
-    """Forward again, then d_weights, d_write, d_erase and d_values."""
-    return 12 * s["T"] * s["N"] * s["V"]
 
 
 def backward_bytes(s, item):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from ..case import Case, bandwidth, normal, peak, ratio
+from ..case import Case, bandwidth, cost, normal, peak, ratio
+
+forward_flops = cost("softmax_read")
+backward_flops = cost("softmax_read", "backward")
 
 SDPA = "SDPA"
 
@@ -17,17 +20,8 @@ def make(sizes, dtype, device, seed):
     }
 
 
-def forward_flops(s):
-    return 2 * s["T"] * s["N"] * (s["K"] + s["V"])
-
-
 def forward_bytes(s, item):
     return (s["N"] + s["T"]) * (s["K"] + s["V"]) * item
-
-
-def backward_flops(s):
-    """Five products: scores and d_weights again, then d_query, d_keys, d_values."""
-    return 2 * s["T"] * s["N"] * (3 * s["K"] + 2 * s["V"])
 
 
 def backward_bytes(s, item):

@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-from ..case import Case
+from ..case import Case, cost
 from .gated_write import backward_bytes, forward_bytes, make
 
-
-def forward_flops(s):
-    """Scores twice, for the sums and for the weights, then the weighted sum of the writes."""
-    return 2 * s["T"] * s["N"] * (2 * s["K"] + s["V"])
-
-
-def backward_flops(s):
-    """Scores twice, <d_values, write>, then d_query, d_keys, d_write."""
-    return 2 * s["T"] * s["N"] * (4 * s["K"] + 2 * s["V"])
+forward_flops = cost("softmax_write")
+backward_flops = cost("softmax_write", "backward")
 
 
 def _case(direction):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..case import Case, bandwidth, normal, ratio
+from ..case import Case, bandwidth, cost, normal, ratio
 
 NEIGHBOURS = 32
 
@@ -18,10 +18,6 @@ def make(sizes, dtype, device, seed):
         "indices": torch.randint(sizes["N"], shape, device=device, generator=generator),
         "weights": torch.rand(shape, dtype=dtype, device=device, generator=generator),
     }
-
-
-def flops(s):
-    return 2 * s["T"] * NEIGHBOURS * s["V"]
 
 
 def forward_bytes(s, item):
@@ -61,7 +57,7 @@ def _case(direction, *goals, **more):
         sizes={"T": 4096, "N": 1 << 20, "V": 256},
         quick={"T": 2048, "N": 1 << 17, "V": 256},
         make=make,
-        flops=flops if direction == "forward" else lambda s: 2 * flops(s),
+        flops=cost("sparse_read", direction, k=NEIGHBOURS),
         bytes=forward_bytes if direction == "forward" else backward_bytes,
         direction=direction,
         shared=("values",),

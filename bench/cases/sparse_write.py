@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..case import Case, normal
+from ..case import Case, cost, normal
 
 NEIGHBOURS = 8
 
@@ -21,10 +21,6 @@ def make(sizes, dtype, device, seed):
         "weights": torch.rand((t, NEIGHBOURS), dtype=dtype, device=device, generator=generator),
         "write": normal((t, v), dtype, device, seed + 1),
     }
-
-
-def flops(s):
-    return 4 * s["T"] * NEIGHBOURS * s["V"]
 
 
 def forward_bytes(s, item):
@@ -75,7 +71,7 @@ def _in_place(n):
         sizes={"T": 1024, "N": n, "V": 64},
         quick={"T": 128, "N": 4096, "V": 64},
         make=make_in_place,
-        flops=flops,
+        flops=cost("sparse_write", k=NEIGHBOURS),
         bytes=row_bytes,
         shared=("values",),
         check=check_in_place,
@@ -91,7 +87,7 @@ def _case(direction):
         sizes={"T": 1024, "N": 1 << 16, "V": 64} if forward else {"T": 256, "N": 1 << 13, "V": 64},
         quick={"T": 128, "N": 4096, "V": 64},
         make=make,
-        flops=flops if forward else lambda s: 3 * flops(s),
+        flops=cost("sparse_write", direction, k=NEIGHBOURS),
         bytes=forward_bytes if forward else lambda s, item: 2 * forward_bytes(s, item),
         direction=direction,
         grads=() if forward else ("values", "weights", "write"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..case import Case, bandwidth, normal, peak, ratio
+from ..case import Case, bandwidth, cost, normal, peak, ratio
 
 NEIGHBOURS = 32
 
@@ -17,10 +17,6 @@ def make(sizes, dtype, device, seed):
     }
 
 
-def flops(s):
-    return 2 * s["T"] * (s["N"] * s["K"] + NEIGHBOURS * s["V"])
-
-
 def bytes_moved(s, item):
     return (s["N"] * s["K"] + s["T"] * (s["K"] + s["V"] + NEIGHBOURS * s["V"])) * item
 
@@ -31,7 +27,7 @@ def _case(t, n, kv, quick, sample, *goals):
         sizes={"T": t, "N": n, "K": kv, "V": kv},
         quick={"T": quick[0], "N": quick[1], "K": kv, "V": kv},
         make=make,
-        flops=flops,
+        flops=cost("topk_read", k=NEIGHBOURS),
         bytes=bytes_moved,
         options={"k": NEIGHBOURS},
         sample=("T", sample),

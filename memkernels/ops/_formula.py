@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._torch import known
 from ..spec import shaped, stats_dtype
 
 
@@ -42,7 +43,7 @@ def softmax(s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Weights come from the largest score and the sum, never from the lse: rounded at its own size, that would be wrong
     by whole units where scores are large. ``lse + rest`` is exact enough to form them again: exp((s - lse) - rest).
     """
-    if s.shape[-1] == 0:
+    if known(s.shape[-1] == 0):
         lse = s.new_full(s.shape[:-1], -torch.inf)
         return s, lse, torch.zeros_like(lse)
     nothing = torch.isneginf(s).all(-1, keepdim=True)
@@ -63,6 +64,6 @@ def stretch(slot_mask: Tensor | None, keys: Tensor) -> Tensor | None:
     """A mask whose last axis has size 1, viewed with one entry per slot."""
     if slot_mask is None or not shaped(slot_mask, keys) or keys.dim() < 2:
         return slot_mask
-    if slot_mask.dim() and slot_mask.shape[-1] == 1 and keys.shape[-2] != 1:
-        return slot_mask.expand(*slot_mask.shape[:-1], keys.shape[-2])
-    return slot_mask
+    if not slot_mask.dim() or not known(slot_mask.shape[-1] == 1) or known(keys.shape[-2] == 1):
+        return slot_mask
+    return slot_mask.expand(*slot_mask.shape[:-1], keys.shape[-2])

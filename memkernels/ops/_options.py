@@ -10,8 +10,8 @@ import operator
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
+from .. import _torch
 from ..registration import autocast
 from ..spec import FLOATS, Op, check, stats_dtype
 
@@ -96,7 +96,7 @@ def stays_tensor(x: object) -> bool:
         return False
     if x.dim() or x.requires_grad or x.device.type != "cpu" or torch.compiler.is_compiling():
         return True
-    return type(x) not in _PLAIN or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return type(x) not in _PLAIN or _torch.transforms_active()
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)

@@ -48,6 +48,8 @@ OP = register(
         outputs=(Out("read", "T V"), Out("lse", "T", dtype="stats"), LSE_REST),
         saved=("read", "lse", "lse_rest"),
         reference=reference,
+        flops=lambda s: 2 * s["T"] * s["N"] * (2 * s["K"] + s["V"]),  # a tangent counts as one multiply-add
+        backward_flops=lambda s: 6 * s["T"] * s["N"] * (2 * s["K"] + s["V"]),
         autocast=("query", "keys", "values", "score_vector"),
         equation="r_t = sum_i softmax_i(u.tanh(q_t + k_i) + mask_i) v_i",
     )

@@ -38,6 +38,8 @@ OP = register(
         outputs=(Out("weights", "T N", positive=True),),
         saved=("weights",),
         reference=reference,
+        flops=lambda s: 2 * s["T"] * s["N"] * s["K"],
+        backward_flops=lambda s: 4 * s["T"] * s["N"] * s["K"],  # d_query, d_keys
         autocast=("query", "keys"),
         equation="w[t, i] = gate(scale q_t.k_i + mask_i), gate = softmax over i or sigmoid",
     )

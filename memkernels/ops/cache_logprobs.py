@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._torch import known
 from ..registration import call, register
 from ..spec import LSE_REST, Arg, Op, Out, shaped, stats_dtype
 from ._formula import softmax
@@ -51,6 +52,8 @@ OP = register(
         outputs=(Out("logprobs", "T W", dtype="stats"), Out("lse", "T", dtype="stats", grad=False), LSE_REST),
         saved=("lse", "lse_rest"),
         reference=reference,
+        flops=lambda s: 2 * s["T"] * (s["W"] + s["N"]),
+        backward_flops=lambda s: 4 * s["T"] * (s["W"] + s["N"]),
         equation="log((1 - mix) softmax(z_t)[w] + mix sum_{j: token_j = w} softmax(c_t)_j)",
     )
 )
@@ -96,7 +99,7 @@ def spread(op: str, logits: Tensor, cache_scores: Tensor, cache_tokens: Tensor, 
     if shaped(cache_tokens, cache_scores) and cache_scores.dim() > 1:
         if cache_tokens.dim() == 1:
             cache_tokens = cache_tokens.unsqueeze(0)
-        if cache_tokens.dim() > 1 and cache_tokens.shape[-2] == 1:
+        if cache_tokens.dim() > 1 and known(cache_tokens.shape[-2] == 1):
             cache_tokens = cache_tokens.expand(*cache_tokens.shape[:-2], cache_scores.shape[-2], -1)
     if isinstance(mix, Tensor) and (mix.is_nested or mix.dim()):
         return cache_tokens, mix

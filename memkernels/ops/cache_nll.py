@@ -37,6 +37,8 @@ OP = register(
         outputs=(Out("nll", "T", dtype="stats"), Out("lse", "T", dtype="stats", grad=False), LSE_REST),
         saved=("lse", "lse_rest"),
         reference=reference,
+        flops=lambda s: 2 * s["T"] * (s["W"] + s["N"]),
+        backward_flops=lambda s: 4 * s["T"] * (s["W"] + s["N"]),
         equation="-log((1 - mix) softmax(z_t)[y_t] + mix sum_{j: token_j = y_t} softmax(c_t)_j)",
     )
 )

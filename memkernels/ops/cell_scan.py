@@ -39,6 +39,8 @@ OP = register(
         outputs=(Out("states", "T D"),),
         saved=("states",),
         reference=reference,
+        flops=lambda s: 6 * s["T"] * s["D"] ** 2,
+        backward_flops=lambda s: 18 * s["T"] * s["D"] ** 2,  # forward again, d_weight, d_states
         autocast=("inputs", "weight", "initial"),
         equation="h_t = sigmoid(zf) h_{t-1} + sigmoid(zi) tanh(zc), [zf, zi, zc] = x_t + W h_{t-1}",
     )

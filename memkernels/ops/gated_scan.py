@@ -37,6 +37,8 @@ OP = register(
         outputs=(Out("states", "T D", dtype="update"),),
         saved=("states",),
         reference=reference,
+        flops=lambda s: 2 * s["T"] * s["D"],
+        backward_flops=lambda s: 4 * s["T"] * s["D"],
         equation="h_t = f_t h_{t-1} + u_t, t = 1..T",
     )
 )

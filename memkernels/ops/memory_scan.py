@@ -78,6 +78,10 @@ OP = register(
         ),
         saved=("reads", "lse", "lse_rest"),
         reference=reference,
+        # two scores, a write of two multiply-adds, a read of one
+        flops=lambda s: 2 * s["T"] * s["N"] * (2 * s["K"] + 3 * s["V"]),
+        # forward again, three for each gradient of a score, d_values, d_gates, d_write
+        backward_flops=lambda s: 2 * s["T"] * s["N"] * (6 * s["K"] + 8 * s["V"]),
         autocast=("keys", "read_query", "write_query"),
         equation="v_i <- v_i (1 - a[t, i]) + a[t, i] w_t, r_t = sum_i p[t, i] v_i, t = 1..T in order",
     )

@@ -31,6 +31,8 @@ OP = register(
         args=(Arg("reads", "S T V", "tokens", "lead"), Arg("lses", "S T", "tokens", "stats")),
         outputs=(Out("read", "T V"), Out("lse", "T", dtype="stats")),
         reference=reference,
+        flops=lambda s: 2 * s["S"] * s["T"] * s["V"],
+        backward_flops=lambda s: 4 * s["S"] * s["T"] * s["V"],  # d_reads, d_weights
         equation="lse = log sum_s exp(lse_s);  r = sum_s exp(lse_s - lse) r_s",
     )
 )

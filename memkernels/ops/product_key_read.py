@@ -45,6 +45,9 @@ OP = register(
         ),
         saved=("indices", "weights"),
         reference=reference,
+        flops=lambda s: 2 * s["T"] * (2 * s["n"] * s["h"] + s["k"] * s["V"]),  # two lists of n
+        # d_weights, d_values, d_query, d_subkeys, of the chosen
+        backward_flops=lambda s: 4 * s["T"] * s["k"] * (2 * s["h"] + s["V"]),
         selected=selected,
         autocast=("query", "subkeys", "values"),
         equation="r_t = sum_j softmax_j(scores[t, j]) v[indices[t, j]] over the k best of n * n slots",

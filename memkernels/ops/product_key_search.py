@@ -42,6 +42,8 @@ OP = register(
         outputs=(Out("scores", "T k"), Out("indices", "T k", dtype="index", grad=False)),
         saved=("indices",),
         reference=reference,
+        flops=lambda s: 4 * s["T"] * s["n"] * s["h"],  # two lists of n
+        backward_flops=lambda s: 8 * s["T"] * s["k"] * s["h"],  # d_query, d_subkeys, of the chosen
         selected=selected,
         autocast=("query", "subkeys"),
         equation="the k largest of scale (q_t[:h].c_i + q_t[h:].d_j) over slots i n + j, ties to the smaller slot",

@@ -37,6 +37,8 @@ OP = register(
         outputs=(Out("usage", "N", lead="memory", dtype="stats", positive=True),),
         saved=(),
         reference=reference,
+        flops=lambda s: 2 * s["T"] * s["N"] * s["K"],
+        backward_flops=lambda s: 6 * s["T"] * s["N"] * s["K"],  # scores again, d_query, d_keys
         autocast=("query", "keys"),
         equation="usage_i = sum_t exp(scale q_t.k_i + mask_i - lse_t)",
     )

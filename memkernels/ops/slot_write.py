@@ -42,6 +42,8 @@ OP = register(
         params=(("erase_scale", "float"),),
         outputs=(Out("values", "N V", lead="memory", dtype="values"),),
         reference=reference,
+        flops=lambda s: 4 * s["T"] * s["N"] * s["V"],
+        backward_flops=lambda s: 12 * s["T"] * s["N"] * s["V"],  # forward again, d_weights, d_write, d_erase, d_values
         inplace="values",
         equation="v_i <- v_i (1 - a[t, i] e_t) + a[t, i] w_t, t = 1..T in order",
     )

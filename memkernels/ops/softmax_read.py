@@ -39,6 +39,9 @@ OP = register(
         outputs=(Out("read", "T V"), Out("lse", "T", dtype="stats"), LSE_REST),
         saved=("read", "lse", "lse_rest"),
         reference=reference,
+        flops=lambda s: 2 * s["T"] * s["N"] * (s["K"] + s["V"]),
+        # scores and d_weights again, d_query, d_keys, d_values
+        backward_flops=lambda s: 2 * s["T"] * s["N"] * (3 * s["K"] + 2 * s["V"]),
         autocast=("query", "keys", "values"),
         equation="r_t = sum_i softmax_i(scale q_t.k_i + mask_i) v_i",
     )

@@ -55,6 +55,9 @@ OP = register(
         ),
         saved=("retained",),
         reference=reference,
+        flops=lambda s: 2 * s["T"] * s["N"] * (2 * s["K"] + s["V"]),  # scores twice, for the sums and for the weights
+        # scores twice, <d_values, write>, d_query, d_keys, d_write
+        backward_flops=lambda s: 2 * s["T"] * s["N"] * (4 * s["K"] + 2 * s["V"]),
         autocast=("keys", "query"),
         inplace="values",
         equation="v_i <- v_i (1 - a[t, i] e_t) + a[t, i] w_t, a = softmax_i(scale q_t.k_i + mask_i), t = 1..T in order",

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._torch import known
 from ..registration import call, register
 from ..spec import Arg, Op, Out, stats_dtype
 from ._compressed import choose, compressed
@@ -20,7 +21,7 @@ def gather_rows(rows: Tensor, indices: Tensor) -> Tensor:
     """rows[indices] with leading dimensions that broadcast: [..., N, D], [..., T, k] -> [..., T, k, D]; -1: 0."""
     lead = torch.broadcast_shapes(rows.shape[:-2], indices.shape[:-2])
     rows, indices = rows.expand(*lead, *rows.shape[-2:]), indices.expand(*lead, *indices.shape[-2:])
-    if rows.shape[-2] == 0:
+    if known(rows.shape[-2] == 0):
         return rows.new_zeros(*indices.shape, rows.shape[-1])
     flat = indices.masked_fill(indices == -1, 0).flatten(-2).unsqueeze(-1).expand(*lead, -1, rows.shape[-1])
     picked = torch.gather(rows, -2, flat).unflatten(-2, indices.shape[-2:])
@@ -44,6 +45,8 @@ OP = register(
         ),
         outputs=(Out("read", "T V"),),
         reference=reference,
+        flops=lambda s: 2 * s["T"] * s["k"] * s["V"],
+        backward_flops=lambda s: 4 * s["T"] * s["k"] * s["V"],  # d_weights, d_values
         equation="r_t = sum_j weights[t, j] values[indices[t, j]]",
     )
 )

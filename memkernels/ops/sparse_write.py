@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._torch import known
 from ..registration import call, register
 from ..spec import Arg, Op, Out, fold_tokens, stats_dtype
 from ._write import check_in_place, erase_options
@@ -28,7 +29,7 @@ def reference(
     w = fold_tokens(write.to(exact), memory, lead, tail=1)
     e = None if erase is None else fold_tokens(erase.to(exact), memory, lead, tail=1)
     v = values.to(exact).clone()
-    if v.shape[-2] == 0 and bool((index == -1).all()):
+    if known(v.shape[-2] == 0) and bool((index == -1).all()):
         return (v.to(values.dtype),)
     for t in range(index.shape[-2]):
         e_t = erase_scale if e is None else e[..., t, None, :]
@@ -55,6 +56,8 @@ OP = register(
         params=(("erase_scale", "float"),),
         outputs=(Out("values", "N V", lead="memory", dtype="values"),),
         reference=reference,
+        flops=lambda s: 4 * s["T"] * s["k"] * s["V"],
+        backward_flops=lambda s: 12 * s["T"] * s["k"] * s["V"],  # forward again, d_weights, d_write, d_erase, d_values
         inplace="values",
         equation="v_i <- v_i (1 - a e_t) + a w_t, i = indices[t, j], a = weights[t, j], in order",
     )

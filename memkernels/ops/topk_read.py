@@ -59,6 +59,9 @@ OP = register(
         ),
         saved=("indices", "weights"),
         reference=reference,
+        flops=lambda s: 2 * s["T"] * (s["N"] * s["K"] + s["k"] * s["V"]),
+        # d_weights, d_values, d_query, d_keys, of the chosen
+        backward_flops=lambda s: 4 * s["T"] * s["k"] * (s["K"] + s["V"]),
         selected=selected,
         autocast=("query", "keys", "values"),
         equation="r_t = sum_j softmax_j(scores[t, j]) v[indices[t, j]] over the k best slots",

@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._torch import known
 from ..registration import call, register
 from ..spec import Arg, Op, Out
 from ._compressed import choose, compressed
@@ -21,11 +22,9 @@ from ._options import neighbours, scaled
 
 def best(s: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest of the last axis, best first, ties to the smaller index; -inf is never chosen (index -1)."""
-    order = torch.sort(s, dim=-1, descending=True, stable=True)
-    n = min(k, s.shape[-1])
-    chosen, indices = order.values[..., :n], order.indices[..., :n]
-    chosen = torch.nn.functional.pad(chosen, (0, k - n), value=-torch.inf)
-    indices = torch.nn.functional.pad(indices, (0, k - n), value=-1)
+    at_least_k = torch.nn.functional.pad(s, (0, k), value=-torch.inf)
+    order = torch.sort(at_least_k, dim=-1, descending=True, stable=True)
+    chosen, indices = order.values[..., :k], order.indices[..., :k]
     return chosen, indices.masked_fill(torch.isneginf(chosen), -1)
 
 
@@ -38,7 +37,7 @@ def at(s: Tensor, indices: Tensor) -> Tensor:
     """The scores of slots already chosen; -inf where the index is -1. [..., T, N], [..., T, k] -> [..., T, k]."""
     lead = torch.broadcast_shapes(s.shape[:-1], indices.shape[:-1])
     s, indices = s.expand(*lead, -1), indices.expand(*lead, -1)
-    if s.shape[-1] == 0:
+    if known(s.shape[-1] == 0):
         return s.new_full(indices.shape, -torch.inf)
     return torch.gather(s, -1, indices.clamp(min=0)).masked_fill(indices < 0, -torch.inf)
 
@@ -59,6 +58,8 @@ OP = register(
         outputs=(Out("scores", "T k"), Out("indices", "T k", dtype="index", grad=False)),
         saved=("indices",),
         reference=reference,
+        flops=lambda s: 2 * s["T"] * s["N"] * s["K"],
+        backward_flops=lambda s: 4 * s["T"] * s["k"] * s["K"],  # d_query, d_keys, of the chosen
         selected=selected,
         autocast=("query", "keys"),
         equation="the k largest of scale q_t.k_i + mask_i, best first, ties to the smaller index",

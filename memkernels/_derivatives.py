@@ -1,0 +1,151 @@
+"""The derivatives of an op's operators: the first by its backward kernel, those after it by the reference formula.
+
+In terms of the formula ``y = f(x)``: the operator ``f_backward`` gives ``J(x)^T d_y``. Its own derivative is taken of
+what autograd makes of ``f`` for ``J(x)^T d_y``, which is plain PyTorch and has derivatives of any order.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _torch
+from .spec import Op
+
+
+def _alias(x: Tensor | None) -> Tensor | None:
+    """A view to differentiate by: it hides how ``x`` came about from a gradient, and not from the gradient's own."""
+    if x is None or not x.is_floating_point():
+        return x
+    x = x.view_as(x)
+    return x if x.requires_grad else x.requires_grad_()
+
+
+class Derivatives:
+    """What autograd is told of one op on one backend, whose operator ``f_backward`` is ``backward_op``.
+
+    backward, setup_context: of the op. backward_twice, setup_context_twice: of ``f_backward``.
+    """
+
+    def __init__(self, op: Op, backward_op: Callable[..., Any]):
+        self.op, self.backward_op = op, backward_op
+        self.n, self.n_params, self.n_saved = len(op.args), len(op.params), len(op.saved)
+        self.differentiable = [i for i, a in enumerate(op.args) if a.is_float]
+        self.with_grad = [i for i, o in enumerate(op.outputs) if o.grad]
+        self.without_grad = [i for i, o in enumerate(op.outputs) if not o.grad]
+        names = [o.name for o in op.outputs]
+        self.saved = [names.index(name) for name in op.saved]
+
+    def setup_context(self, ctx, inputs, output):
+        output = output if isinstance(output, tuple) else (output,)
+        ctx.set_materialize_grads(False)
+        if self.without_grad:
+            ctx.mark_non_differentiable(*(output[i] for i in self.without_grad))
+        ctx.params = inputs[self.n :]
+        ctx.save_for_backward(*inputs[: self.n], *(output[i] for i in self.saved))
+
+    def backward(self, ctx, *d_outputs):
+        n, n_params = self.n, self.n_params
+        needs = ctx.needs_input_grad[len(ctx.needs_input_grad) - n - n_params :]  # Recorded has one input more
+        wants = [bool(needs[i]) for i in self.differentiable]
+        d_outputs = [d_outputs[i] for i in self.with_grad]
+        result: list[Tensor | None] = [None] * (n + n_params)
+        if not any(wants) or all(d is None for d in d_outputs):
+            return tuple(result)
+        grads = self._first(ctx.saved_tensors, d_outputs, ctx.params, wants)
+        for i, grad, want in zip(self.differentiable, grads, wants):
+            result[i] = grad if want else None
+        return tuple(result)
+
+    def _first(self, tensors, d_outputs, params, wants) -> Sequence[Tensor | None]:
+        inputs = (*tensors, *d_outputs, *params, wants)
+        if not _torch.HAS_PROBES:
+            grads = self.backward_op(*inputs)
+        elif _torch.forward_mode() or (torch.is_grad_enabled() and _torch.transforms_active()):
+            # A tangent or a level of torch.func on a gradient, which neither kernel nor autograd layer knows.
+            return self._by_formula(tensors, d_outputs, params, wants)[2]
+        elif torch.is_grad_enabled():
+            grads = self.backward_op(*inputs)
+        else:
+            grads = _torch.below_autograd(self.backward_op, inputs)
+        return grads if isinstance(grads, (tuple, list)) else (grads,)
+
+    def setup_context_twice(self, ctx, inputs, output):
+        ctx.set_materialize_grads(False)
+        count = self.n + self.n_saved + len(self.with_grad)
+        ctx.params, ctx.wants = inputs[count:-1], inputs[-1]
+        ctx.save_for_backward(*inputs[:count])
+
+    def backward_twice(self, ctx, *dd):
+        create_graph = torch.is_grad_enabled()
+        tensors, d_outputs = ctx.saved_tensors[: self.n + self.n_saved], ctx.saved_tensors[self.n + self.n_saved :]
+        with torch.enable_grad():
+            args, d_outputs, firsts = self._by_formula(tensors, d_outputs, ctx.params, ctx.wants)
+            live = [(f, g) for f, g in zip(firsts, dd) if f is not None and g is not None and f.requires_grad]
+            leaves = [x for x in (*args, *d_outputs) if x is not None and x.requires_grad]
+            seconds = [None] * len(leaves)
+            if live:
+                seconds = torch.autograd.grad(
+                    [f for f, _ in live],
+                    leaves,
+                    [g for _, g in live],
+                    create_graph=create_graph,
+                    allow_unused=True,
+                )
+        by_leaf = {id(leaf): second for leaf, second in zip(leaves, seconds)}
+        d_args, d_d_outputs = [[by_leaf.get(id(x)) for x in xs] for xs in (args, d_outputs)]
+        return (*d_args, *([None] * self.n_saved), *d_d_outputs, *([None] * self.n_params), None)
+
+    def _by_formula(self, tensors, d_outputs, params, wants):
+        """``(args, d_outputs, gradients of the differentiable args)``, the last in terms of the first two."""
+        formula = self.op.reference
+        if self.op.selected is not None:  # the choice that was made: equal scores may rank either way
+            chosen = tensors[self.n + self.op.saved.index("indices")]
+            formula = functools.partial(_with_choice, self.op.selected, chosen)
+        with torch.enable_grad():
+            args = [_alias(x) if a.is_float else x for a, x in zip(self.op.args, tensors)]
+            d_outputs = [_alias(d) for d in d_outputs]
+            results = formula(*args, *params)
+            results = [results[i] for i in self.with_grad]
+            pairs = [(r, d) for r, d in zip(results, d_outputs) if d is not None and r.requires_grad]
+            leaves = {
+                place: args[i]
+                for place, (i, want) in enumerate(zip(self.differentiable, wants))
+                if want and args[i] is not None and args[i].requires_grad
+            }
+            firsts: Sequence[Tensor | None] = [None] * len(leaves)
+            if pairs and leaves:
+                firsts = torch.autograd.grad(
+                    [r for r, _ in pairs],
+                    list(leaves.values()),
+                    [d for _, d in pairs],
+                    create_graph=True,
+                    allow_unused=True,
+                )
+        by_place = dict(zip(leaves, firsts))
+        return args, d_outputs, [by_place.get(place) for place in range(len(self.differentiable))]
+
+    def recorded(self) -> Callable[..., Any]:
+        """The op as one node of the autograd graph: called as ``(operator, *tensors, *params)``."""
+        derivatives = self
+
+        class Recorded(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, operator, *inputs):
+                output = _torch.below_autograd(operator, inputs)
+                derivatives.setup_context(ctx, inputs, output)
+                return output
+
+            @staticmethod
+            def backward(ctx, *d_outputs):
+                return (None, *derivatives.backward(ctx, *d_outputs))
+
+        return Recorded.apply
+
+
+def _with_choice(selected, indices, *inputs):
+    return selected(*inputs, indices)

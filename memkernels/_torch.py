@@ -1,0 +1,106 @@
+"""Every use of what PyTorch does not document, each with what stands in where a version of torch lacks it.
+
+Nothing else in the package names ``torch._...`` (tests/test_private_torch.py). ``make test-torch VERSION=2.10.0`` runs
+the core of the tests under another torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.autograd import forward_ad
+
+_BelowAutograd = getattr(torch._C, "_AutoDispatchBelowAutograd", None)
+_functorch_active = getattr(torch._C, "_are_functorch_transforms_active", None)
+_any_autocast = getattr(torch._C, "_is_any_autocast_enabled", None)
+_has_kernel = getattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", None)
+
+# Without these probes a call goes through the autograd layer of torch.library: slower, and an error under a transform.
+HAS_PROBES = None not in (_BelowAutograd, _functorch_active) and hasattr(forward_ad, "_current_level")
+
+
+def constant(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Make ``function`` a constant to torch.compile: it runs while tracing, and only its result is in the graph.
+
+    As torch.compiler.assume_constant_result does, which would import the compiler here.
+    """
+    function._dynamo_marked_constant = True
+    return function
+
+
+def below_autograd(operator: Callable[..., Any], inputs) -> Any:
+    """Run ``operator`` without its autograd layer, which in eager mode costs more than a small call."""
+    with _BelowAutograd():
+        return operator(*inputs)
+
+
+def forward_mode() -> bool:
+    """Is a level of forward-mode differentiation open? A tensor may then carry a tangent."""
+    return forward_ad._current_level >= 0
+
+
+def transforms_active() -> bool:
+    """Does a transform of torch.func, or forward-mode differentiation, watch this call?"""
+    return _functorch_active() or forward_ad._current_level >= 0
+
+
+# torch.compile opens the levels of the transforms that it traces for real, and guards on those around the call.
+transforms_active_while_tracing = constant(lambda: HAS_PROBES and transforms_active())
+
+
+def autocast_enabled() -> bool:
+    """Is autocast on for any kind of device?"""
+    if _any_autocast is not None:
+        return _any_autocast()
+    return any(map(torch.is_autocast_enabled, ("cpu", "cuda")))
+
+
+def has_kernel(qualified: str, key: str) -> bool:
+    """Has the operator ``qualified`` (``"namespace::name"``) a kernel of its own for the dispatch key ``key``?"""
+    if _has_kernel is not None:
+        return _has_kernel(qualified, key)
+    try:
+        torch.library.get_kernel(qualified, key)
+    except RuntimeError:
+        return False
+    return True
+
+
+def known(condition: bool | torch.SymBool) -> bool:
+    """``condition`` on sizes; False where a size depends on data, so that no guard is put on it."""
+    if not torch.compiler.is_compiling() and isinstance(condition, bool):  # the compiler takes any condition for a bool
+        return condition
+    from torch.fx.experimental import symbolic_shapes
+
+    if hasattr(symbolic_shapes, "guard_or_false"):
+        return symbolic_shapes.guard_or_false(condition)
+    return symbolic_shapes.statically_known_true(condition)
+
+
+def _guard_tools():
+    from torch._dynamo.guards import GuardBuilder, install_guard
+    from torch._dynamo.source import AttrSource, CallFunctionNoArgsSource
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    return GuardBuilder.EQUALS_MATCH, install_guard, AttrSource, CallFunctionNoArgsSource, InstructionTranslator
+
+
+@constant
+def can_guard() -> bool:
+    """Can :func:`guarded` be used? Asked while torch.compile traces."""
+    try:
+        return all(_guard_tools())
+    except (ImportError, AttributeError):
+        return False
+
+
+@constant
+def guarded(module: str, function: str) -> str:
+    """What ``function()`` of ``module`` returns, while torch.compile traces. A change compiles the code anew."""
+    equal, install_guard, attribute, called, translator = _guard_tools()
+    source = called(attribute(translator.current_tx().import_source(module), function))
+    install_guard(source.make_guard(equal))
+    return getattr(importlib.import_module(module), function)()
