@@ -48,7 +48,9 @@ WEIGHTS = {
     "small weights half a percent off": lambda x: torch.where(_small(x, 1e-2), x * 1.005, x),
     "small weights missing": lambda x: x.masked_fill(_small(x, 1e-2), 0),
     "only the smallest off": lambda x: torch.where(x == _ascending(x)[0], x * 1.01, x),
-    "the two smallest swapped": lambda x: _swapped(x, *_ascending(x)[:2]),
+    "the two smallest swapped": lambda x: _swapped(
+        x, _ascending(x)[0], next(n for n in _ascending(x) if n > 1.1 * _ascending(x)[0])
+    ),
     "a bias": lambda x: torch.where(x > 0, x + 3e-6 * x.max(), x),
 }
 
