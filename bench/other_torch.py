@@ -6,6 +6,7 @@ be here: each that is missing is built as a library whose functions all fail, so
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import subprocess
@@ -73,6 +74,9 @@ def _library(path: Path, functions: dict[str, str]) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2 or not re.fullmatch(r"\d+\.\d+\.\d+", sys.argv[1]):
-        sys.exit("usage: make test-torch VERSION=2.10.0")
-    sys.exit(main(sys.argv[1]))
+    parser = argparse.ArgumentParser(prog="python -m bench.other_torch", description=__doc__.splitlines()[0])
+    parser.add_argument("version", help="of torch, such as 2.10.0")
+    given = parser.parse_args().version
+    if not re.fullmatch(r"\d+\.\d+\.\d+", given):
+        parser.error(f"version must be like 2.10.0, got {given!r}")
+    sys.exit(main(given))

@@ -28,7 +28,7 @@ def test_a_storage_that_ends_with_the_last_element_is_enough():
     keys = whole[:, :3]
     keys.untyped_storage().resize_((63 * 16 + 3) * 4)
     query, values = torch.randn(5, 3), torch.randn(64, 2)
-    got, _ = operator("cpu", "softmax_read")(query, keys, values, None, 0.5)
+    got, *_ = operator("cpu", "softmax_read")(query, keys, values, None, 0.5)
     wanted = torch.softmax(query.double() @ keys.double().T / 2, -1) @ values.double()
     torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=1e-5)
 
@@ -56,7 +56,7 @@ def test_strides_of_single_rows_may_be_any_number():
     far = 2**62
     query = torch.randn(1, 8).as_strided((1, 1, 8), (far, far, 1))
     keys, values = torch.randn(5, 8), torch.randn(5, 3)
-    got, _ = operator("cpu", "softmax_read")(query, keys, values, None, 0.5)
+    got, *_ = operator("cpu", "softmax_read")(query, keys, values, None, 0.5)
     wanted = torch.softmax(query.double() @ keys.double().T / 2, -1) @ values.double()
     torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=1e-5)
 

@@ -67,7 +67,7 @@ def slot_usage(
     Returns:
         usage ``[..., N]`` with the leading dimensions of the memory (tokens that share a memory are summed), float32
         (float64 for float64). Differentiable in query, keys, lse and a float mask. The lse is rounded to its dtype, so
-        the result is off by a factor of at most ``exp(|lse| * 2**-24)``: 6e-5 near scores of 1000, 6% near 1e6.
+        the result is off by a factor of at most ``exp(|lse| * 2**-24)``: 6e-5 near scores of 1000, 0.06 near 1e6.
 
     Raises:
         ValueError, TypeError: a shape, dtype or device does not fit.
