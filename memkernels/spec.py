@@ -145,6 +145,11 @@ class Op:
     backward_flops: Callable[[Mapping[str, int]], int] | None = None
     equation: str = ""
     twin_of: str = ""
+    queries: tuple[int, ...] = field(init=False, repr=False)  # places of the arguments that ``scale`` multiplies
+
+    def __post_init__(self):
+        places = tuple(i for i, a in enumerate(self.args) if a.name.endswith("query"))
+        object.__setattr__(self, "queries", places)
 
     @property
     def differentiable(self) -> tuple[Arg, ...]:

@@ -116,7 +116,9 @@ def scaled(op: Op, tensors: list, scale: float | Tensor | None, name: str) -> tu
     kernels know nothing of it, and no number is looked at. Queries in 16 bits would lose digits to that product. They
     become two parts, the rounded product and what the rounding left, side by side, each with keys of its own.
     """
-    queries = [i for i, a in enumerate(op.args) if a.name.endswith("query")]
+    if type(scale) is float and scale == scale:  # the rule in short, for small calls
+        return tensors, scale
+    queries = op.queries
     if scale is None:
         try:
             width = tensors[queries[0]].shape[-1]
