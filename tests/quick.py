@@ -17,7 +17,6 @@ WHOLE = {
     "test_determinism",
     "test_eager_paths",
     "test_errors",
-    "test_gradients",
     "test_house",
     "test_laws",
     "test_nn",
