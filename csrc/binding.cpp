@@ -1,7 +1,5 @@
 #include "binding.h"
 
-#include <algorithm>
-#include <functional>
 #include <new>
 
 namespace mk {
@@ -77,23 +75,29 @@ void check_storage(const char* op, const char* name, const Tensor& t) {
 // Kernels count places, scratch memory and products of two or three sizes in int64.
 void Arguments::check_work() const {
   constexpr int64_t kMost = int64_t(1) << 61, kLeast = 16;  // every size may be rounded up to a register
-  int64_t largest[3] = {1, 1, 1}, all = 1;
+  auto product = [](std::initializer_list<int64_t> sizes) {
+    int64_t all = 1;
+    for (int64_t size : sizes) all = __builtin_mul_overflow(all, most(size, 1), &all) ? kMost + 1 : all;
+    return all;
+  };
+  int64_t places = 1, rows[2] = {1, 1}, width = 1;  // tokens, slots
+  for (int d = 0; d < lead_.rank; ++d) places = least(product({places, lead_.size[d]}), kMost);
+  check(places <= kMaxSize, op_, ": leading dimensions must have at most ", kMaxSize, " places");
+  auto size = [](const Item& item, int d) { return item.tensor.size(item.tensor.dim() - item.tail + d); };
   bool fits = true;
-  auto times = [&](int64_t n) { fits = fits && !__builtin_mul_overflow(all, most(n, 1), &all) && all <= kMost; };
   for (const Item& item : items_) {
-    const int64_t rank = item.tensor.dim();
-    int64_t own[3] = {1, 1, 1};
-    for (int64_t d = rank - item.tail; d < rank; ++d) own[d - rank + item.tail] = item.tensor.size(d);
-    // The three largest different sizes: one that several arguments share counts once.
-    for (int64_t size : own) {
-      if (size <= largest[2] || size == largest[0] || size == largest[1]) continue;
-      largest[2] = size;
-      std::sort(largest, largest + 3, std::greater<int64_t>());
-    }
+    int64_t own = places;
+    for (int d = 0; d < item.tail; ++d) own = product({own, size(item, d)});
+    fits = fits && own <= kMost;
+    int64_t& n = rows[item.side == Side::memory];
+    n = most(n, size(item, 0));
   }
-  for (int d = 0; d < lead_.rank; ++d) times(lead_.size[d]);
-  check(fits && all <= kMaxSize, op_, ": leading dimensions must have at most ", kMaxSize, " places");
-  for (int64_t size : largest) times(most(size, kLeast));
+  // Weights [T, N] have no width.
+  for (const Item& item : items_) {
+    const int64_t last = size(item, item.tail - 1);
+    if (item.tail > 1 && (item.side == Side::memory || last != rows[1])) width = most(width, last);
+  }
+  fits = fits && product({places, most(rows[0], kLeast), most(rows[1], kLeast), most(width, kLeast)}) <= kMost;
   check(fits, op_, ": the sizes of the arguments are too large, their product must be at most ", kMost);
 }
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from draw import draw
 
 ROOT = Path(__file__).resolve().parents[2]
-PATIENCE = 120.0  # seconds without a new case
+PATIENCE = 300.0  # seconds without a new case; the first waits for torch to be imported
 SANITIZERS = {
     # Memory that is not to be had is null, as without a sanitizer; torch's allocator and ours make an error of it.
     "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1:max_allocation_size_mb=1024",
