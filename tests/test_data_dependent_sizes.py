@@ -89,7 +89,7 @@ CASES = {
         lambda c, b, q: mk.topk_read(q, KEYS8[c], VALUES[c], k, key_scale=ROW[c], backend=b),
         (QUERY,),
     ),
-    "sparse_read N": (lambda c, b, v, a: mk.sparse_read(v[c], INDICES, a, backend=b), (VALUES, SHARES)),
+    "sparse_read N": (lambda c, b, v, a: mk.sparse_read(v[c], INDICES.clamp(max=0), a, backend=b), (VALUES, SHARES)),
     "sparse_read T": (lambda c, b, v, a: mk.sparse_read(v, INDICES[c], a[c], backend=b), (VALUES, SHARES)),
     "sparse_read_compressed T": (
         lambda c, b, a: mk.sparse_read(KEYS8, INDICES[c], a[c], value_scale=ROW, backend=b),
@@ -130,7 +130,10 @@ CASES = {
     ),
     "slot_write N": (lambda c, b, v, a, w: mk.slot_write(v[c], a[:, c], w, backend=b), (VALUES, WEIGHTS, WRITE)),
     "slot_write T": (lambda c, b, v, a, w: mk.slot_write(v, a[c], w[c], backend=b), (VALUES, WEIGHTS, WRITE)),
-    "sparse_write N": (lambda c, b, v, a, w: mk.sparse_write(v[c], INDICES, a, w, backend=b), (VALUES, SHARES, WRITE)),
+    "sparse_write N": (
+        lambda c, b, v, a, w: mk.sparse_write(v[c], INDICES.clamp(max=0), a, w, backend=b),
+        (VALUES, SHARES, WRITE),
+    ),
     "sparse_write T": (
         lambda c, b, v, a, w: mk.sparse_write(v, INDICES[c], a[c], w[c], backend=b),
         (VALUES, SHARES, WRITE),

@@ -27,7 +27,7 @@ LAYERS = {
     "_torch": set(),
     "_derivatives": {"_torch", "spec"},
     "backends": {"_cuda", "_native", "_torch", "_triton", "spec"},
-    "_flops": {"_torch", "spec"},
+    "_flops": {"spec"},
     "registration": {"_derivatives", "_flops", "_torch", "spec", "backends"},
     "ops": {"_torch", "spec", "registration"},
     "nn": {"", "ops", "spec", "backends"},
