@@ -14,7 +14,6 @@ WHOLE = {
     "test_cache_laws",
     "test_checker",
     "test_choice",
-    "test_determinism",
     "test_eager_paths",
     "test_errors",
     "test_house",
