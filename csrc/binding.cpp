@@ -41,29 +41,36 @@ int64_t size_at(const char* op, const char* name, const Tensor& t, int64_t d) {
 
 const Tensor& Arguments::add(const char* name, const Tensor& t, Side side, std::initializer_list<int64_t> tail) {
   check(t.defined(), op_, ": ", name, " must be given");
-  const int64_t rank = t.dim(), n = int64_t(tail.size());
+  const auto sizes =
+      t.sizes();  // every look at a tensor is a call into torch: together they would be a tenth of a small op
+  const int64_t rank = int64_t(sizes.size()), n = int64_t(tail.size());
   place_.enter(op_, name, t);
   check(rank >= n && rank - n <= kMaxLead, op_, ": ", name, " has ", rank, " dimensions");
   int64_t d = rank - n;
   for (int64_t wanted : tail) {
-    check(t.size(d) == wanted, op_, ": dimension ", d, " of ", name, " must be ", wanted, ", got ", t.size(d));
+    const int64_t size = sizes[size_t(d)];
+    check(size == wanted, op_, ": dimension ", d, " of ", name, " must be ", wanted, ", got ", size);
     ++d;
   }
   check_storage(op_, name, t);
-  const bool rows = n == 0 || t.size(rank - 1) <= 1 || t.stride(rank - 1) == 1;
+  const bool rows = n == 0 || sizes[size_t(rank - 1)] <= 1 || t.stride(rank - 1) == 1;
   check(!ready_, op_, ": ", name, " came after the leading dimensions were settled");
-  items_.push_back({name, rows ? t : made(bytes_of(t), [&] { return torch::stable::contiguous(t); }), side, int(n)});
-  return items_.back().tensor;
+  items_.push_back(
+      {name, rows ? t : made(bytes_of(t), [&] { return torch::stable::contiguous(t); }), side, int(n), {}});
+  Item& item = items_.back();
+  item.sizes = item.tensor.sizes();
+  return item.tensor;
 }
 
 // Sizes and strides are what a tensor says of itself. Its storage may have been made smaller since (untyped_storage().resize_).
 void check_storage(const char* op, const char* name, const Tensor& t) {
+  const auto sizes = t.sizes(), strides = t.strides();
   int64_t last = 0, end = 0, held = 0;
   bool overflows = false;
-  for (int64_t d = 0; d < t.dim(); ++d) {
-    if (t.size(d) == 0) return;
+  for (size_t d = 0; d < sizes.size(); ++d) {
+    if (sizes[d] == 0) return;
     int64_t step = 0;
-    overflows |= __builtin_mul_overflow(t.size(d) - 1, t.size(d) == 1 ? 0 : t.stride(d), &step);
+    overflows |= __builtin_mul_overflow(sizes[d] - 1, sizes[d] == 1 ? 0 : strides[d], &step);
     overflows |= __builtin_add_overflow(last, step, &last);
   }
   overflows |= __builtin_add_overflow(last, t.storage_offset(), &last);
@@ -83,18 +90,17 @@ void Arguments::check_work() const {
   int64_t places = 1, rows[2] = {1, 1}, width = 1;  // tokens, slots
   for (int d = 0; d < lead_.rank; ++d) places = least(product({places, lead_.size[d]}), kMost);
   check(places <= kMaxSize, op_, ": leading dimensions must have at most ", kMaxSize, " places");
-  auto size = [](const Item& item, int d) { return item.tensor.size(item.tensor.dim() - item.tail + d); };
   bool fits = true;
   for (const Item& item : items_) {
     int64_t own = places;
-    for (int d = 0; d < item.tail; ++d) own = product({own, size(item, d)});
+    for (int d = 0; d < item.tail; ++d) own = product({own, item.own(d)});
     fits = fits && own <= kMost;
     int64_t& n = rows[item.side == Side::memory];
-    n = most(n, size(item, 0));
+    n = most(n, item.own(0));
   }
   // Weights [T, N] have no width.
   for (const Item& item : items_) {
-    const int64_t last = size(item, item.tail - 1);
+    const int64_t last = item.own(item.tail - 1);
     if (item.tail > 1 && (item.side == Side::memory || last != rows[1])) width = most(width, last);
   }
   fits = fits && product({places, most(rows[0], kLeast), most(rows[1], kLeast), most(width, kLeast)}) <= kMost;
@@ -137,11 +143,11 @@ const Lead& Arguments::lead() {
   int64_t whole[kMaxLead];
   for (int d = 0; d < kMaxLead; ++d) whole[d] = memory_[d] = 1;  // aligned at the end
   for (const Item& item : items_) {
-    const int rank = int(item.tensor.dim()) - item.tail;
+    const int rank = int(item.sizes.size()) - item.tail;
     lead_.rank = int(most(lead_.rank, rank));
     if (item.side == Side::memory) memory_rank_ = int(most(memory_rank_, rank));
     for (int d = 0; d < rank; ++d) {
-      const int64_t size = item.tensor.size(d);
+      const int64_t size = item.sizes[size_t(d)];
       const int at = kMaxLead - rank + d;
       check(size == whole[at] || size == 1 || whole[at] == 1, op_, ": leading dimension ", d, " of ", item.name, " is ",
             size, " and does not broadcast to ", whole[at]);
@@ -174,12 +180,11 @@ View Arguments::view(const Tensor& t, int tail) const {
   View v;
   v.dtype = dtype_of(op_, "a tensor", t);
   const int64_t item = size_of(v.dtype);
-  const int rank = int(t.dim()), lead = rank - tail;
+  const auto strides = t.strides(), sizes = t.sizes();
+  const int rank = int(sizes.size()), lead = rank - tail;
   v.data = static_cast<char*>(t.data_ptr());
   static char none[64];
   if (v.data == nullptr) v.data = none;  // an empty tensor is still an argument that was given
-  const auto strides = t.strides();
-  const auto sizes = t.sizes();
   // The stride of a dimension of size 1 may be any number. A single row lies as one of many would.
   if (tail > 0 && sizes[size_t(lead)] > 1) {
     v.row = strides[size_t(lead)] * item;

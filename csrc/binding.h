@@ -96,6 +96,9 @@ class Arguments {
     Tensor tensor;
     Side side;
     int tail;
+    torch::headeronly::IntHeaderOnlyArrayRef sizes;  // of `tensor`, which holds them
+
+    int64_t own(int d) const { return sizes[sizes.size() - size_t(tail) + size_t(d)]; }
   };
   const char* op_;
   Place place_;

@@ -26,6 +26,18 @@ Tensor empty(const Sizes& sizes, ScalarType dtype, bool whole) {
   return t;
 }
 
+Tensor aid(const Sizes& sizes, ScalarType dtype) {
+  Sizes strides(sizes.size(), 1);
+  for (size_t d = sizes.size(); d-- > 1;) strides[d - 1] = strides[d] * most(sizes[d], 1);
+  return made(bytes_of(sizes, dtype), [&] {
+    AtenTensorHandle made_here = nullptr;
+    const int32_t number = dtype == ScalarType::Double ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
+    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), number,
+                                                    aoti_torch_device_type_cpu(), 0, &made_here));
+    return Tensor(made_here);
+  });
+}
+
 void Place::enter(const char* op, const char* name, const Tensor& t) {
   check(t.is_cpu(), op, ": ", name, " must be on the CPU");
 }

@@ -184,6 +184,7 @@ def _eager(
         return operator
     n = len(op.args)
     transforms_active, below_autograd = _torch.transforms_active, _torch.below_autograd
+    operator = _torch.direct(operator)
 
     def run(*inputs):
         if transforms_active():
@@ -236,7 +237,8 @@ def _differentiable(op: Op, chosen: Callable[[str], Backend | None]) -> Callable
         return refuse
     if backend is None:
         return op.reference
-    return functools.partial(_recorded[f"{backend.namespace}::{op.name}"], _operator(op, backend, False))
+    operator = _torch.direct(_operator(op, backend, False))
+    return functools.partial(_recorded[f"{backend.namespace}::{op.name}"], operator)
 
 
 def _reference_inplace(op: Op) -> Callable[..., Any]:

@@ -24,6 +24,8 @@ Tensor empty(const Sizes& sizes, ScalarType dtype, bool) {
 #endif
 }
 
+Tensor aid(const Sizes& sizes, ScalarType dtype) { return empty(sizes, dtype); }
+
 void Place::enter(const char* op, const char* name, const Tensor& t) {
 #ifdef MK_SIMT
   check(t.is_cpu(), op, ": ", name, " must be on the CPU");

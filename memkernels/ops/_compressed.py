@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..spec import COMPRESSED, Arg, Op, stats_dtype
 
+_EIGHT_BITS = frozenset(COMPRESSED)
 _places: dict[str, list[int]] = {}  # name of a twin -> which arguments may be compressed
 
 
@@ -51,8 +52,7 @@ def choose(op: Op, twin: Op, tensors: list[Tensor | None], scales: dict[str, Ten
     """``op``, or its twin with the scales where slots are compressed. ``scales``: argument -> what multiplies it."""
     places = _places[twin.name]
     for place, scale in zip(places, scales.values()):  # a loop: any() over generators would be a tenth of a small call
-        x = tensors[place]
-        if scale is not None or (isinstance(x, Tensor) and x.dtype in COMPRESSED):
+        if scale is not None or getattr(tensors[place], "dtype", None) in _EIGHT_BITS:
             break
     else:
         return op, tensors
