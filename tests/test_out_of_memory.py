@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from support import run_python
 
+from memkernels import _native
+
 CODE = (Path(__file__).parent / "starved.py").read_text()
 
 
@@ -20,3 +22,28 @@ def test_errors_are_clear_and_later_calls_right(call, threads):
     done = run_python(CODE, call, str(threads), OMP_NUM_THREADS=str(threads), **given_back)
     assert done.returncode == 0, f"{done.stdout[-1000:]}{done.stderr[-2000:]}"
     assert done.stdout.splitlines()[-1] == "DONE"
+
+
+THREADS = """
+import importlib.util
+import resource
+import sys
+
+import pytest
+
+spec = importlib.util.spec_from_file_location("_host", sys.argv[1])
+host = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(host)
+now = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (now + (100 << 20), resource.RLIM_INFINITY))
+for _ in range(3):
+    with pytest.raises(RuntimeError):
+        host.multiply_add_peak("float32", 64, 0.01)
+assert host.multiply_add_peak("float32", 1, 0.01) > 0
+print("DONE")
+"""
+
+
+def test_threads_that_cannot_be_started_are_an_error():
+    done = run_python(THREADS, _native.host().__file__)
+    assert done.stdout.splitlines() == ["DONE"], f"{done.returncode} {done.stderr[-2000:]}"

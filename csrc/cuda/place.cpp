@@ -20,7 +20,12 @@ Tensor empty(const Sizes& sizes, ScalarType dtype, bool) {
 #else
   const auto device =
       torch::stable::Device(torch::headeronly::DeviceType::CUDA, torch::stable::accelerator::getCurrentDeviceIndex());
-  return made(bytes_of(sizes, dtype), [&] { return torch::stable::empty(shape, dtype, std::nullopt, device); });
+  try {
+    return made(bytes_of(sizes, dtype), [&] { return torch::stable::empty(shape, dtype, std::nullopt, device); });
+  } catch (const OutOfMemory&) {
+    cuda::check(cudaPeekAtLastError(), "allocation");  // an earlier kernel's fault is told at the next call
+    throw;
+  }
 #endif
 }
 
