@@ -229,9 +229,10 @@ def test_poisoned_memory_reaches_the_native_allocator(op, backend):
     """What the native library allocates through torch is filled too, else unwritten outputs would go unseen."""
     s = subject(op, "usual", torch.float32)
     run = operator(backend, op)
+    made = sum(out.judged for out in OPS[op].outputs)  # an aid of the backward pass is made past the dispatcher
     with testing.nan_in_new_memory(), torch.profiler.profile() as profile:
         run(*s.inputs.tensors, *s.inputs.params)
     names = [e.name for e in profile.events()]
     new = sum(n in ("aten::empty", "aten::empty_strided", "aten::empty_like", "aten::new_empty") for n in names)
-    assert new >= len(OPS[op].outputs)
-    assert names.count("aten::fill_") >= len(OPS[op].outputs)
+    assert new >= made
+    assert names.count("aten::fill_") >= made

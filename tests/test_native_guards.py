@@ -62,7 +62,7 @@ def test_strides_of_single_rows_may_be_any_number():
 
 
 def test_sizes_that_cannot_be_counted():
-    one = torch.randn(1, 1)
+    one, wide = torch.randn(1, 1), torch.randn(1, 2**20)
     most = 2**40
     refused(
         f"softmax_read: query is too large, dimension -2 must be at most {most}, got {2 * most}",
@@ -70,7 +70,7 @@ def test_sizes_that_cannot_be_counted():
     )
     refused(
         f"softmax_read: the sizes of the arguments are too large, their product must be at most {2**61}",
-        *("softmax_read", one.expand(2**30, 2**20), one.expand(2**30, 2**20), one.expand(2**30, 1), None, 1.0),
+        *("softmax_read", wide.expand(2**30, 2**20), wide.expand(2**30, 2**20), one.expand(2**30, 1), None, 1.0),
     )
     refused(
         f"softmax_read: leading dimensions must have at most {most} places",

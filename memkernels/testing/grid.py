@@ -155,19 +155,22 @@ class Subject:
         """This subject on one backend, in every direction unless some are named."""
         shared: dict[str, Run] = {}  # forward and backward look at one run
         threads = torch.get_num_threads()
+        directions = directions or self.directions()
+        # A backend without a backward kernel refuses a call of which a gradient is wanted.
+        wanting = self.wanting if "backward" in directions else []
         with _threads(1):
-            return [self._row(backend, d, shared, threads) for d in directions or self.directions()]
+            return [self._row(backend, d, shared, threads, wanting) for d in directions]
 
-    def _row(self, backend: str, direction: str, shared: dict[str, Run], threads: int) -> Row:
+    def _row(self, backend: str, direction: str, shared: dict[str, Run], threads: int, wanting: list[int]) -> Row:
         try:
-            verdict = self._judge(backend, direction, shared, threads)
+            verdict = self._judge(backend, direction, shared, threads, wanting)
         except Exception as error:  # a kernel that raises is a failed row, not the end of the grid
             verdict = Verdict(math.nan, 0.0, f"{type(error).__name__}: {(str(error) or '-').splitlines()[0]:.200}")
         name = str(self.dtype).removeprefix("torch.")
         key = (self.op.name, backend, name, self.device, self.case.name, direction)
         return Row(*key, verdict.error, verdict.tolerance, not verdict.problem, verdict.problem)
 
-    def _judge(self, backend: str, direction: str, shared: dict[str, Run], threads: int) -> Verdict:
+    def _judge(self, backend: str, direction: str, shared: dict[str, Run], threads: int, wanting: list[int]) -> Verdict:
         op = self.op
         inputs, target = self.inputs, None
         if direction == "in place":
@@ -181,7 +184,8 @@ class Subject:
                 got = self._run(functools.partial(_call, op, backend, target), inputs.tensors, [])
             else:
                 if "run" not in shared:
-                    shared["run"] = self._run(functools.partial(_call, op, backend, None), inputs.tensors)
+                    kernel = functools.partial(_call, op, backend, None)
+                    shared["run"] = self._run(kernel, inputs.tensors, wanting)
                 got = shared["run"]
                 if direction == "backward":
                     got.gradients  # noqa: B018 (computed here, where new memory is NaN)
