@@ -10,6 +10,24 @@
 namespace mk::MK_ISA {
 namespace {
 
+// A tile of scores becomes weights, in place. For few tokens lanes are slots, S[token][slot]; else tokens, S[slot][token].
+template <class F>
+void open_gates(bool sigmoids, bool few, int64_t slots, int64_t n, int64_t L, const F* top, const F* rest, F* S) {
+  constexpr int W = kLanes<F>;
+  const int64_t rows = few ? n : slots, width = few ? round_up(slots, W) : L, stride = few ? kSlotBlock : L;
+  for (int64_t l = 0; l < width; l += W) {
+    Vec<F> lse = load<F>(top + (few ? 0 : l)), left = load<F>(rest + (few ? 0 : l)), keep;
+    for (int64_t r = 0; r < rows; ++r) {
+      F* s = S + r * stride + l;
+      Vec<F> x = load<F>(s);
+      if (few) lse = fill<F>(top[r]), left = fill<F>(rest[r]);
+      if (sigmoids) sigmoid<F>(x, x, keep);
+      else x = weight<F>(x, lse, left);
+      store<F>(s, x);
+    }
+  }
+}
+
 template <class F>
 void run(const Address& p) {
   constexpr int W = kLanes<F>;
@@ -17,7 +35,7 @@ void run(const Address& p) {
   const int64_t tiles = div_up(s.tokens, s.tile);
   Arena measure;
   Slots<F>::buffers(measure, kSlotBlock, p.K, 0);
-  measure.take<F>(s.lanes * s.KP + kSlotBlock * (most(s.lanes, W) + 1) + W * s.KP);
+  measure.take<F>(s.lanes * s.KP + (kSlotBlock + 2) * most(s.lanes, W) + kSlotBlock + W * s.KP);
   const size_t scratch = measure.used() + 8 * 64;
 
   parallel(s.batches * tiles * s.chunks, scratch, [&](int64_t task, char* memory) {
@@ -33,6 +51,13 @@ void run(const Address& p) {
     F* q = arena.take<F>(s.lanes * s.KP);
     F* S = arena.take<F>(kSlotBlock * most(s.lanes, W));
     F* row = arena.take<F>(most(kSlotBlock, W * s.KP));
+    F *top = arena.take<F>(most(s.lanes, W)), *rest = arena.take<F>(most(s.lanes, W));
+    for (int64_t t = 0; t < most(s.lanes, W); ++t) {
+      const bool reads = p.lse && t < n;
+      const F l = reads ? *reinterpret_cast<const F*>(lse.row(t0 + t)) : F(0);
+      top[t] = l == -kInf<F> ? kInf<F> : l;
+      rest[t] = reads ? *reinterpret_cast<const F*>(lse_rest.row(t0 + t)) : F(0);
+    }
     const F factor = F(p.scale);
     if (s.few) rows_query<F>(query, t0, n, p.K, factor, q);
     else pack_query<F>(query, t0, n, L, p.K, factor, row, q);
@@ -42,20 +67,9 @@ void run(const Address& p) {
       const SlotBlock<F> block = slots.load(i, count, buffers);
       if (s.few) score_rows<F>(block, p.K, q, n, S);
       else score_columns<F>(block, p.K, q, L, S);
+      open_gates<F>(p.sigmoid, s.few, block.n, n, L, top, rest, S);
       for (int64_t t = 0; t < n; ++t) {
-        for (int64_t j = 0; j < kSlotBlock; ++j)
-          row[j] = j < block.n ? (s.few ? S[t * kSlotBlock + j] : S[j * L + t]) : -kInf<F>;
-        F top = 0, rest = 0;
-        if (p.lse) {
-          const F l = *reinterpret_cast<const F*>(lse.row(t0 + t));
-          top = l == -kInf<F> ? kInf<F> : l, rest = *reinterpret_cast<const F*>(lse_rest.row(t0 + t));
-        }
-        for (int64_t j = 0; j < round_up(block.n, W); j += W) {
-          Vec<F> x = load<F>(row + j), keep;
-          if (p.sigmoid) sigmoid<F>(x, x, keep);
-          else x = weight<F>(x, fill<F>(top), fill<F>(rest));
-          store<F>(row + j, x);
-        }
+        for (int64_t j = 0; j < block.n; ++j) row[j] = s.few ? S[t * kSlotBlock + j] : S[j * L + t];
         if (block.which != nullptr) {  // backwards, so that no weight is overwritten before it has moved
           int64_t j = block.n;
           for (int64_t c = count; c-- > 0;) row[c] = j > 0 && block.which[j - 1] == c ? row[--j] : F(0);

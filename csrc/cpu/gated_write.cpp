@@ -73,6 +73,8 @@ bool is_lost(const TokenChunk<F>& c, int64_t V, const F* R, F share, F e, const 
   return true;
 }
 
+constexpr int64_t kManyTerms = int64_t(1) << 20;  // from so many tokens on, sums over them have two levels
+
 template <class F>
 void many(const GatedWrite& p, int64_t batch, int64_t first, int64_t count, int64_t tokens,
           const SoftmaxRow<F>* softmax, Arena arena) {
@@ -137,7 +139,7 @@ void many(const GatedWrite& p, int64_t batch, int64_t first, int64_t count, int6
       store<F>(kept + l, k);
       alive |= any<F>(r != F(0));
     }
-    if (!lost) gemm(Gemm<F>{p.V, L, chunk.n, chunk.write, 1, chunk.ws, S, L, acc, L, true});
+    if (!lost) gemm(Gemm<F>{p.V, L, chunk.n, chunk.write, 1, chunk.ws, S, L, acc, L, true, 0, 0, tokens > kManyTerms});
   }
 
   char* out = p.out.batch(p.lead, batch);

@@ -111,13 +111,13 @@ MK_INLINE void lines(Vec<F> (&acc)[R][NV], Left<F, R, Order::rows>& a, const F*&
 template <Of E, class F, int R, int NV, Order O>
 void tile(const Gemm<F>& g, int64_t m, int64_t lane, F factor) {
   constexpr int W = kLanes<F>;
-  // C is added last: a sum of products in blocks then has two levels, and goes on where one that is added to stops, at 2^24 terms.
   Vec<F> acc[R][NV];
   F* c = g.c + m * g.ldc + lane;
+  const bool early = g.accumulate && !g.apart;
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
-    for (int j = 0; j < NV; ++j) acc[r][j] = fill<F>(0);
+    for (int j = 0; j < NV; ++j) acc[r][j] = early ? load<F>(c + r * g.ldc + j * W) : fill<F>(0);
   }
   const F* b = g.b + lane;
   const int64_t stride = O == Order::rows ? g.rs : g.cs, ldb = g.ldb;
@@ -133,12 +133,18 @@ void tile(const Gemm<F>& g, int64_t m, int64_t lane, F factor) {
   }
   for (; k + kUnroll <= g.k; k += kUnroll) steps<E, F, R, NV, O, kUnroll>(acc, a, stride, b, ldb);
   for (; k < g.k; ++k) steps<E, F, R, NV, O, 1>(acc, a, stride, b, ldb);
+  if (__builtin_expect(g.apart, 0)) {
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+      for (int j = 0; j < NV; ++j) acc[r][j] += load<F>(c + r * g.ldc + j * W);
+    }
+  }
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
     for (int j = 0; j < NV; ++j) {
-      if (g.accumulate) acc[r][j] += load<F>(c + r * g.ldc + j * W);
-      else if (E == Of::pairs) acc[r][j] *= factor;
+      if (E == Of::pairs && !g.accumulate) acc[r][j] *= factor;
       store<F>(c + r * g.ldc + j * W, acc[r][j]);
     }
   }
