@@ -34,7 +34,7 @@ def part_share(lses, rests, offset, base, t_ok):
 
 @triton.jit
 def merged_lse(lses, rests, parts, part, t_ok):
-    """The largest lse, the sum of the parts' shares against it, and both as ``part_share`` and a quotient take them."""
+    """The largest lse, the sum of the parts' shares against it; and what ``part_share`` takes, and its inverse sum."""
     m = tl.full(t_ok.shape, float("-inf"), tl.float32)
     zero = tl.full([], 0, tl.int64)  # offsets of parts are 64-bit
     for s in range(parts):
@@ -43,7 +43,7 @@ def merged_lse(lses, rests, parts, part, t_ok):
     total = tl.zeros(t_ok.shape, tl.float32)
     for s in range(parts):
         total += part_share(lses, rests, (zero + s) * part, base, t_ok)
-    return m, total, base, tl.where(total == 0, 1.0, total)
+    return m, total, base, 1.0 / tl.where(total == 0, 1.0, total)
 
 
 @triton.jit
@@ -63,11 +63,11 @@ def merge_kernel(
     rest_rows = rests
     if rests is not None:
         rest_rows = tokens(rests, b, B1, t, inner)
-    m, total, base, whole = merged_lse(lse_rows, rest_rows, parts, lse_part, t_ok)
+    m, total, base, inverse = merged_lse(lse_rows, rest_rows, parts, lse_part, t_ok)
     acc = tl.zeros([BLOCK_T, BLOCK_V], tl.float32)
     for s in range(parts):
         offset = tl.full([], 0, tl.int64) + s
-        w = part_share(lse_rows, rest_rows, offset * lse_part, base, t_ok) / whole
+        w = part_share(lse_rows, rest_rows, offset * lse_part, base, t_ok) * inverse
         acc += w[:, None] * tile(read_rows + offset * read_part, t_ok & (w != 0), V, column, BLOCK_V).to(tl.float32)
     put(tokens(read, b, B1, t, inner), t_ok, V, column, acc, BLOCK_V)
     if column == 0:
@@ -89,7 +89,7 @@ def merge_backward_kernel(
     t_ok = t < T
     lse_rows = tokens(lses, b, B1, t, None)
     read_rows = tokens(reads, b, B1, t, None)
-    _m, _total, base, whole = merged_lse(lse_rows, None, parts, lse_part, t_ok)
+    _m, _total, base, inverse = merged_lse(lse_rows, None, parts, lse_part, t_ok)
     mean = tl.zeros([BLOCK_T], tl.float32)
     more = tl.zeros([BLOCK_T], tl.float32)
     if d_lse is not None:
@@ -98,7 +98,7 @@ def merge_backward_kernel(
     for sweep in tl.static_range(2):
         for s in range(parts):
             offset = tl.full([], 0, tl.int64) + s
-            w = part_share(lse_rows, None, offset * lse_part, base, t_ok) / whole
+            w = part_share(lse_rows, None, offset * lse_part, base, t_ok) * inverse
             live = t_ok & (w != 0)
             x = tl.zeros([BLOCK_T], tl.float32)
             for step in range(V_STEPS):
