@@ -121,7 +121,7 @@ def scaled(op: Op, tensors: list, scale: float | Tensor | None, name: str) -> tu
     queries = op.queries
     if scale is None:
         try:
-            width = tensors[queries[0]].size(-1)
+            width = tensors[queries[0]].shape[-1]
         except (AttributeError, IndexError, RuntimeError):  # no tensor with sizes: the check of the call says so
             width = 1
         return tensors, width**-0.5 if width else 1.0
