@@ -290,7 +290,7 @@ launch.kernel, launch.function, launch.packed, launch.stream = launch, "function
 got = []
 launch.run = lambda *arguments: got.extend(arguments)
 places = [torch.zeros(shape, dtype=torch.bfloat16) for shape in shapes.values()]
-places += [torch.zeros(200, 16, 32, dtype=torch.bfloat16), torch.zeros(200, 16)]
+places += [torch.zeros(200, 16, 32, dtype=torch.bfloat16), torch.zeros(200, 16), torch.zeros(200, 16)]
 launch(places)
 arguments = dict(zip(launch.build.function.arg_names, got[9:]))
 starts = [x.data_ptr() for x in places]
