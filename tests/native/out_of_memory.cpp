@@ -143,6 +143,9 @@ void* operator new(size_t bytes) {
   if (memory == nullptr) throw std::bad_alloc();
   return memory;
 }
+void* operator new(size_t bytes, const std::nothrow_t&) noexcept {
+  return native::take(bytes, alignof(std::max_align_t));
+}
 void* operator new(size_t bytes, std::align_val_t align) {
   void* memory = native::take(bytes, size_t(align));
   if (memory == nullptr) throw std::bad_alloc();
