@@ -1,5 +1,5 @@
 # Each target sets up .venv when it is missing, or uses the interpreter given as PYTHON= without touching the network.
-#   make demo | test | test-quick | lint | bench | sanitize | cuda | gpu-check | gpu-rehearsal | dev | clean
+#   make demo | test | test-quick | test-torch | lint | bench | sanitize | cuda | gpu-check | gpu-rehearsal | dev | clean
 
 ifdef PYTHON
   PY := $(PYTHON)

@@ -14,7 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from .gpu.stand_in import ROOT, _read, _stub, wanted
+from .gpu.stand_in import ROOT, said_by, stub, wanted
 from .gpu.wheels import cache, torch_folder
 
 # What a version of torch may change: operators, autograd, transforms, the compiler, the dispatcher.
@@ -66,11 +66,11 @@ def _library(path: Path, functions: dict[str, str]) -> None:
     """A library whose ``functions``, name -> version, all fail."""
     with tempfile.TemporaryDirectory() as scratch:
         source, script = Path(scratch, "stubs.c"), Path(scratch, "versions")
-        source.write_text("".join(map(_stub, sorted(functions))))
+        source.write_text("".join(map(stub, sorted(functions))))
         exported = f"global: {' '.join(f'{name};' for name in functions)}" if functions else ""
         script.write_text(f"{next(filter(None, functions.values()), '')} {{ {exported} local: *; }};\n")
         link = ["-shared", "-fPIC", "-fno-builtin", f"-Wl,-soname,{path.name}", f"-Wl,--version-script,{script}"]
-        _read(os.environ.get("CC", "cc"), *link, source, "-o", path)
+        said_by(os.environ.get("CC", "cc"), *link, source, "-o", path)
 
 
 if __name__ == "__main__":

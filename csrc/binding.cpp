@@ -41,8 +41,8 @@ int64_t size_at(const char* op, const char* name, const Tensor& t, int64_t d) {
 
 const Tensor& Arguments::add(const char* name, const Tensor& t, Side side, std::initializer_list<int64_t> tail) {
   check(t.defined(), op_, ": ", name, " must be given");
-  const auto sizes =
-      t.sizes();  // every look at a tensor is a call into torch: together they would be a tenth of a small op
+  // Asked once: every look at a tensor is a call into torch, together they would be a tenth of a small op.
+  const auto sizes = t.sizes();
   const int64_t rank = int64_t(sizes.size()), n = int64_t(tail.size());
   place_.enter(op_, name, t);
   check(rank >= n && rank - n <= kMaxLead, op_, ": ", name, " has ", rank, " dimensions");
@@ -62,7 +62,8 @@ const Tensor& Arguments::add(const char* name, const Tensor& t, Side side, std::
   return item.tensor;
 }
 
-// Sizes and strides are what a tensor says of itself. Its storage may have been made smaller since (untyped_storage().resize_).
+// Sizes and strides are what a tensor says of itself. Its storage may have been made smaller since
+// (untyped_storage().resize_).
 void check_storage(const char* op, const char* name, const Tensor& t) {
   const auto sizes = t.sizes(), strides = t.strides();
   int64_t last = 0, end = 0, held = 0;

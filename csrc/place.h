@@ -48,8 +48,9 @@ Tensor made(size_t bytes, Make&& make) {
 // A fresh, uninitialised tensor on the device of the call. `whole`: all of it will be written.
 Tensor empty(const Sizes& sizes, ScalarType dtype, bool whole = true);
 
-// The same, in float32 or float64, for what the backward pass alone will read. On the CPU it is made past torch's dispatcher, which takes a tenth of a small
-// call; so torch does not fill it with NaN where it is told to fill new memory, and tests see it by the gradients.
+// The same, in float32 or float64, for what the backward pass alone will read. On the CPU it is made past torch's
+// dispatcher, which takes a tenth of a small call; so torch does not fill it with NaN where it is told to fill new
+// memory, and tests see it by the gradients.
 Tensor aid(const Sizes& sizes, ScalarType dtype);
 
 // Makes the device of the first tensor of a call the current one, until the call ends.

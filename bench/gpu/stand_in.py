@@ -95,7 +95,7 @@ def _build(version: str, folder: Path) -> None:
         _library(folder, soname, wants[soname], include)
 
 
-def _read(*command: str | Path, text: str | None = None) -> str:
+def said_by(*command: str | Path, text: str | None = None) -> str:
     """What a tool says. RuntimeError with its own words when it fails."""
     try:
         done = subprocess.run(command, input=text, capture_output=True, text=True, check=True)
@@ -112,7 +112,7 @@ def wanted(torch: Path) -> dict[str, dict[str, str]]:
     defined: set[str] = set()
     loose: dict[str, list[str]] = {}  # functions without a version, and the libraries that may have them
     for file in [*torch.glob("*.so"), *torch.glob("lib/*.so*")]:
-        text = _read("readelf", "--wide", "--dynamic", "--version-info", file)
+        text = said_by("readelf", "--wide", "--dynamic", "--version-info", file)
         needed = [name for name in re.findall(r"\(NEEDED\).*\[(.*)\]", text) if NVIDIA.match(name)]
         owners, owner = {}, ""  # number of a version -> the library that has it
         for soname, number in re.findall(r"File: (\S+)|Flags: \S+ +Version: (\d+)", text):
@@ -121,7 +121,7 @@ def wanted(torch: Path) -> dict[str, dict[str, str]]:
         open_to = [soname for soname in needed if soname not in owners.values()]
         for soname in needed:
             found[soname].update()
-        for line in _read("readelf", "--wide", "--dyn-syms", file).splitlines():
+        for line in said_by("readelf", "--wide", "--dyn-syms", file).splitlines():
             fields = (
                 line.split()
             )  # number, value, size, type, binding, visibility, section, name, number of the version
@@ -164,7 +164,7 @@ def _toolkit() -> Path:
 
 def _driver_functions(include: Path) -> list[str]:
     """Every function of the driver, by its exported name: torch asks for some by name when it runs."""
-    text = _read(CC, "-E", "-P", f"-I{include}", "-", text="#include <cuda.h>\n")
+    text = said_by(CC, "-E", "-P", f"-I{include}", "-", text="#include <cuda.h>\n")
     return re.findall(r"\bCUresult +(cu\w+) *\(", text)
 
 
@@ -174,11 +174,11 @@ def _library(folder: Path, soname: str, wants: dict[str, str], include: Path) ->
         objects, written = [], set()
         for name in WRITTEN.get(soname, ()):
             objects.append(Path(scratch, f"{name}.o"))
-            _read(CC, "-std=gnu11", "-O2", "-fPIC", f"-I{include}", "-c", SOURCES / name, "-o", objects[-1])
-            table = _read("nm", "--defined-only", "--extern-only", "--format=posix", objects[-1])
+            said_by(CC, "-std=gnu11", "-O2", "-fPIC", f"-I{include}", "-c", SOURCES / name, "-o", objects[-1])
+            table = said_by("nm", "--defined-only", "--extern-only", "--format=posix", objects[-1])
             written |= {line.split()[0] for line in table.splitlines()}
         stubs, script = Path(scratch, "stubs.c"), Path(scratch, "versions")
-        stubs.write_text("".join(_stub(name) for name in sorted(set(wants) - written)))
+        stubs.write_text("".join(stub(name) for name in sorted(set(wants) - written)))
         link = ["-shared", "-fPIC", "-fno-builtin", stubs, *objects, f"-Wl,-soname,{soname}"]
         if soname != RECORD:  # its functions are for the others, theirs for torch
             exported = " ".join(f"{name};" for name in wants)
@@ -187,10 +187,10 @@ def _library(folder: Path, soname: str, wants: dict[str, str], include: Path) ->
             link.append(f"-Wl,--version-script,{script}")
         if soname in WRITTEN and soname != RECORD:
             link += [f"-L{folder}", f"-l:{RECORD}", "-Wl,-rpath,$ORIGIN"]
-        _read(CC, *link, "-ldl", "-lpthread", "-o", folder / soname)
+        said_by(CC, *link, "-ldl", "-lpthread", "-o", folder / soname)
 
 
-def _stub(function: str) -> str:
+def stub(function: str) -> str:
     if TEXT.search(function):
         return f'const char* {function}(void) {{ return "a stand-in, which does nothing"; }}\n'
     return f"int {function}(void) {{ return 801; }}\n"

@@ -14,6 +14,9 @@ namespace mk::MK_ISA {
 
 constexpr int64_t kAhead = 16;
 
+// A sum takes so many rows at a time, and adds what they made: added to row by row, it would stop at 2^24 equal terms.
+constexpr int64_t kTerms = 4096;
+
 // Rows with weights, in the order in which they will be used. Room for `capacity` and the pointers that prefetching
 // runs into.
 template <class F>

@@ -66,8 +66,7 @@ inline void exponential_rows(F* S, int64_t slots, int64_t n, int64_t VP, Partial
   }
 }
 
-// Sums the ranges of one token in order: row[0..V) is its read. acc of range r at
-// parts[r].acc + at + v * stride.
+// Sums the ranges of one token in order: row[0..V) is its read. acc of range r at parts[r].acc + at + v * stride.
 template <class F>
 inline LogSumExp<F> merge_ranges(const Partial<F>* parts, int64_t ranges, int64_t lane, int64_t at, int64_t stride,
                                  int64_t V, F* row) {

@@ -39,8 +39,9 @@ inline void release(void* memory) { ::operator delete(memory, std::align_val_t(6
 using TaskFunction = void (*)(void* context, int64_t task, char* scratch);
 
 // Run function(context, task, scratch) for every task in [0, tasks); scratch is 64-byte aligned memory of the running
-// thread, and of all threads before the first task: OutOfMemory leaves what tasks write as it was. The std::bad_alloc of a task
-// reaches the caller as OutOfMemory, once all threads have stopped. Supplied by the program that links the kernels: the operator library uses torch's threads.
+// thread, and of all threads before the first task: OutOfMemory leaves what tasks write as it was. The std::bad_alloc
+// of a task reaches the caller as OutOfMemory, once all threads have stopped. Supplied by the program that links the
+// kernels: the operator library uses torch's threads.
 void run_tasks(int64_t tasks, size_t scratch_bytes, void* context, TaskFunction function);
 
 // The same on the calling thread alone.

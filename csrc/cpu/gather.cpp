@@ -73,9 +73,6 @@ MK_INLINE void with_dtype(DType dtype, Body&& body) {
   }
 }
 
-// A sum of so many rows is taken at a time, and added to the others: one that is added to row by row stops at 2^24 equal terms.
-constexpr int64_t kTerms = 4096;
-
 // out[0..NV registers) = sum_j weights[j] * row_j at byte `offset`, or is increased by it; the last register holds `live` lanes.
 template <class F, DType D, int NV, bool whole>
 inline void sum_block(const char* const* rows, const F* weights, int64_t n, int64_t offset, int64_t live, bool add,

@@ -115,7 +115,7 @@ void sum_bucket(const Bucket& bucket, int64_t k, const Sum<F>& s, RowList<F> lis
       *sum = 0;
       for (int64_t e = begin; e < begin + n;) {  // in two levels, as weighted_sum
         F part = 0;
-        for (const int64_t end = least(begin + n, e + 4096); e < end; ++e) part += s.weights[bucket.positions[e]];
+        for (const int64_t end = least(begin + n, e + kTerms); e < end; ++e) part += s.weights[bucket.positions[e]];
         *sum += part;
       }
     }

@@ -2,9 +2,10 @@
 //
 //   dS = p * (dP - delta),  dq = scale dS K,  dK = scale dS^T Q,  dV = P^T dR,  dmask_i = sum_t dS[t, i]
 //
-// Five products per tile, all in cache (score_gradients.h says what runs in parallel and in which order it is summed); scores are
-// computed again rather than stored, and p = exp((s - lse) - lse_rest). Many tokens: lanes are tokens for s and dP; few: lanes are slots. Many of bfloat16
-// where the processor multiplies pairs: s and dP are products of the numbers given, P and dS are rounded before the other three.
+// Five products per tile, all in cache (score_gradients.h says what runs in parallel and in which order it is summed);
+// scores are computed again rather than stored, and p = exp((s - lse) - lse_rest). Many tokens: lanes are tokens for s
+// and dP; few: lanes are slots. Many of bfloat16 where the processor multiplies pairs: s and dP are products of the
+// numbers given, P and dS are rounded before the other three.
 #include "common/score_gradients.h"
 #include "cpu/softmax_read.h"
 

@@ -118,7 +118,7 @@ def additive_read(
     Returns:
         ``read`` ``[..., T, V]`` in the dtype of ``query``; with ``return_lse`` also ``lse`` ``[..., T]`` in float32
         (float64 for float64). With no addressable slot the read is 0 and lse is -inf. Reads of disjoint memories
-        merge by :func:`merge_reads`. Differentiable in every float argument, twice.
+        merge by :func:`merge_reads`. Differentiable in every float argument, to any order.
 
     Raises:
         ValueError, TypeError: a shape, dtype or device does not fit.

@@ -78,7 +78,7 @@ def cache_logprobs(
 
     Returns:
         log-probabilities ``[..., T, W]`` in float32 (float64 for float64). Differentiable in logits, cache_scores and
-        mix, twice; no gradient comes from words of probability 0. For a loss :func:`cache_nll` is cheaper.
+        mix, to any order; no gradient comes from words of probability 0. For a loss :func:`cache_nll` is cheaper.
 
     Raises:
         ValueError, TypeError: a shape, dtype or device does not fit, or the number mix is not in [0, 1]. RuntimeError:

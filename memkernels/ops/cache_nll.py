@@ -64,7 +64,7 @@ def cache_nll(
 
     Returns:
         nll ``[..., T]`` in float32 (float64 for float64), not reduced. Differentiable in logits, cache_scores and mix,
-        twice; a target of probability 0 costs +inf and gives no gradient.
+        to any order; a target of probability 0 costs +inf and gives no gradient.
 
     Raises:
         ValueError, TypeError: a shape, dtype or device does not fit, or the number mix is not in [0, 1]. RuntimeError:

@@ -61,7 +61,7 @@ def gated_scan(
 
     Returns:
         the states ``h_1 .. h_T``, ``[..., T, D]`` in the dtype of ``update``. The last one is the ``initial`` of the
-        tokens that follow. Leading dimensions broadcast. Differentiable in every argument, twice.
+        tokens that follow. Leading dimensions broadcast. Differentiable in every argument, to any order.
 
     Raises:
         ValueError, TypeError: a shape, dtype or device does not fit.

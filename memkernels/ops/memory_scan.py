@@ -121,7 +121,8 @@ def memory_scan(
     Returns:
         ``reads`` ``[..., T, V]`` in the dtype of the queries, and the new values ``[..., N, V]`` in the dtype of
         ``values``, with the leading dimensions of the memory (values, keys, slot_mask); tokens of a leading dimension
-        that the memory does not have write and read in row-major order. Differentiable in every float argument, twice.
+        that the memory does not have write and read in row-major order. Differentiable in every float argument, to any
+        order.
 
     Raises:
         ValueError, TypeError: a shape, dtype or device does not fit.

@@ -75,7 +75,7 @@ def slot_write(
     Returns:
         the new values ``[..., N, V]`` in the dtype of ``values``, with the leading dimensions of ``values``; tokens of
         a leading dimension that the memory does not have are written in row-major order. Differentiable in every float
-        argument, twice.
+        argument, to any order.
 
     Raises:
         ValueError, TypeError: a shape, dtype or device does not fit.

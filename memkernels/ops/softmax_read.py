@@ -117,8 +117,8 @@ def softmax_read(
             ``value_scale``.
         scale: multiplies the dot products; default ``K ** -0.5``. A number, or a tensor that broadcasts to ``[..., T]``
             (a learned temperature, ``[H, 1]`` for one per head, ``[..., T]`` for one per token), in the dtype of
-            ``query`` or float32 beside a 16-bit query; differentiable. A tensor is multiplied into the query, whose
-            dtype the product has.
+            ``query`` or float32 beside a 16-bit query; differentiable. A tensor is multiplied into the query; in
+            16 bits, where one product would be rounded, that takes two products and twice the work on scores.
         slot_mask: ``[..., N]``; bool (True: the slot may be addressed) or float, added to the scores and
             differentiable. A slot at ``-inf`` is empty: its key and value are not looked at.
         key_scale, value_scale: ``[..., N]``, float32 (float64 beside float64), what multiplies each row of compressed
@@ -131,7 +131,7 @@ def softmax_read(
         ``read`` ``[..., T, V]`` in the dtype of ``query``; with ``return_lse`` also ``lse`` ``[..., T]`` in float32
         (float64 for float64). With no addressable slot the read is 0 and lse is -inf.
 
-    Leading dimensions broadcast. Differentiable in every float argument, twice.
+    Leading dimensions broadcast. Differentiable in every float argument, to any order.
 
     Raises:
         ValueError, TypeError: a shape, dtype or device does not fit. NotImplementedError: the named backend cannot

@@ -146,7 +146,7 @@ def softmax_write(
     Returns:
         the new values ``[..., N, V]`` in the dtype of ``values``, with ``return_retained`` also ``retained``. Leading
         dimensions are those of the memory (values, keys, slot_mask); tokens of a leading dimension that the memory does
-        not have are written in row-major order. Differentiable in every float argument, twice.
+        not have are written in row-major order. Differentiable in every float argument, to any order.
 
     Raises:
         ValueError, TypeError: a shape, dtype or device does not fit.

@@ -89,7 +89,7 @@ def sparse_write(
     Returns:
         the new values ``[..., N, V]`` in the dtype of ``values``: a copy. :func:`sparse_write_` makes none, and costs
         the same for any N. Tokens of a leading dimension that the memory does not have are written in row-major order.
-        Differentiable in every float argument, twice.
+        Differentiable in every float argument, to any order.
 
     Raises:
         ValueError, TypeError: a shape, dtype or device does not fit. RuntimeError: an index outside ``[-1, N)``.
