@@ -53,7 +53,7 @@ bench: .build/native
 
 # C++ kernels without torch or Python, under AddressSanitizer + UBSan and under ThreadSanitizer; then the operators, called with
 # arguments that nobody would pass, for half a minute (LONG=1: ten).
-sanitize: $(READY)
+sanitize: .build/native
 	PYTHON=$(PY) LONG=$(LONG) tests/native/run
 
 # The CUDA backend: builds and installs its library with nvcc, prints what it uses, runs its kernels on the CPU. No GPU is needed.

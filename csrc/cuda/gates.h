@@ -61,8 +61,8 @@ MK_DEVICE void soften(const SoftmaxRow<float>& row, float s, int64_t i, float& a
 MK_DEVICE float score_gradient(const Writing& w, float a, float keep, float da, float faded, float delta) {
   if (w.pairs.weights) return da;
   if (w.softmax == nullptr) return da * a * keep - faded * a;
-  return a *
-         (da - (keep > 0 ? quotient(faded, keep) : 0.f) - delta);  // a gate of 1 has taken all: `faded` is 0 with it
+  // A gate of 1 has taken all: `faded` is 0 with it.
+  return a * (da - (keep > 0 ? quotient(faded, keep) : 0.f) - delta);
 }
 
 // Once per tile of slots; a barrier must follow.
