@@ -11,10 +11,11 @@ else
   PIP_FLAGS :=
 endif
 CLANG_FORMAT := $(PY) -c "import clang_format; clang_format.clang_format()"
-NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cmake) csrc/kernels.cmake CMakeLists.txt setup.py \
+CSRC := $(wildcard $(foreach suffix,cpp h cu,csrc/*/*.$(suffix) csrc/*/*/*.$(suffix)))
+NATIVE := $(CSRC) $(wildcard csrc/*.cmake csrc/*/*.cmake) CMakeLists.txt setup.py \
 	pyproject.toml $(wildcard build_backend/*.py memkernels/_stamp.py)
 
-SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu tests/*/*.cpp tests/*/*.h bench/gpu/stand_in/*)
+SOURCES := $(CSRC) $(wildcard tests/*/*.cpp tests/*/*.h bench/gpu/stand_in/*)
 
 # Files of tests run side by side where pytest-xdist is installed, the longest first.
 SIDE_BY_SIDE := -n auto --maxprocesses=8 --dist loadfile

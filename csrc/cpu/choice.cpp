@@ -1,10 +1,10 @@
 // The check of indices that a caller made: one pass, 8 bytes per index, beside the K or V numbers that each index
 // stands for.
-#include "cpu/choice.h"
+#include "params/choice.h"
 
 #include <atomic>
 
-#include "common/parallel.h"
+#include "cpu/tiles/parallel.h"
 
 namespace mk::MK_ISA {
 

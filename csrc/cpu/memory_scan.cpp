@@ -10,8 +10,8 @@
 // by multiply-adds.
 #include <vector>
 
-#include "common/online_softmax.h"
-#include "common/scan_tiles.h"
+#include "cpu/tiles/online_softmax.h"
+#include "cpu/tiles/scan_tiles.h"
 
 namespace mk::MK_ISA {
 namespace {
