@@ -5,6 +5,7 @@
 // walked from the first to the last. Per tile: gates by all threads (cuda/tiles/gates.h), then every thread takes token after token. Blocks
 // of columns each compute the gates again. Each block reads and writes its own numbers of the memory, so `out` may be `values`.
 #include "cuda/tiles/gates.h"
+#include "params/gated_write.h"
 
 namespace mk::cuda {
 namespace {

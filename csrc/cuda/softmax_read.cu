@@ -11,6 +11,7 @@
 #include "cuda/tiles/device.h"
 #include "cuda/tiles/read_ranges.h"
 #include "cuda/tiles/stream_plan.h"
+#include "params/softmax_read.h"
 
 namespace mk::cuda {
 namespace {

@@ -6,6 +6,7 @@
 #include "cuda/tiles/chosen_rows.h"
 #include "cuda/tiles/numbers.h"
 #include "cuda/tiles/search_lists.h"
+#include "params/topk_read.h"
 
 namespace mk::cuda {
 namespace {

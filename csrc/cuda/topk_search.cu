@@ -13,6 +13,7 @@
 #include "cuda/tiles/fragments.h"
 #include "cuda/tiles/search_lists.h"
 #include "cuda/tiles/stream_plan.h"
+#include "params/topk_search.h"
 
 namespace mk::cuda {
 namespace {
