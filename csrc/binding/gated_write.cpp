@@ -1,3 +1,5 @@
+#include "params/gated_write.h"
+
 #include "binding/write.h"
 
 namespace mk {

@@ -1,3 +1,5 @@
+#include "params/product_key_search.h"
+
 #include "binding/product_keys.h"
 
 namespace mk {

@@ -8,6 +8,8 @@
 // nothing grows with the number of slots.
 // Batches run in parallel; where there are few, ranges of slots do, whose reads merge by their largest scores, in order. Bound
 // by multiply-adds.
+#include "params/memory_scan.h"
+
 #include <vector>
 
 #include "cpu/tiles/online_softmax.h"

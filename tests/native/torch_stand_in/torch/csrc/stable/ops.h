@@ -1,4 +1,4 @@
-// The two functions of torch that csrc/binding/cpu/parallel.cpp calls, over threads of this program (out_of_memory.cpp).
+// The two functions of torch that csrc/binding/cpu/threads.cpp calls, over threads of this program (out_of_memory.cpp).
 #pragma once
 
 #include "cpu/tiles/parallel.h"
