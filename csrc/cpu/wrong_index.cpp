@@ -1,10 +1,9 @@
 // The check of indices that a caller made: one pass, 8 bytes per index, beside the K or V numbers that each index
 // stands for.
-#include "params/choice.h"
-
 #include <atomic>
 
 #include "cpu/tiles/parallel.h"
+#include "params/choice.h"
 
 namespace mk::MK_ISA {
 

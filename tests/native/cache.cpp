@@ -3,8 +3,8 @@
 #include <algorithm>
 #include <cmath>
 
-#include "params/cache_mix.h"
 #include "kernels.h"
+#include "params/cache_mix.h"
 
 namespace native {
 namespace {

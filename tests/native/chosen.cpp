@@ -3,8 +3,8 @@
 #include <cmath>
 #include <numeric>
 
-#include "params/topk_read.h"
 #include "kernels.h"
+#include "params/topk_read.h"
 
 namespace native {
 namespace {

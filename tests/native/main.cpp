@@ -18,8 +18,8 @@ int main(int argc, char** argv) {
   if (const auto family = native::families().find(wanted); family != native::families().end()) {
     int64_t cases = 0;
     native::each_case(density, [&](const native::Case& c) { family->second(c), ++cases; });
-    std::printf("%s: %lld cases, %lld runs compared, %lld failures; instruction sets:", wanted.c_str(), (long long)cases,
-                (long long)native::tally.runs, (long long)native::tally.failures);
+    std::printf("%s: %lld cases, %lld runs compared, %lld failures; instruction sets:", wanted.c_str(),
+                (long long)cases, (long long)native::tally.runs, (long long)native::tally.failures);
     for (mk::Isa isa : native::instruction_sets()) std::printf(" %s", native::name_of(isa));
     std::printf("\n");
     return native::tally.failures != 0 || native::tally.runs == 0;

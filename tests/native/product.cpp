@@ -3,8 +3,8 @@
 #include <cmath>
 #include <numeric>
 
-#include "params/product_key_read.h"
 #include "kernels.h"
+#include "params/product_key_read.h"
 
 namespace native {
 namespace {

@@ -2,11 +2,11 @@
 #include <algorithm>
 #include <cmath>
 
+#include "kernels.h"
 #include "params/additive_read.h"
 #include "params/address.h"
 #include "params/slot_usage.h"
 #include "params/softmax_read.h"
-#include "kernels.h"
 
 namespace native {
 namespace {

@@ -2,9 +2,9 @@
 #include <algorithm>
 #include <cmath>
 
+#include "kernels.h"
 #include "params/merge_reads.h"
 #include "params/sparse_read.h"
-#include "kernels.h"
 
 namespace native {
 

@@ -2,10 +2,10 @@
 #include <algorithm>
 #include <cmath>
 
+#include "kernels.h"
 #include "params/cell_scan.h"
 #include "params/gated_scan.h"
 #include "params/memory_scan.h"
-#include "kernels.h"
 
 namespace native {
 namespace {

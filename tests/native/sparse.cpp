@@ -1,8 +1,8 @@
 // sparse_write: entries in order into the slots that they name, and back.
 #include <algorithm>
 
-#include "params/sparse_write.h"
 #include "kernels.h"
+#include "params/sparse_write.h"
 
 namespace native {
 

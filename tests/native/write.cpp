@@ -2,8 +2,8 @@
 #include <algorithm>
 #include <cmath>
 
-#include "params/gated_write.h"
 #include "kernels.h"
+#include "params/gated_write.h"
 
 namespace native {
 namespace {

@@ -1,8 +1,8 @@
-#include "params/isa.h"
-
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
+
+#include "params/isa.h"
 
 namespace mk {
 namespace {

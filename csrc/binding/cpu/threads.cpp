@@ -1,9 +1,9 @@
 // Tasks over torch's threads, each with scratch memory that it keeps for the next call.
-#include "cpu/tiles/parallel.h"
-
 #include <torch/csrc/stable/ops.h>
 
 #include <atomic>
+
+#include "cpu/tiles/parallel.h"
 
 namespace mk {
 namespace {
