@@ -1,0 +1,118 @@
+"""What `make docs` adds to the pages of docs/ (hooks of MkDocs, named in mkdocs.yml).
+
+- Pages that live elsewhere: CONTRIBUTING.md, CHANGELOG.md, and one page per script of examples/. Links between files of
+  the repository become links between pages.
+- The API reference: one page per public module, one entry per name of its ``__all__``, from the docstrings.
+- Formulas: MathML, made from the ``math`` fences at build time, so that no page needs a script or a network for them.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import posixpath
+import re
+from pathlib import Path
+
+import griffe
+from latex2mathml.converter import convert
+
+from docs import generate
+
+ROOT = Path(__file__).resolve().parent.parent
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+# file of the repository -> page of the site; those of docs/ keep their path
+ELSEWHERE = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
+ELSEWHERE |= {f"examples/{script.name}": f"examples/{script.stem}.md" for script in EXAMPLES}
+API = {"memkernels": "api/memkernels.md"}
+API |= {f"memkernels.{module}": f"api/{module}.md" for module in ("nn", "models", "testing")}
+LINK = re.compile(r"\]\((?![a-z]+:)([^)#\s]+)(#[^)\s]*)?\)")
+ROLE = re.compile(r":(?:func|class|meth|mod|attr):`~?([\w.]+)`")
+
+
+def relinked(text: str, source: str, page: str) -> str:
+    """``text`` of the file ``source`` of the repository with its links as the site needs them on ``page``."""
+
+    def link(match: re.Match) -> str:
+        target = posixpath.normpath(posixpath.join(posixpath.dirname(source), match[1]))
+        there = ELSEWHERE.get(target, target.removeprefix("docs/"))
+        return f"]({posixpath.relpath(there, posixpath.dirname(page) or '.')}{match[2] or ''})"
+
+    return LINK.sub(link, text)
+
+
+def example(script: Path) -> str:
+    """The page of a script of examples/: what its docstring says, and its source."""
+    source = script.read_text()
+    says = ast.get_docstring(ast.parse(source))
+    title = says.partition(":")[0]
+    return f"# {title}\n\n{says}\n\n## The script\n\n```python\n{source}```\n"
+
+
+def public(module: str) -> list[str]:
+    """Every public name of a module."""
+    return list(importlib.import_module(module).__all__)
+
+
+def api(module: str) -> str:
+    """The page of a public module. Operations stand under the title of the page that explains them."""
+    lines = [f"# {module}", "", importlib.import_module(module).__doc__.strip().partition("\n")[0], ""]
+    families: dict[str, list[str]] = {}
+    for name in public(module):
+        families.setdefault(family(name) if module == "memkernels" else "", []).append(name)
+    for title, names in families.items():
+        lines += [f"## {title}", ""] if title else []
+        for name in names:
+            lines += [f"::: {module}.{name}", "" if title else "    options: {heading_level: 2}", ""]
+    return ROLE.sub(r"`\1`", "\n".join(lines))
+
+
+def family(name: str) -> str:
+    """The title of the page of docs/ that has a section of this operation."""
+    try:
+        page = generate.page_of(name.removesuffix("_"))
+    except LookupError:
+        return "Choosing a backend"
+    return page.read_text().partition("\n")[0].removeprefix("# ")
+
+
+def formula(source, language, css_class, options, md, **_) -> str:
+    """A ``math`` fence as MathML."""
+    return f'<div class="{css_class}">{convert(source, display="block")}</div>'
+
+
+def on_files(files, config):
+    from mkdocs.structure.files import File
+
+    contents = {page: relinked((ROOT / source).read_text(), source, page) for source, page in ELSEWHERE.items()}
+    contents |= {ELSEWHERE[f"examples/{script.name}"]: example(script) for script in EXAMPLES}
+    contents |= {page: api(module) for module, page in API.items()}
+    for page, content in contents.items():
+        files.append(File.generated(config, page, content=content))
+    return files
+
+
+def on_page_markdown(markdown, page, config, files):
+    path = page.file.src_uri
+    return markdown if page.file.generated_by else relinked(markdown, f"docs/{path}", path)
+
+
+class Docstrings(griffe.Extension):
+    """Reads docstrings as they are written here: roles of Sphinx become links; a name that is a module and the function
+    in it is the function."""
+
+    def __init__(self):
+        self.pages = {name: f"{module}.{name}" for module in API for name in public(module)}
+
+    def on_package(self, *, pkg, loader, **_):
+        for name in public("memkernels"):
+            if (module := pkg["ops"].members.get(name)) is not None and module.is_module:
+                pkg.set_member(name, griffe.Alias(name, module[name], parent=pkg))
+
+    def on_object(self, *, obj, loader, **_):
+        if obj.docstring is not None:
+            obj.docstring.value = ROLE.sub(self.link, obj.docstring.value)
+
+    def link(self, role: re.Match) -> str:
+        name = role[1].rpartition(".")[2]
+        return f"[`{name}`][{self.pages[name]}]" if name in self.pages else f"`{name}`"
