@@ -40,6 +40,11 @@ def pages() -> list[Path]:
     return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
+def navigation() -> list[str]:
+    """The pages at the top of docs/, in the order in which the site shows them."""
+    return re.findall(r": (\w+)\.md$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+
+
 def blocks(text: str) -> dict[str, str]:
     """name -> content of the generated blocks of a page."""
     return dict(BLOCK.findall(text))
@@ -94,7 +99,7 @@ def headline(rows: list[dict]) -> list[dict]:
     for row in compared:
         if row["dtype"] == "float32":
             kinds.setdefault((page_of(row["op"]).stem, row["direction"]), []).append(row)
-    order = re.findall(r": (\w+)\.md$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    order = navigation()
     chosen = [
         max(kinds[kind], key=lambda row: (row["flops"], -row["ratio"]))
         for kind in sorted(kinds, key=lambda kind: (order.index(kind[0]), kind[1] == "backward"))

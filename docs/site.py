@@ -12,6 +12,7 @@ import ast
 import importlib
 import posixpath
 import re
+from functools import partial
 from pathlib import Path
 
 import griffe
@@ -55,25 +56,26 @@ def public(module: str) -> list[str]:
 
 
 def api(module: str) -> str:
-    """The page of a public module. Operations stand under the title of the page that explains them."""
+    """The page of a public module."""
     lines = [f"# {module}", "", importlib.import_module(module).__doc__.strip().partition("\n")[0], ""]
-    families: dict[str, list[str]] = {}
-    for name in public(module):
-        families.setdefault(family(name) if module == "memkernels" else "", []).append(name)
-    for title, names in families.items():
-        lines += [f"## {title}", ""] if title else []
+    for heading, names in grouped(module).items():
+        lines += [f"## {heading}", ""] if heading else []
         for name in names:
-            lines += [f"::: {module}.{name}", "" if title else "    options: {heading_level: 2}", ""]
+            lines += [f"::: {module}.{name}", "" if heading else "    options: {heading_level: 2}", ""]
     return ROLE.sub(r"`\1`", "\n".join(lines))
 
 
-def family(name: str) -> str:
-    """The title of the page of docs/ that has a section of this operation."""
-    try:
-        page = generate.page_of(name.removesuffix("_"))
-    except LookupError:
-        return "Choosing a backend"
-    return page.read_text().partition("\n")[0].removeprefix("# ")
+def grouped(module: str) -> dict[str, list[str]]:
+    """heading -> public names. Operations stand under the title of the page that explains them, in the order of the site."""
+    names = public(module)
+    if module != "memkernels":
+        return {"": names}
+    operations = [name for name in names if name in importlib.import_module("memkernels.ops").__all__]
+    pages = {name: generate.page_of(name.removesuffix("_")) for name in operations}
+    groups: dict[str, list[str]] = {}
+    for name in sorted(operations, key=lambda name: generate.navigation().index(pages[name].stem)):
+        groups.setdefault(pages[name].read_text().partition("\n")[0].removeprefix("# "), []).append(name)
+    return {**groups, "Choosing a backend": [name for name in names if name not in operations]}
 
 
 def formula(source, language, css_class, options, md, **_) -> str:
@@ -98,8 +100,8 @@ def on_page_markdown(markdown, page, config, files):
 
 
 class Docstrings(griffe.Extension):
-    """Reads docstrings as they are written here: roles of Sphinx become links; a name that is a module and the function
-    in it is the function."""
+    """Reads docstrings as they are written here: roles of Sphinx become links, each argument of a line gets its own entry.
+    A public name that is a module and the function in it is the function."""
 
     def __init__(self):
         self.pages = {name: f"{module}.{name}" for module in API for name in public(module)}
@@ -110,8 +112,17 @@ class Docstrings(griffe.Extension):
                 pkg.set_member(name, griffe.Alias(name, module[name], parent=pkg))
 
     def on_object(self, *, obj, loader, **_):
-        if obj.docstring is not None:
-            obj.docstring.value = ROLE.sub(self.link, obj.docstring.value)
+        if obj.docstring is None:
+            return
+        text = ROLE.sub(self.link, obj.docstring.value)
+        called = obj.members.get("__init__", obj) if obj.is_class else obj
+        names = "|".join(p.name.lstrip("*") for p in called.parameters) if called.is_function else ""
+        if names:
+            text = re.sub(rf"^( +)((?:{names})\b.*)$", partial(self.entries, names), text, flags=re.MULTILINE)
+        obj.docstring.value = text
+
+    def entries(self, names: str, line: re.Match) -> str:
+        return re.sub(rf"\. (?=(?:{names}): )", f".\n{line[1]}", line[0])
 
     def link(self, role: re.Match) -> str:
         name = role[1].rpartition(".")[2]
