@@ -80,7 +80,8 @@ def grouped(module: str) -> dict[str, list[str]]:
 
 def formula(source, language, css_class, options, md, **_) -> str:
     """A ``math`` fence as MathML."""
-    return f'<div class="{css_class}">{convert(source, display="block")}</div>'
+    understood = source.replace("{aligned}", "{align*}")
+    return f'<div class="{css_class}">{convert(understood, display="block")}</div>'
 
 
 def on_files(files, config):
@@ -107,9 +108,13 @@ class Docstrings(griffe.Extension):
         self.pages = {name: f"{module}.{name}" for module in API for name in public(module)}
 
     def on_package(self, *, pkg, loader, **_):
-        for name in public("memkernels"):
-            if (module := pkg["ops"].members.get(name)) is not None and module.is_module:
-                pkg.set_member(name, griffe.Alias(name, module[name], parent=pkg))
+        for path in API:
+            module = pkg[path.partition(".")[2]] if "." in path else pkg
+            found = {name: getattr(module.members[name], "final_target", module.members[name]) for name in public(path)}
+            for name, obj in found.items():
+                if obj.is_module:
+                    function = obj[name]
+                    module.set_member(name, griffe.Alias(name, function, parent=module))
 
     def on_object(self, *, obj, loader, **_):
         if obj.docstring is None:
