@@ -49,8 +49,8 @@ format: $(READY)
 	$(CLANG_FORMAT) -i $(SOURCES)
 
 # The documentation site, in build/site: pages of docs/ and the API reference, strictly; nothing is fetched. Open index.html.
-docs: .build/native
-	$(PY) -m mkdocs build --clean --quiet
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --clean --quiet
 
 bench: .build/native
 	$(PY) -m pytest bench --benchmark-enable --benchmark-only

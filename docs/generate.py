@@ -92,8 +92,9 @@ def result_files() -> list[Path]:
 
 
 def headline(rows: list[dict]) -> list[dict]:
-    """The rows of the README and of the start page, by rule: of each page of operations and each direction the float32 case with the most
-    multiply-adds that a peer ran too (of equals the one with the smaller ratio); then the smallest ratio of all."""
+    """The rows of the README and of the start page, by rule: of each page of operations and each direction the float32
+    case with the most multiply-adds that a peer ran too (of equals the one with the smaller ratio); then the smallest
+    ratio of all."""
     compared = [row for row in rows if row["unit"] == "s" and row["ratio"] is not None and not OPS[row["op"]].twin_of]
     kinds: dict[tuple[str, str], list[dict]] = {}
     for row in compared:
@@ -201,7 +202,7 @@ def generated(pictures_to: Path) -> dict[str, Callable[[str], str]]:
 
 
 def filled(page: Path, pictures_to: Path) -> str:
-    """The text of a page with its generated blocks as they should be. Blocks are made with links as README needs them."""
+    """The text of a page with its generated blocks as they should be. Blocks are made with the links of README."""
     make = generated(pictures_to)
     docs = os.path.relpath(ROOT / "docs", page.parent)
 

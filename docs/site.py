@@ -43,11 +43,13 @@ def relinked(text: str, source: str, page: str) -> str:
 
 
 def example(script: Path) -> str:
-    """The page of a script of examples/: what its docstring says, and its source."""
+    """The page of a script of examples/: what its docstring says, then the code below it."""
     source = script.read_text()
-    says = ast.get_docstring(ast.parse(source))
-    title = says.partition(":")[0]
-    return f"# {title}\n\n{says}\n\n## The script\n\n```python\n{source}```\n"
+    tree = ast.parse(source)
+    says = ast.get_docstring(tree)
+    code = "\n".join(source.splitlines()[tree.body[0].end_lineno :]).strip()
+    title = re.split("[:,.]", says)[0]
+    return f"# {title}\n\n{says}\n\n## The script\n\n```python\n{code}\n```\n"
 
 
 def public(module: str) -> list[str]:
@@ -66,7 +68,7 @@ def api(module: str) -> str:
 
 
 def grouped(module: str) -> dict[str, list[str]]:
-    """heading -> public names. Operations stand under the title of the page that explains them, in the order of the site."""
+    """heading -> public names. Operations stand under the title of the page that explains them, in order of the pages."""
     names = public(module)
     if module != "memkernels":
         return {"": names}
@@ -81,7 +83,7 @@ def grouped(module: str) -> dict[str, list[str]]:
 def formula(source, language, css_class, options, md, **_) -> str:
     """A ``math`` fence as MathML."""
     understood = source.replace("{aligned}", "{align*}")
-    return f'<div class="{css_class}">{convert(understood, display="block")}</div>'
+    return f'<div class="{css_class}" data-search-exclude>{convert(understood, display="block")}</div>'
 
 
 def on_files(files, config):
@@ -101,22 +103,21 @@ def on_page_markdown(markdown, page, config, files):
 
 
 class Docstrings(griffe.Extension):
-    """Reads docstrings as they are written here: roles of Sphinx become links, each argument of a line gets its own entry.
-    A public name that is a module and the function in it is the function."""
+    """Reads docstrings as they are written here: roles of Sphinx become links, each argument of a line becomes an entry.
+    A public name that is both a module and the function in it means the function."""
 
     def __init__(self):
         self.pages = {name: f"{module}.{name}" for module in API for name in public(module)}
 
-    def on_package(self, *, pkg, loader, **_):
+    def on_package(self, *, pkg, **_):
         for path in API:
             module = pkg[path.partition(".")[2]] if "." in path else pkg
             found = {name: getattr(module.members[name], "final_target", module.members[name]) for name in public(path)}
             for name, obj in found.items():
                 if obj.is_module:
-                    function = obj[name]
-                    module.set_member(name, griffe.Alias(name, function, parent=module))
+                    module.set_member(name, griffe.Alias(name, obj[name], parent=module))
 
-    def on_object(self, *, obj, loader, **_):
+    def on_object(self, *, obj, **_):
         if obj.docstring is None:
             return
         text = ROLE.sub(self.link, obj.docstring.value)
@@ -127,8 +128,10 @@ class Docstrings(griffe.Extension):
         obj.docstring.value = text
 
     def entries(self, names: str, line: re.Match) -> str:
+        """``query: a. keys: b.`` as two lines."""
         return re.sub(rf"\. (?=(?:{names}): )", f".\n{line[1]}", line[0])
 
     def link(self, role: re.Match) -> str:
+        """A link to a public name; the name alone where it is not public."""
         name = role[1].rpartition(".")[2]
         return f"[`{name}`][{self.pages[name]}]" if name in self.pages else f"`{name}`"

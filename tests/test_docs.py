@@ -58,7 +58,7 @@ def commands(text: str) -> list[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_commands_exist(page):
-    """Every `make X` is a target, every `python -m X` a module with a command line, every variable is read by the code."""
+    """Every `make X` is a target, every `python -m X` a module with a command line, every script is there."""
     targets = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1].split()
     for line in commands(page.read_text()):
         if made := re.search(r"\bmake ((?:[a-z][\w-]* ?)+)", line):

@@ -20,7 +20,9 @@ from docs import generate, site
 
 NAV = re.findall(r": ([\w/]+)\.md$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
 # A page that a browser shows: what it loads by itself, as opposed to what a reader may click.
-LOADED = re.compile(r'<(?:script|img|iframe|source)\b[^>]*\bsrc="([^"]*)"|<link\b[^>]*\brel="stylesheet"[^>]*\bhref="([^"]*)"')
+LOADED = re.compile(
+    r'<(?:script|img|iframe|source)\b[^>]*\bsrc="([^"]*)"|<link\b[^>]*\brel="stylesheet"[^>]*\bhref="([^"]*)"'
+)
 
 
 def build(folder, *options):
@@ -88,7 +90,9 @@ def test_search_finds_every_operation(built):
     index = json.loads((built / "search" / "search_index.json").read_text())
     titles = {re.sub(r"<[^>]+>", "", entry["title"]) for entry in index["docs"]}
     assert not set(site.public("memkernels")) - titles
-    assert (built / "search" / "search_index.js").exists(), "pages that are opened as files read the index from a script"
+    assert (built / "search" / "search_index.js").exists(), (
+        "pages that are opened as files read the index from a script"
+    )
 
 
 @pytest.mark.parametrize(
