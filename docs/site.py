@@ -68,7 +68,7 @@ def api(module: str) -> str:
 
 
 def grouped(module: str) -> dict[str, list[str]]:
-    """heading -> public names. Operations stand under the title of the page that explains them, in order of the pages."""
+    """heading -> public names. Operations stand under the title of the page that explains them, in their order."""
     names = public(module)
     if module != "memkernels":
         return {"": names}
@@ -103,7 +103,7 @@ def on_page_markdown(markdown, page, config, files):
 
 
 class Docstrings(griffe.Extension):
-    """Reads docstrings as they are written here: roles of Sphinx become links, each argument of a line becomes an entry.
+    """Reads docstrings as they are written here: roles of Sphinx become links, each argument of a line an entry.
     A public name that is both a module and the function in it means the function."""
 
     def __init__(self):
