@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import importlib
+import inspect
 import json
 import os
 import re
@@ -57,9 +58,14 @@ def test_every_page_of_the_navigation_is_there(built):
 @pytest.mark.parametrize("module", site.API)
 def test_every_public_name_is_in_the_api_reference(built, module):
     text = (built / site.API[module]).with_suffix(".html").read_text()
-    names = importlib.import_module(module).__all__
-    entries = re.findall(rf'<h\d id="{re.escape(module)}\.(\w+)" class="doc doc-heading"', text)
-    assert sorted(entries) == sorted(names)
+    public = importlib.import_module(module)
+    parts = re.split(rf'<h\d id="({re.escape(module)}\.\w+)" class="doc doc-heading"', text)
+    entries = {name.rpartition(".")[2]: entry for name, entry in zip(parts[1::2], parts[2::2])}
+    assert sorted(entries) == sorted(public.__all__)
+    functions = [name for name in public.__all__ if inspect.isfunction(getattr(public, name))]
+    contents = {name: entry.split("doc-heading")[0] for name, entry in entries.items()}
+    mistaken = [name for name in functions if f'doc-function-name">{name}</span>' not in contents[name]]
+    assert not mistaken, "shown as the module of that name"
 
 
 def test_the_reference_shows_signature_and_contract(built):
