@@ -103,7 +103,7 @@ def on_page_markdown(markdown, page, config, files):
 
 
 class Docstrings(griffe.Extension):
-    """Reads docstrings as they are written here: roles of Sphinx become links, each argument of a line an entry.
+    """Reads docstrings as they are written here: roles of Sphinx become links, each argument and field an entry.
     A public name that is both a module and the function in it means the function."""
 
     def __init__(self):
@@ -125,7 +125,15 @@ class Docstrings(griffe.Extension):
         names = "|".join(p.name.lstrip("*") for p in called.parameters) if called.is_function else ""
         if names:
             text = re.sub(rf"^( +)((?:{names})\b.*)$", partial(self.entries, names), text, flags=re.MULTILINE)
+        if obj.is_class and (fields := "|".join(name for name, member in obj.members.items() if member.is_attribute)):
+            text = "\n\n".join(self.fields(fields, paragraph) for paragraph in text.split("\n\n"))
         obj.docstring.value = text
+
+    def fields(self, names: str, paragraph: str) -> str:
+        """``reads: a. writes: b.``, the fields of a tuple, as a list."""
+        if not re.match(rf"(?:{names}): ", paragraph):
+            return paragraph
+        return re.sub(rf"(?:^|(?<=\.)\s)({names}): ", r"\n- `\1`: ", paragraph)
 
     def entries(self, names: str, line: re.Match) -> str:
         """``query: a. keys: b.`` as two lines."""
