@@ -69,7 +69,7 @@ def _kernels(backend: backends.Backend, op: str, before: str) -> str:
 
 
 def op_table(before: str) -> str:
-    """One row per declared op: name, equation, backends. ``before``: the table of the README as it is."""
+    """One row per declared op: name, equation, backends. ``before``: the table as it is."""
     rows = ["| operation | equation | backends |", "| --- | --- | --- |"]
     for name, op in sorted(OPS.items()):
         if op.twin_of:  # of compressed slots: called through the op in whose row it stands
@@ -193,6 +193,7 @@ def generated(pictures_to: Path) -> dict[str, Callable[[str], str]]:
     """name -> the content of a block, given what it holds now."""
     once = functools.cache(speed)  # it stands on two pages
     return {
+        # what is not installed here keeps what the README says of it, on every page
         "ops": lambda before: op_table(blocks((ROOT / "README.md").read_text())["ops"]),
         "speed": lambda before: once(pictures_to),
         "performance": lambda before: report(pictures_to),
