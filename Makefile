@@ -1,5 +1,5 @@
 # Each target sets up .venv when it is missing, or uses the interpreter given as PYTHON= without touching the network.
-#   make demo | test | test-quick | test-torch | lint | bench | sanitize | cuda | gpu-check | gpu-rehearsal | dev | clean
+#   make demo | test | test-quick | test-torch | lint | docs | bench | sanitize | cuda | gpu-check | gpu-rehearsal | dev | clean
 
 ifdef PYTHON
   PY := $(PYTHON)
@@ -21,7 +21,7 @@ SOURCES := $(CSRC) $(wildcard tests/*/*.cpp tests/*/*.h bench/gpu/stand_in/*)
 SIDE_BY_SIDE := -n auto --maxprocesses=8 --dist loadfile
 PYTEST = $(PY) -m pytest $$($(PY) -c "import xdist" 2>/dev/null && printf '%s ' $(SIDE_BY_SIDE))
 
-.PHONY: dev demo test test-quick test-torch lint format bench sanitize cuda gpu-check gpu-rehearsal clean
+.PHONY: dev demo test test-quick test-torch lint format docs bench sanitize cuda gpu-check gpu-rehearsal clean
 
 dev: .build/native
 
@@ -48,6 +48,10 @@ format: $(READY)
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 	$(CLANG_FORMAT) -i $(SOURCES)
+
+# The documentation site, in build/site: pages of docs/ and the API reference, strictly; nothing is fetched. Open index.html.
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --clean --quiet
 
 bench: .build/native
 	$(PY) -m pytest bench --benchmark-enable --benchmark-only
