@@ -1,5 +1,6 @@
 # Each target sets up .venv when it is missing, or uses the interpreter given as PYTHON= without touching the network.
 #   make demo | test | test-quick | test-torch | lint | bench | sanitize | cuda | gpu-check | gpu-rehearsal | dev | clean
+#   make wheel | wheel-test
 
 ifdef PYTHON
   PY := $(PYTHON)
@@ -16,11 +17,14 @@ NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csr
 
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu tests/*/*.cpp tests/*/*.h bench/gpu/stand_in/*)
 
+# It lies where torch has the header for which it stands.
+SOURCES += tests/native/torch_stand_in/torch/csrc/stable/ops.h
+
 # Files of tests run side by side where pytest-xdist is installed, the longest first.
 SIDE_BY_SIDE := -n auto --maxprocesses=8 --dist loadfile
 PYTEST = $(PY) -m pytest $$($(PY) -c "import xdist" 2>/dev/null && printf '%s ' $(SIDE_BY_SIDE))
 
-.PHONY: dev demo test test-quick test-torch lint format bench sanitize cuda gpu-check gpu-rehearsal clean
+.PHONY: dev demo test test-quick test-torch lint format bench wheel wheel-test sanitize cuda gpu-check gpu-rehearsal clean
 
 dev: .build/native
 
@@ -42,6 +46,8 @@ lint: $(READY)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(CLANG_FORMAT) --dry-run --Werror $(SOURCES)
+	$(PY) -m codespell_lib
+	$(PY) -m mypy
 
 format: $(READY)
 	$(PY) -m ruff check --fix .
@@ -50,6 +56,16 @@ format: $(READY)
 
 bench: .build/native
 	$(PY) -m pytest bench --benchmark-enable --benchmark-only
+
+# The sdist, and the wheel that is built from it, in dist/.
+wheel: $(READY)
+	$(PY) -m build --no-isolation
+
+# The wheel in dist/ in an environment of its own, away from the checkout: every op equals its reference.
+wheel-test:
+	$(or $(PYTHON),python3) -m venv --clear .build/wheel
+	.build/wheel/bin/python -m pip install --quiet $(filter torch==%,$(file <requirements.txt)) dist/*.whl
+	cd .build/wheel && bin/python -m memkernels check --quick --backend cpu
 
 # C++ kernels without torch or Python, under AddressSanitizer + UBSan and under ThreadSanitizer; then the operators, called with
 # arguments that nobody would pass, for half a minute (LONG=1: ten).
