@@ -7,6 +7,7 @@ numbers are none. A tensor that has a gradient stays a tensor, and its gradient 
 from __future__ import annotations
 
 import operator
+from typing import Any, SupportsFloat, TypeGuard
 
 import torch
 from torch import Tensor
@@ -59,7 +60,7 @@ def neighbours(op: str, k: int) -> int:
     return result
 
 
-def _index(k: object) -> int:
+def _index(k: Any) -> int:
     if isinstance(k, bool):
         raise TypeError
     if not isinstance(k, Tensor):
@@ -69,7 +70,7 @@ def _index(k: object) -> int:
     return k.item()
 
 
-def _counts_as_number(value: object) -> bool:
+def _counts_as_number(value: object) -> TypeGuard[SupportsFloat]:
     if isinstance(value, Tensor):
         return _is_single(value)
     dtype = getattr(value, "dtype", None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -115,7 +116,8 @@ def wrong_choice(op: Op, tensors: Sequence[Tensor | None], params: Sequence, ind
     Slots whose scores differ by less than float32 rounding may be ranked either way, unless ``exact``: then arithmetic
     is exact and the indices must be those of the reference, ties to the smaller one.
     """
-    named = {a.name: t for a, t in zip(op.args, tensors)} | dict(zip((name for name, _ in op.params), params))
+    named: dict[str, Any] = {a.name: t for a, t in zip(op.args, tensors)}
+    named |= {name: value for (name, _), value in zip(op.params, params)}
     if "subkeys" in named:
         s = product_scores(named["query"], named["subkeys"], named["scale"])
     else:

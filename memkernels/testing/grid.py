@@ -138,15 +138,16 @@ class Subject:
 
     def wanted(self, indices: Tensor | None) -> Run:
         """The reference in float64, where the op chooses slots for the choice ``indices``."""
-        if self.op.selected is None:
+        selected = self.op.selected
+        if selected is None:
             return self._doubled
-        return self._run(lambda *inputs: self.op.selected(*inputs, indices), self.inputs.doubled())
+        return self._run(lambda *inputs: selected(*inputs, indices), self.inputs.doubled())
 
     def directions(self) -> list[str]:
         result = ["forward"] + (["backward"] if self.wanting else [])
         if self.op.inplace is not None:
             target = self.inputs.tensors[self.op.index(self.op.inplace)]
-            own = self.layout.memory == tuple(target.shape[:-2])
+            own = target is not None and self.layout.memory == tuple(target.shape[:-2])
             if own and self.case.layout != "expanded" and not self.case.wants and not self.case.cotangents:
                 result.append("in place")
         return result
