@@ -87,7 +87,7 @@ class Derivatives:
             args, d_outputs, firsts = self._by_formula(tensors, d_outputs, ctx.params, ctx.wants)
             live = [(f, g) for f, g in zip(firsts, dd) if f is not None and g is not None and f.requires_grad]
             leaves = [x for x in (*args, *d_outputs) if x is not None and x.requires_grad]
-            seconds = [None] * len(leaves)
+            seconds: Sequence[Tensor | None] = [None] * len(leaves)
             if live:
                 seconds = torch.autograd.grad(
                     [f for f, _ in live],

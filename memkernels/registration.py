@@ -290,5 +290,5 @@ def _run(op: Op, tensors: list[Tensor | None], params: tuple, name: str, inplace
         if key is not None:
             _plans[key] = plan
     if inplace:  # so that autograd notices when a tensor it saved was overwritten
-        torch.autograd.graph.increment_version(tensors[op.index(op.inplace)])
+        torch.autograd.graph.increment_version(tensors[op.index(op.inplace)])  # type: ignore[arg-type]
     return plan(*tensors, *params)

@@ -67,7 +67,7 @@ def _index(k: Any) -> int:
         return operator.index(k)
     if k.dim() or k.dtype.is_floating_point or k.dtype.is_complex or k.dtype == torch.bool:
         raise TypeError
-    return k.item()
+    return k.item()  # type: ignore[return-value]
 
 
 def _counts_as_number(value: object) -> TypeGuard[SupportsFloat]:
@@ -90,7 +90,7 @@ def _kind(value: object) -> str:
     return type(value).__name__
 
 
-def stays_tensor(x: object) -> bool:
+def stays_tensor(x: object) -> TypeGuard[Tensor]:
     """Is ``x`` a tensor whose number must not be looked at? That would wait for a device, or lose a gradient, a
     tangent, or what a trace or a transform of torch.func follows."""
     if not isinstance(x, Tensor):
@@ -128,7 +128,7 @@ def scaled(op: Op, tensors: list, scale: float | Tensor | None, name: str) -> tu
         return tensors, width**-0.5 if width else 1.0
     if not stays_tensor(scale):
         return tensors, number(name, "scale", scale, SCALE)
-    cast = autocast(op, tensors)
+    cast: list[Any] = autocast(op, tensors)
     layout = check(op, cast)
     factor = _factor(name, scale, cast[queries[0]], [*layout.lead, layout.axes["T"]]).unsqueeze(-1)
     if all(tensors[i].dtype not in SIXTEEN_BITS for i in queries):  # autocast rounds the product, not its factors

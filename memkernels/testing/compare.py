@@ -83,11 +83,11 @@ def small_ones(got: Tensor, wanted: Tensor, positive: bool, call: torch.dtype, n
         if bool((error > limit).any()):
             limit = limit + 2 * _finite(plain().double() - wanted).amax()
     at = (error - limit).argmax()
-    error, size, limit = (float(x.reshape(-1)[at]) for x in (error, size, limit))
-    if error <= limit:
+    found, whole, most = (float(x.reshape(-1)[at]) for x in (error, size, limit))
+    if found <= most:
         return ""
     what = "a number of" if positive else "a row of at most"
-    return f"{what} {size:.1e} is off by {error:.1e}, at most {limit:.1e}"
+    return f"{what} {whole:.1e} is off by {found:.1e}, at most {most:.1e}"
 
 
 def _finite(x: Tensor) -> Tensor:
