@@ -1,6 +1,5 @@
 # Each target sets up .venv when it is missing, or uses the interpreter given as PYTHON= without touching the network.
 #   make demo | test | test-quick | test-torch | lint | bench | sanitize | cuda | gpu-check | gpu-rehearsal | dev | clean
-#   make wheel | wheel-test
 
 ifdef PYTHON
   PY := $(PYTHON)
@@ -24,7 +23,7 @@ SOURCES += tests/native/torch_stand_in/torch/csrc/stable/ops.h
 SIDE_BY_SIDE := -n auto --maxprocesses=8 --dist loadfile
 PYTEST = $(PY) -m pytest $$($(PY) -c "import xdist" 2>/dev/null && printf '%s ' $(SIDE_BY_SIDE))
 
-.PHONY: dev demo test test-quick test-torch lint format bench wheel wheel-test sanitize cuda gpu-check gpu-rehearsal clean
+.PHONY: dev demo test test-quick test-torch lint format bench sanitize cuda gpu-check gpu-rehearsal clean
 
 dev: .build/native
 
@@ -58,6 +57,7 @@ bench: .build/native
 	$(PY) -m pytest bench --benchmark-enable --benchmark-only
 
 # The sdist, and the wheel that is built from it, in dist/.
+.PHONY: wheel wheel-test
 wheel: $(READY)
 	$(PY) -m build --no-isolation
 

@@ -21,7 +21,7 @@ GITHUB = ROOT / ".github"
 PROJECT = toml.loads((ROOT / "pyproject.toml").read_text())
 PINS = dict(re.findall(r"^([\w.-]+)==([\w.]+)", (ROOT / "requirements.txt").read_text(), re.MULTILINE))
 WORKFLOWS = sorted(GITHUB.glob("workflows/*.yml"))
-TARGETS = set(re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1].split())
+TARGETS = set(" ".join(re.findall(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)).split())
 PYTHONS = [c.split()[-1] for c in PROJECT["project"]["classifiers"] if re.search(r"Python :: 3\.\d", c)]
 OLDEST_TORCH = re.search(r"torch>=([\d.]+)", " ".join(PROJECT["project"]["dependencies"]))[1]
 
