@@ -17,6 +17,9 @@ NATIVE := $(CSRC) $(wildcard csrc/*.cmake csrc/*/*.cmake) CMakeLists.txt setup.p
 
 SOURCES := $(CSRC) $(wildcard tests/*/*.cpp tests/*/*.h bench/gpu/stand_in/*)
 
+# It lies where torch has the header for which it stands.
+SOURCES += tests/native/torch_stand_in/torch/csrc/stable/ops.h
+
 # Files of tests run side by side where pytest-xdist is installed, the longest first.
 SIDE_BY_SIDE := -n auto --maxprocesses=8 --dist loadfile
 PYTEST = $(PY) -m pytest $$($(PY) -c "import xdist" 2>/dev/null && printf '%s ' $(SIDE_BY_SIDE))
@@ -43,6 +46,8 @@ lint: $(READY)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(CLANG_FORMAT) --dry-run --Werror $(SOURCES)
+	$(PY) -m codespell_lib
+	$(PY) -m mypy
 
 format: $(READY)
 	$(PY) -m ruff check --fix .
@@ -55,6 +60,17 @@ docs: $(READY)
 
 bench: .build/native
 	$(PY) -m pytest bench --benchmark-enable --benchmark-only
+
+# The sdist, and the wheel that is built from it, in dist/.
+.PHONY: wheel wheel-test
+wheel: $(READY)
+	$(PY) -m build --no-isolation
+
+# The wheel in dist/ in an environment of its own, away from the checkout: every op equals its reference.
+wheel-test:
+	$(or $(PYTHON),python3) -m venv --clear .build/wheel
+	.build/wheel/bin/python -m pip install --quiet $(filter torch==%,$(file <requirements.txt)) dist/*.whl
+	cd .build/wheel && bin/python -m memkernels check --quick --backend cpu
 
 # C++ kernels without torch or Python, under AddressSanitizer + UBSan and under ThreadSanitizer; then the operators, called with
 # arguments that nobody would pass, for half a minute (LONG=1: ten).

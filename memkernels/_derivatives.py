@@ -52,11 +52,11 @@ class Derivatives:
         n, n_params = self.n, self.n_params
         needs = ctx.needs_input_grad[len(ctx.needs_input_grad) - n - n_params :]  # Recorded has one input more
         wants = [bool(needs[i]) for i in self.differentiable]
-        d_outputs = [d_outputs[i] for i in self.with_grad]
+        given = [d_outputs[i] for i in self.with_grad]
         result: list[Tensor | None] = [None] * (n + n_params)
-        if not any(wants) or all(d is None for d in d_outputs):
+        if not any(wants) or all(d is None for d in given):
             return tuple(result)
-        grads = self._first(ctx.saved_tensors, d_outputs, ctx.params, wants)
+        grads = self._first(ctx.saved_tensors, given, ctx.params, wants)
         for i, grad, want in zip(self.differentiable, grads, wants):
             result[i] = grad if want else None
         return tuple(result)
@@ -87,7 +87,7 @@ class Derivatives:
             args, d_outputs, firsts = self._by_formula(tensors, d_outputs, ctx.params, ctx.wants)
             live = [(f, g) for f, g in zip(firsts, dd) if f is not None and g is not None and f.requires_grad]
             leaves = [x for x in (*args, *d_outputs) if x is not None and x.requires_grad]
-            seconds = [None] * len(leaves)
+            seconds: Sequence[Tensor | None] = [None] * len(leaves)
             if live:
                 seconds = torch.autograd.grad(
                     [f for f, _ in live],
@@ -110,12 +110,12 @@ class Derivatives:
             args = [_alias(x) if a.is_float else x for a, x in zip(self.op.args, tensors)]
             d_outputs = [_alias(d) for d in d_outputs]
             results = formula(*args, *params)
-            results = [results[i] for i in self.with_grad]
-            pairs = [(r, d) for r, d in zip(results, d_outputs) if d is not None and r.requires_grad]
+            with_grad = [results[i] for i in self.with_grad]
+            pairs = [(r, d) for r, d in zip(with_grad, d_outputs) if d is not None and r.requires_grad]
             leaves = {
-                place: args[i]
+                place: x
                 for place, (i, want) in enumerate(zip(self.differentiable, wants))
-                if want and args[i] is not None and args[i].requires_grad
+                if want and (x := args[i]) is not None and x.requires_grad
             }
             firsts: Sequence[Tensor | None] = [None] * len(leaves)
             if pairs and leaves:

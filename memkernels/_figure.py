@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .demo import Training
 
 FUSED, REFERENCE, OTHER, INK = "#0b6e99", "#f0a030", "#8a8f98", "#22262b"
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -40,7 +40,8 @@ def draw(folder: Path, training: Training, timings: list[Timing]) -> Path:
     with plt.rc_context(STYLE):
         figure = plt.figure(figsize=(13 if training.complete else 7.5, 6.5), layout="constrained")
         if training.complete:
-            left, right = figure.subfigures(1, 2, width_ratios=(1, 1.15), wspace=0.03)
+            panels: Any = figure.subfigures(1, 2, width_ratios=(1, 1.15), wspace=0.03)
+            left, right = panels
             losses, difference, bits = left.subplots(3, height_ratios=(3, 1, 1))
             _losses(losses, training)
             _difference(difference, training)

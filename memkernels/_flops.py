@@ -29,6 +29,7 @@ def _register(op: Op, namespace: str, suffix: str) -> None:
     n = len(op.args)
     backward = suffix == "_backward"
     cost = op.backward_flops if backward else op.flops
+    assert cost is not None
 
     def count(*inputs, out_val=None, **kwargs) -> int:
         inputs = inputs[:-1] if backward else inputs  # without the list of wanted gradients
@@ -47,6 +48,7 @@ class _Late(importlib.abc.MetaPathFinder):
             return None
         sys.meta_path.remove(self)
         found = importlib.util.find_spec(name)
+        assert found is not None and found.loader is not None
         execute = found.loader.exec_module
 
         def exec_module(module):
@@ -54,7 +56,7 @@ class _Late(importlib.abc.MetaPathFinder):
             for operator in _operators:
                 _register(*operator)
 
-        found.loader.exec_module = exec_module
+        found.loader.exec_module = exec_module  # type: ignore[method-assign]
         return found
 
 

@@ -87,8 +87,9 @@ def _matrix() -> dict[str, dict[str, dict[str, str | None]]]:
             device = backend.devices[0]
             matrix[op.name][backend.name] = {d: backend.gap(op.name, device, direction=d) for d in backends.DIRECTIONS}
         if op.inplace:
-            matrix[f"{op.name}_"] = {"reference": {"forward": None}} | {
-                b.name: {"forward": b.gap(f"{op.name}_", b.devices[0])} for b in backends.BACKENDS
+            matrix[f"{op.name}_"] = {
+                "reference": {"forward": None},
+                **{b.name: {"forward": b.gap(f"{op.name}_", b.devices[0])} for b in backends.BACKENDS},
             }
     return matrix
 

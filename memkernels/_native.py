@@ -72,7 +72,7 @@ def processor() -> dict[str, Any]:
 def host():
     """The torch-free module ``memkernels._host``: processor features, cache sizes and measured ceilings."""
     try:
-        from . import _host
+        from . import _host  # type: ignore[attr-defined]
     except ImportError as error:
         version = ".".join(map(str, sys.version_info[:2]))
         raise ImportError(f"memkernels._host is not built for Python {version}: make dev builds it") from error

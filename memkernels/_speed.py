@@ -73,8 +73,8 @@ def cases(tokens: int = 1024, slots: int = 2048, many: int = 65536) -> list[Case
     def backward(read: Callable[..., Tensor], **options) -> tuple[Tensor, ...]:
         return torch.autograd.grad(read(*trained, **options), trained, write)
 
-    def sdpa(*inputs: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(*(x[None, None] for x in inputs))[0, 0]
+    def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q[None, None], k[None, None], v[None, None])[0, 0]
 
     def scores() -> Tensor:
         return query @ keys.mT * w**-0.5

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-_BelowAutograd = getattr(torch._C, "_AutoDispatchBelowAutograd", None)
-_functorch_active = getattr(torch._C, "_are_functorch_transforms_active", None)
-_any_autocast = getattr(torch._C, "_is_any_autocast_enabled", None)
-_has_kernel = getattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", None)
+_BelowAutograd: Any = getattr(torch._C, "_AutoDispatchBelowAutograd", None)
+_functorch_active: Any = getattr(torch._C, "_are_functorch_transforms_active", None)
+_any_autocast: Any = getattr(torch._C, "_is_any_autocast_enabled", None)
+_has_kernel: Any = getattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", None)
 
 # Without these probes a call goes through the autograd layer of torch.library: slower, and an error under a transform.
 HAS_PROBES = None not in (_BelowAutograd, _functorch_active) and hasattr(forward_ad, "_current_level")
@@ -27,7 +27,7 @@ def constant(function: Callable[..., Any]) -> Callable[..., Any]:
 
     As torch.compiler.assume_constant_result does, which would import the compiler here.
     """
-    function._dynamo_marked_constant = True
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
 

@@ -23,10 +23,11 @@ def _beside() -> None:
         return
     within = [str(folder)]
     found = importlib.util.spec_from_file_location(name, folder / "__init__.py", submodule_search_locations=within)
+    assert found is not None and found.loader is not None
     found.loader = importlib.util.LazyLoader(found.loader)
     package = sys.modules[name] = importlib.util.module_from_spec(found)
     found.loader.exec_module(package)
-    sys.modules[__package__].triton_kernels = package  # as an import does
+    vars(sys.modules[__package__])["triton_kernels"] = package  # as an import does
 
 
 _beside()

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -120,7 +121,7 @@ class _Block:
     __slots__ = ("name", "frame", "in_generator")
 
     def __init__(self, name: str):
-        frame = sys._getframe(1)
+        frame: Any = sys._getframe(1)
         while _is_driver(frame) or (_is_generator(frame) and _is_driver(frame.f_back)):
             frame = frame.f_back
         self.name, self.frame, self.in_generator = name, id(frame), _is_generator(frame)
@@ -185,7 +186,7 @@ def requested() -> str:
 
 def _nearest(blocks: tuple[_Block, ...]) -> str:
     """The block of the innermost frame that has one. A suspended generator is no such frame."""
-    frame = sys._getframe(2)
+    frame: Any = sys._getframe(2)
     while frame is not None:
         for block in reversed(blocks):
             if block.frame == id(frame):

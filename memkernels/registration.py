@@ -160,7 +160,7 @@ def autocast(op: Op, tensors: list[Tensor | None]) -> list[Tensor | None]:
     wanted = {"lead": dtype, "same": dtype, "content": content, "stats": exact, "scale": exact, "mask": exact}
     result = []
     for arg, tensor in zip(op.args, tensors):
-        if arg.name in floats:
+        if tensor is not None and arg.name in floats:
             own = dtype if arg.name in cast and arg.dtype != "slots" else wanted.get(arg.dtype)
             if arg.dtype == "slots" and floats[arg.name] not in (dtype, exact):
                 own = dtype
@@ -246,7 +246,7 @@ def _reference_inplace(op: Op) -> Callable[..., Any]:
 
     def run(*inputs):
         results = dict(zip((o.name for o in op.outputs), op.reference(*inputs)))
-        inputs[target].copy_(results.pop(op.inplace))
+        inputs[target].copy_(results.pop(op.args[target].name))
         rest = tuple(results.values())
         return rest if len(rest) != 1 else rest[0]
 
@@ -277,6 +277,7 @@ def call(op: Op, tensors: list[Tensor | None], params: tuple, backend: str | Non
 def _run(op: Op, tensors: list[Tensor | None], params: tuple, name: str, inplace: bool):
     if torch.compiler.is_compiling():
         return _plan(op, tensors, name, inplace)(*tensors, *params)
+    key: tuple | None
     try:
         key = (op.name, name, inplace, *[None if t is None else (t.shape, t.dtype, t.device) for t in tensors])
         plan = _plans.get(key)
@@ -289,5 +290,5 @@ def _run(op: Op, tensors: list[Tensor | None], params: tuple, name: str, inplace
         if key is not None:
             _plans[key] = plan
     if inplace:  # so that autograd notices when a tensor it saved was overwritten
-        torch.autograd.graph.increment_version(tensors[op.index(op.inplace)])
+        torch.autograd.graph.increment_version(tensors[op.index(op.inplace)])  # type: ignore[arg-type]
     return plan(*tensors, *params)

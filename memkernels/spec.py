@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -155,7 +156,7 @@ class Op:
     def differentiable(self) -> tuple[Arg, ...]:
         return tuple(a for a in self.args if a.is_float)
 
-    def index(self, name: str) -> int:
+    def index(self, name: str | None) -> int:
         return next(i for i, a in enumerate(self.args) if a.name == name)
 
 
@@ -179,7 +180,9 @@ class Layout:
         if out.dtype in ("lead", "stats", "index"):
             dtype = {"lead": self.dtype, "stats": stats_dtype(self.dtype), "index": torch.int64}[out.dtype]
         else:
-            dtype = tensors[op.index(out.dtype)].dtype
+            like = tensors[op.index(out.dtype)]
+            assert like is not None
+            dtype = like.dtype
         return (*lead, *sizes(out.axes, self.axes)), dtype
 
 
@@ -253,6 +256,7 @@ def _axes_text(arg: Arg, axes: dict[str, int]) -> str:
 
 
 def _check_dtype(op: Op, arg: Arg, tensor: Tensor, lead: Tensor, content: Tensor | None) -> None:
+    wanted: tuple[torch.dtype, ...]
     if arg.dtype == "bool":
         wanted = (torch.bool,)
     elif arg.dtype == "index":
@@ -276,14 +280,14 @@ def _check_dtype(op: Op, arg: Arg, tensor: Tensor, lead: Tensor, content: Tensor
         raise TypeError(f"{op.name}: {arg.name} must be {names}, got {_NAMES.get(tensor.dtype, tensor.dtype)}")
 
 
-def check(op: Op, tensors: Sequence[Tensor | None], params: Sequence[object] = ()) -> Layout:
+def check(op: Op, tensors: Sequence[Tensor | None], params: Sequence[Any] = ()) -> Layout:
     """Bind the axes of ``op`` to ``tensors`` or raise the one sentence that says what is wrong."""
     axes: dict[str, int] = {name: value for (name, kind), value in zip(op.params, params) if kind == "int"}
     leads: list[tuple[str, tuple[int, ...]]] = []
     memory: list[tuple[str, tuple[int, ...]]] = []
     leader, lead = next(((a, t) for a, t in zip(op.args, tensors) if a.dtype == "lead"), (None, None))
     lead = lead if isinstance(lead, Tensor) else None
-    if lead is not None:  # first, for the others are measured against it
+    if leader is not None and lead is not None:  # first, for the others are measured against it
         _check_dtype(op, leader, lead, lead, None)
     content = next((t for a, t in zip(op.args, tensors) if a.dtype == "content" and isinstance(t, Tensor)), None)
     masks: list[tuple[Arg, tuple[int, ...]]] = []
@@ -321,6 +325,7 @@ def check(op: Op, tensors: Sequence[Tensor | None], params: Sequence[object] = (
             leads.append((arg.name, shape[:split]))
         if arg.side == "memory":
             memory.append((arg.name, shape[:split]))
+    assert lead is not None
     whole = _broadcast(op, leads)
     _check_masks(op, masks, whole)
     own = _broadcast(op, memory) if memory else whole

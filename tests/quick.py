@@ -16,6 +16,7 @@ WHOLE = {
     "test_choice",
     "test_eager_paths",
     "test_errors",
+    "test_habits",
     "test_house",
     "test_laws",
     "test_nn",

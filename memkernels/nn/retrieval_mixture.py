@@ -61,8 +61,9 @@ class RetrievalMixture(nn.Module):
     def _search(self, query: Tensor, keys: Tensor, slot_mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Logarithms of the weights, and indices. A query that retrieves nothing has weights that only look like some:
         without them its gradients would be NaN."""
-        k, options = self.neighbours, {"scale": self.scale, "slot_mask": slot_mask, "backend": self.backend}
-        scores, indices = topk_search(query, keys, k, **options)
+        scores, indices = topk_search(
+            query, keys, self.neighbours, scale=self.scale, slot_mask=slot_mask, backend=self.backend
+        )
         return torch.log_softmax(scores.masked_fill(_nothing(indices).unsqueeze(-1), 0), dim=-1), indices
 
     def forward(

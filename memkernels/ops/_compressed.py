@@ -37,12 +37,13 @@ def compressed(op: Op, **scales: str) -> Op:
                 inputs[at] = inputs[at].to(exact) * inputs[scale].to(exact).unsqueeze(-1)
         return [*inputs[: len(op.args)], *inputs[len(args) :]]
 
+    selected = op.selected
     return replace(
         op,
         name=twin,
         args=tuple(args),
         reference=lambda *inputs: op.reference(*multiplied_out(inputs)),
-        selected=op.selected and (lambda *inputs: op.selected(*multiplied_out(inputs))),
+        selected=selected and (lambda *inputs: selected(*multiplied_out(inputs))),
         autocast=tuple(name for name in op.autocast if name not in scales),
         twin_of=op.name,
     )

@@ -7,6 +7,7 @@ numbers are none. A tensor that has a gradient stays a tensor, and its gradient 
 from __future__ import annotations
 
 import operator
+from typing import Any, SupportsFloat, TypeGuard
 
 import torch
 from torch import Tensor
@@ -59,17 +60,17 @@ def neighbours(op: str, k: int) -> int:
     return result
 
 
-def _index(k: object) -> int:
+def _index(k: Any) -> int:
     if isinstance(k, bool):
         raise TypeError
     if not isinstance(k, Tensor):
         return operator.index(k)
     if k.dim() or k.dtype.is_floating_point or k.dtype.is_complex or k.dtype == torch.bool:
         raise TypeError
-    return k.item()
+    return k.item()  # type: ignore[return-value]
 
 
-def _counts_as_number(value: object) -> bool:
+def _counts_as_number(value: object) -> TypeGuard[SupportsFloat]:
     if isinstance(value, Tensor):
         return _is_single(value)
     dtype = getattr(value, "dtype", None)
@@ -89,7 +90,7 @@ def _kind(value: object) -> str:
     return type(value).__name__
 
 
-def stays_tensor(x: object) -> bool:
+def stays_tensor(x: object) -> TypeGuard[Tensor]:
     """Is ``x`` a tensor whose number must not be looked at? That would wait for a device, or lose a gradient, a
     tangent, or what a trace or a transform of torch.func follows."""
     if not isinstance(x, Tensor):
@@ -127,7 +128,7 @@ def scaled(op: Op, tensors: list, scale: float | Tensor | None, name: str) -> tu
         return tensors, width**-0.5 if width else 1.0
     if not stays_tensor(scale):
         return tensors, number(name, "scale", scale, SCALE)
-    cast = autocast(op, tensors)
+    cast: list[Any] = autocast(op, tensors)
     layout = check(op, cast)
     factor = _factor(name, scale, cast[queries[0]], [*layout.lead, layout.axes["T"]]).unsqueeze(-1)
     if all(tensors[i].dtype not in SIXTEEN_BITS for i in queries):  # autocast rounds the product, not its factors

@@ -77,7 +77,7 @@ def check_in_place(op: str, tensors, values: Tensor, others: tuple[tuple[str, Te
     if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors):
         raise RuntimeError(f"{op}: writes in place and has no gradient; use {op[:-1]}, or torch.no_grad()")
     for name, other, tail in others:
-        if shaped(other, values):
+        if other is not None and shaped(other, values):
             lead, own = other.shape[: max(other.dim() - tail, 0)], values.shape[: max(values.dim() - 2, 0)]
             if len(lead) > len(own) or any(a not in (1, b) for a, b in zip(reversed(lead), reversed(own))):
                 raise ValueError(

@@ -155,8 +155,8 @@ def gated_write(
 
     Source: Graves et al. 2014, Neural Turing Machines; Zhang et al. 2024, Gated Slot Attention.
     """
-    args = _arguments("gated_write", values, keys, query, write, erase, scale, slot_mask, token_mask)
-    new, retained = call(OP, *args, backend)
+    tensors, params = _arguments("gated_write", values, keys, query, write, erase, scale, slot_mask, token_mask)
+    new, retained = call(OP, tensors, params, backend)
     return (new, retained) if return_retained else new
 
 

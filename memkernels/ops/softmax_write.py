@@ -153,8 +153,8 @@ def softmax_write(
 
     Source: Graves et al. 2014, Neural Turing Machines.
     """
-    args = _arguments("softmax_write", values, keys, query, write, erase, scale, slot_mask, token_mask)
-    new, retained = call(OP, *args, backend)
+    tensors, params = _arguments("softmax_write", values, keys, query, write, erase, scale, slot_mask, token_mask)
+    new, retained = call(OP, tensors, params, backend)
     return (new, retained) if return_retained else new
 
 

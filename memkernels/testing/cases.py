@@ -61,7 +61,7 @@ def _sizes(**sizes: int) -> Mapping[str, int]:
     return sizes
 
 
-def _every(n: int) -> Mapping[str, int]:
+def _every(n: int) -> dict[str, int]:
     return dict.fromkeys(SIZES, n)
 
 

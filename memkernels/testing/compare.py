@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,11 +83,11 @@ def small_ones(got: Tensor, wanted: Tensor, positive: bool, call: torch.dtype, n
         if bool((error > limit).any()):
             limit = limit + 2 * _finite(plain().double() - wanted).amax()
     at = (error - limit).argmax()
-    error, size, limit = (float(x.reshape(-1)[at]) for x in (error, size, limit))
-    if error <= limit:
+    found, whole, most = (float(x.reshape(-1)[at]) for x in (error, size, limit))
+    if found <= most:
         return ""
     what = "a number of" if positive else "a row of at most"
-    return f"{what} {size:.1e} is off by {error:.1e}, at most {limit:.1e}"
+    return f"{what} {whole:.1e} is off by {found:.1e}, at most {most:.1e}"
 
 
 def _finite(x: Tensor) -> Tensor:
@@ -115,7 +116,8 @@ def wrong_choice(op: Op, tensors: Sequence[Tensor | None], params: Sequence, ind
     Slots whose scores differ by less than float32 rounding may be ranked either way, unless ``exact``: then arithmetic
     is exact and the indices must be those of the reference, ties to the smaller one.
     """
-    named = {a.name: t for a, t in zip(op.args, tensors)} | dict(zip((name for name, _ in op.params), params))
+    named: dict[str, Any] = {a.name: t for a, t in zip(op.args, tensors)}
+    named |= {name: value for (name, _), value in zip(op.params, params)}
     if "subkeys" in named:
         s = product_scores(named["query"], named["subkeys"], named["scale"])
     else:

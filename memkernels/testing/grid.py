@@ -8,6 +8,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,16 +62,17 @@ class Row:
 def nan_in_new_memory() -> Iterator[None]:
     """New memory is NaN here (the largest integer for indices), so a number that a kernel forgets to write shows."""
     was, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
+    switch: Any = torch.utils.deterministic
+    fill = switch.fill_uninitialized_memory
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of operations that have no deterministic form: irrelevant here
         torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = True
+        switch.fill_uninitialized_memory = True
         try:
             yield
         finally:
             torch.use_deterministic_algorithms(was, warn_only=warn)
-            torch.utils.deterministic.fill_uninitialized_memory = fill
+            switch.fill_uninitialized_memory = fill
 
 
 def _cotangents(op: Op, inputs: Inputs, case: Case, outputs: list[Tensor]) -> dict[int, Tensor]:
@@ -100,7 +102,7 @@ class Run:
     def gradients(self) -> list[Tensor]:
         pairs = [(self._live[i], d.to(self._live[i].dtype)) for i, d in self._cotangents(self.outputs).items()]
         pairs = [(o, d) for o, d in pairs if o.requires_grad]
-        grads = [None] * len(self._leaves)
+        grads: Sequence[Tensor | None] = [None] * len(self._leaves)
         if pairs:
             results, cotangents = zip(*pairs)
             grads = torch.autograd.grad(results, self._leaves, cotangents, allow_unused=True)
@@ -138,15 +140,16 @@ class Subject:
 
     def wanted(self, indices: Tensor | None) -> Run:
         """The reference in float64, where the op chooses slots for the choice ``indices``."""
-        if self.op.selected is None:
+        selected = self.op.selected
+        if selected is None:
             return self._doubled
-        return self._run(lambda *inputs: self.op.selected(*inputs, indices), self.inputs.doubled())
+        return self._run(lambda *inputs: selected(*inputs, indices), self.inputs.doubled())
 
     def directions(self) -> list[str]:
         result = ["forward"] + (["backward"] if self.wanting else [])
         if self.op.inplace is not None:
             target = self.inputs.tensors[self.op.index(self.op.inplace)]
-            own = self.layout.memory == tuple(target.shape[:-2])
+            own = target is not None and self.layout.memory == tuple(target.shape[:-2])
             if own and self.case.layout != "expanded" and not self.case.wants and not self.case.cotangents:
                 result.append("in place")
         return result
@@ -189,8 +192,8 @@ class Subject:
                 got = shared["run"]
                 if direction == "backward":
                     got.gradients  # noqa: B018 (computed here, where new memory is NaN)
-        for i, (arg, bits) in enumerate(zip(op.args, before)):
-            if bits is not None and i != target and not torch.equal(bits, _bits(inputs.tensors[i])):
+        for i, (arg, bits, after) in enumerate(zip(op.args, before, inputs.tensors)):
+            if bits is not None and after is not None and i != target and not torch.equal(bits, _bits(after)):
                 return Verdict(math.nan, 0.0, f"{arg.name} was modified")
         for out, tensor in zip(op.outputs, got.outputs):
             shape, dtype = self.layout.shape(op, out, inputs.tensors)
@@ -212,7 +215,8 @@ class Subject:
         floats = [i for i in range(len(names)) if backward or _has_a_right_value(self.op.outputs[i])]
         ours = got.gradients if backward else got.outputs
         exact = wanted.gradients if backward else wanted.outputs
-        ours, exact, names = ([x[i] for i in floats] for x in (ours, exact, names))
+        ours, exact = ([x[i] for i in floats] for x in (ours, exact))
+        names = [names[i] for i in floats]
 
         def plain(i: int) -> Tensor:
             return self.plain.gradients[i] if backward else self.plain.outputs[floats[i]]

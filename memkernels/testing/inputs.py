@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -101,7 +102,7 @@ def _param(name: str, case: Case, axes: dict[str, int]):
 
 
 def _lse(op: Op, tensors: list[Tensor | None], params: dict) -> Tensor:
-    named = {a.name: t for a, t in zip(op.args, tensors)}
+    named: dict[str, Any] = {a.name: t for a, t in zip(op.args, tensors)}
     mask = named.get("slot_mask")
     mask = mask.double() if mask is not None and mask.is_floating_point() else mask
     _, lse, _ = softmax(scores(named["query"].double(), named["keys"].double(), mask, params["scale"]))
@@ -110,7 +111,7 @@ def _lse(op: Op, tensors: list[Tensor | None], params: dict) -> Tensor:
 
 def _poison(op: Op, case: Case, tensors: list[Tensor | None]) -> None:
     """What must never be looked at is NaN: rows of empty slots, tokens that write nothing, parts with lse -inf."""
-    named = {a.name: t for a, t in zip(op.args, tensors)}
+    named: dict[str, Any] = {a.name: t for a, t in zip(op.args, tensors)}
     mask, tokens, lses = named.get("slot_mask"), named.get("token_mask"), named.get("lses")
     if mask is not None and mask.shape[-1] and "empty" in case.give.get("slot_mask", ""):
         empty = ~mask if mask.dtype == torch.bool else torch.isneginf(mask)
