@@ -8,7 +8,7 @@ namespace {
 using Three = std::tuple<Tensor, Tensor, Tensor>;
 using Five = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-// Guards the inputs and fills everything of `p` but the results.
+// Checks the inputs and fills in `p`, except for the results.
 struct Inputs {
   Arguments args;
   const Tensor *query, *keys, *values, *vector, *mask;
@@ -53,7 +53,7 @@ Five backward(const Tensor& query, const Tensor& keys, const Tensor& values, con
   AdditiveRead& f = p.forward;
   Inputs in("additive_read_backward", query, keys, values, score_vector, slot_mask, f);
   in.args.require(wants.size() == 5, "wants must have 5 entries");
-  // Gradients that nobody has are zero.
+  // A missing gradient is zero.
   const Tensor zeros = d_read.has_value() ? *d_read : zeros_like(read);
   const Tensor* r = &in.args.add("read", read, Side::tokens, {f.T, f.V});
   const Tensor* dr = &in.args.add("d_read", zeros, Side::tokens, {f.T, f.V});

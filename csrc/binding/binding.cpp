@@ -41,7 +41,8 @@ int64_t size_at(const char* op, const char* name, const Tensor& t, int64_t d) {
 
 const Tensor& Arguments::add(const char* name, const Tensor& t, Side side, std::initializer_list<int64_t> tail) {
   check(t.defined(), op_, ": ", name, " must be given");
-  // Asked once: every look at a tensor is a call into torch, together they would be a tenth of a small op.
+  // Read once: every access to a tensor is a call into torch, and repeated ones would be a tenth of the time of a small
+  // op.
   const auto sizes = t.sizes();
   const int64_t rank = int64_t(sizes.size()), n = int64_t(tail.size());
   place_.enter(op_, name, t);
@@ -62,8 +63,8 @@ const Tensor& Arguments::add(const char* name, const Tensor& t, Side side, std::
   return item.tensor;
 }
 
-// Sizes and strides are what a tensor says of itself. Its storage may have been made smaller since
-// (untyped_storage().resize_).
+// Sizes and strides do not prove that the storage is large enough: untyped_storage().resize_() may have made it
+// smaller.
 void check_storage(const char* op, const char* name, const Tensor& t) {
   const auto sizes = t.sizes(), strides = t.strides();
   int64_t last = 0, end = 0, held = 0;
@@ -80,9 +81,10 @@ void check_storage(const char* op, const char* name, const Tensor& t) {
   check(!overflows && end <= held, op, ": ", name, " reaches beyond its storage of ", held, " bytes");
 }
 
-// Kernels count places, scratch memory and products of two or three sizes in int64.
+// Kernels compute numbers of batches, scratch sizes and products of two or three sizes in int64. Those must not
+// overflow.
 void Arguments::check_work() const {
-  constexpr int64_t kMost = int64_t(1) << 61, kLeast = 16;  // every size may be rounded up to a register
+  constexpr int64_t kMost = int64_t(1) << 61, kLeast = 16;  // a kernel may round any size up to a whole register
   auto product = [](std::initializer_list<int64_t> sizes) {
     int64_t all = 1;
     for (int64_t size : sizes) all = __builtin_mul_overflow(all, most(size, 1), &all) ? kMost + 1 : all;
@@ -99,7 +101,7 @@ void Arguments::check_work() const {
     int64_t& n = rows[item.side == Side::memory];
     n = most(n, item.own(0));
   }
-  // Weights [T, N] have no width.
+  // The last dimension of weights [T, N] is not a width.
   for (const Item& item : items_) {
     const int64_t last = item.own(item.tail - 1);
     if (item.tail > 1 && (item.side == Side::memory || last != rows[1])) width = most(width, last);
@@ -142,7 +144,7 @@ const Lead& Arguments::lead() {
   if (ready_) return lead_;
   ready_ = true;
   int64_t whole[kMaxLead];
-  for (int d = 0; d < kMaxLead; ++d) whole[d] = memory_[d] = 1;  // aligned at the end
+  for (int d = 0; d < kMaxLead; ++d) whole[d] = memory_[d] = 1;  // aligned at the last one
   for (const Item& item : items_) {
     const int rank = int(item.sizes.size()) - item.tail;
     lead_.rank = int(most(lead_.rank, rank));
@@ -185,8 +187,8 @@ View Arguments::view(const Tensor& t, int tail) const {
   const int rank = int(sizes.size()), lead = rank - tail;
   v.data = static_cast<char*>(t.data_ptr());
   static char none[64];
-  if (v.data == nullptr) v.data = none;  // an empty tensor is still an argument that was given
-  // The stride of a dimension of size 1 may be any number. A single row lies as one of many would.
+  if (v.data == nullptr) v.data = none;  // the data pointer of an empty tensor may be null, but the argument was given
+  // torch leaves the stride of a dimension of size 1 arbitrary. A single row gets the stride that several would have.
   if (tail > 0 && sizes[size_t(lead)] > 1) {
     v.row = strides[size_t(lead)] * item;
   } else if (tail > 0) {
@@ -218,7 +220,7 @@ void Gradient::zero() {
 }
 
 #ifdef MK_CUDA
-// The sum over the leading dimensions that `sizes` lacks or has at 1.
+// Sums `from` over the leading dimensions that `sizes` lacks or has with size 1.
 static void sum_into(const Tensor& from, int, const Sizes& sizes, Tensor& to) {
   const int64_t extra = from.dim() - int64_t(sizes.size());
   Sizes over;
@@ -234,8 +236,8 @@ static void sum_into(const Tensor& from, int, const Sizes& sizes, Tensor& to) {
 #else
 namespace {
 
-// to[own place] = sum of from[place], in order, over the places that differ where `to` has size 1; both have `tail` last dimensions
-// that are alike. torch's sum may cut a sum by threads, and then its bits depend on how many there are.
+// to[j] = sum of from[i], in order of i, over the leading dimensions in which `to` has size 1. The last `tail`
+// dimensions of both are equal. torch's sum may split the work by threads, so its bits would depend on their number.
 template <class F>
 void sum_places(const Tensor& from, int tail, Tensor& to) {
   const int lead = int(from.dim()) - tail, missing = int(from.dim() - to.dim());

@@ -9,7 +9,7 @@ using Optional = std::optional<Tensor>;
 using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 using Six = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-// Guards the inputs and fills everything of `m` but the results.
+// Checks the inputs and fills in `m`, except for the results.
 struct Inputs {
   Arguments args;
   const Tensor *values, *keys, *read_query, *write_query, *write, *mask, *token_mask;
@@ -88,7 +88,7 @@ Six backward(const Tensor& values, const Tensor& keys, const Tensor& read_query,
   if (p.lead.batches() * p.N == 0) {
     for (Gradient* g : {&dv, &dk, &drq, &dwq, &dw, &dm}) g->zero();
   } else {
-    if (p.lead.folded() * p.T == 0) {  // no token: d_values passes through, the others are what is added to them
+    if (p.lead.folded() * p.T == 0) {  // no tokens: d_values is d_out, the gradients of keys and mask are zero
       for (Gradient* g : {&dk, &dm}) g->zero();
     }
     MK_CALL(memory_scan_backward, b);

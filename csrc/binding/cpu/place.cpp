@@ -9,13 +9,14 @@
 
 namespace mk {
 
-// Pages of a fresh result are made when they are first written, 4 KiB at a time (what that costs: bench/results/ladder.json).
+// The system creates pages of a fresh result at the first write, 4 KiB at a time. bench/results/ladder.json has the
+// cost.
 void want_huge_pages([[maybe_unused]] char* data, [[maybe_unused]] size_t bytes) {
 #if defined(__linux__)
   constexpr size_t kLarge = size_t(4) << 20;
   if (bytes < kLarge) return;
   const size_t page = size_t(sysconf(_SC_PAGESIZE)), gap = (page - reinterpret_cast<size_t>(data) % page) % page;
-  madvise(data + gap, (bytes - gap) / page * page, MADV_HUGEPAGE);  // a wish: refused, nothing changes
+  madvise(data + gap, (bytes - gap) / page * page, MADV_HUGEPAGE);  // advice: if refused, nothing changes
 #endif
 }
 
