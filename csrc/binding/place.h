@@ -24,7 +24,7 @@ using Sizes = std::vector<int64_t>;
 
 // Advises the system to use huge pages of 2 MiB, where it leaves that to the program (transparent_hugepage: madvise).
 // Does nothing for small allocations.
-void want_huge_pages(char* data, size_t bytes);
+void advise_huge_pages(char* data, size_t bytes);
 
 // Bytes of a tensor of these sizes; kTooManyBytes if they overflow.
 inline size_t bytes_of(const Sizes& sizes, ScalarType dtype) {
@@ -52,7 +52,7 @@ Tensor empty(const Sizes& sizes, ScalarType dtype, bool whole = true);
 // The same, in float32 or float64, for what only the backward pass will read. On the CPU this avoids torch's
 // dispatcher, which takes a tenth of the time of a small call. So torch's option to fill new memory with NaN has no
 // effect here; tests see unwritten numbers through the gradients.
-Tensor aid(const Sizes& sizes, ScalarType dtype);
+Tensor empty_saved(const Sizes& sizes, ScalarType dtype);
 
 // Makes the device of the first tensor of a call current until the call ends.
 class Place {

@@ -84,7 +84,7 @@ void forward(const CacheLogprobs& c) {
     const LogSumExp<F> end = row_lse<F>(logits.row(t), logits.dtype, p.W, buffer);
     put_end(end, TokenRows(p.lse, p.lead, batch, p.T), TokenRows(p.lse_rest, p.lead, batch, p.T), t);
     const F left = cache.mix == 1 ? -kInf<F> : std::log1p(-cache.mix);
-    put_past(goes_past(out, p), [&](auto put) {
+    with_stores(is_non_temporal(out, p), [&](auto put) {
       each_block<F>(logits.row(t), logits.dtype, p.W, buffer, [&](int64_t first, const F* z, int64_t count) {
         int64_t j = 0;
         for (; j + W <= count; j += W) put(out + first + j, ((load<F>(z + j) - end.lse) - end.rest) + left);
@@ -131,7 +131,7 @@ void backward(const CacheLogprobsBackward& b) {
     }
     if (b.d.logits) {
       F* out = reinterpret_cast<F*>(TokenRows(b.d.logits, p.lead, batch, p.T).row(t));
-      put_past(goes_past(out, p), [&](auto put) {
+      with_stores(is_non_temporal(out, p), [&](auto put) {
         each_block<F>(logits.row(t), logits.dtype, p.W, buffer, [&](int64_t first, const F* z, int64_t count) {
           for (int64_t j = 0; j < count; j += W) {
             const bool full = j + W <= count;

@@ -81,11 +81,11 @@ void backward(const CacheNllBackward& b) {
         std::memset(out, 0, size_t(p.W) * sizeof(F));
       } else {
         const TokenRows logits(p.logits, p.lead, batch, p.T);
-        put_past(goes_past(out, p), [&](auto put) {
+        with_stores(is_non_temporal(out, p), [&](auto put) {
           each_block<F>(logits.row(t), logits.dtype, p.W, buffer, [&](int64_t first, const F* z, int64_t count) {
             int64_t j = 0;
             for (; j + W <= count; j += W) {
-              ask_for_next_page(z + j, W);
+              prefetch_next_page(z + j, W);
               put(out + first + j, -share * weight<F>(load<F>(z + j), lse, rest));
             }
             for (; j < count; ++j) out[first + j] = -share * std::exp(end.log_share(z[j]));

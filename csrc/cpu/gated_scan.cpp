@@ -51,8 +51,8 @@ struct Strip {
   }
   explicit operator bool() const { return base != nullptr; }
   // Do results of so many numbers in this strip take non-temporal stores?
-  bool goes_past(int64_t numbers) const {
-    return base != nullptr && dtype == kOwn<F> && MK_ISA::goes_past(base, stride, numbers * int64_t(sizeof(F)));
+  bool is_non_temporal(int64_t numbers) const {
+    return base != nullptr && dtype == kOwn<F> && MK_ISA::is_non_temporal(base, stride, numbers * int64_t(sizeof(F)));
   }
   char* at(int64_t t) const { return base + t * stride; }
   const F* row(int64_t t, int64_t n, F* buffer) const { return row_as<F>(at(t), dtype, n, buffer); }
@@ -126,7 +126,7 @@ struct Forward {
     }
   }
   void write(int64_t t0, int64_t t1, F* h) const {
-    put_past(states.goes_past(numbers(p)), [&](auto put) {
+    with_stores(states.is_non_temporal(numbers(p)), [&](auto put) {
       for (int64_t t = t0; t < t1; ++t) {
         const F *f = forget.row(t, n, f_buffer), *u = update.row(t, n, u_buffer);
         F* out = states.open(t, u_buffer);
@@ -174,8 +174,8 @@ struct Backward {
     }
   }
   void write(int64_t t0, int64_t t1, F* h) const {
-    const bool past = d_forget.goes_past(numbers(p)) && d_update.goes_past(numbers(p));
-    put_past(past, [&](auto put) {
+    const bool non_temporal = d_forget.is_non_temporal(numbers(p)) && d_update.is_non_temporal(numbers(p));
+    with_stores(non_temporal, [&](auto put) {
       for (int64_t t = t1; t-- > t0;) {
         const F *f = forget.row(t, n, f_buffer), *d = d_states.row(t, n, d_buffer);
         const F* old = d_forget && t > 0 ? states.row(t - 1, n, h_buffer) : before;

@@ -151,16 +151,16 @@ void columns(const SoftmaxRead& p, const Slots<F>& slots, const TokenRows& query
       const auto value = [&](int64_t j) { return slots.stored_values().row(i + block.place(j)); };
       if (pairs) pair_rows(block.n, p.V, p.V, buffers.values, value);
     }
-    typename Slots<F>::Ahead next(slots, least(i + kSlotBlock, hi), least(i + 2 * kSlotBlock, hi));
-    const auto ask = [&] { next.ask(lines); };
+    typename Slots<F>::Prefetch values(slots, least(i + kSlotBlock, hi), least(i + 2 * kSlotBlock, hi));
+    const auto prefetch = [&] { values.next(lines); };
     for (int64_t x = 0; x < lanes; x += panel) {
       const int64_t L = least(panel, lanes - x);
       F *acc = out.acc + x * p.V, *m = out.m + x, *l = out.l + x;
-      scores.scores(block, q + x * p.K, L, S, {x == 0 ? 2 * kGroup : 0}, ask);
+      scores.scores(block, q + x * p.K, L, S, {x == 0 ? 2 * kGroup : 0}, prefetch);
       if constexpr (kHasPairs<F>) {
         if (pairs) {
           exponentials<F, Of::pairs>(S, block.n, L, m, l, acc, p.V);
-          for (int64_t v = 0; v < p.V; v += kGroup, ask()) {
+          for (int64_t v = 0; v < p.V; v += kGroup, prefetch()) {
             gemm_pairs(
                 {least(kGroup, p.V - v), L, div_up(block.n, 2), buffers.values + v, 1, p.V, S, L, acc + v * L, L, true},
                 1);
@@ -169,7 +169,7 @@ void columns(const SoftmaxRead& p, const Slots<F>& slots, const TokenRows& query
         }
       }
       exponentials<F, Of::numbers>(S, block.n, L, m, l, acc, p.V);
-      for (int64_t v = 0; v < p.V; v += kGroup, ask()) {
+      for (int64_t v = 0; v < p.V; v += kGroup, prefetch()) {
         gemm(Gemm<F>{least(kGroup, p.V - v), L, block.n, block.values + v, 1, block.vs, S, L, acc + v * L, L, true});
       }
     }

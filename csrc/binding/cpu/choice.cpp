@@ -34,7 +34,7 @@ bool zero_pages(char* data, size_t bytes, size_t rows, size_t row_bytes) {
   // threads, dense gradient of sparse_read, 2^20 rows of 1 KiB of which 131072 are chosen: 184 -> 96 ms, including the
   // time to free it.
   constexpr size_t kAtOnce = 4;
-  if (kAtOnce * rows * (row_bytes / page + 1) >= length / page) want_huge_pages(begin, length);
+  if (kAtOnce * rows * (row_bytes / page + 1) >= length / page) advise_huge_pages(begin, length);
   std::memset(data, 0, size_t(begin - data));
   std::memset(begin + length, 0, size_t(data + bytes - (begin + length)));
   return true;

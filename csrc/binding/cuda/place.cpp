@@ -29,7 +29,7 @@ Tensor empty(const Sizes& sizes, ScalarType dtype, bool) {
 #endif
 }
 
-Tensor aid(const Sizes& sizes, ScalarType dtype) { return empty(sizes, dtype); }
+Tensor empty_saved(const Sizes& sizes, ScalarType dtype) { return empty(sizes, dtype); }
 
 void Place::enter(const char* op, const char* name, const Tensor& t) {
 #ifdef MK_SIMT

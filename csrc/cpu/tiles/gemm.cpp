@@ -62,7 +62,7 @@ MK_INLINE void multiply_add(Vec<F>& acc, Vec<F> a, Vec<F> b) {
     acc += a * b;
 }
 
-template <Of E, class F, int R, int NV, Order O, int U, bool kAsk = false>
+template <Of E, class F, int R, int NV, Order O, int U, bool kPrefetch = false>
 MK_INLINE void steps(Vec<F> (&acc)[R][NV], Left<F, R, O>& a, int64_t stride, const F*& b, int64_t ldb, int64_t ahead = 0) {
   constexpr int W = kLanes<F>;
 #pragma GCC unroll 4
@@ -70,7 +70,7 @@ MK_INLINE void steps(Vec<F> (&acc)[R][NV], Left<F, R, O>& a, int64_t stride, con
     Vec<F> bv[NV];
 #pragma GCC unroll 8
     for (int j = 0; j < NV; ++j) {
-      if (kAsk && j * MK_BYTES % 64 == 0) __builtin_prefetch(b + j * W + ahead, 0, 2);
+      if (kPrefetch && j * MK_BYTES % 64 == 0) __builtin_prefetch(b + j * W + ahead, 0, 2);
       bv[j] = load<F>(b + j * W);
     }
 #pragma GCC unroll 16

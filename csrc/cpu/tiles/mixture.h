@@ -22,15 +22,15 @@ inline void each_block(const char* row, DType dtype, int64_t n, F* buffer, Body&
 
 // Does a row of a result over all words take non-temporal stores?
 template <class F>
-inline bool goes_past(const F* row, const CacheMix& p) {
+inline bool is_non_temporal(const F* row, const CacheMix& p) {
   const int64_t bytes = p.W * int64_t(sizeof(F));
-  return goes_past(row, 0, p.lead.batches() * p.lead.folded() * p.T * bytes);
+  return is_non_temporal(row, 0, p.lead.batches() * p.lead.folded() * p.T * bytes);
 }
 
 // Prefetches n numbers one page further on, since hardware prefetch stops at the end of a page. Without it, reading the
 // logits of cache_nll (T=256 W=32000, one core) takes 1.5 times as long.
 template <class F>
-MK_INLINE void ask_for_next_page(const F* x, int n) {
+MK_INLINE void prefetch_next_page(const F* x, int n) {
   for (int i = 0; i < n; i += 64 / int(sizeof(F))) __builtin_prefetch(reinterpret_cast<const char*>(x + i) + 4096);
 }
 
@@ -71,7 +71,7 @@ inline LogSumExp<F> row_lse(const char* row, DType dtype, int64_t n, F* buffer) 
   each_block<F>(row, dtype, n, buffer, [&](int64_t, const F* x, int64_t count) {
     int64_t j = 0;
     for (; j + 4 * W <= count; j += 4 * W) {
-      ask_for_next_page(x + j, 4 * W);
+      prefetch_next_page(x + j, 4 * W);
       const Vec<F> a = load<F>(x + j), b = load<F>(x + j + W), c = load<F>(x + j + 2 * W), d = load<F>(x + j + 3 * W);
       sums.meet(max<F>(max<F>(a, b), max<F>(c, d)));
       sums.l += (sums.term(a) + sums.term(b)) + (sums.term(c) + sums.term(d));

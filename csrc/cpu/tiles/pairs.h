@@ -76,7 +76,7 @@ struct ColumnScores {
 
   // As score_columns(). Queries of pairs are not scaled; the product applies the factor.
   template <class Between = Nothing>
-  void scores(const SlotBlock<F>& block, const F* q, int64_t L, F* S, RowsAhead next, Between&& between = {}) const {
+  void scores(const SlotBlock<F>& block, const F* q, int64_t L, F* S, PrefetchRows next, Between&& between = {}) const {
     if constexpr (kHasPairs<F>) {
       if (pairs) {
         for_groups(block.n, next, between, [&](int64_t r, int64_t count, int64_t ahead) {

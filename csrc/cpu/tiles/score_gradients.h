@@ -127,7 +127,7 @@ inline void scatter_rows(const View& view, const Lead& lead, int64_t batch, bool
     }
     return;
   }
-  put_past(goes_past(base, view.row, bytes), [&](auto put) {
+  with_stores(is_non_temporal(base, view.row, bytes), [&](auto put) {
     for (int64_t j = 0; j < block.n; ++j) {
       F* out = row(j);
       const F* in = rows + j * ld;

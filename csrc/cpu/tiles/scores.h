@@ -57,14 +57,14 @@ constexpr int64_t kGroup = 12;  // rows of a product between two runs of `betwee
 
 // Prefetch distance in rows. Rows whose distance ends beyond the block prefetch from row `then` on, counted from the
 // first row of the block; with 0, from the rows directly after the block.
-struct RowsAhead {
+struct PrefetchRows {
   int64_t rows = 0, then = 0;
 };
 
 // Calls body(r, count, ahead) for the rows of a block: in groups if `between` does something, else in as few calls as
 // possible.
 template <class Between, class Body>
-MK_INLINE void for_groups(int64_t n, RowsAhead next, Between&& between, Body&& body) {
+MK_INLINE void for_groups(int64_t n, PrefetchRows next, Between&& between, Body&& body) {
   const int64_t group = std::is_same_v<std::decay_t<Between>, Nothing> ? n : kGroup;
   const int64_t tail = next.then == 0 ? n : most(0, n - next.rows);
   for (int64_t r = 0, count; r < n; r += count, between()) {
@@ -77,7 +77,7 @@ MK_INLINE void for_groups(int64_t n, RowsAhead next, Between&& between, Body&& b
 // needed next. `next`: what the product itself prefetches of the keys.
 template <class F, class Between = Nothing>
 inline void score_columns(const SlotBlock<F>& block, int64_t K, const F* q, int64_t L, F* S, Between&& between = {},
-                          RowsAhead next = {}) {
+                          PrefetchRows next = {}) {
   for_groups(block.n, next, between, [&](int64_t r, int64_t count, int64_t ahead) {
     gemm(Gemm<F>{count, L, K, block.keys + r * block.ks, block.ks, 1, q, L, S + r * L, L, false, ahead * block.ks});
   });
@@ -92,7 +92,7 @@ inline void score_columns(const SlotBlock<F>& block, int64_t K, const F* q, int6
 // the same memory, 0.98x to 1.15x in a process of its own; four and eight tokens 1.4x.
 constexpr int kBlocked = 4;
 
-template <class F, int TT, bool kAsk>
+template <class F, int TT, bool kPrefetch>
 MK_INLINE void dot_group(const F* rows, int64_t stride, int64_t padded, const F* x, int64_t ahead, F* out, int64_t ld) {
   constexpr int W = kLanes<F>, R = W / TT, kLine = 64 / int(sizeof(F));
   Vec<F> acc[W];
@@ -104,7 +104,7 @@ MK_INLINE void dot_group(const F* rows, int64_t stride, int64_t padded, const F*
       const F* p = rows + i * stride;
 #pragma GCC unroll 1
       for (int64_t c = 0; c < padded; c += W) {
-        if (kAsk && c % kLine == 0) __builtin_prefetch(p + c + ahead, 0, 2);
+        if (kPrefetch && c % kLine == 0) __builtin_prefetch(p + c + ahead, 0, 2);
         const Vec<F> row = load<F>(p + c);
 #pragma GCC unroll 2
         for (int t = 0; t < TT; ++t) acc[t * R + i] += row * load<F>(x + t * padded + c);
@@ -118,7 +118,7 @@ MK_INLINE void dot_group(const F* rows, int64_t stride, int64_t padded, const F*
 #pragma GCC unroll 16
       for (int i = 0; i < R; ++i) {
         const F* p = rows + i * stride + c;
-        if (kAsk && c % kLine == 0) __builtin_prefetch(p + ahead, 0, 2);
+        if (kPrefetch && c % kLine == 0) __builtin_prefetch(p + ahead, 0, 2);
         const Vec<F> row = load<F>(p);
 #pragma GCC unroll 4
         for (int t = 0; t < TT; ++t) acc[t * R + i] += row * y[t];

@@ -56,14 +56,14 @@ class Slots {
 
   // Prefetches the values of slots [first, end), some cache lines at a time. Hardware prefetch follows only a few
   // streams; a block has a hundred rows, read half a dozen at a time.
-  class Ahead {
+  class Prefetch {
    public:
-    Ahead(const Slots& s, int64_t first, int64_t end)
+    Prefetch(const Slots& s, int64_t first, int64_t end)
         : row_(s.values_.base + first * s.values_.stride),
           bytes_(s.values_.base == nullptr ? 0 : s.V_ * size_of(s.values_.dtype)),
           stride_(s.values_.stride),
           left_(end - first) {}
-    MK_INLINE void ask(int64_t lines) {
+    MK_INLINE void next(int64_t lines) {
       for (; lines > 0 && left_ > 0; row_ += stride_, at_ = 0, --left_) {
         for (; at_ < bytes_ && lines > 0; at_ += 64, --lines) __builtin_prefetch(row_ + at_, 0, 2);
         if (at_ < bytes_) return;
@@ -138,7 +138,7 @@ class Slots {
     if (s.dtype == kOwn<F> && block.which == nullptr && whole && s.stride % item == 0) {
       out = reinterpret_cast<const F*>(s.base + first * s.stride);
       stride = s.stride / item;
-      ahead = far_ ? div_up(kBytesAhead, most(width, 1) * item) * stride : 0;
+      ahead = far_ ? div_up(kPrefetchBytes, most(width, 1) * item) * stride : 0;
       return;
     }
     stride = padded(width);

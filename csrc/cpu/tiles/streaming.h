@@ -8,15 +8,15 @@
 namespace mk::MK_ISA {
 
 constexpr int64_t kFarBytes = int64_t(32) << 20;  // memory of this size or more is not found in a cache
-constexpr int64_t kPastBytes = int64_t(16) << 20;  // for results of this size or more: the inputs take cache, too
+constexpr int64_t kNonTemporalBytes = int64_t(16) << 20;  // for results of this size or more: the inputs take cache, too
 
 // Prefetch distance in bytes for rows that come from memory, since hardware prefetch stops at the end of a page.
-constexpr int64_t kBytesAhead = 6144;
+constexpr int64_t kPrefetchBytes = 6144;
 
 // Does a result of so many bytes, in rows `stride` bytes apart, take non-temporal stores? They need whole aligned
 // registers.
-inline bool goes_past(const void* first, int64_t stride, int64_t bytes) {
-  return bytes >= kPastBytes && (reinterpret_cast<uintptr_t>(first) | uintptr_t(stride)) % MK_BYTES == 0;
+inline bool is_non_temporal(const void* first, int64_t stride, int64_t bytes) {
+  return bytes >= kNonTemporalBytes && (reinterpret_cast<uintptr_t>(first) | uintptr_t(stride)) % MK_BYTES == 0;
 }
 
 struct Store {
@@ -27,7 +27,7 @@ struct Store {
 };
 
 // Non-temporal store; p is aligned to a register.
-struct Stream {
+struct NonTemporalStore {
   MK_INLINE void operator()(float* p, Vec<float> v) const {
 #if defined(__AVX512F__)
     _mm512_stream_ps(p, (__m512)v);
@@ -54,9 +54,9 @@ struct Stream {
 
 // Calls body(put), where put(p, v) stores a register. Non-temporal stores are complete before this thread continues.
 template <class Body>
-MK_INLINE void put_past(bool past, Body&& body) {
-  if (!past) return body(Store{});
-  body(Stream{});
+MK_INLINE void with_stores(bool non_temporal, Body&& body) {
+  if (!non_temporal) return body(Store{});
+  body(NonTemporalStore{});
 #if defined(__x86_64__)
   _mm_sfence();
 #endif
