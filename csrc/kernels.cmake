@@ -8,7 +8,8 @@ set(ISA_baseline $<$<CONFIG:Release>:-O1>)
 set(ISAS baseline)
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
   list(APPEND ISAS avx2 avx512)
-  set(ISA_avx2 -march=haswell $<$<CONFIG:Release>:-O2> $<$<CONFIG:Release>:-fpeel-loops> $<$<CONFIG:Release>:-ftree-vectorize>)
+  set(ISA_avx2 -march=haswell
+      $<$<CONFIG:Release>:-O2> $<$<CONFIG:Release>:-fpeel-loops> $<$<CONFIG:Release>:-ftree-vectorize>)
   set(ISA_avx512 -march=skylake-avx512 -mprefer-vector-width=512)
 endif()
 foreach(isa ${ISAS})
@@ -20,7 +21,7 @@ foreach(isa ${ISAS})
   target_compile_definitions(kernels_${isa} PRIVATE MK_ISA=${isa} ${ISA_DEFINITIONS})
   # NaN and infinity are part of the contract, so no -ffast-math. Contraction to fused multiply-adds is allowed.
   target_compile_options(kernels_${isa} PRIVATE ${ISA_${isa}} -ffp-contract=fast -fno-math-errno -fno-trapping-math
-    # the last two: false alarms from GCC's own intrinsics
+    # The last two: false alarms from GCC's own intrinsics.
     -Wall -Wextra -Wno-psabi -Wno-maybe-uninitialized -Wno-uninitialized)
   # Headers that every kernel includes, with intrinsics and the standard library: parsing them is a third of the compile
   # time.

@@ -18,7 +18,7 @@ namespace mk::MK_ISA {
 namespace {
 
 constexpr int64_t kTile = 32;         // tokens
-constexpr int64_t kTasks = 64;  // ranges of slots are split until there are this many tasks
+constexpr int64_t kTasks = 64;        // ranges of slots are split until there are this many tasks
 constexpr int64_t kLeastSlots = 384;  // but no range is smaller than this
 
 template <class F>

@@ -1,5 +1,5 @@
 // address:   w[t, i] = exp(s[t, i] - lse_t)  or  sigmoid(s[t, i])
-// backward:  softmax: dS = w (dW - sum_j w_j dW_j);  sigmoid: dS = dW w (1 - w);  then dq, dK, dmask as for softmax_read
+// backward:  dS = w (dW - sum_j w_j dW_j) for softmax, dW w (1 - w) for sigmoid; dq, dK, dmask as for softmax_read
 //
 // The result has T x N numbers, each written once. The softmax takes lse from softmax_read and computes the scores
 // again, which is cheaper than storing them twice and keeps full precision for 16-bit results. The tasks are (tile of

@@ -16,7 +16,7 @@
 namespace mk::MK_ISA {
 namespace {
 
-constexpr int64_t kStrips = 8;  // strips are split until there are this many, enough for most processors
+constexpr int64_t kStrips = 8;         // strips are split until there are this many, enough for most processors
 constexpr int64_t kStripBytes = 4096;  // of a row: one page, which fits L1 with its state
 constexpr int64_t kLeastBytes = 256;
 constexpr int64_t kPartTokens = 512;

@@ -225,7 +225,7 @@ class Batch {
     KeyLanes<F> lanes(arena, p_.K);
     Opened<F> own(arena);
     F* D = arena.take<F>(kChunkTokens * kSlotTile<F>);  // c, then dS
-    F* U = arena.take<F>(p_.V * kSlotTile<F>);  // U with slots as lanes
+    F* U = arena.take<F>(p_.V * kSlotTile<F>);          // U with slots as lanes
     F* dk = arena.take<F>(p_.K * kSlotTile<F>);
     F* rows = arena.take<F>(s_.KP * kSlotTile<F>);
     F* dm = arena.take<F>(kSlotTile<F>);

@@ -18,7 +18,7 @@
 namespace mk::MK_ISA {
 namespace {
 
-constexpr int64_t kFewBatches = 4;  // with fewer batches, slots are split into ranges
+constexpr int64_t kFewBatches = 4;               // with fewer batches, slots are split into ranges
 constexpr int64_t kLeastRange = 4 * kScanSlots;  // every range packs the queries for itself
 
 template <class F>

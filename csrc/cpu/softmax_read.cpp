@@ -28,7 +28,7 @@
 namespace mk::MK_ISA {
 namespace {
 
-constexpr int64_t kTasks = 64;  // ranges of slots are split until there are this many tasks
+constexpr int64_t kTasks = 64;         // ranges of slots are split until there are this many tasks
 constexpr int64_t kLeastSlots = 1024;  // but no range is smaller than this
 
 // Tokens are taken in panels of one tile of scores. A task takes up to so many panels if there are enough tasks: a

@@ -80,7 +80,7 @@ MK_KERNEL(kThreads) settle(MK_PARAM(Gradients) g, int64_t tiles) {
 #pragma unroll
     for (int n = 0; n < kAhead; ++n) {
       if (border + n >= g.borders) continue;
-      // skipped tokens left nothing (why: cpu/gated_write_backward.cpp)
+      // Skipped tokens left nothing (why: cpu/gated_write_backward.cpp).
       if (traced > 0 && border + n <= traced) share = 0;
       shares[(border + n) * p.N] = share;
       share = keep[n] * share + add[n];

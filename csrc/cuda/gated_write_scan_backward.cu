@@ -26,7 +26,7 @@ struct Scan {
   int64_t token_tiles, slot_tiles, columns;   // columns: blocks of 128 value columns
   float* states;                              // [batches][token_tiles][N][V]: v before a tile
   float* flow;                                // [batches][N][V]: g after it
-  float *d_writes, *d_erases;  // parts for one tile of tokens
+  float *d_writes, *d_erases;                 // parts for one tile of tokens
   float *d_gates, *d_scores;                  // [batches][columns][32][N] and [batches][32][N]: da in parts, and ds
   float *delta_parts, *deltas;                // of a softmax, [batches][slot_tiles][32] and [batches][32]
 };

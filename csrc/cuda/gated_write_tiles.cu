@@ -26,14 +26,14 @@ struct Tiling {
   View out, retained;
   Rows query, keys, write;
   int64_t slot_tiles, token_tiles;  // per batch
-  int value_blocks, width;  // width: value columns of every block but the last
-  int key_parts, part;  // parts of a query row, and columns of a part
+  int value_blocks, width;          // width: value columns of every block but the last
+  int key_parts, part;              // parts of a query row, and columns of a part
   int key_pitch, part_pitch, write_pitch, buffer_bytes;
   bool held;          // keys stay in shared memory
   double* long_sums;  // [blocks][numbers of a thread][threads]; null: at most kRun tiles
 };
 
-constexpr int S = 32;  // tokens of a tile; with more, registers would spill
+constexpr int S = 32;      // tokens of a tile; with more, registers would spill
 constexpr int kRun = 128;  // tiles that are summed in float
 
 // Where a thread sums its numbers in double.

@@ -72,7 +72,7 @@ MK_KERNEL(kThreads) add_up_counts(MK_PARAM(Entries) e) {
 
 MK_KERNEL(kThreads) place_entries(MK_PARAM(Entries) e, int shift) {
   auto* next = reinterpret_cast<unsigned*>(shared_memory());  // [digit]: position of its next entry
-  unsigned* found = next + kDigits;  // [warp][digit]: its entries in this round
+  unsigned* found = next + kDigits;                           // [warp][digit]: its entries in this round
   const int tid = int(threadIdx.x), warp = tid / 32, lane = tid % 32;
   next[tid] = e.counts[tid * e.blocks + blockIdx.x];
   const int64_t begin = blockIdx.x * e.chunk, end = least(e.count, begin + e.chunk);

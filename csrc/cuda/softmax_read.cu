@@ -1,4 +1,5 @@
-// softmax_read:  s[t, i] = scale <q_t, k_i> + mask_i,   r_t = sum_i softmax_i(s[t, i]) v_i,   lse_t = log sum_i exp(s[t, i])
+// softmax_read:  s[t, i] = scale <q_t, k_i> + mask_i,  r_t = sum_i softmax_i(s[t, i]) v_i,
+//                lse_t = log sum_i exp(s[t, i])
 //
 // Bound by the bandwidth of keys and values if tokens are few. A block has Q tokens, a range of slots and up to 256
 // value columns; there are enough ranges to fill the GPU (cuda/tiles/stream.h describes the pipeline). Per tile of S

@@ -31,7 +31,7 @@ struct Walk {
 struct WalkBack {
   View d_out, d_values, d_write, d_erase, d_weights;
   float *states, *erases;  // [entries][columns of the panel]: v, then a g; -a g v
-  float* products;  // [blocks of all columns][entries]: parts of da
+  float* products;         // [blocks of all columns][entries]: parts of da
 };
 
 // The data of one entry. One lane looks it up and passes it to all.

@@ -24,7 +24,7 @@ constexpr int kSteps = kPartBytes / 32;  // depth steps of a product per part
 struct Tiling {
   TopkSearch p;
   Lists lists;
-  int queue;  // length of a queue, a power of two, at least S and the length of a list
+  int queue;           // length of a queue, a power of two, at least S and the length of a list
   int64_t tiles;       // of tokens, per batch
   int64_t split_rows;  // slots per range, a multiple of S
   int key_parts;       // of a key row

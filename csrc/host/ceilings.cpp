@@ -265,7 +265,7 @@ double read_bandwidth(int64_t bytes, int threads, double seconds) {
   const double best = best_round(threads, seconds, [&](int t) {
     float* own = pages.data() + t * count;
     const int round = rounds[t]++;
-    // first touch by the thread that will read it puts the pages near it
+    // First touch by the thread that will read it puts the pages near it.
     if (round == 0) std::fill(own, own + count, 1.0f);
     else sink = sum(own, count, round % 2 == 0 ? kSumAhead : 0);
   });

@@ -1,5 +1,5 @@
-// kernels <family> [--density=N] [--fault=NAME]: every N-th case of the grid for one family of kernels; exit status 1
-// if one fails.
+// kernels <family> [--density=N] [--fault=NAME]: runs every N-th case of the grid for one family of kernels. Exit
+// status 1 if one fails.
 #include <cstdio>
 #include <cstdlib>
 #include <string>
@@ -18,8 +18,8 @@ int main(int argc, char** argv) {
   if (const auto family = native::families().find(wanted); family != native::families().end()) {
     int64_t cases = 0;
     native::each_case(density, [&](const native::Case& c) { family->second(c), ++cases; });
-    std::printf("%s: %lld cases, %lld runs compared, %lld failures; instruction sets:", wanted.c_str(), (long long)cases,
-                (long long)native::tally.runs, (long long)native::tally.failures);
+    std::printf("%s: %lld cases, %lld runs compared, %lld failures; instruction sets:", wanted.c_str(),
+                (long long)cases, (long long)native::tally.runs, (long long)native::tally.failures);
     for (mk::Isa isa : native::instruction_sets()) std::printf(" %s", native::name_of(isa));
     std::printf("\n");
     return native::tally.failures != 0 || native::tally.runs == 0;

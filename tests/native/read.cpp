@@ -1,12 +1,12 @@
-// softmax_read, additive_read, address, slot_usage: what weighs every slot.
+// softmax_read, additive_read, address, slot_usage: ops that weigh every slot.
 #include <algorithm>
 #include <cmath>
 
+#include "kernels.h"
 #include "params/additive_read.h"
 #include "params/address.h"
 #include "params/slot_usage.h"
 #include "params/softmax_read.h"
-#include "kernels.h"
 
 namespace native {
 namespace {

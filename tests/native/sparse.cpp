@@ -1,8 +1,8 @@
-// sparse_write: entries in order into the slots that they name, and back.
+// sparse_write: applies entries in order to their slots, forward and backward.
 #include <algorithm>
 
-#include "params/sparse_write.h"
 #include "kernels.h"
+#include "params/sparse_write.h"
 
 namespace native {
 

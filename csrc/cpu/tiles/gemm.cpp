@@ -63,7 +63,7 @@ MK_INLINE void multiply_add(Vec<F>& acc, Vec<F> a, Vec<F> b) {
 }
 
 template <Of E, class F, int R, int NV, Order O, int U, bool kPrefetch = false>
-MK_INLINE void steps(Vec<F> (&acc)[R][NV], Left<F, R, O>& a, int64_t stride, const F*& b, int64_t ldb, int64_t ahead = 0) {
+MK_INLINE void steps(Vec<F> (&acc)[R][NV], Left<F, R, O>& a, int64_t lda, const F*& b, int64_t ldb, int64_t ahead = 0) {
   constexpr int W = kLanes<F>;
 #pragma GCC unroll 4
   for (int u = 0; u < U; ++u) {
@@ -80,7 +80,7 @@ MK_INLINE void steps(Vec<F> (&acc)[R][NV], Left<F, R, O>& a, int64_t stride, con
       for (int j = 0; j < NV; ++j) multiply_add<E, F>(acc[r][j], av, bv[j]);
     }
     if (O == Order::columns) {
-      a.at[0] += stride;
+      a.at[0] += lda;
       MK_OPAQUE(a.at[0]);
     }
     b += ldb;

@@ -1,4 +1,4 @@
-// The k largest of s[t, i n + j] = a[t, i] + b[t, j],   a[t, i] = scale <q_t[:h], c_i>,   b[t, j] = scale <q_t[h:], d_j>
+// The k largest of s[t, i n + j] = a[t, i] + b[t, j],  a[t, i] = scale <q_t[:h], c_i>,  b[t, j] = scale <q_t[h:], d_j>
 //
 // Both lists are searched at once, as two batches of one search (cpu/tiles/search.h): 2 n dot products of half the
 // width instead of n * n. Then tokens run in parallel, and each enumerates its pairs in order. Bound by the search if n

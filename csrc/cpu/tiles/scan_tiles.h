@@ -66,8 +66,8 @@ struct ScanTile {
   int64_t slots, tokens, VP;
   const F *a, *keep, *p;  // [slot][scan_lanes(tokens)]
   const F* write;         // [token][VP]
-  F *values, *reads;  // [slot][VP], and [token][VP], to which p v is added
-  F* starts = nullptr;  // if wanted: the values before each group of tokens, [group][slot][VP]
+  F *values, *reads;      // [slot][VP], and [token][VP], to which p v is added
+  F* starts = nullptr;    // if wanted: the values before each group of tokens, [group][slot][VP]
   bool assign = false;    // the first block: reads hold nothing yet
 };
 
@@ -97,7 +97,7 @@ void scan_columns(const ScanTile<F>& s, int64_t t0, int64_t x) {
 #pragma GCC unroll 4
       for (int i = 0; i < NV; ++i) {
         if constexpr (R == Read::before) r[u][i] += p[u] * v[i];
-        // not part of the dependency chain through v, which is one multiply-add per token
+        // Not part of the dependency chain through v, which is one multiply-add per token.
         const Vec<F> written = a[u] * w[u][i];
         v[i] = v[i] * keep[u] + written;
         if constexpr (R == Read::after) r[u][i] += p[u] * v[i];

@@ -14,13 +14,13 @@ namespace mk::MK_ISA {
 
 constexpr int64_t kPartialBytes = int64_t(4) << 20;
 constexpr int64_t kChunks = 64;  // at most so many chunks
-// at least so many slots per chunk, before the number of chunks is rounded up
+// At least so many slots per chunk, before the number of chunks is rounded up.
 constexpr int64_t kChunkSlots = 4 * kSlotBlock;
 // The number of chunks is rounded up to a multiple of this if there are enough blocks, for load balance. Two threads,
 // K=V=128 T=1024 N=4096, twelve chunks instead of eleven: softmax_read backward 185 -> 195 GFLOP/s, of bfloat16 331 ->
 // 350.
 constexpr int64_t kTogether = 4;
-// with so many batches or more, batches run in parallel instead of the chunks of one
+// With so many batches or more, batches run in parallel instead of the chunks of one.
 constexpr int64_t kManyBatches = 8;
 
 // The outputs: float (double) tensors. A missing one is not wanted. tokens[t] receives -sum_i dS[t, i], the gradient of
@@ -32,8 +32,8 @@ struct GradientViews {
 template <class F>
 struct GradientShape {
   int64_t batches, tokens, N, K, V, KP, VP;
-  int64_t tile, lanes;  // tokens per tile, and the register lanes that they take
-  int64_t chunks;  // of slots; they differ by at most one block
+  int64_t tile, lanes;    // tokens per tile, and the register lanes that they take
+  int64_t chunks;         // of slots; they differ by at most one block
   int64_t panel, panels;  // tokens, a multiple of tile
   bool few;
   bool pairs = false;  // products are of pairs of bfloat16; P and D are rounded to them

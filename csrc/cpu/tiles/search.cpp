@@ -23,9 +23,9 @@ namespace {
 
 template <class F>
 struct SearchPlan {
-  static constexpr int64_t kTasks = 64;  // ranges of slots are split until there are this many tasks
+  static constexpr int64_t kTasks = 64;         // ranges of slots are split until there are this many tasks
   static constexpr int64_t kLeastSlots = 4096;  // but no range is smaller than this
-  static constexpr int64_t kMostFirst = 10;  // blocks of a first look: 240 KiB of scores with 64 tokens
+  static constexpr int64_t kMostFirst = 10;     // blocks of a first look: 240 KiB of scores with 64 tokens
 
   int64_t batches, tokens, tile, tiles, chunk, ranges, range, k;
   int64_t first, group;  // of a first look: the number of blocks, and slots per group
@@ -181,7 +181,7 @@ class FirstLook {
   }
 
  private:
-  // bisection steps: to 1/256 of the distance between the least and the largest maximum
+  // Bisection steps: to 1/256 of the distance between the least and the largest maximum.
   static constexpr int kSteps = 8;
 
   void bound() {
@@ -194,7 +194,7 @@ class FirstLook {
         low = x < low ? x : low, high = x > high ? x : high;
       }
       for (int step = 0; step < kSteps; ++step) {
-        // of infinite numbers: a bound that all groups reach, or none
+        // Of infinite numbers: a bound that all groups reach, or none.
         const Vec<F> middle = F(0.5) * low + F(0.5) * high;
         Vec<F> reach = fill<F>(0);
         for (int64_t g = 0; g < groups_; ++g) reach += load<F>(m + g * L_) >= middle ? fill<F>(1) : fill<F>(0);

@@ -17,7 +17,7 @@ struct SlotBlock {
   int64_t vs = 0;
   int64_t keys_ahead = 0, values_ahead = 0;  // prefetch distance in elements; 0: no prefetch
   const F* mask = nullptr;                   // added to scores; null: none
-  const int32_t* which = nullptr;  // which[j]: position of row j in the block; null: j
+  const int32_t* which = nullptr;            // which[j]: position of row j in the block; null: j
 
   int64_t place(int64_t j) const { return which == nullptr ? j : which[j]; }
 };

@@ -30,7 +30,7 @@ struct ChosenSum {
   Choice choice;
   int64_t width;
   MemoryGradient out;
-  View tokens;  // null: only the weights are summed, width 1
+  View tokens;   // null: only the weights are summed, width 1
   View weights;  // [lead, T, k]
   float factor;
 };
@@ -39,7 +39,7 @@ void sum_chosen(const Device& device, const char* name, const ChosenSum& s);
 // The entries (t, j) of all batches, sorted by the row that they name; those of one row stay in the order of the
 // tokens.
 struct SortedEntries {
-  uint32_t* rows;  // entries that name no slot have row `end` and come last
+  uint32_t* rows;    // entries that name no slot have row `end` and come last
   uint32_t* places;  // (batch * tokens + t) * k + j
   int64_t count, end;
 };

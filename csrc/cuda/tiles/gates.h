@@ -40,9 +40,9 @@ inline Writing writing_of(const Device& device, const char* name, const GatedWri
 }
 
 struct GateTile {
-  Tile pairs;  // after open_gates w[t][i] is a, ds[t][i] is 1 - a
+  Tile pairs;                     // after open_gates w[t][i] is a, ds[t][i] is 1 - a
   const char* erase_rows[kTile];  // of tokens that write
-  bool open[kTile];  // false for an empty slot and beyond the last one
+  bool open[kTile];               // false for an empty slot and beyond the last one
 };
 
 // 1 - e a without cancellation if e is 1; `keep` is 1 - a.

@@ -25,7 +25,7 @@ MK_DEVICE float from_float<float>(float x) {
 template <>
 MK_DEVICE bf16 from_float<bf16>(float x) {
   const uint32_t u = __float_as_uint(x);
-  if (x != x) return {uint16_t(u >> 16 | 0x40)};  // keeps a NaN whose payload would round away
+  if (x != x) return {uint16_t(u >> 16 | 0x40)};            // keeps a NaN whose payload would round away
   return {uint16_t((u + 0x7fff + ((u >> 16) & 1)) >> 16)};  // to nearest, ties to even
 }
 template <>

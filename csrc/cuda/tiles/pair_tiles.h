@@ -19,9 +19,9 @@ struct Pairs {
   Lead lead;
   int64_t T, N, K, V;
   View query, keys, values, mask;
-  View lse, lse_rest, weights;  // results of the forward pass
+  View lse, lse_rest, weights;      // results of the forward pass
   View d_read, d_weights, d_usage;  // gradients of results
-  const float* terms;  // one per token, over all batches
+  const float* terms;               // one per token, over all batches
   double scale;
   Rule rule;
 };
@@ -30,7 +30,7 @@ struct Pairs {
 struct Tile {
   float a[kTile][kTile + 1], b[kTile][kTile + 1];
   float w[kTile][kPitch], ds[kTile][kPitch];  // [slot][token] or [token][slot]
-  char *a_rows[kTile], *b_rows[kTile];  // found by one warp only: addresses need slow divisions
+  char *a_rows[kTile], *b_rows[kTile];        // found by one warp only: addresses need slow divisions
   // One per token: null and 0 beyond the last one, and if a rule does not need them.
   const char *weights[kTile], *d_weights[kTile];
   float lse[kTile], rests[kTile], terms[kTile];

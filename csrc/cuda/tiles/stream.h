@@ -22,8 +22,8 @@ struct StreamPlan {
   int64_t splits;               // of the slots
   int64_t split_rows;           // slots per split, a multiple of `slots`
   int slots;                    // S: a power of two in [4, 64]
-  int key_parts;  // parts per key row
-  int padded;  // key width rounded up to whole packs, the layout of the queries in shared memory
+  int key_parts;                // parts per key row
+  int padded;                   // key width rounded up to whole packs, the layout of the queries in shared memory
   int stage_bytes;              // of one buffer
   bool key_packs, value_packs;  // rows are aligned to 16 bytes
 };
@@ -32,8 +32,8 @@ struct StreamPlan {
 struct Part {
   const char* rows;  // column 0 of the part in row 0 of the batch
   int64_t stride;    // bytes from row to row
-  int64_t first;  // the tile's first row, within the batch
-  int64_t end;  // rows from here on do not exist
+  int64_t first;     // the tile's first row, within the batch
+  int64_t end;       // rows from here on do not exist
   int columns;       // of this part
   bool packs;
 };

@@ -12,7 +12,7 @@ struct StreamShape {
   int64_t T, N, K;
   const View& keys;
   int64_t value_columns, value_bytes;  // bytes of one number
-  int64_t blocks_per_tile;  // blocks that share a tile of tokens and a split
+  int64_t blocks_per_tile;             // blocks that share a tile of tokens and a split
   int queries;                         // Q
 };
 

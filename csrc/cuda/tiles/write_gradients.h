@@ -7,7 +7,7 @@
 namespace mk::cuda {
 
 enum class Of : int8_t {
-  maps,  // the effect of 16 tokens on a slot, for all slots
+  maps,     // the effect of 16 tokens on a slot, for all slots
   keys,     // dk and dmask
   query,    // dq
   deltas,   // sum_i a x of a token, for a softmax
@@ -21,10 +21,10 @@ struct Gradients {
   View d_out, retained, d_retained;  // given
   View d_values, d_keys, d_mask;     // by slots
   View d_query, d_write, d_weights;  // by tokens
-  float *lefts, *shares;  // [batches][borders][N]: R after 16 tokens, p before them; before that, the maps of `maps`
-  int* firsts;  // [batches][N]: the first 16 tokens with a suffix product above 0; none in a closed slot
+  float *lefts, *shares;    // [batches][borders][N]: R after 16 tokens, p before them; before that, the maps of `maps`
+  int* firsts;              // [batches][N]: the first 16 tokens with a suffix product above 0; none in a closed slot
   int64_t tokens, borders;  // per batch
-  const float* deltas;               // [batches][tokens], of a softmax
+  const float* deltas;      // [batches][tokens], of a softmax
 };
 
 // Run the passes. Each has a source of its own, since its kernels take long to compile.
