@@ -56,7 +56,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& query, const Tensor& k
   Address& f = p.forward;
   Inputs in("address_backward", query, keys, slot_mask, scale, sigmoid, f);
   in.args.require(wants.size() == 3, "wants must have 3 entries");
-  in.args.require(d_weights.has_value(), "d_weights is missing");
+  in.args.require(d_weights.has_value(), "d_weights must be given");
   const Tensor* w = &in.args.add("weights", weights, Side::tokens, {f.T, f.N});
   const Tensor* dw = &in.args.add("d_weights", *d_weights, Side::tokens, {f.T, f.N});
   in.args.floats({in.query, w, dw});

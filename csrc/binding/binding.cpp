@@ -25,17 +25,17 @@ DType dtype_of(const char* op, const char* name, const Tensor& t) {
     case ScalarType::Long: return DType::i64;
     case ScalarType::Char: return DType::i8;
     case ScalarType::Float8_e4m3fn: return DType::e4m3;
-    default: fail(op, ": ", name, " has a dtype without a kernel");
+    default: fail(op, ": ", name, " has a dtype that no kernel takes");
   }
 }
 
 int64_t size_at(const char* op, const char* name, const Tensor& t, int64_t d) {
   check(t.defined(), op, ": ", name, " must be given");
   const int64_t rank = t.dim();
-  check(d < 0 ? -d <= rank : d < rank, op, ": ", name, " has too few dimensions, ", rank);
+  check(d < 0 ? -d <= rank : d < rank, op, ": ", name, " must have at least ", d < 0 ? -d : d + 1, " dimensions, got ",
+        rank);
   const int64_t size = t.size(d < 0 ? rank + d : d);
-  check(size <= kMaxSize, op, ": ", name, " is too large, dimension ", d, " must be at most ", kMaxSize, ", got ",
-        size);
+  check(size <= kMaxSize, op, ": dimension ", d, " of ", name, " must be at most ", kMaxSize, ", got ", size);
   return size;
 }
 
@@ -46,7 +46,8 @@ const Tensor& Arguments::add(const char* name, const Tensor& t, Side side, std::
   const auto sizes = t.sizes();
   const int64_t rank = int64_t(sizes.size()), n = int64_t(tail.size());
   place_.enter(op_, name, t);
-  check(rank >= n && rank - n <= kMaxLead, op_, ": ", name, " has ", rank, " dimensions");
+  check(rank >= n && rank - n <= kMaxLead, op_, ": ", name, " must have ", n, " to ", n + kMaxLead, " dimensions, got ",
+        rank);
   int64_t d = rank - n;
   for (int64_t wanted : tail) {
     const int64_t size = sizes[size_t(d)];
@@ -55,7 +56,7 @@ const Tensor& Arguments::add(const char* name, const Tensor& t, Side side, std::
   }
   check_storage(op_, name, t);
   const bool rows = n == 0 || sizes[size_t(rank - 1)] <= 1 || t.stride(rank - 1) == 1;
-  check(!ready_, op_, ": ", name, " came after the leading dimensions were settled");
+  check(!ready_, op_, ": ", name, " must be added before lead() is called");
   items_.push_back(
       {name, rows ? t : made(bytes_of(t), [&] { return torch::stable::contiguous(t); }), side, int(n), {}});
   Item& item = items_.back();
@@ -92,7 +93,7 @@ void Arguments::check_work() const {
   };
   int64_t places = 1, rows[2] = {1, 1}, width = 1;  // tokens, slots
   for (int d = 0; d < lead_.rank; ++d) places = least(product({places, lead_.size[d]}), kMost);
-  check(places <= kMaxSize, op_, ": leading dimensions must have at most ", kMaxSize, " places");
+  check(places <= kMaxSize, op_, ": the product of the leading dimensions must be at most ", kMaxSize);
   bool fits = true;
   for (const Item& item : items_) {
     int64_t own = places;
@@ -115,16 +116,16 @@ void Arguments::floats(std::initializer_list<const Tensor*> tensors) const {
   for (const Tensor* t : tensors) {
     if (t == nullptr) continue;
     const DType d = dtype_of(op_, "a tensor", *t);
-    check(d <= DType::f64, op_, ": an argument that must be a float tensor is not");
+    check(d <= DType::f64, op_, ": float arguments must be float32, bfloat16, float16 or float64");
     ++(d == DType::f64 ? doubles : singles);
   }
   check(kDoubles || doubles == 0, op_, ": there is no kernel for float64");
-  check(singles == 0 || doubles == 0, op_, ": float64 does not mix with other dtypes");
+  check(singles == 0 || doubles == 0, op_, ": float arguments must all be float64, or none");
 }
 
 void Arguments::slots(const Tensor& rows, const Tensor* scale, const Tensor& like) const {
   const bool compressed = is_compressed(dtype_of(op_, "a memory", rows));
-  check(compressed == (scale != nullptr), op_, ": 8-bit slots come with a scale, others without");
+  check(compressed == (scale != nullptr), op_, ": 8-bit slots must have a scale, others must not");
   if (compressed) stats({scale}, like);
   else floats({&rows, &like});
 }
@@ -152,8 +153,8 @@ const Lead& Arguments::lead() {
     for (int d = 0; d < rank; ++d) {
       const int64_t size = item.sizes[size_t(d)];
       const int at = kMaxLead - rank + d;
-      check(size == whole[at] || size == 1 || whole[at] == 1, op_, ": leading dimension ", d, " of ", item.name, " is ",
-            size, " and does not broadcast to ", whole[at]);
+      check(size == whole[at] || size == 1 || whole[at] == 1, op_, ": leading dimension ", d, " of ", item.name,
+            " must be 1 or ", whole[at], ", got ", size);
       if (size != 1) whole[at] = size;
       if (item.side == Side::memory && size != 1) memory_[at] = size;
     }

@@ -24,22 +24,22 @@ int device_attribute(int attribute) {
     case CU_DEVICE_ATTRIBUTE_MEMORY_CLOCK_RATE: return 2619000;
     case CU_DEVICE_ATTRIBUTE_GLOBAL_MEMORY_BUS_WIDTH: return 5120;  // bits
     case CU_DEVICE_ATTRIBUTE_TEXTURE_ALIGNMENT: return 512;
-    case CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT: return kProcessors;
+    case CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT: return kSms;
     case CU_DEVICE_ATTRIBUTE_CAN_MAP_HOST_MEMORY: return 1;
     case CU_DEVICE_ATTRIBUTE_CONCURRENT_KERNELS: return 1;
     case CU_DEVICE_ATTRIBUTE_ECC_ENABLED: return 1;
     case CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE: return 50 << 20;
-    case CU_DEVICE_ATTRIBUTE_MAX_THREADS_PER_MULTIPROCESSOR: return kThreadsProcessor;
+    case CU_DEVICE_ATTRIBUTE_MAX_THREADS_PER_MULTIPROCESSOR: return kThreadsPerSm;
     case CU_DEVICE_ATTRIBUTE_ASYNC_ENGINE_COUNT: return 3;
     case CU_DEVICE_ATTRIBUTE_UNIFIED_ADDRESSING: return 1;
     case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR: return 9;
     case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR: return 0;
     case CU_DEVICE_ATTRIBUTE_STREAM_PRIORITIES_SUPPORTED: return 1;
-    case CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR: return kSharedProcessor;
+    case CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR: return kSharedPerSm;
     case CU_DEVICE_ATTRIBUTE_MAX_REGISTERS_PER_MULTIPROCESSOR: return kRegisters;
     case CU_DEVICE_ATTRIBUTE_COOPERATIVE_LAUNCH: return 1;
     case CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN: return kSharedOptin;
-    case CU_DEVICE_ATTRIBUTE_MAX_BLOCKS_PER_MULTIPROCESSOR: return kBlocksProcessor;
+    case CU_DEVICE_ATTRIBUTE_MAX_BLOCKS_PER_MULTIPROCESSOR: return kBlocksPerSm;
     case CU_DEVICE_ATTRIBUTE_RESERVED_SHARED_MEMORY_PER_BLOCK: return kSharedReserved;
     case CU_DEVICE_ATTRIBUTE_CLUSTER_LAUNCH: return 1;
     default: return 0;
@@ -122,8 +122,8 @@ int function_occupancy(const Function* function, int threads, size_t dynamic_sha
   const int warps = (threads + kWarp - 1) / kWarp;
   const int registers = (function->registers + 7) / 8 * 8 * kWarp * ((warps + 3) / 4 * 4);
   const size_t shared = (size_t)function->static_shared + dynamic_shared + kSharedReserved;
-  size_t blocks = kBlocksProcessor;
-  const size_t limits[] = {(size_t)(kThreadsProcessor / (warps * kWarp)), kSharedProcessor / shared,
+  size_t blocks = kBlocksPerSm;
+  const size_t limits[] = {(size_t)(kThreadsPerSm / (warps * kWarp)), kSharedPerSm / shared,
                            (size_t)(kRegisters / registers)};
   for (int i = 0; i < 3; ++i) blocks = limits[i] < blocks ? limits[i] : blocks;
   return (int)blocks;

@@ -8,15 +8,15 @@
 #include <stdint.h>
 
 enum {
-  kProcessors = 132,
-  kSharedBlock = 48 << 10,       // bytes of shared memory of a block by default
-  kSharedOptin = 227 << 10,      // bytes that a kernel may opt in to
-  kSharedProcessor = 228 << 10,  // bytes per SM; a block takes kSharedReserved more than it requests
+  kSms = 132,
+  kSharedBlock = 48 << 10,   // bytes of shared memory of a block by default
+  kSharedOptin = 227 << 10,  // bytes that a kernel may opt in to
+  kSharedPerSm = 228 << 10,  // bytes per SM; a block takes kSharedReserved more than it requests
   kSharedReserved = 1 << 10,
   kRegisters = 65536,  // per block, and per SM
   kThreadsBlock = 1024,
-  kThreadsProcessor = 2048,
-  kBlocksProcessor = 32,
+  kThreadsPerSm = 2048,
+  kBlocksPerSm = 32,
   kWarp = 32,
   kCluster = 8,  // blocks of a cluster that need no permission
   kVersion = 13000,

@@ -168,7 +168,7 @@ CUresult cuOccupancyMaxActiveClusters(int* clusters, CUfunction handle, const CU
     if (a->id == CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION)
       size = a->value.clusterDim.x * a->value.clusterDim.y * a->value.clusterDim.z;
   }
-  *clusters = kProcessors * function_occupancy(f, (int)config->blockDimX, config->sharedMemBytes) / (int)size;
+  *clusters = kSms * function_occupancy(f, (int)config->blockDimX, config->sharedMemBytes) / (int)size;
   return CUDA_SUCCESS;
 }
 

@@ -43,16 +43,16 @@ cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp* prop, int device) {
   prop->totalGlobalMem = kMemory;
   prop->major = device_attribute(cudaDevAttrComputeCapabilityMajor);
   prop->minor = device_attribute(cudaDevAttrComputeCapabilityMinor);
-  prop->multiProcessorCount = kProcessors;
+  prop->multiProcessorCount = kSms;
   prop->sharedMemPerBlock = kSharedBlock;
   prop->sharedMemPerBlockOptin = kSharedOptin;
-  prop->sharedMemPerMultiprocessor = kSharedProcessor;
+  prop->sharedMemPerMultiprocessor = kSharedPerSm;
   prop->reservedSharedMemPerBlock = kSharedReserved;
   prop->regsPerBlock = prop->regsPerMultiprocessor = kRegisters;
   prop->warpSize = kWarp;
   prop->maxThreadsPerBlock = kThreadsBlock;
-  prop->maxThreadsPerMultiProcessor = kThreadsProcessor;
-  prop->maxBlocksPerMultiProcessor = kBlocksProcessor;
+  prop->maxThreadsPerMultiProcessor = kThreadsPerSm;
+  prop->maxBlocksPerMultiProcessor = kBlocksPerSm;
   for (int i = 0; i < 3; ++i) {
     prop->maxThreadsDim[i] = device_attribute(cudaDevAttrMaxBlockDimX + i);
     prop->maxGridSize[i] = device_attribute(cudaDevAttrMaxGridDimX + i);
