@@ -1,5 +1,5 @@
-// additive_read backward. With p = exp(s - lse), dP[t, i] = <dr_t, v_i>, delta_t = <dr_t, r_t> - dlse_t, h = tanh(q_ta
-// + k_ia):
+// additive_read backward. With p = exp(s - lse), dP[t, i] = <dr_t, v_i>, delta_t = <dr_t, r_t> - dlse_t and
+// h = tanh(q_ta + k_ia):
 //
 //   ds = p * (dP - delta),  dh = ds u (1 - h^2),  dq_ta = sum_i dh,  dk_ia = sum_t dh,  du_a = sum_ti ds h,
 //   dv = P^T dR,  dmask_i = sum_t ds

@@ -160,7 +160,7 @@ void backward(const CacheLogprobsBackward& b) {
     if (b.d.scores) {
       F* out = reinterpret_cast<F*>(TokenRows(b.d.scores, p.lead, batch, p.T).row(t));
       const Entries<F>& c = cache.entries;
-      for (int64_t i = 0; i < cache.n; ++i) {  // from here on sums hold dc per unit of the exponential of a word
+      for (int64_t i = 0; i < cache.n; ++i) {  // from here on sums[w] is h_w / (its sum of exponentials)
         const int64_t w = cache.distinct[i];
         const F share = d[w] * cache.word(w, end.log_share(logit<F>(logits, t, w))).cache;
         cache.sums[w] = share == 0 ? F(0) : share / cache.sums[w];

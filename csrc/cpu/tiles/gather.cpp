@@ -123,7 +123,7 @@ inline void sum_of(const char* const* rows, const F* weights, int64_t n, int64_t
   }
 }
 
-// Row after row: hardware prefetch works best when a row is read from its beginning to its end.
+// Row after row: adjacent rows are then read in address order, which hardware prefetch follows best.
 template <class F, DType D>
 inline void products_of(const char* const* rows, int64_t n, int64_t width, const F* x, F* out) {
   constexpr int W = kLanes<F>;

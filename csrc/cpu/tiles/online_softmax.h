@@ -25,7 +25,7 @@ struct LogSumExp {
   F log_share(F s) const { return (s - lse) - rest; }
 };
 
-// Writes both for token t. A missing view is not wanted.
+// Writes lse and rest of token t. A missing view is not wanted.
 template <class F>
 inline void put_end(const LogSumExp<F>& end, const TokenRows& lse, const TokenRows& rest, int64_t t) {
   if (lse) *reinterpret_cast<F*>(lse.row(t)) = end.lse;

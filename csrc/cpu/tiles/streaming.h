@@ -53,7 +53,7 @@ struct NonTemporalStore {
   }
 };
 
-// Calls body(put), where put(p, v) stores a register. Non-temporal stores are complete before this thread continues.
+// Calls body(put), where put(p, v) stores a register. Non-temporal stores come before whatever this thread does next.
 template <class Body>
 MK_INLINE void with_stores(bool non_temporal, Body&& body) {
   if (!non_temporal) return body(Store{});
