@@ -99,7 +99,7 @@ read_stream(MK_PARAM(Reading) r) {
   float acc[Q][2] = {}, s[Q] = {};
   for (Step step{begin}; step.first < end; step.next(parts, S)) {
     wait_copies<kStages - 2>();
-    __syncthreads();  // all threads see the part, and the buffer filled next is free
+    __syncthreads();  // the part is visible to all threads, and the buffer filled next is free
     start_copy(ahead);
     ahead.next(parts, S);
     const char* buffer = buffers + step.buffer * plan.stage_bytes;

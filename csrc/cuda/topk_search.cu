@@ -65,7 +65,7 @@ search_stream(MK_PARAM(Searching) r) {
   int queued[(Q + kWarps - 1) / kWarps] = {};  // of this warp's tokens
   for (Step step{begin}; step.first < end; step.next(plan.key_parts, S)) {
     wait_copies<kStages - 2>();
-    __syncthreads();  // all threads see the part; the buffer and scores of the step before are free
+    __syncthreads();  // the part is visible to all threads; the buffer and scores of the step before are free
     start_copy(ahead);
     ahead.next(plan.key_parts, S);
     multiply<X, Q>(buffers + step.buffer * plan.stage_bytes, key_columns(step.part), query + step.part * kPart,

@@ -193,7 +193,7 @@ search_tiles(MK_PARAM(Tiling) r) {
     Sums<M> sums[S / 8];
     for (int part = 0; part < (held ? 1 : r.key_parts); ++part) {
       wait_copies<0>();
-      __syncthreads();  // all threads see the part, and the other buffer is free
+      __syncthreads();  // the part is visible to all threads, and the other buffer is free
       const char* buffer = buffers + (turn ^ 1) * r.buffer_bytes;
       const bool last = held || part + 1 == r.key_parts;
       start_copy(last ? first + S : first, last ? 0 : part + 1);

@@ -7,9 +7,8 @@
 
 namespace mk::MK_ISA {
 
-constexpr int64_t kFarBytes = int64_t(32) << 20;  // memory of this size or more is not found in a cache
-constexpr int64_t kNonTemporalBytes = int64_t(16)
-                                      << 20;  // for results of this size or more: the inputs take cache, too
+constexpr int64_t kFarBytes = int64_t(32) << 20;          // memory of this size or more is not found in a cache
+constexpr int64_t kNonTemporalBytes = int64_t(16) << 20;  // of a result, whose inputs take room in the cache, too
 
 // Prefetch distance in bytes for rows that come from memory, since hardware prefetch stops at the end of a page.
 constexpr int64_t kPrefetchBytes = 6144;
