@@ -1,5 +1,5 @@
-// gated_write with a number e as erase. Keys are fixed, so every slot evolves alone. With the suffix products R[t, i] =
-// prod_{u > t} (1 - e a[u, i]):
+// gated_write with a number e as erase. Keys are fixed, so every slot evolves alone. With the suffix products
+// R[t, i] = prod_{u > t} (1 - e a[u, i]):
 //
 //   V' = R[0] V + sum_t (a[t] R[t]) w_t
 //

@@ -1,21 +1,21 @@
-// gated_write backward, erase a number e. With U = dV', the suffix products R[t] = prod_{u > t} (1 - e a[u]), c[t, i] =
-// <w_t, u_i>, and p_t, the inner product of u_i with what slot i holds after token t: p_0 = <v_i, u_i>, p_t = (1 - e
-// a[t]) p_{t-1} + a[t] c[t]:
+// gated_write backward, erase a number e. With U = dV', the suffix products R[t] = prod_{u > t} (1 - e a[u]),
+// c[t, i] = <w_t, u_i>, and p_t, the inner product of u_i with what slot i holds after token t: p_0 = <v_i, u_i>,
+// p_t = (1 - e a[t]) p_{t-1} + a[t] c[t]:
 //
 //   dV = R[0] U,   dw_t = sum_i a R u_i,   dS[t, i] = R[t] (c[t] - e p_{t-1}) a (1 - a) - g_i retained_i a,
 //   g = d retained,   dq = scale dS K,   dK = scale dS^T Q,   dmask_i = sum_t dS
 //
-// p runs forward over the tokens, R backward. A first sweep from the last token stores R at the chunk boundaries, N T /
-// 96 numbers. A second sweep goes forward, panel by panel, and recomputes R inside a chunk. There is no division by 1 -
-// a. Lanes are slots. The tasks of a panel are groups of slots: each owns its dK and dV and writes a partial dq and dw,
-// which are added in the order of the groups. If the tokens fit one panel, both sweeps are one task, and the last
-// chunks keep their gates in L2 in between: with K=V=64 on Zen 4 1.26x for T=512 N=4096 (1.03x of it from the single
-// panel), 1.16x for T=2048 N=1024.
+// p runs forward over the tokens, R backward. A first sweep from the last token stores R at the chunk boundaries,
+// N T / 96 numbers. A second sweep goes forward, panel by panel, and recomputes R inside a chunk. There is no division
+// by 1 - a. Lanes are slots. The tasks of a panel are groups of slots: each owns its dK and dV and writes a partial dq
+// and dw, which are added in the order of the groups. If the tokens fit one panel, both sweeps are one task, and the
+// last chunks keep their gates in L2 in between: with K=V=64 on Zen 4 1.26x for T=512 N=4096 (1.03x of it from the
+// single panel), 1.16x for T=2048 N=1024.
 //
 // Tokens whose suffix product R is 0 in a whole tile of slots are skipped: they have no gradient there. p then starts
-// at 0 instead of its value at the first token t0 that is not skipped. This changes dS by a[t] R[t0] / (1 - e a[t]) (1
-// - a[t]) p, and R[t0] is below the smallest number. It is valid for a sigmoid, which brings the factor 1 - a, and for
-// e up to 1.
+// at 0 instead of its value at the first token t0 that is not skipped. This changes dS by a[t] R[t0] / (1 - e a[t])
+// (1 - a[t]) p, and R[t0] is below the smallest number. It is valid for a sigmoid, which brings the factor 1 - a, and
+// for e up to 1.
 #include "cpu/tiles/opened_gates.h"
 
 namespace mk::MK_ISA {

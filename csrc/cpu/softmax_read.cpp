@@ -7,8 +7,8 @@
 // S[slot][lane], the maximum, the sum and the read [V][lane] need no shuffles, and keys and values are broadcast from
 // where they lie: both products are gemm() on unpacked memory, or gemm_pairs() of bfloat16 where that is faster. A
 // block of 96 slots keeps S in L1. Every key and value that comes from memory is used for up to 256 tokens: bound by
-// multiply-adds. Packing keys and values in strips for the product made it 8% faster and cost 9% (K = V = 128, N =
-// 4096), so they are not packed.
+// multiply-adds. Packing keys and values in strips for the product made it 8% faster and cost 9%
+// (K = V = 128, N = 4096), so they are not packed.
 //
 // Few tokens (`rows`): lanes are slots for the scores (dot products, summed 16 rows at a time) and value columns for
 // the read. Every key and value is read once: bound by bandwidth.
@@ -206,8 +206,8 @@ void rows(const SoftmaxRead& p, const Slots<F>& slots, const TokenRows& query, i
 }
 
 // Are rows converted in registers, again for every token? For one or two tokens this is less work than a pass through a
-// buffer. K=V=128 T=1, one core: N=2^14 int8 46 -> 20 ns per slot, bfloat16 35 -> 22; N=2^19 int8 59 -> 35, bfloat16 75
-// -> 54. Rows that need no conversion gain nothing.
+// buffer. K=V=128 T=1, one core: N=2^14 int8 46 -> 20 ns per slot, bfloat16 35 -> 22; N=2^19 int8 59 -> 35, bfloat16
+// 75 -> 54. Rows that need no conversion gain nothing.
 template <class F>
 bool as_stored(const SoftmaxRead& p, int64_t tokens) {
   constexpr int64_t kTokens = 2;

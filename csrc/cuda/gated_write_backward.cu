@@ -1,6 +1,6 @@
-// Gradients of gated_write, erase a number e. With U = dv', the suffix products R[t] = prod_{u > t} (1 - e a[u]), c[t,
-// i] = <w_t, u_i>, and p_t, the inner product of u_i with what slot i holds after token t: p_0 = <v_i, u_i>, p_t = (1 -
-// e a[t]) p_{t-1} + a[t] c[t]:
+// Gradients of gated_write, erase a number e. With U = dv', the suffix products R[t] = prod_{u > t} (1 - e a[u]),
+// c[t, i] = <w_t, u_i>, and p_t, the inner product of u_i with what slot i holds after token t: p_0 = <v_i, u_i>,
+// p_t = (1 - e a[t]) p_{t-1} + a[t] c[t]:
 //
 //   dv = R[0] U,   dw_t = sum_i a R u_i,   ds[t, i] = R[t] (c[t] - e p_{t-1}) a (1 - a) - g_i retained_i a,
 //   g = d retained,   dq = scale ds k,   dk = scale ds^T q,   dmask_i = sum_t ds

@@ -5,8 +5,8 @@
 
 namespace mk {
 
-// read[t] = sum_i softmax_i(s[t, i]) value_i, and lse[t] with its rounding error; s[t, i] = scale <query_t, key_i> +
-// mask_i.
+// read[t] = sum_i softmax_i(s[t, i]) value_i, and lse[t] with its rounding error, where
+// s[t, i] = scale <query_t, key_i> + mask_i.
 struct SoftmaxRead {
   Lead lead;
   int64_t T, N, K, V;

@@ -1,9 +1,9 @@
 // Rows scattered in memory, of any dtype, converted at load: their weighted sum, and their products with a vector.
 //
-// Several rows must be in flight at once, or every row costs a whole memory latency: while row j is summed, row j +
-// kAhead is prefetched. So rows are a flat list of pointers that continues beyond the current row. Prefetch goes into
-// L2, which can wait for more cache lines than L1. sparse_read N=2^20 V=256 T=4096: 13.5 ms with 6 rows ahead into L1,
-// 11.0 with 12, 16 or 24 ahead into L2. Sorting rows by slot, for the sake of the TLB, cost more than it saved.
+// Several rows must be in flight at once, or every row costs a whole memory latency: while row j is summed, row
+// j + kAhead is prefetched. So rows are a flat list of pointers that continues beyond the current row. Prefetch goes
+// into L2, which can wait for more cache lines than L1. sparse_read N=2^20 V=256 T=4096: 13.5 ms with 6 rows ahead into
+// L1, 11.0 with 12, 16 or 24 ahead into L2. Sorting rows by slot, for the sake of the TLB, cost more than it saved.
 #pragma once
 
 #include "cpu/tiles/parallel.h"

@@ -17,8 +17,8 @@ constexpr int64_t kChunks = 64;  // at most so many chunks
 // At least so many slots per chunk, before the number of chunks is rounded up.
 constexpr int64_t kChunkSlots = 4 * kSlotBlock;
 // The number of chunks is rounded up to a multiple of this if there are enough blocks, for load balance. Two threads,
-// K=V=128 T=1024 N=4096, twelve chunks instead of eleven: softmax_read backward 185 -> 195 GFLOP/s, of bfloat16 331 ->
-// 350.
+// K=V=128 T=1024 N=4096, twelve chunks instead of eleven: softmax_read backward 185 -> 195 GFLOP/s, of bfloat16
+// 331 -> 350.
 constexpr int64_t kTogether = 4;
 // With so many batches or more, batches run in parallel instead of the chunks of one.
 constexpr int64_t kManyBatches = 8;

@@ -1,5 +1,5 @@
-// Tiles of gates for the writes: a[t, i] of 32 tokens and 32 slots, by the tiles of pair_tiles.h. A gate is 1 / (1 +
-// exp(-s[t, i])), the softmax of a token's scores, or given as a weight.
+// Tiles of gates for the writes: a[t, i] of 32 tokens and 32 slots, by the tiles of pair_tiles.h. A gate is
+// 1 / (1 + exp(-s[t, i])), the softmax of a token's scores, or given as a weight.
 #pragma once
 
 #include "cuda/tiles/device.h"
