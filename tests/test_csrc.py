@@ -1,4 +1,4 @@
-"""The C++ half: includes run one way, and a header's name says where it is."""
+"""The C++ half: includes run one way, a header's name says where it is, and no line is wider than the limit."""
 
 from __future__ import annotations
 
@@ -25,6 +25,9 @@ LAYERS = {
 SUFFIXES = (".h", ".cpp", ".cu")
 INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"', re.MULTILINE)
 OUTSIDE = {"simt.h"}  # the runtime of tests/simt, where it stands in for CUDA's
+WIDTH = 120  # clang-format keeps code within it, but not comments, nor CMake
+NATIVE = ("csrc", "tests/native", "tests/simt", "bench/gpu/stand_in")
+WIDER = re.compile(r"csrc/cuda/(tiles/(write_gradient_\w+|gradient_tiles)\.h|softmax_read_tiles\.cu)")
 
 
 def sources(csrc: Path) -> dict[str, list[Path]]:
@@ -73,6 +76,33 @@ def test_layers_have_an_order():
 def test_no_two_headers_share_a_name():
     names = Counter(path.name for path in CSRC.rglob("*.h"))
     assert not [name for name, count in names.items() if count > 1]
+
+
+def wide_lines(root: Path) -> list[str]:
+    """Where a line of C, C++, CUDA or CMake is wider than ``WIDTH``."""
+    paths = [path for folder in NATIVE for path in sorted((root / folder).rglob("*"))]
+    found = []
+    for path in [*paths, root / "CMakeLists.txt"]:
+        name = path.relative_to(root).as_posix()
+        if path.suffix in {*SUFFIXES, ".c", ".cmake", ".txt"} and not WIDER.fullmatch(name):
+            lines = enumerate(path.read_text().splitlines(), 1)
+            found += [f"{name}:{number}: {len(line)} columns" for number, line in lines if len(line) > WIDTH]
+    return found
+
+
+def test_no_line_is_too_wide():
+    assert not wide_lines(ROOT)
+
+
+@pytest.mark.parametrize(
+    "file", ["csrc/params/view.h", "tests/simt/CMakeLists.txt", "bench/gpu/stand_in/device.c", "CMakeLists.txt"]
+)
+def test_a_wide_line_is_noticed(tmp_path, file):
+    (tmp_path / "CMakeLists.txt").write_text("")
+    changed = tmp_path / file
+    changed.parent.mkdir(parents=True, exist_ok=True)
+    changed.write_text("x" * WIDTH + "\n" + "x" * (WIDTH + 1) + "\n")
+    assert wide_lines(tmp_path) == [f"{file}:2: {WIDTH + 1} columns"]
 
 
 @pytest.mark.parametrize(

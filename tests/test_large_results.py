@@ -1,5 +1,5 @@
-"""Results from 16 MiB on, which CPU kernels write past the caches or, of chosen rows, into zero pages, and memories
-from 32 MiB on, whose rows they ask for ahead.
+"""Results from 16 MiB on, which CPU kernels write with non-temporal stores or, of chosen rows, into zero pages, and
+memories from 32 MiB on, whose rows they prefetch.
 
 Against float64, and the same bits for any number of threads.
 """
@@ -12,7 +12,7 @@ import torch
 import memkernels as mk
 from memkernels.testing.compare import TOLERANCE, distance, norms
 
-LEAST = 16 << 20  # kPastBytes of csrc/cpu/tiles/streaming.h
+LEAST = 16 << 20  # kNonTemporalBytes of csrc/cpu/tiles/streaming.h
 
 
 def _read(T: int):

@@ -65,7 +65,7 @@ def test_sizes_that_cannot_be_counted():
     one, wide = torch.randn(1, 1), torch.randn(1, 2**20)
     most = 2**40
     refused(
-        f"softmax_read: query is too large, dimension -2 must be at most {most}, got {2 * most}",
+        f"softmax_read: dimension -2 of query must be at most {most}, got {2 * most}",
         *("softmax_read", one.expand(2 * most, 1), one, one, None, 1.0),
     )
     refused(
@@ -73,7 +73,7 @@ def test_sizes_that_cannot_be_counted():
         *("softmax_read", wide.expand(2**30, 2**20), wide.expand(2**30, 2**20), one.expand(2**30, 1), None, 1.0),
     )
     refused(
-        f"softmax_read: leading dimensions must have at most {most} places",
+        f"softmax_read: the product of the leading dimensions must be at most {most}",
         *("softmax_read", one.expand(2**21, 1, 1, 1), one.expand(2**21, 1, 1), one, None, 1.0),
     )
     refused(

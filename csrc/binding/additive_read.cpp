@@ -8,7 +8,7 @@ namespace {
 using Three = std::tuple<Tensor, Tensor, Tensor>;
 using Five = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-// Guards the inputs and fills everything of `p` but the results.
+// Checks the inputs and fills in `p`, except for the results.
 struct Inputs {
   Arguments args;
   const Tensor *query, *keys, *values, *vector, *mask;
@@ -40,7 +40,7 @@ Three forward(const Tensor& query, const Tensor& keys, const Tensor& values, con
   in.fill(p);
   Tensor read = empty(in.args.sizes(Side::tokens, {p.T, p.V}), query.scalar_type());
   Tensor lse = empty(in.args.sizes(Side::tokens, {p.T}), stats_type(query.scalar_type()));
-  Tensor rest = aid(in.args.sizes(Side::tokens, {p.T}), stats_type(query.scalar_type()));
+  Tensor rest = empty_saved(in.args.sizes(Side::tokens, {p.T}), stats_type(query.scalar_type()));
   p.read = in.args.view(read, 2), p.lse = in.args.view(lse, 1), p.lse_rest = in.args.view(rest, 1);
   MK_CALL(additive_read, p);
   return {read, lse, rest};
@@ -53,7 +53,7 @@ Five backward(const Tensor& query, const Tensor& keys, const Tensor& values, con
   AdditiveRead& f = p.forward;
   Inputs in("additive_read_backward", query, keys, values, score_vector, slot_mask, f);
   in.args.require(wants.size() == 5, "wants must have 5 entries");
-  // Gradients that nobody has are zero.
+  // A missing gradient is zero.
   const Tensor zeros = d_read.has_value() ? *d_read : zeros_like(read);
   const Tensor* r = &in.args.add("read", read, Side::tokens, {f.T, f.V});
   const Tensor* dr = &in.args.add("d_read", zeros, Side::tokens, {f.T, f.V});

@@ -40,7 +40,7 @@ Tensor forward(const Tensor& query, const Tensor& keys, const std::optional<Tens
     return weights;
   }
   Tensor lse = empty(in.args.sizes(Side::tokens, {p.T}), stats_type(query.scalar_type()));
-  Tensor rest = aid(in.args.sizes(Side::tokens, {p.T}), stats_type(query.scalar_type()));
+  Tensor rest = empty_saved(in.args.sizes(Side::tokens, {p.T}), stats_type(query.scalar_type()));
   p.lse = in.args.view(lse, 1), p.lse_rest = in.args.view(rest, 1);
   SoftmaxRead r{p.lead, p.T, p.N, p.K, 0, p.query, p.keys, {}, p.mask, {}, p.lse, p.lse_rest, p.scale};
   MK_CALL(softmax_read, r);
@@ -56,7 +56,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& query, const Tensor& k
   Address& f = p.forward;
   Inputs in("address_backward", query, keys, slot_mask, scale, sigmoid, f);
   in.args.require(wants.size() == 3, "wants must have 3 entries");
-  in.args.require(d_weights.has_value(), "d_weights is missing");
+  in.args.require(d_weights.has_value(), "d_weights must be given");
   const Tensor* w = &in.args.add("weights", weights, Side::tokens, {f.T, f.N});
   const Tensor* dw = &in.args.add("d_weights", *d_weights, Side::tokens, {f.T, f.N});
   in.args.floats({in.query, w, dw});

@@ -25,27 +25,29 @@ DType dtype_of(const char* op, const char* name, const Tensor& t) {
     case ScalarType::Long: return DType::i64;
     case ScalarType::Char: return DType::i8;
     case ScalarType::Float8_e4m3fn: return DType::e4m3;
-    default: fail(op, ": ", name, " has a dtype without a kernel");
+    default: fail(op, ": ", name, " has a dtype that no kernel takes");
   }
 }
 
 int64_t size_at(const char* op, const char* name, const Tensor& t, int64_t d) {
   check(t.defined(), op, ": ", name, " must be given");
   const int64_t rank = t.dim();
-  check(d < 0 ? -d <= rank : d < rank, op, ": ", name, " has too few dimensions, ", rank);
+  check(d < 0 ? -d <= rank : d < rank, op, ": ", name, " must have at least ", d < 0 ? -d : d + 1, " dimensions, got ",
+        rank);
   const int64_t size = t.size(d < 0 ? rank + d : d);
-  check(size <= kMaxSize, op, ": ", name, " is too large, dimension ", d, " must be at most ", kMaxSize, ", got ",
-        size);
+  check(size <= kMaxSize, op, ": dimension ", d, " of ", name, " must be at most ", kMaxSize, ", got ", size);
   return size;
 }
 
 const Tensor& Arguments::add(const char* name, const Tensor& t, Side side, std::initializer_list<int64_t> tail) {
   check(t.defined(), op_, ": ", name, " must be given");
-  // Asked once: every look at a tensor is a call into torch, together they would be a tenth of a small op.
+  // Read once: every access to a tensor is a call into torch, and repeated ones would be a tenth of the time of a small
+  // op.
   const auto sizes = t.sizes();
   const int64_t rank = int64_t(sizes.size()), n = int64_t(tail.size());
   place_.enter(op_, name, t);
-  check(rank >= n && rank - n <= kMaxLead, op_, ": ", name, " has ", rank, " dimensions");
+  check(rank >= n && rank - n <= kMaxLead, op_, ": ", name, " must have ", n, " to ", n + kMaxLead, " dimensions, got ",
+        rank);
   int64_t d = rank - n;
   for (int64_t wanted : tail) {
     const int64_t size = sizes[size_t(d)];
@@ -54,7 +56,7 @@ const Tensor& Arguments::add(const char* name, const Tensor& t, Side side, std::
   }
   check_storage(op_, name, t);
   const bool rows = n == 0 || sizes[size_t(rank - 1)] <= 1 || t.stride(rank - 1) == 1;
-  check(!ready_, op_, ": ", name, " came after the leading dimensions were settled");
+  check(!ready_, op_, ": ", name, " must be added before lead() is called");
   items_.push_back(
       {name, rows ? t : made(bytes_of(t), [&] { return torch::stable::contiguous(t); }), side, int(n), {}});
   Item& item = items_.back();
@@ -62,8 +64,8 @@ const Tensor& Arguments::add(const char* name, const Tensor& t, Side side, std::
   return item.tensor;
 }
 
-// Sizes and strides are what a tensor says of itself. Its storage may have been made smaller since
-// (untyped_storage().resize_).
+// Sizes and strides do not prove that the storage is large enough: untyped_storage().resize_() may have made it
+// smaller.
 void check_storage(const char* op, const char* name, const Tensor& t) {
   const auto sizes = t.sizes(), strides = t.strides();
   int64_t last = 0, end = 0, held = 0;
@@ -80,9 +82,10 @@ void check_storage(const char* op, const char* name, const Tensor& t) {
   check(!overflows && end <= held, op, ": ", name, " reaches beyond its storage of ", held, " bytes");
 }
 
-// Kernels count places, scratch memory and products of two or three sizes in int64.
+// Kernels compute numbers of batches, scratch sizes and products of two or three sizes in int64. Those must not
+// overflow.
 void Arguments::check_work() const {
-  constexpr int64_t kMost = int64_t(1) << 61, kLeast = 16;  // every size may be rounded up to a register
+  constexpr int64_t kMost = int64_t(1) << 61, kLeast = 16;  // a kernel may round any size up to a whole register
   auto product = [](std::initializer_list<int64_t> sizes) {
     int64_t all = 1;
     for (int64_t size : sizes) all = __builtin_mul_overflow(all, most(size, 1), &all) ? kMost + 1 : all;
@@ -90,7 +93,7 @@ void Arguments::check_work() const {
   };
   int64_t places = 1, rows[2] = {1, 1}, width = 1;  // tokens, slots
   for (int d = 0; d < lead_.rank; ++d) places = least(product({places, lead_.size[d]}), kMost);
-  check(places <= kMaxSize, op_, ": leading dimensions must have at most ", kMaxSize, " places");
+  check(places <= kMaxSize, op_, ": the product of the leading dimensions must be at most ", kMaxSize);
   bool fits = true;
   for (const Item& item : items_) {
     int64_t own = places;
@@ -99,7 +102,7 @@ void Arguments::check_work() const {
     int64_t& n = rows[item.side == Side::memory];
     n = most(n, item.own(0));
   }
-  // Weights [T, N] have no width.
+  // The last dimension of weights [T, N] is not a width.
   for (const Item& item : items_) {
     const int64_t last = item.own(item.tail - 1);
     if (item.tail > 1 && (item.side == Side::memory || last != rows[1])) width = most(width, last);
@@ -113,16 +116,16 @@ void Arguments::floats(std::initializer_list<const Tensor*> tensors) const {
   for (const Tensor* t : tensors) {
     if (t == nullptr) continue;
     const DType d = dtype_of(op_, "a tensor", *t);
-    check(d <= DType::f64, op_, ": an argument that must be a float tensor is not");
+    check(d <= DType::f64, op_, ": float arguments must be float32, bfloat16, float16 or float64");
     ++(d == DType::f64 ? doubles : singles);
   }
   check(kDoubles || doubles == 0, op_, ": there is no kernel for float64");
-  check(singles == 0 || doubles == 0, op_, ": float64 does not mix with other dtypes");
+  check(singles == 0 || doubles == 0, op_, ": float arguments must all be float64, or none");
 }
 
 void Arguments::slots(const Tensor& rows, const Tensor* scale, const Tensor& like) const {
   const bool compressed = is_compressed(dtype_of(op_, "a memory", rows));
-  check(compressed == (scale != nullptr), op_, ": 8-bit slots come with a scale, others without");
+  check(compressed == (scale != nullptr), op_, ": 8-bit slots must have a scale, others must not");
   if (compressed) stats({scale}, like);
   else floats({&rows, &like});
 }
@@ -142,7 +145,7 @@ const Lead& Arguments::lead() {
   if (ready_) return lead_;
   ready_ = true;
   int64_t whole[kMaxLead];
-  for (int d = 0; d < kMaxLead; ++d) whole[d] = memory_[d] = 1;  // aligned at the end
+  for (int d = 0; d < kMaxLead; ++d) whole[d] = memory_[d] = 1;  // aligned at the last one
   for (const Item& item : items_) {
     const int rank = int(item.sizes.size()) - item.tail;
     lead_.rank = int(most(lead_.rank, rank));
@@ -150,8 +153,8 @@ const Lead& Arguments::lead() {
     for (int d = 0; d < rank; ++d) {
       const int64_t size = item.sizes[size_t(d)];
       const int at = kMaxLead - rank + d;
-      check(size == whole[at] || size == 1 || whole[at] == 1, op_, ": leading dimension ", d, " of ", item.name, " is ",
-            size, " and does not broadcast to ", whole[at]);
+      check(size == whole[at] || size == 1 || whole[at] == 1, op_, ": leading dimension ", d, " of ", item.name,
+            " must be 1 or ", whole[at], ", got ", size);
       if (size != 1) whole[at] = size;
       if (item.side == Side::memory && size != 1) memory_[at] = size;
     }
@@ -185,8 +188,8 @@ View Arguments::view(const Tensor& t, int tail) const {
   const int rank = int(sizes.size()), lead = rank - tail;
   v.data = static_cast<char*>(t.data_ptr());
   static char none[64];
-  if (v.data == nullptr) v.data = none;  // an empty tensor is still an argument that was given
-  // The stride of a dimension of size 1 may be any number. A single row lies as one of many would.
+  if (v.data == nullptr) v.data = none;  // the data pointer of an empty tensor may be null, but the argument was given
+  // torch leaves the stride of a dimension of size 1 arbitrary. A single row gets the stride that several would have.
   if (tail > 0 && sizes[size_t(lead)] > 1) {
     v.row = strides[size_t(lead)] * item;
   } else if (tail > 0) {
@@ -218,7 +221,7 @@ void Gradient::zero() {
 }
 
 #ifdef MK_CUDA
-// The sum over the leading dimensions that `sizes` lacks or has at 1.
+// Sums `from` over the leading dimensions that `sizes` lacks or has with size 1.
 static void sum_into(const Tensor& from, int, const Sizes& sizes, Tensor& to) {
   const int64_t extra = from.dim() - int64_t(sizes.size());
   Sizes over;
@@ -234,8 +237,8 @@ static void sum_into(const Tensor& from, int, const Sizes& sizes, Tensor& to) {
 #else
 namespace {
 
-// to[own place] = sum of from[place], in order, over the places that differ where `to` has size 1; both have `tail` last dimensions
-// that are alike. torch's sum may cut a sum by threads, and then its bits depend on how many there are.
+// to[j] = sum of from[i], in order of i, over the leading dimensions in which `to` has size 1. The last `tail`
+// dimensions of both are equal. torch's sum may split the work by threads, so its bits would depend on their number.
 template <class F>
 void sum_places(const Tensor& from, int tail, Tensor& to) {
   const int lead = int(from.dim()) - tail, missing = int(from.dim() - to.dim());

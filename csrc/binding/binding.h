@@ -1,6 +1,7 @@
-// From torch tensors to kernel parameters: guards, leading dimensions, allocation. The only file that knows both worlds.
+// From torch tensors to kernel parameters: checks, leading dimensions, allocation. The only file that knows both.
 //
-// The guards here protect memory whoever calls the operator; the friendly sentences are Python's (memkernels/spec.py).
+// The checks here keep memory safe, whoever calls the operator. The detailed error messages come from
+// memkernels/spec.py.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -19,10 +20,10 @@
 #include "params/isa.h"
 #include "params/view.h"
 
-// Adds kernels to the operators of this library's backend, on its device.
+// Registers kernels for operators of this library's backend, on its device.
 #define MK_REGISTER_IN(library, key, m) STABLE_TORCH_LIBRARY_IMPL(library, key, m)
 #define MK_REGISTER(m) MK_REGISTER_IN(MK_LIBRARY, MK_KEY, m)
-// The operator `name` is `function`.
+// Registers `function` as the kernel of the operator `name`.
 #define MK_OPERATOR(m, name, function)                                        \
   (m).impl(name, [](StableIValue* stack, uint64_t inputs, uint64_t outputs) { \
     mk::call_operator(name, TORCH_BOX(function), stack, inputs, outputs);     \
@@ -32,7 +33,7 @@ namespace mk {
 
 enum class Side { tokens, memory };
 
-// The one way in which a native entry point refuses a call: a sentence, without the place in the source.
+// Raises an error with this message, without file and line. Every native entry point refuses a call this way.
 template <class... Parts>
 [[noreturn]] void fail(const Parts&... parts) {
   std::ostringstream sentence;
@@ -44,7 +45,7 @@ void check(bool holds, const Parts&... parts) {
   if (!holds) fail(parts...);
 }
 
-// Runs a boxed operator. Memory that it cannot have becomes a sentence that names it.
+// Runs a boxed operator and turns a failed allocation into an error that names the operator.
 using Boxed = void (*)(StableIValue*, uint64_t, uint64_t);
 void call_operator(const char* op, Boxed function, StableIValue* stack, uint64_t inputs, uint64_t outputs);
 
@@ -56,31 +57,33 @@ inline Tensor zeros_like(const Tensor& t) {
 }
 inline ScalarType stats_type(ScalarType t) { return t == ScalarType::Double ? t : ScalarType::Float; }
 
-// The tensor arguments of one call. Add them all, call lead(), then view() them and results.
+// The tensor arguments of one call. add() them all, then call lead(), then view() them and the results.
 class Arguments {
  public:
   explicit Arguments(const char* op) : op_(op) {}
 
-  // A tensor whose trailing dimensions must be `tail`. Returns it with a contiguous last dimension; it stays where it is.
+  // Adds a tensor whose trailing dimensions must be `tail`. Returns it with a contiguous last dimension, by a reference
+  // that stays valid.
   const Tensor& add(const char* name, const Tensor& t, Side side, std::initializer_list<int64_t> tail);
   const Tensor* add(const char* name, const std::optional<Tensor>& t, Side side, std::initializer_list<int64_t> tail) {
     return t.has_value() ? &add(name, *t, side, tail) : nullptr;
   }
 
-  // All given tensors are float32, bfloat16 or float16, or all are float64.
+  // Requires all given tensors to be float32, bfloat16 or float16, or all to be float64.
   void floats(std::initializer_list<const Tensor*> tensors) const;
-  // Rows of slots: float like `like`, or int8 or float8_e4m3fn with a number per slot in float32 (float64 beside float64).
+  // Requires rows of slots to be floats like `like`, or int8 or float8_e4m3fn with a scale per slot in float32 (float64
+  // if `like` is float64).
   void slots(const Tensor& rows, const Tensor* scale, const Tensor& like) const;
-  // A mask is bool, or float as `like` allows.
+  // Requires a mask to be bool, or float as `like` allows.
   void mask(const Tensor* mask, const Tensor& like) const;
 
-  // Sums are kept in float32, or float64 beside float64.
+  // Requires float32, or float64 if `like` is float64: the dtype of sums.
   void stats(std::initializer_list<const Tensor*> tensors, const Tensor& like) const;
 
   const Lead& lead();
-  // Sizes of a result: leading dimensions (those of the memory alone for Side::memory), then `tail`.
+  // The sizes of a result: the leading dimensions (for Side::memory those of the memory alone), then `tail`.
   Sizes sizes(Side side, std::initializer_list<int64_t> tail);
-  // `tail` trailing dimensions: 2 for rows, 1 for numbers.
+  // `tail` is the number of trailing dimensions: 2 for rows, 1 for numbers.
   View view(const Tensor& t, int tail) const;
   SlotView slot_view(const Tensor* rows, const Tensor* scale) const { return {view(rows, 2), view(scale, 1)}; }
   View view(const Tensor* t, int tail) const { return t == nullptr ? View{} : view(*t, tail); }
@@ -95,36 +98,37 @@ class Arguments {
     Tensor tensor;
     Side side;
     int tail;
-    torch::headeronly::IntHeaderOnlyArrayRef sizes;  // of `tensor`, which holds them
+    torch::headeronly::IntHeaderOnlyArrayRef sizes;  // owned by `tensor`
 
     int64_t own(int d) const { return sizes[sizes.size() - size_t(tail) + size_t(d)]; }
   };
   const char* op_;
   Place place_;
-  std::deque<Item> items_;  // does not move what add() returned
+  std::deque<Item> items_;  // a deque, since add() returns references into it
   Lead lead_;
   int64_t memory_[kMaxLead];
   int memory_rank_ = 0;
   bool ready_ = false;
 };
 
-// Refuses a tensor whose storage ends before its last element.
+// Fails if the storage of a tensor ends before its last element.
 void check_storage(const char* op, const char* name, const Tensor& t);
-// The size of dimension `d` (negative: from the end) of a tensor that may have too few, at most kMaxSize.
+// The size of dimension `d` (negative: from the end). Fails if the tensor has too few dimensions or more than kMaxSize
+// there.
 constexpr int64_t kMaxSize = int64_t(1) << 40;
 int64_t size_at(const char* op, const char* name, const Tensor& t, int64_t d);
 
-// What multiplies the rows of compressed keys and values, one number per slot.
+// The scales of compressed keys and values, one number per slot.
 struct Scales {
   std::optional<Tensor> keys, values;
 };
 
-// A gradient kept in float (double): written by kernels, then handed out in the shape and dtype of its argument.
+// A gradient in float (double): kernels write it, result() returns it in the shape and dtype of its argument.
 class Gradient {
  public:
-  // Of an argument of the memory: kernels add over leading dimensions that it lacks (where kSumsInKernels; otherwise as the
-  // tokens). Of one of the tokens: it has all leading dimensions while kernels write, and result() sums those that the argument
-  // lacks. Not wanted: empty, without a view. `tail`: trailing dimensions, 2 for rows, 1 for numbers.
+  // Memory arguments: kernels sum over leading dimensions that the argument lacks (if kSumsInKernels, else as for token
+  // arguments). Token arguments: kernels write all leading dimensions, and result() sums those that the argument lacks.
+  // If not wanted, the view is empty. `tail` is the number of trailing dimensions: 2 for rows, 1 for numbers.
   Gradient(Arguments& args, const Tensor* argument, bool wanted, Side side, int tail);
   View view() const { return view_; }
   void zero();  // for calls in which no kernel runs

@@ -1,4 +1,4 @@
-// What the bindings of cache_logprobs and cache_nll share.
+// Shared by the bindings of cache_logprobs and cache_nll.
 #pragma once
 
 #include "binding/chosen_slots.h"
@@ -6,17 +6,17 @@
 
 namespace mk {
 
-// Guards the inputs and fills everything of `p` but lse.
+// Checks the inputs and fills in `p`, except for lse.
 struct CacheInputs {
   Arguments args;
   const Tensor *logits, *scores, *tokens, *mix, *targets = nullptr;
 
   CacheInputs(const char* op, const Tensor& z, const Tensor& c, const Tensor& j, const Tensor& m, const Tensor* y,
               CacheMix& p);
-  void fill(CacheMix& p);  // after the last argument
+  void fill(CacheMix& p);  // call it after the last argument is added
 };
 
-// The gradients that are wanted.
+// The wanted gradients.
 struct CacheResults {
   Gradient logits, scores, mix;
 

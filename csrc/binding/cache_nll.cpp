@@ -12,7 +12,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& logits, const Tensor& t
   const ScalarType stats = stats_type(logits.scalar_type());
   Tensor nll = empty(in.args.sizes(Side::tokens, {p.mix.T}), stats);
   Tensor lse = empty(in.args.sizes(Side::tokens, {p.mix.T}), stats);
-  Tensor rest = aid(in.args.sizes(Side::tokens, {p.mix.T}), stats);
+  Tensor rest = empty_saved(in.args.sizes(Side::tokens, {p.mix.T}), stats);
   p.nll = in.args.view(nll, 1), p.mix.lse = in.args.view(lse, 1), p.mix.lse_rest = in.args.view(rest, 1);
   MK_CALL(cache_nll, p);
   return {nll, lse, rest};

@@ -7,7 +7,7 @@ namespace {
 
 using Optional = std::optional<Tensor>;
 
-// Guards the inputs and fills everything of `p` but the result.
+// Checks the inputs and fills in `p`, except for the result.
 struct Inputs {
   Arguments args;
   const Tensor *inputs, *weight, *initial;

@@ -1,4 +1,4 @@
-// What the bindings of the ops that work on chosen slots share: the check of indices, gradients that are mostly zero.
+// Shared by the bindings of ops on chosen slots: the check of indices, and gradients that are mostly zero.
 #pragma once
 
 #include "binding/binding.h"
@@ -8,15 +8,15 @@ namespace mk {
 
 void check_indices(const char* op, const Choice& c, const char* argument = "indices");
 
-// Makes a fresh, large piece of memory zero without writing it: pages handed back to the system are zero when they are
-// next touched. Filling it would cost most of a backward that touches a few rows. At most `rows` rows of `row_bytes` will be
-// touched, here and there. False: it is not known to be zero.
+// Zeroes a large fresh allocation without writing it: pages that were given back to the system are zero when they are
+// next touched. Filling them would be most of the cost of a backward that touches few rows. The caller will write at
+// most `rows` scattered rows of `row_bytes`, which decides on huge pages. Returns false if the memory may not be zero.
 bool zero_pages(char* data, size_t bytes, size_t rows, size_t row_bytes);
 
-// The gradient of a memory argument that a kernel writes whole, in the dtype of the argument.
+// The gradient of a memory argument, written whole by a kernel in the dtype of the argument.
 class ChosenGradient {
  public:
-  // `tail`: 2 for rows, 1 for one number per slot. Not wanted: it stays empty. `chosen`: the indices.
+  // `tail`: 2 for rows, 1 for one number per slot. Stays empty if not wanted. `chosen`: the indices.
   ChosenGradient(const Arguments& args, const Tensor* argument, bool wanted, int tail, const Tensor& chosen) {
     if (argument == nullptr || !wanted) return;
     Sizes sizes;

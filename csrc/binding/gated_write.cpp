@@ -39,7 +39,7 @@ struct Inputs {
   }
 };
 
-// gated_write and softmax_write differ in their gates alone.
+// gated_write and softmax_write differ in their gates only.
 template <Gate kGate>
 struct Write {
   static std::string name(const char* suffix) {
@@ -99,7 +99,7 @@ struct Write {
     if (p.lead.batches() * p.N == 0) {
       for (Gradient* g : {&dv, &dk, &dq, &dw, &de, &dm}) g->zero();
     } else {
-      if (p.lead.folded() * p.T == 0) {  // dV passes through below; nothing else is touched by a token
+      if (p.lead.folded() * p.T == 0) {  // no tokens: d_values is d_out, the gradients of keys and mask are zero
         for (Gradient* g : {&dk, &dm}) g->zero();
         b.d_keys = b.d_mask = View{};
       }
@@ -112,7 +112,7 @@ struct Write {
 using Gated = Write<Gate::sigmoid>;
 using Soft = Write<Gate::softmax>;
 
-// slot_write: the gates are given.
+// slot_write: the caller gives the gates.
 struct SlotInputs {
   Arguments args;
   const Tensor *values, *weights, *write, *erase, *token_mask;
@@ -138,7 +138,7 @@ struct SlotInputs {
   }
 };
 
-// Kernels take the product of 1 - a along: with gates that are given nothing reads it.
+// Kernels always write the product of 1 - a. slot_write has no use for it and throws it away.
 Tensor unused(SlotInputs& in, const GatedWrite& p) {
   return empty(in.args.sizes(Side::memory, {p.N}), stats_type(in.weights->scalar_type()));
 }

@@ -9,7 +9,7 @@ using Optional = std::optional<Tensor>;
 using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 using Six = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-// Guards the inputs and fills everything of `m` but the results.
+// Checks the inputs and fills in `m`, except for the results.
 struct Inputs {
   Arguments args;
   const Tensor *values, *keys, *read_query, *write_query, *write, *mask, *token_mask;
@@ -51,7 +51,7 @@ Four forward(const Tensor& values, const Tensor& keys, const Tensor& read_query,
   Tensor reads = empty(in.args.sizes(Side::tokens, {p.T, p.V}), read_query.scalar_type());
   Tensor out = empty(in.args.sizes(Side::memory, {p.N, p.V}), values.scalar_type());
   Tensor lse = empty(in.args.sizes(Side::tokens, {p.T}), stats_type(read_query.scalar_type()));
-  Tensor rest = aid(in.args.sizes(Side::tokens, {p.T}), stats_type(read_query.scalar_type()));
+  Tensor rest = empty_saved(in.args.sizes(Side::tokens, {p.T}), stats_type(read_query.scalar_type()));
   m.reads = in.args.view(reads, 2), m.write.out = in.args.view(out, 2);
   m.lse = in.args.view(lse, 1), m.lse_rest = in.args.view(rest, 1);
   MK_CALL(memory_scan, m);
@@ -88,7 +88,7 @@ Six backward(const Tensor& values, const Tensor& keys, const Tensor& read_query,
   if (p.lead.batches() * p.N == 0) {
     for (Gradient* g : {&dv, &dk, &drq, &dwq, &dw, &dm}) g->zero();
   } else {
-    if (p.lead.folded() * p.T == 0) {  // no token: d_values passes through, the others are what is added to them
+    if (p.lead.folded() * p.T == 0) {  // no tokens: d_values is d_out, the gradients of keys and mask are zero
       for (Gradient* g : {&dk, &dm}) g->zero();
     }
     MK_CALL(memory_scan_backward, b);

@@ -7,7 +7,7 @@ namespace {
 
 using Two = std::tuple<Tensor, Tensor>;
 
-// Guards the inputs and fills everything of `p` but the results.
+// Checks the inputs and fills in `p`, except for the results.
 struct Inputs {
   Arguments args;
   const Tensor *reads, *lses;
@@ -24,7 +24,7 @@ struct Inputs {
     p.reads = parts(*reads, 3, p.reads_part);
     p.lses = parts(*lses, 2, p.lses_part);
   }
-  // A view of the tokens of part 0.
+  // A view of part 0; `part` receives the bytes from one part to the next.
   View parts(const Tensor& t, int tail, int64_t& part) const {
     View v = args.view(t, tail);
     part = v.row;

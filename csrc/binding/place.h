@@ -1,5 +1,5 @@
-// Where a call runs: what the bindings ask of a device, the same question for every backend. csrc/binding/cpu/place.cpp answers it for the
-// CPU, csrc/binding/cuda/place.cpp for a GPU.
+// What the bindings need from a device, with the same interface for every backend. csrc/binding/cpu/place.cpp has the
+// CPU, csrc/binding/cuda/place.cpp the GPU.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -22,10 +22,11 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Sizes = std::vector<int64_t>;
 
-// Asks for pages of 2 MiB where the system leaves that to the program (transparent_hugepage: madvise). Small pieces are left alone.
-void want_huge_pages(char* data, size_t bytes);
+// Advises the system to use huge pages of 2 MiB, where it leaves that to the program (transparent_hugepage: madvise).
+// Does nothing for small allocations.
+void advise_huge_pages(char* data, size_t bytes);
 
-// Bytes of a tensor of these sizes, kTooManyBytes where they cannot be counted.
+// Bytes of a tensor of these sizes; kTooManyBytes if they overflow.
 inline size_t bytes_of(const Sizes& sizes, ScalarType dtype) {
   size_t bytes = aoti_torch_dtype_element_size(int32_t(dtype));
   for (int64_t size : sizes) bytes = bytes_of(bytes, size_t(size));
@@ -33,8 +34,8 @@ inline size_t bytes_of(const Sizes& sizes, ScalarType dtype) {
 }
 inline size_t bytes_of(const Tensor& t) { return bytes_of(size_t(t.numel()), t.element_size()); }
 
-// What `make` returns, which asks torch for `bytes` of memory. torch's C interface tells of a failure and not of which: with
-// arguments that have been checked, there was no memory.
+// Returns make(), which lets torch allocate `bytes`. torch's C interface reports that it failed but not why. The
+// arguments have been checked, so memory was missing.
 template <class Make>
 Tensor made(size_t bytes, Make&& make) {
   if (bytes >= kTooManyBytes) throw OutOfMemory(bytes);
@@ -45,15 +46,15 @@ Tensor made(size_t bytes, Make&& make) {
   }
 }
 
-// A fresh, uninitialised tensor on the device of the call. `whole`: all of it will be written.
+// A new, uninitialised tensor on the device of the call. `whole`: all of it will be written.
 Tensor empty(const Sizes& sizes, ScalarType dtype, bool whole = true);
 
-// The same, in float32 or float64, for what the backward pass alone will read. On the CPU it is made past torch's
-// dispatcher, which takes a tenth of a small call; so torch does not fill it with NaN where it is told to fill new
-// memory, and tests see it by the gradients.
-Tensor aid(const Sizes& sizes, ScalarType dtype);
+// The same, in float32 or float64, for what only the backward pass will read. On the CPU this avoids torch's
+// dispatcher, which takes a tenth of the time of a small call. So torch's option to fill new memory with NaN has no
+// effect here; tests see unwritten numbers through the gradients.
+Tensor empty_saved(const Sizes& sizes, ScalarType dtype);
 
-// Makes the device of the first tensor of a call the current one, until the call ends.
+// Makes the device of the first tensor of a call current until the call ends.
 class Place {
  public:
   void enter(const char* op, const char* name, const Tensor& t);
@@ -66,8 +67,8 @@ class Place {
 #ifdef MK_CUDA
 constexpr bool kSumsInKernels = false, kDoubles = false, kCompressedSlots = false;
 
-// What launchers need of torch: the current stream, and scratch memory of torch's allocator that lives until the kernels are
-// in the stream.
+// What launchers need from torch: the current stream, and scratch memory from torch's allocator. The scratch lives
+// until the kernels have been put into the stream.
 class Launching {
  public:
   Launching();

@@ -7,7 +7,7 @@ namespace {
 
 using Three = std::tuple<Tensor, Tensor, Tensor>;
 
-// Guards the inputs.
+// Checks the inputs.
 struct Inputs : ProductKeyInputs {
   int64_t V;
   const Tensor* values;

@@ -21,7 +21,7 @@ Tensor in_halves(const char* op, const Tensor& query, int64_t h) {
 }
 
 Tensor whole(const Tensor& halves) {
-  if (halves.dim() < 3) return halves;  // not wanted
+  if (halves.dim() < 3) return halves;  // an unwanted gradient is empty
   const Tensor rows = torch::stable::transpose(halves, -3, -2);
   Sizes sizes(rows.sizes().begin(), rows.sizes().end() - 1);
   sizes.back() *= rows.size(rows.dim() - 1);
@@ -39,7 +39,7 @@ std::optional<Tensor> for_both(const char* op, const char* name, const std::opti
 }
 
 Tensor for_one(const Tensor& t) {
-  if (t.dim() < 3) return t;  // not wanted
+  if (t.dim() < 3) return t;  // an unwanted gradient is empty
   Sizes sizes(t.sizes().begin(), t.sizes().end());
   sizes.erase(sizes.end() - 3);
   return reshaped(t, sizes);
@@ -56,7 +56,7 @@ ProductKeyInputs::ProductKeyInputs(const char* op, const Tensor& q, const Tensor
 
 Tensor ProductKeyInputs::result(int64_t width, ScalarType dtype) {
   Sizes sizes = args.sizes(Side::tokens, {});
-  sizes.back() = T;  // instead of the half
+  sizes.back() = T;  // replaces the dimension of the half
   sizes.push_back(width);
   return empty(sizes, dtype);
 }

@@ -1,4 +1,4 @@
-// What the bindings of product_key_search and product_key_read share: the half as a leading dimension.
+// Shared by the bindings of product_key_search and product_key_read: the half of a key as a leading dimension.
 #pragma once
 
 #include "binding/chosen_slots.h"
@@ -8,16 +8,16 @@ namespace mk {
 
 // [..., T, 2h] -> [..., 2, T, h]: the half becomes the last leading dimension.
 Tensor in_halves(const char* op, const Tensor& query, int64_t h);
-// And back.
+// The inverse.
 Tensor whole(const Tensor& halves);
 
-// [..., T, k] -> [..., 1, T, k]: the same for both halves.
+// [..., T, k] -> [..., 1, T, k]: both halves share it.
 Tensor for_both(const char* op, const char* name, const Tensor& t);
 std::optional<Tensor> for_both(const char* op, const char* name, const std::optional<Tensor>& t);
-// And back.
+// The inverse.
 Tensor for_one(const Tensor& t);
 
-// Guards the inputs. Query and subkeys have one leading dimension more, the half.
+// Checks the inputs. Query and subkeys get one more leading dimension, the half.
 struct ProductKeyInputs {
   Arguments args;
   int64_t T, n, h;
@@ -25,11 +25,11 @@ struct ProductKeyInputs {
 
   ProductKeyInputs(const char* op, const Tensor& q, const Tensor& s);
 
-  // After the last argument. A result [..., T, width] for every pair, and its view.
+  // Call it after the last argument is added. Makes a result [..., T, width], which both halves share, and its view.
   Tensor result(int64_t width, ScalarType dtype);
   View view_for_both(const Tensor& result) { return args.view(for_both(args.op(), "a result", result), 2); }
   ProductKeySearch search(int64_t k, double scale, const View& scores, const View& indices);
-  // Of a choice [..., 1, T, k], which is checked. Without d_scores.
+  // Everything but d_scores, for indices [..., 1, T, k], which it checks.
   ProductKeySearchBackward backward(int64_t k, double scale, const Tensor* indices);
 };
 

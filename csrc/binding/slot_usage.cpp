@@ -50,7 +50,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& query, const T
   SlotUsage& f = p.forward;
   Inputs in("slot_usage_backward", query, keys, lse, slot_mask, scale, f);
   in.args.require(wants.size() == 4, "wants must have 4 entries");
-  in.args.require(d_usage.has_value(), "d_usage is missing");
+  in.args.require(d_usage.has_value(), "d_usage must be given");
   const Tensor* du = &in.args.add("d_usage", *d_usage, Side::memory, {f.N});
   in.args.stats({du}, query);
   in.fill(f);

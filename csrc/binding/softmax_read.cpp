@@ -9,7 +9,7 @@ using Two = std::tuple<Tensor, Tensor>;
 using Three = std::tuple<Tensor, Tensor, Tensor>;
 using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
-// Guards the inputs and fills everything of `p` but the results.
+// Checks the inputs and fills in `p`, except for the results.
 struct Inputs {
   Arguments args;
   const Tensor *query, *keys, *values, *mask, *key_scale, *value_scale;
@@ -46,7 +46,7 @@ Three run(const Tensor& query, const Tensor& keys, const Tensor& values, const s
   in.fill(p);
   Tensor read = empty(in.args.sizes(Side::tokens, {p.T, p.V}), query.scalar_type());
   Tensor lse = empty(in.args.sizes(Side::tokens, {p.T}), stats_type(query.scalar_type()));
-  Tensor rest = aid(in.args.sizes(Side::tokens, {p.T}), stats_type(query.scalar_type()));
+  Tensor rest = empty_saved(in.args.sizes(Side::tokens, {p.T}), stats_type(query.scalar_type()));
   p.read = in.args.view(read, 2), p.lse = in.args.view(lse, 1), p.lse_rest = in.args.view(rest, 1);
   MK_CALL(softmax_read, p);
   return {read, lse, rest};
@@ -60,7 +60,7 @@ Four run_backward(const Tensor& query, const Tensor& keys, const Tensor& values,
   SoftmaxRead& f = p.forward;
   Inputs in("softmax_read_backward", query, keys, values, slot_mask, scales, scale, f);
   in.args.require(wants.size() == 4, "wants must have 4 entries");
-  // Gradients that nobody has are zero.
+  // A missing gradient is zero.
   const Tensor zeros = d_read.has_value() ? *d_read : zeros_like(read);
   const Tensor* r = &in.args.add("read", read, Side::tokens, {f.T, f.V});
   const Tensor* dr = &in.args.add("d_read", zeros, Side::tokens, {f.T, f.V});

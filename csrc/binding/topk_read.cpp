@@ -8,7 +8,7 @@ namespace {
 using Three = std::tuple<Tensor, Tensor, Tensor>;
 using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
-// Guards the inputs.
+// Checks the inputs.
 struct Inputs {
   Arguments args;
   const Tensor *query, *keys, *values, *mask, *key_scale, *value_scale;

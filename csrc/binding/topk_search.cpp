@@ -8,7 +8,7 @@ namespace {
 using Two = std::tuple<Tensor, Tensor>;
 using Three = std::tuple<Tensor, Tensor, Tensor>;
 
-// Guards the inputs and fills everything of `p` but the results.
+// Checks the inputs and fills in `p`, except for the results.
 struct Inputs {
   Arguments args;
   const Tensor *query, *keys, *mask, *key_scale;

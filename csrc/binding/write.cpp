@@ -25,7 +25,8 @@ void check_target(const Arguments& args, const Tensor& values, const Sizes& size
   int64_t elements = 1;
   for (int64_t s : sizes) elements *= s;
   args.require(elements == values.numel(), "values must have all leading dimensions of the memory");
-  // From the smallest stride to the largest, a step leads beyond all that the dimensions before it reach.
+  // With strides in ascending order, elements are distinct if each stride exceeds the extent of all dimensions before
+  // it.
   std::vector<std::pair<int64_t, int64_t>> steps;
   for (int64_t d = 0; d < values.dim() && elements > 0; ++d) {
     if (values.size(d) > 1) steps.emplace_back(values.stride(d), values.size(d));

@@ -1,4 +1,4 @@
-// What the bindings of the writes share: the kernel that a call takes, and writing into the memory itself.
+// Shared by the bindings of the writes: the choice of kernel, and writes into the memory itself.
 #pragma once
 
 #include "binding/binding.h"
@@ -6,19 +6,19 @@
 
 namespace mk {
 
-// Runs the closed form, or the scan for an erase vector.
+// Runs the closed form, or the scan if erase is a vector.
 void run_write(const GatedWrite& p);
 void run_write_backward(const GatedWriteBackward& b);
 
-// `erase` (or its number) and `token_mask` are what a kernel takes them for.
+// Checks `token_mask` and the number `erase_scale`.
 void check_write(const Arguments& args, const std::optional<Tensor>& token_mask, double erase_scale);
 
-// `values` may be written in place: it has all `sizes`, and no two of its elements share memory.
+// Checks that `values` may be written in place: it has all `sizes`, and no two of its elements overlap.
 void check_target(const Arguments& args, const Tensor& values, const Sizes& sizes);
-// Where the last dimension of `values` has a stride, kernels wrote a copy: it goes back.
+// Copies the result back if kernels wrote into a copy because the last dimension of `values` is not contiguous.
 void settle_target(const Tensor& written, const Tensor& values);
 
-// The gradient of the written values; zero where nobody has one.
+// The gradient of the new values; zero if there is none.
 Tensor upstream(const std::optional<Tensor>& d_values, const Sizes& sizes, ScalarType dtype);
 
 }  // namespace mk

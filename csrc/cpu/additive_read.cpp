@@ -1,13 +1,13 @@
 // additive_read forward:  r_t = sum_i p[t, i] v_i,  p = softmax(s),  s[t, i] = sum_a u_a tanh(q_ta + k_ia) + mask_i
 //
-// T N K hyperbolic tangents are nearly all of the work: bound by arithmetic, a score costs K / lanes of them. Lanes run
-// along K, whatever the number of tokens, so nothing is packed and one layout serves a decoder's single token and a
-// whole sequence; the sums over lanes are taken 16 scores at a time. Blocks of 96 slots stream past a tile of tokens
-// with the online softmax of cpu/tiles/online_softmax.h; the read is one product of the weights and the values per block,
-// from L1. Nothing of size T N K is ever kept.
+// Bound by arithmetic: the T N K hyperbolic tangents are nearly all of the work, K / lanes vector operations per score.
+// Lanes run along K, whatever the number of tokens. So nothing is packed, and one layout serves a single token and a
+// whole sequence. The sums over lanes are taken 16 scores at a time. A tile of tokens is combined with blocks of 96
+// slots by the online softmax of cpu/tiles/online_softmax.h. The read is one product of weights and values per block,
+// from L1. Nothing of size T N K is kept.
 //
-// Parallel over batches, tiles of tokens and ranges of slots. Their numbers depend on shapes alone, and ranges merge in
-// order, so the bits do not depend on threads.
+// Parallel over batches, tiles of tokens and ranges of slots. Their numbers depend on shapes only, and ranges merge in
+// order, so the bits do not depend on the number of threads.
 #include "params/additive_read.h"
 
 #include "cpu/tiles/additive_scores.h"
@@ -18,8 +18,8 @@ namespace mk::MK_ISA {
 namespace {
 
 constexpr int64_t kTile = 32;         // tokens
-constexpr int64_t kTasks = 64;        // ranges of slots are cut until there are this many tasks
-constexpr int64_t kLeastSlots = 384;  // but no range is smaller
+constexpr int64_t kTasks = 64;        // ranges of slots are split until there are this many tasks
+constexpr int64_t kLeastSlots = 384;  // but no range is smaller than this
 
 template <class F>
 struct Plan {
@@ -39,7 +39,7 @@ struct Plan {
   Partial<F> partial(F* at) const { return {at, at + tile, at + 2 * tile}; }
 };
 
-// What a task works in.
+// The working memory of a task.
 template <class F>
 struct Work {
   F *own, *row, *u, *q, *S;
@@ -54,7 +54,7 @@ struct Work {
         buffers(Slots<F>::buffers(arena, kSlotBlock, p.K, p.V)) {}
 };
 
-// n tokens from t0 on over the slots of [lo, hi).
+// The n tokens from t0 on, over the slots [lo, hi).
 template <class F>
 void read_range(const AdditiveRead& p, const Plan<F>& s, int64_t batch, int64_t t0, int64_t n, int64_t lo, int64_t hi,
                 const Work<F>& w, Partial<F> out) {

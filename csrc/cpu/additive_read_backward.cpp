@@ -1,18 +1,20 @@
-// additive_read backward. With p = exp(s - lse), dP[t, i] = <dr_t, v_i>, delta_t = <dr_t, r_t> - dlse_t, h = tanh(q_ta
-// + k_ia):
+// additive_read backward. With p = exp(s - lse), dP[t, i] = <dr_t, v_i>, delta_t = <dr_t, r_t> - dlse_t and
+// h = tanh(q_ta + k_ia):
 //
 //   ds = p * (dP - delta),  dh = ds u (1 - h^2),  dq_ta = sum_i dh,  dk_ia = sum_t dh,  du_a = sum_ti ds h,
 //   dv = P^T dR,  dmask_i = sum_t ds
 //
-// Each h is computed once: for one token and a block of slots it waits in cache ([96, K]) until ds is known. Lanes run
-// along K, so no sum crosses them but that of the score.
+// Each h is computed once. For one token and a block of slots it stays in cache ([96, K]) until ds is known. Lanes run
+// along K, so only the score needs a sum over lanes.
 //
-// Chunks of slots are the tasks. Each owns its rows of dk, dv and dmask and adds a partial dq and du; the partial sums
-// are then added in the order of the chunks. delta is taken from the read where that is exact. One that was rounded to
-// 16 bits is not good enough: unlike keys, u (1 - h^2) has one sign, so that an error of delta does not average out in
-// dq. Then a pass over the scores sums delta_t = sum_i p dP - dlse_t first. Tokens come in panels, so that partial
-// results stay within kPartialBytes. With many batches these run in parallel instead, unless they share memory. The
-// gradient of u is kept per batch and added last.
+// The tasks are chunks of slots. Each owns its rows of dk, dv and dmask and writes a partial dq and du. The partial
+// results are then added in the order of the chunks. Tokens are taken in panels, so that partial results stay within
+// kPartialBytes. With many batches, batches run in parallel instead, unless they share memory. The gradient of u is
+// kept per batch and summed at the end.
+//
+// delta comes from the read if the read is exact. A read rounded to 16 bits is not good enough: u (1 - h^2) has one
+// sign, unlike keys, so an error of delta does not average out in dq. Then a first pass over the scores computes
+// delta_t = sum_i p dP - dlse_t.
 #include "cpu/tiles/additive_scores.h"
 #include "cpu/tiles/score_gradients.h"
 #include "params/additive_read.h"
@@ -32,10 +34,10 @@ struct Panel {
         rest(arena.take<F>(s.panel)),
         delta(arena.take<F>(s.panel)) {}
 
-  // Does the read hold what was summed?
+  // Was the read stored without rounding?
   static bool exact(const AdditiveReadBackward& p) { return p.forward.read.dtype == kOwn<F>; }
 
-  // Tokens [first, end) of the panel that begins at token t0.
+  // Packs tokens [first, end) of the panel that begins at token t0.
   void pack(const AdditiveReadBackward& p, const GradientShape<F>& s, int64_t batch, int64_t t0, int64_t first,
             int64_t end, F* row) const {
     const AdditiveRead& f = p.forward;
@@ -46,7 +48,7 @@ struct Panel {
     rows_query<F>(d_read, t0 + first, end - first, f.V, F(1), dr + first * s.VP);
     for (int64_t t = first; t < end; ++t) {
       const F l = *reinterpret_cast<const F*>(lses.row(t0 + t));
-      lse[t] = l == -kInf<F> ? kInf<F> : l;  // a token that reads nothing has p = exp(s - inf) = 0
+      lse[t] = l == -kInf<F> ? kInf<F> : l;  // a token that reads nothing: p = exp(s - inf) = 0
       rest[t] = *reinterpret_cast<const F*>(rests.row(t0 + t));
       delta[t] = d_lse ? -*reinterpret_cast<const F*>(d_lse.row(t0 + t)) : F(0);
       if (!exact(p)) continue;
@@ -56,7 +58,7 @@ struct Panel {
   }
 };
 
-// What a chunk of slots works in, and its partial sums: dq of the panel, du.
+// The working memory of a chunk of slots, and its partial sums: dq of the panel, du.
 template <class F>
 struct Chunk {
   F *P, *D, *hidden, *dk, *dv, *dm;
@@ -72,7 +74,7 @@ struct Chunk {
         buffers(Slots<F>::buffers(arena, kSlotBlock, s.K, s.V)) {}
 };
 
-// dh of one token and n slots into the three sums, for some registers of columns.
+// Adds dh of one token and n slots to the three sums, for some registers of columns.
 template <class F, int columns>
 MK_INLINE void add_columns(const F* ds, const F* hidden, const F* u, int64_t n, int64_t KP, F* dk, F* dq, F* du) {
   constexpr int W = kLanes<F>;

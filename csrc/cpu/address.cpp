@@ -1,8 +1,9 @@
 // address:   w[t, i] = exp(s[t, i] - lse_t)  or  sigmoid(s[t, i])
-// backward:  softmax: dS = w (dW - sum_j w_j dW_j);  sigmoid: dS = dW w (1 - w);  then dq, dK, dmask as for softmax_read
+// backward:  dS = w (dW - sum_j w_j dW_j) for softmax, dW w (1 - w) for sigmoid; dq, dK, dmask as for softmax_read
 //
-// The result is T x N numbers, each written once: the softmax takes lse from softmax_read and forms scores a second time rather
-// than storing them twice (for 16-bit results that also keeps full precision). Every (tile of tokens, chunk of slots) is a task.
+// The result has T x N numbers, each written once. The softmax takes lse from softmax_read and computes the scores
+// again, which is cheaper than storing them twice and keeps full precision for 16-bit results. The tasks are (tile of
+// tokens, chunk of slots).
 #include "params/address.h"
 
 #include "cpu/tiles/score_gradients.h"
@@ -10,7 +11,8 @@
 namespace mk::MK_ISA {
 namespace {
 
-// A tile of scores becomes weights, in place. For few tokens lanes are slots, S[token][slot]; else tokens, S[slot][token].
+// Turns a tile of scores into weights, in place. For few tokens lanes are slots, S[token][slot]; for many, tokens,
+// S[slot][token].
 template <class F>
 void open_gates(bool sigmoids, bool few, int64_t slots, int64_t n, int64_t L, const F* top, const F* rest, F* S) {
   constexpr int W = kLanes<F>;
@@ -70,7 +72,7 @@ void run(const Address& p) {
       open_gates<F>(p.sigmoid, s.few, block.n, n, L, top, rest, S);
       for (int64_t t = 0; t < n; ++t) {
         for (int64_t j = 0; j < block.n; ++j) row[j] = s.few ? S[t * kSlotBlock + j] : S[j * L + t];
-        if (block.which != nullptr) {  // backwards, so that no weight is overwritten before it has moved
+        if (block.which != nullptr) {  // backwards, so that no weight is overwritten before it is moved
           int64_t j = block.n;
           for (int64_t c = count; c-- > 0;) row[c] = j > 0 && block.which[j - 1] == c ? row[--j] : F(0);
         }

@@ -1,30 +1,30 @@
 // cache_logprobs:  log p[t, w],  p = (1 - mix) own + mix cached
 //   own = softmax(z),  cached_w = sum_{j: token_j = w} softmax(c)_j
 //
-// Tokens run in parallel. All words are written as if no entry named them, log own + log(1 - mix); then the words of
-// the entries, whose shares have been added up in the order of the entries, are written again. Bound by reading the
-// logits twice (the second time from cache) and writing the result. The shares lie in a row of W numbers per thread of
-// which only those of the entries are touched.
+// Tokens run in parallel. First all words are written as if no entry named them: log own + log(1 - mix). Then the words
+// that entries name are written again, with their shares summed in the order of the entries. Bound by reading the
+// logits twice, the second time from cache, and writing the result. The shares lie in a row of W numbers per thread, of
+// which only the words of the entries are touched.
 //
-// Backward: with g_w = d_w * (share of the model in p_w) and h_w = d_w * (share of the cache),
+// Backward, with g_w = d_w * (share of the model in p_w) and h_w = d_w * (share of the cache):
 //   dz = g - own sum(g),  dc_j = (h / cached)_{token_j} softmax(c)_j - softmax(c)_j sum(h),
 //   d mix = sum_w d_w (cached - own) / p
-// g is d but for the words of the entries.
+// g equals d except in the words of the entries.
 #include "cpu/tiles/mixture.h"
 
 namespace mk::MK_ISA {
 namespace {
 
-// The entries of one token, gathered by word.
+// The entries of one token, summed by word.
 template <class F>
 struct Gathered {
   Entries<F> entries;
   F mix;
-  F* sums;  // [W], of the exponentials; 0 where no entry names the word
+  F* sums;  // [W], sums of exponentials; 0 where no entry names the word
   int64_t* distinct;
   int64_t n = 0;
 
-  // `sums` is zero before, and after clear().
+  // `sums` must be all zero, and is again after clear().
   Gathered(const CacheMix& p, int64_t batch, int64_t t, F* sums, Arena& arena)
       : entries(TokenRows(p.scores, p.lead, batch, p.T).row(t), p.scores.dtype, words(p.tokens, p.lead, batch, p.T, t),
                 p.N, arena.take<F>(p.N)),
@@ -84,7 +84,7 @@ void forward(const CacheLogprobs& c) {
     const LogSumExp<F> end = row_lse<F>(logits.row(t), logits.dtype, p.W, buffer);
     put_end(end, TokenRows(p.lse, p.lead, batch, p.T), TokenRows(p.lse_rest, p.lead, batch, p.T), t);
     const F left = cache.mix == 1 ? -kInf<F> : std::log1p(-cache.mix);
-    put_past(goes_past(out, p), [&](auto put) {
+    with_stores(is_non_temporal(out, p), [&](auto put) {
       each_block<F>(logits.row(t), logits.dtype, p.W, buffer, [&](int64_t first, const F* z, int64_t count) {
         int64_t j = 0;
         for (; j + W <= count; j += W) put(out + first + j, ((load<F>(z + j) - end.lse) - end.rest) + left);
@@ -107,9 +107,9 @@ void backward(const CacheLogprobsBackward& b) {
     const F* d = reinterpret_cast<const F*>(TokenRows(b.d_logprobs, p.lead, batch, p.T).row(t));
     const LogSumExp<F> end = saved_lse<F>(p, batch, t);
     const Vec<F> lse = fill<F>(end.lse), rest = fill<F>(end.rest);
-    const F alone = cache.mix == 1 ? F(0) : F(1);  // share of the model in words that no entry names
+    const F alone = cache.mix == 1 ? F(0) : F(1);  // share of the model in a word that no entry names
 
-    // The sum of d over words that have a probability without the cache.
+    // The sum of d over the words that have a probability without the cache.
     F total = 0;
     each_block<F>(logits.row(t), logits.dtype, p.W, buffer, [&](int64_t first, const F* z, int64_t count) {
       Vec<F> sums = fill<F>(0);
@@ -131,7 +131,7 @@ void backward(const CacheLogprobsBackward& b) {
     }
     if (b.d.logits) {
       F* out = reinterpret_cast<F*>(TokenRows(b.d.logits, p.lead, batch, p.T).row(t));
-      put_past(goes_past(out, p), [&](auto put) {
+      with_stores(is_non_temporal(out, p), [&](auto put) {
         each_block<F>(logits.row(t), logits.dtype, p.W, buffer, [&](int64_t first, const F* z, int64_t count) {
           for (int64_t j = 0; j < count; j += W) {
             const bool full = j + W <= count;
@@ -160,7 +160,7 @@ void backward(const CacheLogprobsBackward& b) {
     if (b.d.scores) {
       F* out = reinterpret_cast<F*>(TokenRows(b.d.scores, p.lead, batch, p.T).row(t));
       const Entries<F>& c = cache.entries;
-      for (int64_t i = 0; i < cache.n; ++i) {  // from here on sums hold what an exponential of the word is worth
+      for (int64_t i = 0; i < cache.n; ++i) {  // from here on sums[w] is h_w / (its sum of exponentials)
         const int64_t w = cache.distinct[i];
         const F share = d[w] * cache.word(w, end.log_share(logit<F>(logits, t, w))).cache;
         cache.sums[w] = share == 0 ? F(0) : share / cache.sums[w];

@@ -1,12 +1,12 @@
 // cache_nll:  nll_t = -log p_t,  p_t = (1 - mix) own + mix cached
 //   own = exp(z_y - lse),  cached = sum_{j: token_j = y} softmax(c)_j
 //
-// Tokens run in parallel. Forward: one pass over the logits for lse, one over the entries: bound by reading the logits.
+// Tokens run in parallel. Forward: one pass over the logits for lse, one over the entries; bound by reading the logits.
 // Backward, with g = -d nll / p:
 //   dz_w = g (1 - mix) own ([w = y] - softmax(z)_w),  dc_j = g mix softmax(c)_j ([token_j = y] - cached),
 //   d mix = g (cached - own)
-// in one pass that reads every logit and writes its gradient, with lse as saved. No distribution over words is ever in
-// memory.
+// in one pass that reads every logit and writes its gradient, with the saved lse. A distribution over words is never
+// stored.
 #include "cpu/tiles/mixture.h"
 
 namespace mk::MK_ISA {
@@ -17,7 +17,7 @@ template <class F>
 struct Target {
   Entries<F> entries;
   int64_t word;
-  F hit = 0, mix;  // sum of the exponentials of entries that name it
+  F hit = 0, mix;  // sum of the exponentials of the entries that name the target
   Word<F> at;
 
   Target(const CacheMix& p, const View& targets, int64_t batch, int64_t t, const LogSumExp<F>& end, Arena& arena)
@@ -81,11 +81,11 @@ void backward(const CacheNllBackward& b) {
         std::memset(out, 0, size_t(p.W) * sizeof(F));
       } else {
         const TokenRows logits(p.logits, p.lead, batch, p.T);
-        put_past(goes_past(out, p), [&](auto put) {
+        with_stores(is_non_temporal(out, p), [&](auto put) {
           each_block<F>(logits.row(t), logits.dtype, p.W, buffer, [&](int64_t first, const F* z, int64_t count) {
             int64_t j = 0;
             for (; j + W <= count; j += W) {
-              ask_for_next_page(z + j, W);
+              prefetch_next_page(z + j, W);
               put(out + first + j, -share * weight<F>(load<F>(z + j), lse, rest));
             }
             for (; j < count; ++j) out[first + j] = -share * std::exp(end.log_share(z[j]));

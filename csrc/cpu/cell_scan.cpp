@@ -1,12 +1,15 @@
 // cell_scan:  [zf, zi, zc] = x_t + W h_{t-1},  h_t = f h_{t-1} + i c,  f = sigmoid(zf), i = sigmoid(zi), c = tanh(zc)
-// backward, g = dh_t + what comes from behind:
-//   dzf = g h_{t-1} f (1 - f),  dzi = g c i (1 - i),  dzc = g i (1 - c^2),  g <- g f + W^T dz,  dx_t = dz,  dW = sum dz h_{t-1}^T
+// backward, g = dh_t + the gradient from later tokens:
+//   dzf = g h_{t-1} f (1 - f),  dzi = g c i (1 - i),  dzc = g i (1 - c^2),  g <- g f + W^T dz,
+//   dx_t = dz,  dW = sum dz h_{t-1}^T
 //
-// Streams are rows, channels are lanes: a token is a product [streams, D] x [D, 3D] and a few vertical operations. The weight is
-// packed once, with its three blocks padded to whole registers, and stays in cache; several streams share each pass over it.
-// Groups of streams run in parallel. Few streams are bound by reading the weight from L2, many by multiply-adds.
-// Backward, all states are known: the gates of a chunk of tokens are computed again by one product, and only g is a recurrence.
-// dW is one product per chunk; a task adds up its own, and those of the tasks are added in their order.
+// Streams are rows, channels are lanes. A token is a product [streams, D] x [D, 3D] and a few element-wise operations.
+// The weight is packed once, each of its three blocks padded to whole registers, and stays in cache; several streams
+// share each pass over it. Groups of streams run in parallel. With few streams the bound is reading the weight from L2,
+// with many it is multiply-adds.
+//
+// In the backward all states are known: one product recomputes the gates of a chunk of tokens, and only g is a
+// recurrence. dW is one product per chunk. Each task sums its own dW, and those of the tasks are added in order.
 #include "params/cell_scan.h"
 
 #include "cpu/tiles/parallel.h"
@@ -16,7 +19,7 @@
 namespace mk::MK_ISA {
 namespace {
 
-constexpr int64_t kRows = 12;  // streams per pass over the weight: two tiles of the product
+constexpr int64_t kRows = 12;  // streams per pass over the weight: two register tiles of the product
 constexpr int64_t kLeastGroups = 4;
 constexpr int64_t kMostParts = 8;  // partial dW per weight
 constexpr int64_t kChunkRows = 96;
@@ -27,7 +30,7 @@ struct Shape {
 
   explicit Shape(const CellScan& p) : D(p.D), DP(Slots<F>::padded(p.D)), L(3 * DP), streams(p.lead.folded()) {
     const int64_t even = most(1, div_up(streams, kLeastGroups));
-    rows = even <= kRows / 2 ? even : kRows;  // a tile more that is not full costs as much as a full one
+    rows = even <= kRows / 2 ? even : kRows;  // a tile that is partly filled costs as much as a full one
     groups = div_up(streams, rows);
   }
 };
@@ -116,12 +119,12 @@ void forward(const CellScan& p) {
   });
 }
 
-// A chunk of tokens of a group of streams: row t * n + r is token t of stream r.
+// A chunk of tokens for a group of streams: row t * n + r is token t of stream r.
 template <class F>
 struct Chunk {
   F *before, *z;        // h_{t-1} [rows][DP]; gates, then dz [rows][L]
   F *g, *d;             // [streams][DP] and a row
-  F* weight = nullptr;  // dW [L][DP], where it is wanted
+  F* weight = nullptr;  // dW [L][DP], if wanted
   explicit Chunk(const Shape<F>& s, int64_t tokens, Arena& arena)
       : before(arena.take<F>(tokens * s.rows * s.DP)),
         z(arena.take<F>(tokens * s.rows * s.L)),
@@ -129,7 +132,7 @@ struct Chunk {
         d(arena.take<F>(s.DP)) {}
 };
 
-// From g (which holds what came from behind) and the gates in z, to dz and what is left for the token before.
+// From g, the gradient from later tokens, and the gates in z: computes dz and the g of the token before.
 template <class F>
 void step_back(const Shape<F>& s, const F* dh, const F* before, F* z, F* g) {
   for (int64_t x = 0; x < s.DP; x += kLanes<F>) {

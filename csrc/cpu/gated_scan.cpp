@@ -1,11 +1,12 @@
 // gated_scan:  h_t = f_t h_{t-1} + u_t
 // backward:    g_t = dh_t + f_{t+1} g_{t+1},  du_t = g_t,  df_t = g_t h_{t-1},  dh_0 = f_1 g_1
 //
-// Lanes are channels. A strip, some channels of one stream, is walked row by row, with its state in L1: every number is read
-// once and every result written once, which is all there is to do, so the bound is bandwidth. Strips run in parallel. Where
-// there are few of them (few streams of few channels) the tokens are cut too: every part is scanned from zero for where it
-// leads and what it keeps of where it starts (a product of gates), then the states at the cuts follow one from another, then
-// every part is scanned from its own. Cuts depend on shapes alone.
+// Lanes are channels. A strip is some channels of one stream; it is walked row by row with its state in L1. Every
+// number is read once and every result is written once, so the bound is bandwidth. Strips run in parallel.
+//
+// If there are few strips (few streams of few channels), the tokens are split into parts too. Each part is first
+// scanned from zero, which gives its last state and the product of its gates. From these the states at the splits
+// follow one after the other. Then each part is scanned from its true state. Splits depend on shapes only.
 #include "params/gated_scan.h"
 
 #include "cpu/tiles/parallel.h"
@@ -15,8 +16,8 @@
 namespace mk::MK_ISA {
 namespace {
 
-constexpr int64_t kStrips = 8;         // as many strips as keep most processors busy
-constexpr int64_t kStripBytes = 4096;  // of a row: a page, and with its state far below L1
+constexpr int64_t kStrips = 8;         // strips are split until there are this many, enough for most processors
+constexpr int64_t kStripBytes = 4096;  // of a row: one page, which fits L1 with its state
 constexpr int64_t kLeastBytes = 256;
 constexpr int64_t kPartTokens = 512;
 
@@ -35,7 +36,7 @@ struct Cuts {
   }
 };
 
-// The rows of one stream, from one channel on.
+// The rows of one stream, beginning at one channel.
 template <class F>
 struct Strip {
   char* base = nullptr;
@@ -49,13 +50,13 @@ struct Strip {
     dtype = v.dtype, stride = rows.stride;
   }
   explicit operator bool() const { return base != nullptr; }
-  // Does this, a strip of a result of so many numbers, go past the caches?
-  bool goes_past(int64_t numbers) const {
-    return base != nullptr && dtype == kOwn<F> && MK_ISA::goes_past(base, stride, numbers * int64_t(sizeof(F)));
+  // Do results of so many numbers in this strip take non-temporal stores?
+  bool is_non_temporal(int64_t numbers) const {
+    return base != nullptr && dtype == kOwn<F> && MK_ISA::is_non_temporal(base, stride, numbers * int64_t(sizeof(F)));
   }
   char* at(int64_t t) const { return base + t * stride; }
   const F* row(int64_t t, int64_t n, F* buffer) const { return row_as<F>(at(t), dtype, n, buffer); }
-  // The row itself, where it is one of F; otherwise `buffer`, from which save() brings it there.
+  // The row itself if it has dtype F, else `buffer`, which save() stores to it.
   F* open(int64_t t, F* buffer) const { return dtype == kOwn<F> ? reinterpret_cast<F*>(at(t)) : buffer; }
   void save(const F* x, int64_t t, int64_t n) const {
     if (dtype != kOwn<F>) write_row<F>(x, n, dtype, at(t));
@@ -84,8 +85,8 @@ struct First {
 
 inline int64_t numbers(const GatedScan& p) { return p.lead.folded() * p.T * p.D; }
 
-// body(c, x) for every register of n numbers: x(p) loads, x(p, v) stores, x.put(put, p, v) as `put` does; the last one may be
-// short.
+// Calls body(c, x) for every register of n numbers, the last of which may be partial. x(p) loads, x(p, v) stores,
+// x.put(put, p, v) stores with `put`.
 template <class F, class Body>
 MK_INLINE void each_register(int64_t n, Body&& body) {
   int64_t c = 0;
@@ -113,7 +114,7 @@ struct Forward {
     if (p.initial) read_row<F>(Strip<F>(p.initial, p.lead, 1, stream, first).base, p.initial.dtype, n, h);
     else std::memset(h, 0, size_t(n) * sizeof(F));
   }
-  // Moves h and, what is left of it, `kept` through [t0, t1).
+  // Advances h through [t0, t1), and `kept`, the factor on the state at t0.
   void pass(int64_t t0, int64_t t1, F* h, F* kept) const {
     for (int64_t t = t0; t < t1; ++t) {
       const F *f = forget.row(t, n, f_buffer), *u = update.row(t, n, u_buffer);
@@ -125,7 +126,7 @@ struct Forward {
     }
   }
   void write(int64_t t0, int64_t t1, F* h) const {
-    put_past(states.goes_past(numbers(p)), [&](auto put) {
+    with_stores(states.is_non_temporal(numbers(p)), [&](auto put) {
       for (int64_t t = t0; t < t1; ++t) {
         const F *f = forget.row(t, n, f_buffer), *u = update.row(t, n, u_buffer);
         F* out = states.open(t, u_buffer);
@@ -139,7 +140,7 @@ struct Forward {
   }
 };
 
-// h is the gradient that comes from the tokens behind, f_{t+1} g_{t+1}; it leaves the first token as dh_0.
+// h is the gradient from later tokens, f_{t+1} g_{t+1}; after the first token it is dh_0.
 template <class F>
 struct Backward {
   const GatedScan& p;
@@ -173,8 +174,8 @@ struct Backward {
     }
   }
   void write(int64_t t0, int64_t t1, F* h) const {
-    const bool past = d_forget.goes_past(numbers(p)) && d_update.goes_past(numbers(p));
-    put_past(past, [&](auto put) {
+    const bool non_temporal = d_forget.is_non_temporal(numbers(p)) && d_update.is_non_temporal(numbers(p));
+    with_stores(non_temporal, [&](auto put) {
       for (int64_t t = t1; t-- > t0;) {
         const F *f = forget.row(t, n, f_buffer), *d = d_states.row(t, n, d_buffer);
         const F* old = d_forget && t > 0 ? states.row(t - 1, n, h_buffer) : before;
@@ -191,8 +192,9 @@ struct Backward {
   }
 };
 
-// Strips, and parts of them where there are few. `make(stream, first, n, arena)` gives what has pass() and write(), `start` what
-// enters the first part of the walk, `finish` takes what leaves the last; `reverse`: the walk goes from the last part to the first.
+// Runs over strips, and over parts of them if there are few. `make(stream, first, n, arena)` returns an object with
+// pass() and write(); `start` sets the state before the first part, `finish` takes the state after the last. `reverse`
+// walks from the last part to the first.
 template <class F, class Make, class Start, class Finish>
 void scan(const GatedScan& p, bool reverse, Make&& make, Start&& start, Finish&& finish) {
   const Cuts<F> cuts(p);
@@ -217,7 +219,8 @@ void scan(const GatedScan& p, bool reverse, Make&& make, Start&& start, Finish&&
     });
     return;
   }
-  Buffer<F> carried(cuts.strips * cuts.parts * 2 * W);  // [strip][part]: where it leads, and what it keeps
+  // [strip][part]: the last state of a part scanned from zero, and the product of its gates
+  Buffer<F> carried(cuts.strips * cuts.parts * 2 * W);
   auto place = [&](int64_t i, int64_t part) { return carried.data() + (i * cuts.parts + part) * 2 * W; };
   auto range = [&](int64_t part, auto&& body) { body(part * cuts.part, least((part + 1) * cuts.part, p.T)); };
   parallel(cuts.strips * cuts.parts, bytes, [&](int64_t task, char* memory) {

@@ -1,14 +1,18 @@
-// gated_write with a number e as erase. With fixed keys every slot evolves alone, so with R[t, i] = prod_{u > t} (1 - e a[u, i])
+// gated_write with a number e as erase. Keys are fixed, so every slot evolves alone. With the suffix products
+// R[t, i] = prod_{u > t} (1 - e a[u, i]):
 //
 //   V' = R[0] V + sum_t (a[t] R[t]) w_t
 //
-// one matrix product whose weights are made on the fly. Tokens are walked from the last to the first with R in registers: every
-// factor is at most 1, there is no logarithm and nothing is divided by 1 - a, and once R of a whole block is exactly 0 no earlier
-// token can matter. What the tokens before that would add is left out as soon as no digit of the sum would show it (1.24x to 1.66x
-// for T=512 N=4096 K=V=64 on Zen 4), while R itself is followed to its end. Lanes are slots, so a row of weights [t][slot] is made by
-// vertical arithmetic and is the packed operand of the product; keys are packed once per block for all tokens. Parallel over batches
-// and blocks of slots; [T, N] is never formed.
-// With few tokens, lanes are value columns instead and keys are not packed: then every slot is read and written once.
+// This is one matrix product whose weights are computed on the fly. Tokens are walked from the last to the first with R
+// in registers. Every factor is at most 1, there is no logarithm and no division by 1 - a. Once R of a whole block is
+// exactly 0, earlier tokens are skipped. The contribution of earlier tokens is skipped as soon as it cannot change a
+// digit of the sum (1.24x to 1.66x for T=512 N=4096 K=V=64 on Zen 4); R itself is computed to its end.
+//
+// Lanes are slots. So a row of weights [t][slot] comes from element-wise arithmetic and is the packed operand of the
+// product. Keys are packed once per block for all tokens. Parallel over batches and blocks of slots; [T, N] is never
+// stored.
+//
+// With few tokens lanes are value columns, and keys are not packed: every slot is read and written once.
 #include "params/gated_write.h"
 
 #include <limits>
@@ -18,7 +22,7 @@
 namespace mk::MK_ISA {
 namespace {
 
-// Slots that are not in the block (empty ones) keep what they hold.
+// Slots that are not in the block (empty ones) keep their content.
 template <class F>
 void keep_empty(const GatedWrite& p, int64_t batch, int64_t first, int64_t count, const SlotBlock<F>& block, F* row) {
   if (block.n == count) return;
@@ -38,18 +42,20 @@ void keep_empty(const GatedWrite& p, int64_t batch, int64_t first, int64_t count
   }
 }
 
-// Tokens of a step. Zen 4, K=V=64 T=512 N=4096, ms: 0.94 with 24, 0.89 with 32, 0.91 with 48, 0.87 with 64, 1.20 with 96.
+// Tokens per step. Zen 4, K=V=64 T=512 N=4096, ms: 0.94 with 24, 0.89 with 32, 0.91 with 48, 0.87 with 64, 1.20 with
+// 96.
 constexpr int64_t kStep = 64;
 static_assert(kStep <= kChunkTokens);
 
-// Is everything that a step adds to `acc` [V][L] below `share` of the number there? For a column of a slot that is at most
-// R max |w| / e, since sum_t a R_t <= R / e. Gates of 1/2 are there after some thirty tokens, long before R is 0.
+// Is everything that earlier tokens add to `acc` [V][L] below `share` of the number there? In a column of a slot they
+// add at most R max |w| / e, since sum_t a R_t <= R / e. Gates of 1/2 get there after some thirty tokens, long before R
+// is 0.
 template <class F>
 bool is_lost(const TokenChunk<F>& c, int64_t V, const F* R, F share, F e, const F* acc, int64_t L) {
   constexpr int W = kLanes<F>;
   Vec<F> top = fill<F>(0);
   for (int64_t j = 0; j < L; j += W) top = max<F>(load<F>(R + j), top);
-  if (!(largest<F>(top) < F(1e-6))) return false;  // not yet worth a look at what was written
+  if (!(largest<F>(top) < F(1e-6))) return false;  // too large to be worth comparing with what was written
   Vec<F> tops = fill<F>(0);
   const auto take = [&](Vec<F> w) {
     const Ints<F> x = (Ints<F>)w & ~(Ints<F>)fill<F>(-F(0));  // |w| as an integer, of which NaN is the largest
@@ -73,7 +79,7 @@ bool is_lost(const TokenChunk<F>& c, int64_t V, const F* R, F share, F e, const 
   return true;
 }
 
-constexpr int64_t kManyTerms = int64_t(1) << 20;  // from so many tokens on, sums over them have two levels
+constexpr int64_t kManyTerms = int64_t(1) << 20;  // from so many tokens on, sums over tokens have two levels
 
 template <class F>
 void many(const GatedWrite& p, int64_t batch, int64_t first, int64_t count, int64_t tokens,
@@ -101,7 +107,7 @@ void many(const GatedWrite& p, int64_t batch, int64_t first, int64_t count, int6
   std::memset(acc, 0, size_t(p.V * L) * sizeof(F));
   const F e = F(p.erase_scale);
   const bool fades = gates.kind != Gate::given && e > 0 && e <= 1;
-  // All steps together: a quarter of the last digit.
+  // A quarter of the last digit, for all steps together.
   const F share = std::numeric_limits<F>::epsilon() / F(8 * div_up(tokens, kStep));
 
   bool alive = true;
@@ -112,7 +118,7 @@ void many(const GatedWrite& p, int64_t batch, int64_t first, int64_t count, int6
     const bool lost = fades && is_lost(chunk, p.V, R, share, e, acc, L);
     lanes.gates(gates, chunk, first, count, block, p.K, S);
     alive = false;
-    // Only prod (1 - a) = 1 / prod (1 + e^s) is wanted, and R is it.
+    // Only prod (1 - a) = 1 / prod (1 + e^s) is wanted from here on, and R is that product.
     if (lost && gates.kind == Gate::sigmoid && e == 1) {
       for (int64_t l = 0; l < L; l += W) {
         const Vec<F> m = load<F>(lanes.mask + l);

@@ -1,18 +1,21 @@
-// gated_write backward, erase a number e. With U = dV', R[t] = prod_{u > t} (1 - e a[u]), c[t, i] = <w_t, u_i> and the share of the
-// result that was there before token t, seen through U, p_0 = <v_i, u_i>, p_t = (1 - e a[t]) p_{t-1} + a[t] c[t]:
+// gated_write backward, erase a number e. With U = dV', the suffix products R[t] = prod_{u > t} (1 - e a[u]),
+// c[t, i] = <w_t, u_i>, and p_t, the inner product of u_i with what slot i holds after token t: p_0 = <v_i, u_i>,
+// p_t = (1 - e a[t]) p_{t-1} + a[t] c[t]:
 //
-//   dV = R[0] U,   dw_t = sum_i a R u_i,   dS[t, i] = R[t] (c[t] - e p_{t-1}) a (1 - a) - g_i retained_i a,   g = d retained
-//   dq = scale dS K,   dK = scale dS^T Q,   dmask_i = sum_t dS
+//   dV = R[0] U,   dw_t = sum_i a R u_i,   dS[t, i] = R[t] (c[t] - e p_{t-1}) a (1 - a) - g_i retained_i a,
+//   g = d retained,   dq = scale dS K,   dK = scale dS^T Q,   dmask_i = sum_t dS
 //
-// p runs forward over the tokens and R backward. A first sweep from the last token keeps R at the chunk boundaries, N T / 96
-// numbers; the second goes forward, panel by panel, and recomputes R inside a chunk. Nothing is divided by 1 - a. Slots are lanes.
-// Groups of slots are the tasks of a panel: each owns its dK and dV and a partial dq and dw, which are added in group order. Where the
-// tokens are one panel, both sweeps are one task, and the last chunks keep their gates in L2 between them: with K=V=64 on Zen 4
-// 1.26x for T=512 N=4096 (1.03x of it by the one panel), 1.16x for T=2048 N=1024.
+// p runs forward over the tokens, R backward. A first sweep from the last token stores R at the chunk boundaries,
+// N T / 96 numbers. A second sweep goes forward, panel by panel, and recomputes R inside a chunk. There is no division
+// by 1 - a. Lanes are slots. The tasks of a panel are groups of slots: each owns its dK and dV and writes a partial dq
+// and dw, which are added in the order of the groups. If the tokens fit one panel, both sweeps are one task, and the
+// last chunks keep their gates in L2 in between: with K=V=64 on Zen 4 1.26x for T=512 N=4096 (1.03x of it from the
+// single panel), 1.16x for T=2048 N=1024.
 //
-// Tokens before the first at which R of a tile of slots is above 0 have no gradient there and are left out. p then starts at 0
-// instead of the p of that token: dS changes by a[t] R[t0] / (1 - e a[t]) (1 - a[t]) p, and R[t0] is below the smallest number.
-// That holds for a sigmoid (which brings the factor 1 - a) and e up to 1.
+// Tokens whose suffix product R is 0 in a whole tile of slots are skipped: they have no gradient there. p then starts
+// at 0 instead of its value at the first token t0 that is not skipped. This changes dS by a[t] R[t0] / (1 - e a[t])
+// (1 - a[t]) p, and R[t0] is below the smallest number. It is valid for a sigmoid, which brings the factor 1 - a, and
+// for e up to 1.
 #include "cpu/tiles/opened_gates.h"
 
 namespace mk::MK_ISA {
@@ -23,7 +26,7 @@ constexpr int64_t kPanelBytes = int64_t(8) << 20;  // of partial dq and dw
 template <class F>
 struct Shape {
   int64_t batches, tokens, KP, VP, chunks, group, groups, panel,
-      panels;  // chunks and panels in tokens; groups of slots
+      panels;  // chunks and panels count tokens; groups count slots
 
   explicit Shape(const GatedWrite& p)
       : batches(p.lead.batches()),
@@ -37,7 +40,7 @@ struct Shape {
     panel = least(most(1, fits / kChunkTokens), most(chunks, 1)) * kChunkTokens;
     panels = div_up(tokens, panel);
   }
-  // The last panel is full: most slots remember no more than that.
+  // The first panel may be short, the last is full: in most slots R is 0 for the tokens of all earlier panels.
   int64_t panel_begin(int64_t i) const { return i == 0 ? 0 : chunks * kChunkTokens - (panels - i) * panel; }
 };
 
@@ -103,8 +106,8 @@ class Batch {
     bool* touched;
     F* deltas;
   };
-  // A call whose tokens are one panel takes a tile of slots back and forth in one go: then the last chunks of tokens, often all that
-  // leave a trace, are opened once.
+  // If the tokens fit one panel, a tile of slots runs both sweeps in one task. The gates of the last chunks, often the
+  // only ones whose suffix product is not zero, are then computed once.
   static constexpr int kLast = 3;
   bool at_once() const {
     return s_.panels == 1 && p_.gate == Gate::sigmoid && p_.erase_scale > 0 && p_.erase_scale <= 1 && !b_.d_retained;
@@ -112,7 +115,7 @@ class Batch {
   bool is_last(int64_t chunk) const { return at_once() && chunk >= s_.chunks - kLast; }
   bool* touched(int64_t group) const { return touched_ + group * (s_.panel / kChunkTokens); }
 
-  // delta_t = sum_i a da of a softmax, which every dS of the token needs: a sweep of its own.
+  // delta_t = sum_i a da of a softmax. Every dS of the token needs it, so it takes a sweep of its own.
   void sum_deltas(size_t bytes) {
     std::memcpy(start_, past_, size_t(p_.N) * sizeof(F));
     for (int64_t p0 = 0; p0 < s_.tokens; p0 += s_.panel) {
@@ -145,7 +148,8 @@ class Batch {
   }
   int64_t width(int64_t first) const { return least(kSlotTile<F>, p_.N - first); }
 
-  // R at the end of every chunk (suffix_[c + 1] belongs behind chunk c), p_0, and dV; `last`: the last chunks, opened.
+  // Computes R after every chunk (suffix_[c + 1] is R after chunk c), p_0, and dV. `last` receives the gates of the
+  // last chunks.
   void sweep_back(int64_t first, Opened<F>* last, Arena arena) {
     constexpr int W = kLanes<F>;
     const auto key_buffers = Slots<F>::buffers(arena, kSlotTile<F>, p_.K, 0);
@@ -194,7 +198,7 @@ class Batch {
     if (b_.d_values) pass_through(first, count, block, R);
   }
 
-  // dV = R[0] U; an empty slot kept its content, so its R is 1.
+  // dV = R[0] U; an empty slot keeps its content, so its R is 1.
   void pass_through(int64_t first, int64_t count, const SlotBlock<F>& block, const F* R) {
     const bool assign = first_visit(b_.d_values, p_.lead, batch_);
     const char* in = b_.d_out.batch(p_.lead, batch_);
@@ -212,7 +216,7 @@ class Batch {
     }
   }
 
-  // With `deltas`, only sums of a da are taken, and `past_` moves on. `last`: of sweep_back().
+  // With `deltas`, only computes sums of a da and advances `past_`. `last`: from sweep_back().
   void sweep_forward(int64_t first, int64_t p0, int64_t pn, const Partial& part, Opened<F>* last, Arena arena) {
     constexpr int W = kLanes<F>;
     const auto key_buffers = Slots<F>::buffers(arena, kSlotTile<F>, p_.K, 0);
@@ -221,7 +225,7 @@ class Batch {
     KeyLanes<F> lanes(arena, p_.K);
     Opened<F> own(arena);
     F* D = arena.take<F>(kChunkTokens * kSlotTile<F>);  // c, then dS
-    F* U = arena.take<F>(p_.V * kSlotTile<F>);          // U as lanes
+    F* U = arena.take<F>(p_.V * kSlotTile<F>);          // U with slots as lanes
     F* dk = arena.take<F>(p_.K * kSlotTile<F>);
     F* rows = arena.take<F>(s_.KP * kSlotTile<F>);
     F* dm = arena.take<F>(kSlotTile<F>);
@@ -250,7 +254,7 @@ class Batch {
       }
     }
     std::memset(dk, 0, size_t(p_.K * L) * sizeof(F));
-    bool held = false;  // retained_i has a gradient: then every token that wrote has one
+    bool held = false;  // retained_i has a gradient: then every token that writes has one
     for (int64_t j = 0; j < L; ++j) held |= kept[j] != 0;
     const bool forgets = kind == Gate::sigmoid && e >= 0 && e <= 1 && !held;
 
@@ -338,7 +342,7 @@ class Batch {
     parallel(div_up(pn, kChunkTokens), size_t(most(s_.KP, s_.VP)) * sizeof(F), [&](int64_t c, char* memory) {
       FlushDenormals flush;
       F* sum = reinterpret_cast<F*>(memory);
-      int64_t j = c * kChunkTokens;  // partial rows hold the tokens that write, chunk by chunk
+      int64_t j = c * kChunkTokens;  // rows of partial results are the tokens that write, chunk by chunk
       auto total = [&](const TokenRows& out, const F* parts, int64_t ld, int64_t width, F factor, int64_t t,
                        bool live) {
         if (!out) return;

@@ -2,11 +2,13 @@
 //
 //   v[i, j] <- v[i, j] (1 - a[t, i] e[t, j]) + a[t, i] w[t, j]
 //
-// The factor depends on slot, token and column, so there is no matrix product: rows of slots stay in registers and tokens stream past
-// them. Gates come from the same tiles as in the closed form. Parallel over batches and blocks of slots; per step and register of
-// columns one load each of w and e serves four slots. v + a (w - e v) would be one operation less, but not exact where a = e = 1.
+// The factor depends on slot, token and column, so there is no matrix product. Rows of slots stay in registers while
+// the tokens pass. Gates come from the same tiles as in the closed form. Parallel over batches and blocks of slots. Per
+// token and register of columns, one load each of w and e serves four slots. v + a (w - e v) would save one operation,
+// but it is not exact for a = e = 1.
 //
-// Backward, g = dV' walking from the last token, v_{t-1} recomputed per chunk from values kept at chunk boundaries:
+// Backward, g = dV' walking from the last token; v_{t-1} is recomputed per chunk from values stored at chunk
+// boundaries:
 //   dw_t = sum_i a g,  de_t = -sum_i a g v_{t-1},  da = sum_j g (w - e v_{t-1}),  g <- g (1 - a e),  dV = g in the end
 //   dS = da a (1 - a) - d retained * retained * a
 #include "cpu/tiles/write_tiles.h"
@@ -50,7 +52,7 @@ void advance_block(const TokenChunk<F>& c, const F* gates, int64_t L, int64_t sl
   }
 }
 
-// Scores of a chunk become gates; `keep` (or null) receives 1 - a, and kept[lane] is multiplied by it.
+// Turns scores of a chunk into gates. `keep` (or null) receives 1 - a, and kept[lane] is multiplied by it.
 template <class F>
 void to_gates(const KeyLanes<F>& lanes, Gate kind, int64_t n, F* S, F* keep, F* kept) {
   constexpr int W = kLanes<F>;
@@ -126,7 +128,8 @@ void run(const GatedWrite& p) {
   });
 }
 
-// One group of slots: its dK, dV, dmask, and its part of dq, dw, de: rows [KP | VP | VP] per token that writes, chunk by chunk.
+// One group of slots: its dK, dV and dmask, and its part of dq, dw and de as rows [KP | VP | VP] per writing token,
+// chunk by chunk.
 template <class F>
 class Group {
  public:
@@ -157,7 +160,8 @@ class Group {
     return measure.used() + 24 * 64;
   }
 
-  // dS of a softmax needs delta_t = sum_i a da of all slots: a first run only adds to `deltas`, a second one reads `delta`.
+  // dS of a softmax needs delta_t = sum_i a da over all slots. A first run only adds to `deltas`; a second one reads
+  // `delta`.
   void block(int64_t first, int64_t count, const F* delta, F* deltas, Arena arena) const {
     constexpr int W = kLanes<F>;
     const auto key_buffers = Slots<F>::buffers(arena, kSlotTile<F>, p_.K, 0);
@@ -170,7 +174,7 @@ class Group {
     F* kept = arena.take<F>(kSlotTile<F>);
     F* grad = arena.take<F>(kSlotTile<F> * VP_);                                  // g
     F* start = arena.take<F>(chunks_ * kSlotTile<F> * VP_ + kSlotTile<F> * VP_);  // rows at chunk boundaries
-    F* past = arena.take<F>(kChunkTokens * VP_);  // v_{t-1} of one slot through one chunk
+    F* past = arena.take<F>(kChunkTokens * VP_);  // v_{t-1} of one slot for the tokens of one chunk
     F* dk = arena.take<F>(p_.K * kSlotTile<F>);
     F* rows = arena.take<F>(KP_ * kSlotTile<F>);
     F* dm = arena.take<F>(kSlotTile<F>);
@@ -192,7 +196,7 @@ class Group {
       advance_block<F>(chunk, A, L, block.n, VP_, start + (c + 1) * size);
     }
     for (int64_t j = 0; j < L; ++j) {
-      kept[j] = 0;  // from here on: d_retained * retained
+      kept[j] = 0;  // from here on d_retained * retained
       if (!b_.d_retained || j >= block.n) continue;
       const int64_t i = first + block.place(j);
       kept[j] = *reinterpret_cast<const F*>(b_.d_retained.batch(p_.lead, batch_) + i * b_.d_retained.row) *
@@ -263,7 +267,7 @@ class Group {
     const Lead& lead = p_.lead;
     if (b_.d_values) {
       const bool assign = first_visit(b_.d_values, lead, batch_);
-      // Empty slots kept their content: their gradient passes through.
+      // Empty slots keep their content, so their gradient is passed on unchanged.
       char* out = b_.d_values.batch(lead, batch_) + first * b_.d_values.row;
       const char* in = b_.d_out.batch(lead, batch_) + first * b_.d_out.row;
       scatter_rows<F>(b_.d_values, lead, batch_, assign, first, count, block, grad, VP_, p_.V, F(1));
@@ -305,7 +309,7 @@ void run_backward(const GatedWriteBackward& b) {
   const GatedWrite& p = b.forward;
   const int64_t tokens = p.lead.folded() * p.T, KP = Slots<F>::padded(p.K), VP = Slots<F>::padded(p.V);
   const int64_t part = most(tokens * (KP + 2 * VP), 1), blocks = div_up(p.N, kSlotTile<F>);
-  // A part holds a row per token: few groups, so that their memory stays small beside a [T, N] matrix.
+  // A part has a row per token. There are few groups, so that the parts are small compared with a [T, N] matrix.
   const int64_t groups = least(blocks, most(2, least(kChunks, kPartialBytes / (part * int64_t(sizeof(F))))));
   const int64_t group = div_up(blocks, groups);
   Buffer<F> parts(groups * part);

@@ -1,12 +1,14 @@
 // memory_scan:  v_i <- v_i (1 - a[t, i]) + a[t, i] w_t,  r_t = sum_i p[t, i] v_i,  t = 1 .. T
 //
-// Keys do not change, so the scores of a chunk of tokens are two matrix products, and only v is a recurrence, in which neither
-// slots nor columns depend on one another. Tokens are lanes while gates are made: sums and largest scores of the softmax over
-// slots are vertical. Then columns are lanes: six tokens pass over a slot while it is in registers, with their writes and reads
-// there too, so a number of the memory costs a product and two multiply-adds per token and is loaded once for six. The unrolled
-// form with [token, token] weights has as many, and exponents to be afraid of. A running largest score rescales the reads, so
-// nothing grows with the number of slots.
-// Batches run in parallel; where there are few, ranges of slots do, whose reads merge by their largest scores, in order. Bound
+// Keys do not change, so the scores of a chunk of tokens are two matrix products. Only v is a recurrence, in which
+// neither slots nor columns depend on one another. Lanes are tokens while gates are computed, so that sums and maxima
+// of the softmax over slots are element-wise. Then lanes are columns: six tokens pass over a slot while it is in
+// registers, with their writes and reads in registers too. So a number of the memory is loaded once for six tokens and
+// costs a product and two multiply-adds per token. The unrolled form with [token, token] weights has as many
+// operations, and exponents that can overflow. A running maximum of the scores rescales the reads, so nothing grows
+// with the number of slots.
+//
+// Batches run in parallel. With few batches, ranges of slots do, whose reads are merged in order by their maxima. Bound
 // by multiply-adds.
 #include "params/memory_scan.h"
 
@@ -18,7 +20,7 @@
 namespace mk::MK_ISA {
 namespace {
 
-constexpr int64_t kFewBatches = 4;               // fewer: slots are cut into ranges
+constexpr int64_t kFewBatches = 4;               // with fewer batches, slots are split into ranges
 constexpr int64_t kLeastRange = 4 * kScanSlots;  // every range packs the queries for itself
 
 template <class F>
@@ -35,7 +37,7 @@ struct Shape {
   }
 };
 
-// What a range of slots says of one token: with weights p = e^(s - base), sum of p and of p v; base is finite.
+// The softmax of one token over a range of slots: with p = e^(s - base), the sum of p and of p v. base is finite.
 template <class F>
 struct Sums {
   F *top, *total, *reads;  // [token], [token], [token][VP]
@@ -45,13 +47,13 @@ struct Sums {
       : top(from.top + t), total(from.total + t), reads(from.reads + t * VP) {}
 };
 
-// Nothing is subtracted from scores where the largest is infinite.
+// What is subtracted from the scores: 0 if the maximum is infinite.
 template <class F>
 MK_INLINE Vec<F> base_of(Vec<F> top) {
   return top == kInf<F> || top == -kInf<F> ? fill<F>(0) : top;
 }
 
-// From scores S to p, [slot][token]; the sums so far move to the new largest score. `begun`: there are reads among them.
+// Turns scores S into p, [slot][token], and rescales earlier sums to the new maximum. `begun`: there are earlier reads.
 template <class F>
 void soften(const SlotBlock<F>& block, int64_t n, int64_t VP, bool begun, F* S, const Sums<F>& sums) {
   const int64_t L = scan_lanes<F>(n);
@@ -113,8 +115,8 @@ class Range {
     const Slots<F> content(p_.keys, p_.values, p_.mask, p_.lead, batch_, p_.N, p_.K, p_.V, false);
     for_blocks([&](int64_t i, int64_t count) { take_values<F>(content.load(i, count, buffers_), p_.V, state(i)); });
   }
-  // Tokens [t0, t1). `out`, if given, takes the sums of token t at t - t0, and has room for whole chunks; otherwise they are
-  // finished here.
+  // Tokens [t0, t1). If `out` is given, it receives the sums of token t at t - t0 and has room for whole chunks. If
+  // not, the reads are finished here.
   void run(int64_t t0, int64_t t1, const Sums<F>* out) {
     for (int64_t t = t0; t < t1; t += kChunkTokens) {
       const int64_t count = least(kChunkTokens, t1 - t);
@@ -136,7 +138,8 @@ class Range {
     });
   }
 
-  // The reads of tokens [t0, t0 + count) from the sums of `ranges` ranges, which hold the tokens that are not silent.
+  // Computes the reads of tokens [t0, t0 + count) from the sums of `ranges` ranges, which contain the active tokens
+  // (token_mask).
   static void finish(const MemoryScan& m, const Shape<F>& s, int64_t batch, int64_t t0, int64_t count,
                      const Sums<F>* sums, int64_t ranges, F* row) {
     const GatedWrite& p = m.write;
@@ -221,7 +224,7 @@ template <class F>
 void run(const MemoryScan& m) {
   const Shape<F> s(m.write);
   const size_t bytes = Range<F>::bytes(m, s);
-  Buffer<F> values(s.batches * s.N * s.VP);  // the memory, in float through all tokens
+  Buffer<F> values(s.batches * s.N * s.VP);  // the memory, in float for all tokens
   auto task_of = [&](int64_t task, char* memory) {
     const int64_t batch = task / s.ranges;
     return Range<F>(m, s, batch, task % s.ranges, values.data() + batch * s.N * s.VP, Arena(memory));

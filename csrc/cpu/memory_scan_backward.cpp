@@ -1,14 +1,16 @@
-// memory_scan backward. With g_i = dv[t, i] from what comes behind, delta_t = <dr_t, r_t>, for t = T .. 1:
+// memory_scan backward. With g_i = dv[t, i] from later tokens, delta_t = <dr_t, r_t>, for t = T .. 1:
 //
-//   dp[t, i] = <dr_t, v[t, i]>,         g_i <- g_i + p[t, i] dr_t           (with read_first after the next line, with v[t-1, i])
+//   dp[t, i] = <dr_t, v[t, i]>,  g_i <- g_i + p[t, i] dr_t       (with read_first: after the next line, with v[t-1, i])
 //   da[t, i] = <g_i, w_t - v[t-1, i]>,  dw_t = sum_i a[t, i] g_i,  g_i <- g_i (1 - a[t, i])
-//   dS_r = p (dp - delta),  dS_w = da a (1 - a),  dq = scale dS K,  dK = scale (dS_r^T Q_r + dS_w^T Q_w),  dmask_i = sum_t dS
+//   dS_r = p (dp - delta),  dS_w = da a (1 - a),  dq = scale dS K,  dK = scale (dS_r^T Q_r + dS_w^T Q_w),
+//   dmask_i = sum_t dS
 //
-// The sums of the softmax are known, so slots do not depend on one another. v cannot be run back (a gate of 1 forgets it): it is
-// kept at the start of every panel of tokens, N V T / 1536 numbers, then for a block of slots at the start of every chunk of a
-// panel, then of every group of tokens of a chunk, and computed again in between, six tokens in registers. What the tokens of a
-// panel bring is packed once for all blocks. Groups of slots are the tasks of a panel: each owns its g and dK, and partial dq and
-// dw, which are added in group order.
+// The sums of the softmax are known, so slots do not depend on one another. v cannot be computed backward, since a gate
+// of 1 forgets it. It is stored at the start of every panel of tokens (N V T / 1536 numbers), then for a block of slots
+// at the start of every chunk of the panel, then at the start of every group of tokens of the chunk. In between it is
+// recomputed, six tokens in registers. The inputs of a panel's tokens are packed once for all blocks. The tasks of a
+// panel are groups of slots: each owns its g and dK and writes a partial dq and dw, which are added in the order of the
+// groups.
 #include <vector>
 
 #include "cpu/tiles/scan_back.h"
@@ -17,7 +19,7 @@ namespace mk::MK_ISA {
 namespace {
 
 constexpr int64_t kPanelChunks = 16;
-constexpr int64_t kGroups = 4;  // at most so many, which bounds what waits to be added
+constexpr int64_t kGroups = 4;  // at most so many, which bounds the memory of partial results
 
 template <class F>
 struct Shape {
@@ -38,7 +40,7 @@ struct Shape {
   }
 };
 
-// What the tokens of a chunk bring, as kernels want it. `n` of them are not silent.
+// The packed inputs of the tokens of a chunk. `n` of them are active (token_mask).
 template <class F>
 struct Packed {
   F *write_q, *read_q;        // [K][scan_lanes(n)]
@@ -129,7 +131,7 @@ class Batch {
   struct Work {
     typename Slots<F>::Buffers buffers;
     F *a, *keep, *p, *da, *dp;  // [slot][token]
-    F *v, *chunks, *groups;     // values: now, before every chunk of a panel, before every group of tokens of a chunk
+    F *v, *chunks, *groups;  // values: current, before every chunk of a panel, before every group of tokens of a chunk
     F *dk, *dm;
 
     Work(const Shape<F>& s, const GatedWrite& p_, Arena& arena)
@@ -163,7 +165,7 @@ class Batch {
   F* values_at(int64_t panel, int64_t slot) { return starts_ + (panel * s_.N + slot) * s_.VP; }
   int64_t chunks(int64_t panel) const { return div_up(least(s_.panel, s_.tokens - panel * s_.panel), kChunkTokens); }
 
-  // Values, and the gradient of the new ones, of the slots of a block that are not empty.
+  // Loads values, and the gradient of the new ones, of the non-empty slots of a block.
   void start(int64_t first, int64_t count, Arena arena) {
     const View given = b_.d_out ? b_.d_out : p_.values;
     const Slots<F> values(p_.values, given, p_.mask, p_.lead, batch_, p_.N, p_.V, p_.V, false);
@@ -176,7 +178,7 @@ class Batch {
     take_values<F>(block, p_.V, values_at(0, first));
   }
 
-  // The tokens of a panel; what only the way back needs where `whole`.
+  // Packs the tokens of a panel; with `whole` also what only the backward sweep needs.
   void pack(int64_t panel, bool whole) {
     Arena measure;
     Tokens<F>::buffers(measure, p_);
@@ -215,7 +217,7 @@ class Batch {
     });
   }
 
-  // v through the writes of a chunk; `groups` takes it before every group of tokens. Leaves the gates in w.
+  // Advances v through the writes of a chunk; `groups` receives v before every group of tokens. Leaves the gates in w.
   void advance(const SlotBlock<F>& block, const Packed<F>& c, F* v, F* groups, const Work& w) {
     if (*c.n == 0 || block.n == 0) return;
     scan_gates<F>(block, p_.K, c.write_q, *c.n, w.a, w.keep);
@@ -251,7 +253,7 @@ class Batch {
     }
   }
 
-  // `rows`: where the partial gradients of the chunk's tokens lie.
+  // `rows`: the first row of the partial gradients of this chunk's tokens.
   void chunk_back(const SlotBlock<F>& block, const Packed<F>& c, int64_t first, int64_t rows, const Work& w) {
     constexpr int W = kLanes<F>;
     const int64_t n = *c.n, L = scan_lanes<F>(n), KP = s_.KP;
@@ -294,7 +296,7 @@ class Batch {
     const int64_t pn = least(s_.panel, s_.tokens - p0);
     parallel(div_up(pn, kChunkTokens), 0, [&](int64_t c, char*) {
       FlushDenormals flush;
-      int64_t j = c * kChunkTokens;  // partial rows hold the tokens that are not silent, chunk by chunk
+      int64_t j = c * kChunkTokens;  // rows of partial results are the active tokens, chunk by chunk
       auto total = [&](const TokenRows& out, const F* parts, int64_t ld, int64_t width, F factor, int64_t t,
                        bool live) {
         if (!out) return;
@@ -315,7 +317,7 @@ class Batch {
     });
   }
 
-  // dV = g; an empty slot kept its content.
+  // dV = g; an empty slot keeps its content.
   void pass_through(int64_t first, int64_t count, Arena arena) {
     Work w(s_, p_, arena);
     const SlotBlock<F> block = keys_.load(first, count, w.buffers);

@@ -1,10 +1,11 @@
 // merge_reads:  lse_t = log sum_s exp(lse[s, t]),  w[s, t] = exp(lse[s, t] - lse_t),  r_t = sum_s w[s, t] r[s, t]
-// backward:     d_r[s, t] = w[s, t] dr_t,  d_lse[s, t] = w[s, t] (<dr_t, r[s, t]> - sum_u w[u, t] <dr_t, r[u, t]> +
-// d_lse_t)
+// backward:
+//   d_r[s, t] = w[s, t] dr_t,
+//   d_lse[s, t] = w[s, t] (<dr_t, r[s, t]> - sum_u w[u, t] <dr_t, r[u, t]> + d_lse_t)
 //
-// Tokens run in parallel, tiles of 64; lanes run along the value width. Every read is loaded once and every result
-// stored once: bound by bandwidth. A part with weight 0 is never looked at, its read may hold anything. The backward
-// sums w <dr, r_s> itself instead of using the merged read, which has been rounded to the dtype of the reads.
+// Tokens run in parallel, in tiles of 64. Lanes run along the value width. Every read is loaded once and every result
+// is stored once: bound by bandwidth. A part with weight 0 is never loaded, and may hold anything. The backward
+// computes the sum of w <dr, r_s> again instead of using the merged read, which was rounded to the dtype of the reads.
 #include "params/merge_reads.h"
 
 #include "cpu/tiles/parallel.h"
@@ -24,13 +25,13 @@ struct Parts {
   char* at(int64_t s, int64_t t) const { return rows.row(t) + s * part; }
 };
 
-// w[s] of one token; returns its lse. Nothing addressable: all 0 and -inf.
+// Computes w[s] of one token and returns its lse. If nothing is addressable: all 0 and -inf.
 template <class F>
 F weigh(const Parts& lses, int64_t S, int64_t t, F* w) {
   F m = -kInf<F>;
   for (int64_t s = 0; s < S; ++s) {
     w[s] = *reinterpret_cast<const F*>(lses.at(s, t));
-    m = w[s] > m ? w[s] : m;  // a NaN is never the largest: it arrives through the sum
+    m = w[s] > m ? w[s] : m;  // NaN is never the maximum; it reaches the result through the sum
   }
   const F base = std::isinf(m) ? F(0) : m;
   F l = 0;

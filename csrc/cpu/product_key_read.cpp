@@ -1,9 +1,9 @@
-// product_key_read:  r_t = sum_j softmax_j(s[t, i_j]) v_{i_j} over the k best of n * n slots, whose keys are all pairs of
-// two lists of n half keys
+// product_key_read:  r_t = sum_j softmax_j(s[t, i_j]) v_{i_j} over the k best of n * n slots, whose keys are all pairs
+// from two lists of n half keys
 //
-// Search and read meet in the token: its pairs are enumerated (cpu/tiles/pair_search.h), and while their scores are at
-// hand it is read (cpu/tiles/chosen_read.h). Bound by the search of 2 n half keys and by the gather of k rows from n * n,
-// few of which lie in any cache.
+// Search and read are fused per token: its pairs are enumerated (cpu/tiles/pair_search.h), and it is read while their
+// scores are in cache (cpu/tiles/chosen_read.h). Bound by the search of 2 n half keys and by the gather of k rows from
+// n * n, few of which are in any cache.
 #include "params/product_key_read.h"
 
 #include "cpu/tiles/chosen_read.h"
@@ -21,7 +21,7 @@ void forward(const ProductKeyRead& p) {
   search_pairs(s, p.search.k, read.bytes(), read);
 }
 
-// The gradient of a score goes to a row of either half: it is formed once and waits for both.
+// The gradient of a score belongs to a row of either half. It is computed once and kept for both.
 template <class F>
 void backward(const ProductKeyReadBackward& p) {
   Choice c = p.search.halves.choice;

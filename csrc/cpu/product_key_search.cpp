@@ -1,6 +1,6 @@
-// product_key_search:  the k largest of s[t, i n + j] = scale (<q_t[:h], c_i> + <q_t[h:], d_j>), in order, equal sums by
-// smaller slot number. Search and gradient are those of cpu/tiles/pair_search.h, the latter with ds = d_scores: only rows
-// of chosen pairs are read or summed.
+// product_key_search:  the k largest of s[t, i n + j] = scale (<q_t[:h], c_i> + <q_t[h:], d_j>), in order, equal sums
+// by smaller slot number. Search and gradient are in cpu/tiles/pair_search.h, the gradient with ds = d_scores. Only
+// rows of chosen pairs are read or summed.
 #include "params/product_key_search.h"
 
 #include "cpu/tiles/pair_search.h"

@@ -1,8 +1,8 @@
 // slot_usage:  usage_i = sum_t p[t, i],  p[t, i] = exp(s[t, i] - lse_t)
 // backward:    dS = p * g_i,  dq = scale dS K,  dK = scale dS^T Q,  dmask_i = sum_t dS[t, i],  dlse_t = -sum_i dS[t, i]
 //
-// The column sums of a matrix that is never formed. Both directions are score tiles whose sums score_gradients.h already takes in
-// a fixed order: forward is the gradient of a mask with dS = p.
+// The column sums of a matrix that is never stored. Both directions use the score tiles of score_gradients.h, which sum
+// in a fixed order: the forward is the gradient of a mask with dS = p.
 #include "params/slot_usage.h"
 
 #include "cpu/tiles/score_gradients.h"
@@ -13,7 +13,7 @@ namespace {
 template <class F>
 struct Kernel {
   const SlotUsage& p;
-  const View& d_usage;  // missing: forward
+  const View& d_usage;  // missing in the forward
   const GradientShape<F>& s;
 
   // Packed tile: lse [lanes], queries as padded rows, and scaled as rows (few tokens) or lanes.
@@ -33,7 +33,7 @@ struct Kernel {
     rows_query<F>(query, t0, n, p.K, F(1), q);
     for (int64_t t = 0; t < s.lanes; ++t) {
       const F l = t < n ? *reinterpret_cast<const F*>(lse.row(t0 + t)) : -kInf<F>;
-      tile[t] = l == -kInf<F> ? kInf<F> : l;  // exp(s - inf) = 0: such a token reads nothing
+      tile[t] = l == -kInf<F> ? kInf<F> : l;  // exp(s - inf) = 0: this token reads nothing
     }
     if (s.few) {
       for (int64_t x = 0; x < n * s.KP; ++x) sq[x] = factor * q[x];

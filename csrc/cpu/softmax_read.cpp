@@ -1,19 +1,23 @@
 // softmax_read forward:  r_t = sum_i p[t, i] v_i,  p = softmax(s),  s[t, i] = scale <q_t, k_i> + mask_i
 //
-// Blocks of slots stream past a tile of tokens with a running maximum m, sum l and accumulator (online softmax). The scale is folded
-// into the packed queries.
+// Blocks of slots pass a tile of tokens with a running maximum m, sum l and accumulator (online softmax). The scale is
+// folded into the packed queries.
 //
-// Many tokens (`columns`): lanes are tokens. Panels of 64 tokens are packed once, [K][lanes]; the scores S[slot][lane], the
-// maximum, the sum and the read [V][lane] then need no shuffle at all, and keys and values are broadcast from where they lie:
-// both products are gemm() on unpacked memory, gemm_pairs() of bfloat16 where the processor is faster at that. A block of 96 slots
-// keeps S in L1. Every key and value is used for up to 256 tokens each time it comes from memory: bound by multiply-adds. Packing
-// keys and values in strips for the product made it 8% faster and cost 9% (K = V = 128, N = 4096), so they stay where they are.
-// Few tokens (`rows`): lanes are slots for the scores (dot products, summed 16 rows at a time) and value columns for the read. Every
-// key and value is read once: bound by bandwidth.
-// One or two tokens, rows of 16 or 8 bits (`stored_rows`): rows are converted in registers, once for each token, and never written.
+// Many tokens (`columns`): lanes are tokens. Panels of 64 tokens are packed once, [K][lanes]. Then the scores
+// S[slot][lane], the maximum, the sum and the read [V][lane] need no shuffles, and keys and values are broadcast from
+// where they lie: both products are gemm() on unpacked memory, or gemm_pairs() of bfloat16 where that is faster. A
+// block of 96 slots keeps S in L1. Every key and value that comes from memory is used for up to 256 tokens: bound by
+// multiply-adds. Packing keys and values in strips for the product made it 8% faster and cost 9%
+// (K = V = 128, N = 4096), so they are not packed.
 //
-// In both, N is cut into ranges whose number depends on shapes alone; (m, l, acc) of the ranges merge in order, so the bits do
-// not depend on threads.
+// Few tokens (`rows`): lanes are slots for the scores (dot products, summed 16 rows at a time) and value columns for
+// the read. Every key and value is read once: bound by bandwidth.
+//
+// One or two tokens, rows of 16 or 8 bits (`stored_rows`): rows are converted in registers, once per token, and the
+// result is not stored.
+//
+// In all forms N is split into ranges, whose number depends on shapes only. (m, l, acc) of the ranges merge in order,
+// so the bits do not depend on the number of threads.
 #include "params/softmax_read.h"
 
 #include "cpu/tiles/gather.h"
@@ -24,11 +28,11 @@
 namespace mk::MK_ISA {
 namespace {
 
-constexpr int64_t kTasks = 64;         // ranges of slots are cut until there are this many tasks
-constexpr int64_t kLeastSlots = 1024;  // but no range is smaller
+constexpr int64_t kTasks = 64;         // ranges of slots are split until there are this many tasks
+constexpr int64_t kLeastSlots = 1024;  // but no range is smaller than this
 
-// Tokens are taken in panels of one tile of scores. A task takes up to so many panels, as long as there are tasks enough: a block
-// of slots then comes from memory once for all of them, and from L2 for each.
+// Tokens are taken in panels of one tile of scores. A task takes up to so many panels if there are enough tasks: a
+// block of slots is then loaded from memory once for all its panels, and from L2 for each.
 constexpr int64_t kPanels = 4;
 constexpr int64_t kLeastTasks = 8;
 constexpr int64_t kWidened = 32;
@@ -58,8 +62,9 @@ Plan plan(const SoftmaxRead& p) {
   return s;
 }
 
-// The softmax of one block for R registers of tokens, in place: S becomes exp(S - m), of pairs two slots in one row; acc, [V][L], is
-// rescaled when m moves. Maxima and sums are chains along the slots: one register at a time would wait for each.
+// The softmax of one block for R registers of tokens, in place. S becomes exp(S - m); for pairs, two slots in one row.
+// acc, [V][L], is rescaled when m changes. Maxima and sums are dependency chains along the slots: R registers at once
+// hide their latency.
 template <class F, int R, Of E>
 void exponentials(F* S, int64_t slots, int64_t L, F* ms, F* ls, F* acc, int64_t V) {
   constexpr int W = kLanes<F>;
@@ -75,7 +80,7 @@ void exponentials(F* S, int64_t slots, int64_t L, F* ms, F* ls, F* acc, int64_t 
     Vec<F> m = load<F>(ms + j);
     if (any<F>(top[i] > m + F(kSlack))) {
       const Vec<F> moved = max<F>(top[i], m);
-      // Where m is -inf nothing has been summed yet, and -inf - -inf must not become NaN.
+      // Where m is -inf nothing has been summed yet. The factor is 0, since -inf - -inf is NaN.
       const Vec<F> factor = m == -kInf<F> ? fill<F>(0) : exp<F>(m - moved);
       store<F>(ls + j, load<F>(ls + j) * factor);
       for (int64_t v = 0; v < V; ++v) store<F>(acc + v * L + j, load<F>(acc + v * L + j) * factor);
@@ -136,7 +141,7 @@ void columns(const SoftmaxRead& p, const Slots<F>& slots, const TokenRows& query
   for (int64_t j = 0; j < lanes; ++j) out.m[j] = -kInf<F>, out.l[j] = 0;
   std::memset(out.acc, 0, size_t(p.V * lanes) * sizeof(F));
 
-  // Keys are asked for by the first product that takes them, values of the next block between products.
+  // The first product over the keys prefetches them. Values of the next block are prefetched between products.
   const int64_t groups = div_up(lanes, panel) * (div_up(kSlotBlock, kGroup) + div_up(p.V, kGroup));
   const int64_t lines = div_up(kSlotBlock * slots.value_lines(), groups);
   for (int64_t i = lo; i < hi; i += kSlotBlock) {
@@ -146,16 +151,16 @@ void columns(const SoftmaxRead& p, const Slots<F>& slots, const TokenRows& query
       const auto value = [&](int64_t j) { return slots.stored_values().row(i + block.place(j)); };
       if (pairs) pair_rows(block.n, p.V, p.V, buffers.values, value);
     }
-    typename Slots<F>::Ahead next(slots, least(i + kSlotBlock, hi), least(i + 2 * kSlotBlock, hi));
-    const auto ask = [&] { next.ask(lines); };
+    typename Slots<F>::Prefetch values(slots, least(i + kSlotBlock, hi), least(i + 2 * kSlotBlock, hi));
+    const auto prefetch = [&] { values.next(lines); };
     for (int64_t x = 0; x < lanes; x += panel) {
       const int64_t L = least(panel, lanes - x);
       F *acc = out.acc + x * p.V, *m = out.m + x, *l = out.l + x;
-      scores.scores(block, q + x * p.K, L, S, {x == 0 ? 2 * kGroup : 0}, ask);
+      scores.scores(block, q + x * p.K, L, S, {x == 0 ? 2 * kGroup : 0}, prefetch);
       if constexpr (kHasPairs<F>) {
         if (pairs) {
           exponentials<F, Of::pairs>(S, block.n, L, m, l, acc, p.V);
-          for (int64_t v = 0; v < p.V; v += kGroup, ask()) {
+          for (int64_t v = 0; v < p.V; v += kGroup, prefetch()) {
             gemm_pairs(
                 {least(kGroup, p.V - v), L, div_up(block.n, 2), buffers.values + v, 1, p.V, S, L, acc + v * L, L, true},
                 1);
@@ -164,14 +169,14 @@ void columns(const SoftmaxRead& p, const Slots<F>& slots, const TokenRows& query
         }
       }
       exponentials<F, Of::numbers>(S, block.n, L, m, l, acc, p.V);
-      for (int64_t v = 0; v < p.V; v += kGroup, ask()) {
+      for (int64_t v = 0; v < p.V; v += kGroup, prefetch()) {
         gemm(Gemm<F>{least(kGroup, p.V - v), L, block.n, block.values + v, 1, block.vs, S, L, acc + v * L, L, true});
       }
     }
   }
 }
 
-// Queries packed as rows, and results with nothing summed yet.
+// Queries packed as rows, and empty results.
 template <class F>
 F* begin_rows(const SoftmaxRead& p, const TokenRows& query, int64_t n, const Partial<F>& out, Arena& arena) {
   F* q = arena.take<F>(n * Slots<F>::padded(p.K));
@@ -189,7 +194,7 @@ void rows(const SoftmaxRead& p, const Slots<F>& slots, const TokenRows& query, i
   F* S = arena.take<F>(n * kSlotBlock);
   const auto buffers = Slots<F>::buffers(arena, kSlotBlock, p.K, p.V);
 
-  // Rows that are widened pass through a buffer: short blocks keep it in L1 until it is read.
+  // Converted rows pass through a buffer: blocks are short, so that it stays in L1 until it is read.
   const int64_t step = p.keys.dtype == kOwn<F> && p.values.dtype == kOwn<F> ? kSlotBlock : kWidened;
   for (int64_t i = lo; i < hi; i += step) {
     const SlotBlock<F> block = slots.load(i, least(step, hi - i), buffers);
@@ -200,16 +205,16 @@ void rows(const SoftmaxRead& p, const Slots<F>& slots, const TokenRows& query, i
   }
 }
 
-// Is every row converted in registers, for every token again? For up to two tokens that is less work than a pass through a buffer.
-// K=V=128 T=1, one core: N=2^14 int8 46 -> 20 ns per slot, bfloat16 35 -> 22; N=2^19 int8 59 -> 35, bfloat16 75 -> 54. Rows that need
-// no conversion gain nothing.
+// Are rows converted in registers, again for every token? For one or two tokens this is less work than a pass through a
+// buffer. K=V=128 T=1, one core: N=2^14 int8 46 -> 20 ns per slot, bfloat16 35 -> 22; N=2^19 int8 59 -> 35, bfloat16
+// 75 -> 54. Rows that need no conversion gain nothing.
 template <class F>
 bool as_stored(const SoftmaxRead& p, int64_t tokens) {
   constexpr int64_t kTokens = 2;
   return tokens <= kTokens && p.keys.dtype != kOwn<F> && (!p.values || p.values.dtype != kOwn<F>);
 }
 
-// Few tokens, rows as they are stored. Scales of rows go to the scores and to the weights.
+// Few tokens, rows in their stored dtype. The scales of rows multiply the scores and the weights.
 template <class F>
 void stored_rows(const SoftmaxRead& p, const Slots<F>& slots, const TokenRows& query, int64_t n, int64_t lo, int64_t hi,
                  Partial<F> out, Arena arena) {
@@ -256,7 +261,7 @@ void run(const SoftmaxRead& p) {
   const int64_t size = round_up(2 * lanes + (few ? s.tile * VP : p.V * lanes), 64 / int64_t(sizeof(F)));
   auto partial = [&](F* at) { return Partial<F>{at, at + lanes, at + 2 * lanes}; };
 
-  // With one range a tile is finished by the task that read it; otherwise partial results wait for the second pass.
+  // With one range, the task that read a tile finishes it. Otherwise partial results wait for a second pass.
   const bool merge = s.ranges > 1;
   Buffer<F> waiting(merge ? s.batches * s.tiles * s.ranges * size : 0);
   Arena measure;
@@ -265,7 +270,7 @@ void run(const SoftmaxRead& p) {
   for (int i = 0; i < 2; ++i) RowList<F>::take(measure, kSlotBlock);
   const size_t scratch = measure.used() + 8 * 64;
 
-  // `row` has room for a register of reads.
+  // `row` has room for the reads of one register of tokens.
   auto finish_tile = [&](int64_t batch, int64_t tile, const Partial<F>* parts, F* row) {
     constexpr int64_t W = kLanes<F>;
     const int64_t t0 = tile * s.tile, n = least(s.tile, s.tokens - t0), together = few ? 1 : W;

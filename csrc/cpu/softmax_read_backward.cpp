@@ -2,10 +2,10 @@
 //
 //   dS = p * (dP - delta),  dq = scale dS K,  dK = scale dS^T Q,  dV = P^T dR,  dmask_i = sum_t dS[t, i]
 //
-// Five products per tile, all in cache (score_gradients.h says what runs in parallel and in which order it is summed);
-// scores are computed again rather than stored, and p = exp((s - lse) - lse_rest). Many tokens: lanes are tokens for s
-// and dP; few: lanes are slots. Many of bfloat16 where the processor multiplies pairs: s and dP are products of the
-// numbers given, P and dS are rounded before the other three.
+// Five products per tile, all in cache; score_gradients.h describes what runs in parallel and in which order it is
+// summed. Scores are computed again instead of stored, and p = exp((s - lse) - lse_rest). With many tokens lanes are
+// tokens for s and dP; with few, lanes are slots. With many bfloat16 tokens, on processors with products of pairs: s
+// and dP are products of the given numbers, and P and dS are rounded before the other three products.
 #include "cpu/tiles/score_gradients.h"
 #include "params/softmax_read.h"
 
@@ -40,13 +40,13 @@ struct Kernel {
     rows_query<F>(d_read, t0, n, f.V, F(1), dr);
     if (!s.pairs) rows_query<F>(query, t0, n, f.K, F(1), q);
     for (int64_t t = 0; t < s.lanes; ++t) {
-      top[t] = kInf<F>;  // a token that reads nothing, and a lane without a token, have p = exp(s - inf) = 0
+      top[t] = kInf<F>;  // a token that reads nothing, and a lane without a token: p = exp(s - inf) = 0
       rest[t] = delta[t] = 0;
       if (t >= n) continue;
       const F l = *reinterpret_cast<const F*>(lse.row(t0 + t));
       if (l != -kInf<F>) top[t] = l, rest[t] = *reinterpret_cast<const F*>(lse_rest.row(t0 + t));
       if (read) {
-        F* r = sq;  // not packed yet
+        F* r = sq;  // scratch: `sq` is packed later
         read_row<F>(read.row(t0 + t), read.dtype, f.V, r);
         for (int64_t v = 0; v < f.V; ++v) delta[t] += r[v] * dr[t * s.VP + v];
       }

@@ -1,10 +1,12 @@
-// The first pass of softmax_write: what makes the scores of every token a softmax. The write itself is that of gated_write.
+// The first pass of softmax_write: the softmax of every token. gated_write does the write itself.
 //
-//   top_t = max_i s[t, i],   left_t = rest_t / (1 + rest_t),   rest_t = sum of e^(s[t, i] - top_t) over all slots but the first at top
+//   top_t = max_i s[t, i],   left_t = rest_t / (1 + rest_t),
+//   rest_t = sum of e^(s[t, i] - top_t) over all slots but the first at top
 //
-// Leaving the largest slot out of the sum keeps 1 - a of a gate near 1 a sum of small numbers: 1 - 1 / (1 + rest) would cancel.
-// Slots are lanes, a tile of scores is compared with the token's maximum so far, which rarely moves. Parallel over batches, chunks
-// of tokens and ranges of slots, cut by shapes alone; ranges merge in order. Bound by the product, T N K multiply-adds.
+// The largest slot is left out of the sum, so that 1 - a of a gate near 1 is a sum of small numbers; 1 - 1 / (1 + rest)
+// would cancel. Lanes are slots. A tile of scores is compared with the token's running maximum, which rarely changes.
+// Parallel over batches, chunks of tokens and ranges of slots, whose numbers depend on shapes only; ranges merge in
+// order. Bound by the product, T N K multiply-adds.
 #include "cpu/tiles/write_tiles.h"
 
 namespace mk::MK_ISA {
@@ -16,7 +18,7 @@ struct Seen {
   F top = -kInf<F>, rest = 0;
   int64_t slot = -1;
 
-  // `rest` of a lower maximum, seen from a higher one. A maximum of -inf stands for no slot at all.
+  // Rescales `rest` from a lower maximum to a higher one. A maximum of -inf stands for no slot at all.
   static F lowered(F rest, F from, F to) {
     const F factor = exp<F>(fill<F>(from - to))[0];
     return from == -kInf<F> ? rest : factor * (rest + 1);
@@ -37,7 +39,7 @@ struct Seen {
   }
 };
 
-// Adds a row of scores to one token; `S` is scratch afterwards, lanes past the block hold -inf.
+// Adds a row of scores to one token. `S` is scratch afterwards; its lanes past the block hold -inf.
 template <class F>
 void add_row(F* S, int64_t lanes, const SlotBlock<F>& block, int64_t first, Seen<F>& seen) {
   constexpr int W = kLanes<F>;
@@ -73,7 +75,7 @@ void run(const GatedWrite& p, SoftmaxRow<F>* rows) {
   Slots<F>::buffers(measure, size, p.K, 0);
   Tokens<F>::buffers(measure, p);
   measure.take<F>((KP + 1) * kSlotTile<F> + kChunkTokens * size + (few ? W * KP : 0));
-  GatedWrite source = p;  // addresses alone: nothing of what is written is looked at
+  GatedWrite source = p;  // only addresses are used; nothing that the call writes is read
   source.write = source.erase = View{};
   parallel(batches * chunks * ranges, measure.used() + 12 * 64, [&](int64_t task, char* memory) {
     FlushDenormals flush;

@@ -1,9 +1,9 @@
-// sparse_read:  r_t = sum_j w[t, j] v_{i[t, j]};   backward:  dw[t, j] = <v_{i[t, j]}, dr_t>,  dv_i = sum_{i[t, j] = i}
-// w[t, j] dr_t
+// sparse_read:  r_t = sum_j w[t, j] v_{i[t, j]}
+// backward:     dw[t, j] = <v_{i[t, j]}, dr_t>,  dv_i = sum_{i[t, j] = i} w[t, j] dr_t
 //
-// Tokens run in parallel, lanes along the value width; the sum of a token stays in registers while its rows come in,
-// several at a time (cpu/tiles/gather.h). Every chosen row is read once: bound by bandwidth of scattered rows. dv is a
-// segmented sum over the entries sorted by slot (cpu/tiles/segments.h).
+// Tokens run in parallel, lanes along the value width. The sum of a token stays in registers while its rows are loaded,
+// several at a time (cpu/tiles/gather.h). Every chosen row is read once: bound by the bandwidth of scattered rows. dv
+// is a segmented sum over the entries sorted by slot (cpu/tiles/segments.h).
 #include "params/sparse_read.h"
 
 #include "cpu/tiles/segments.h"
@@ -13,7 +13,7 @@ namespace {
 
 constexpr int64_t kTileBytes = 1 << 18;  // of chosen rows per task
 
-// Token ranges of one batch that tasks take.
+// Tasks take ranges of tokens of one batch.
 struct Tiles {
   int64_t tokens, tile, tiles, tasks;
   explicit Tiles(const Choice& c, int64_t bytes) : tokens(c.tokens()) {
@@ -23,7 +23,7 @@ struct Tiles {
   }
 };
 
-// The chosen rows of tokens [t0, t1): list; ends[t - t0] is where token t ends in it. Index -1 is left out.
+// Lists the chosen rows of tokens [t0, t1); the rows of token t end at ends[t - t0]. Index -1 is left out.
 template <class F>
 void list_rows(const SparseRead& p, int64_t batch, int64_t t0, int64_t t1, RowList<F>& list, int64_t* ends,
                F* weights) {

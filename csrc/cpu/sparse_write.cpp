@@ -1,12 +1,15 @@
 // sparse_write:  v_i <- v_i (1 - a e_t) + a w_t  for the entries (t, j) that name slot i, in order, a = weights[t, j].
 //
-// Slots do not depend on one another, so entries are sorted by slot, within it by position: a slot is read once, takes its entries
-// in float, and is rounded and written once. Slots are dealt into parts by their number; every part finds and sorts its own
-// entries, so the cost is O(T k V + parts T k), whatever N is. Lanes run along the value width. Bound by bandwidth of scattered rows.
+// Slots do not depend on one another. So entries are sorted by slot, and within a slot by position: a slot is read
+// once, takes its entries in float, and is rounded and written once. Slots are assigned to parts by their number. Every
+// part finds and sorts its own entries, so the cost is O(T k V + parts T k), whatever N is. Lanes run along the value
+// width. Bound by the bandwidth of scattered rows.
 //
-// Backward, g = dV' of a slot, walking its entries from the last, v before each of them computed again from values kept at every
-// kSteps-th:  da = <g, w - e v>,  dw_t += a g,  de_t -= a g v,  g <- g (1 - a e),  dV = g in the end. dw and de are sums over the
-// slots of a token: tasks are stripes of columns, which own them, and leave partial da that are added in the order of the stripes.
+// Backward, g = dV' of a slot, walking its entries from the last; v before each of them is recomputed from values
+// stored at every kSteps-th:
+//   da = <g, w - e v>,  dw_t += a g,  de_t -= a g v,  g <- g (1 - a e),  dV = g in the end
+// dw and de are sums over the slots of a token. So tasks are stripes of columns, which own their columns of dw and de.
+// They leave partial da, which are added in the order of the stripes.
 #include "params/sparse_write.h"
 
 #include <algorithm>
@@ -23,7 +26,7 @@ struct Entry {
   int64_t slot, at;  // at = t * k + j
 };
 
-// The entries of all batches, [batch][part], each sorted.
+// The entries of all batches, [batch][part], each list sorted.
 class Entries {
  public:
   explicit Entries(const Choice& c)
@@ -59,7 +62,7 @@ class Entries {
   }
   int64_t parts() const { return parts_; }
 
-  // body(slot, its entries, their number) for every slot of a part.
+  // Calls body(slot, its entries, their number) for every slot of a part.
   template <class Body>
   void each_slot(int64_t batch, int64_t part, Body&& body) {
     const int64_t* starts = sizes_.data() + batch * parts_ + part;
@@ -121,7 +124,7 @@ class Columns {
   F *w_, *e_;
 };
 
-// In this form a gate of exactly 0 or 1 is exact.
+// This form is exact for gates of exactly 0 or 1.
 template <class F>
 MK_INLINE void step(F a, const F* w, const F* e, int64_t padded, F* v) {
   for (int64_t x = 0; x < padded; x += kLanes<F>) {
@@ -130,7 +133,7 @@ MK_INLINE void step(F a, const F* w, const F* e, int64_t padded, F* v) {
   }
 }
 
-// Rows of one tensor into another of the same dtype, both [lead, N, V].
+// Copies rows of one tensor to another of the same dtype, both [lead, N, V].
 void copy_rows(const Lead& lead, int64_t N, int64_t V, const View& from, const View& to) {
   constexpr int64_t kRows = 1024;
   const int64_t blocks = div_up(N, kRows);

@@ -1,7 +1,7 @@
 // topk_read:  r_t = sum_j softmax_j(s[t, i_j]) v_{i_j} over the k best slots i_j of a search
 //
-// The read is k rows against N keys, so the cost is that of the search (cpu/tiles/search.h); it and its gradient are those
-// of cpu/tiles/chosen_read.h, the gradient of the scores that of cpu/tiles/search_gradient.h.
+// The search compares N keys and the read takes k rows, so the cost is that of the search (cpu/tiles/search.h). The
+// read and its gradient are in cpu/tiles/chosen_read.h, the gradient of the scores in cpu/tiles/search_gradient.h.
 #include "params/topk_read.h"
 
 #include "cpu/tiles/chosen_read.h"

@@ -1,6 +1,6 @@
 // topk_search:  the k largest of s[t, i] = scale <q_t, k_i> + mask_i, exactly, in order, ties to the smaller index.
-// The search is that of cpu/tiles/search.h, the gradient that of cpu/tiles/search_gradient.h with ds = d_scores: only chosen
-// rows are read or summed.
+// The search is in cpu/tiles/search.h; the gradient is that of cpu/tiles/search_gradient.h with ds = d_scores. Only
+// chosen rows are read or summed.
 #include "params/topk_search.h"
 
 #include "cpu/tiles/search.h"

@@ -1,5 +1,5 @@
-// The check of indices that a caller made: one pass, 8 bytes per index, beside the K or V numbers that each index
-// stands for.
+// The check of indices given by a caller: one pass over 8 bytes per index, little beside the K or V numbers that each
+// index selects.
 #include <atomic>
 
 #include "cpu/tiles/parallel.h"

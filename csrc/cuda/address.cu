@@ -1,4 +1,4 @@
-// address:  w[t, i] itself, softmax_i(s[t, i]) from the statistics of a softmax_read without values, or sigmoid(s[t, i]).
+// address:  w[t, i] = softmax_i(s[t, i]), with lse from a softmax_read without values, or sigmoid(s[t, i]).
 #include "cuda/tiles/pair_sums.h"
 #include "params/address.h"
 

@@ -1,9 +1,10 @@
 // gated_write, softmax_write and slot_write with an erase vector:
 //   v_i <- v_i (1 - a[t, i] e_t) + a[t, i] w_t  for t = 1 .. T,   retained_i = prod_t (1 - a[t, i])
 //
-// One block per 32 slots and 128 value columns; each thread has one column of the 32 slots in registers. Tiles of 32 tokens are
-// walked from the first to the last. Per tile: gates by all threads (cuda/tiles/gates.h), then every thread takes token after token. Blocks
-// of columns each compute the gates again. Each block reads and writes its own numbers of the memory, so `out` may be `values`.
+// One block per 32 slots and 128 value columns; each thread holds one column of the 32 slots in registers. Tiles of 32
+// tokens are walked from the first to the last. Per tile all threads compute the gates (cuda/tiles/gates.h), then every
+// thread applies token after token. Each block of columns computes the gates again. Each block reads and writes only
+// its own numbers of the memory, so `out` may be `values`.
 #include "cuda/tiles/gates.h"
 #include "params/gated_write.h"
 
@@ -17,7 +18,7 @@ struct Written {
 MK_KERNEL(kPairThreads)
 scan_slots(MK_PARAM(Writing) w, MK_PARAM(Written) to, int64_t tiles, int64_t blocks) {
   GateTile& tile = *reinterpret_cast<GateTile*>(shared_memory());
-  // Rows of the memory pass between dtypes and registers here, while the tile is not used.
+  // Rows of the memory pass through here between their dtype and registers, while the tile is not in use.
   auto& rows = *reinterpret_cast<float(*)[kTile][kPairThreads]>(&tile.pairs);
   static_assert(sizeof rows <= sizeof tile.pairs);
   const Pairs& p = w.pairs;

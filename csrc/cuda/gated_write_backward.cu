@@ -1,24 +1,26 @@
-// Gradients of gated_write, erase a number e. With U = dv', R[t] = prod_{u > t} (1 - e a[u]), c[t, i] = <w_t, u_i> and the share of
-// the result that was there before token t, seen through U, p_0 = <v_i, u_i>, p_t = (1 - e a[t]) p_{t-1} + a[t] c[t]:
+// Gradients of gated_write, erase a number e. With U = dv', the suffix products R[t] = prod_{u > t} (1 - e a[u]),
+// c[t, i] = <w_t, u_i>, and p_t, the inner product of u_i with what slot i holds after token t: p_0 = <v_i, u_i>,
+// p_t = (1 - e a[t]) p_{t-1} + a[t] c[t]:
 //
-//   dv = R[0] U,   dw_t = sum_i a R u_i,   ds[t, i] = R[t] (c[t] - e p_{t-1}) a (1 - a) - g_i retained_i a,   g = d retained
-//   dq = scale ds k,   dk = scale ds^T q,   dmask_i = sum_t ds
+//   dv = R[0] U,   dw_t = sum_i a R u_i,   ds[t, i] = R[t] (c[t] - e p_{t-1}) a (1 - a) - g_i retained_i a,
+//   g = d retained,   dq = scale ds k,   dk = scale ds^T q,   dmask_i = sum_t ds
 //
-// Gates that are given have da[t, i] = R[t] (c[t] - e p_{t-1}) in the place of ds. Those of a softmax have
+// Given gates have da[t, i] = R[t] (c[t] - e p_{t-1}) instead of ds. Those of a softmax have
 //
 //   x[t, i] = da[t, i] - g_i retained_i / (1 - a),   delta_t = sum_i a x,   ds = a (x - delta_t)
 //
-// What 16 tokens do to p is a map p -> k p + b, and k is what they leave of R. A first pass over all pairs finds the maps, in any
-// order; the kernel here walks them, one thread per slot, and leaves R behind and p before the 16 tokens in their place:
-// 2 N T / 16 numbers. Every tile is then known by itself, and each result is one more pass (write_gradient_tiles.h): no [T, N], one fixed
-// order, nothing divided by 1 - a but what a softmax asks for. Tokens that leave no trace, because R is 0 behind them, are passed over.
+// The effect of 16 tokens on p is a map p -> k p + b, where k is also their factor of R. A first pass over all pairs
+// computes the maps, in any order. The kernel here walks them with one thread per slot and replaces them by R after,
+// and p before, the 16 tokens: 2 N T / 16 numbers. Then every tile can be computed on its own, and each result is one
+// more pass (write_gradient_tiles.h). Nothing of size [T, N] is stored, the order is fixed, and only a softmax divides
+// by 1 - a. Tokens whose suffix product R is 0 are skipped.
 #include "cuda/tiles/write_gradients.h"
 
 namespace mk::cuda {
 namespace {
 
 constexpr int kSettled = 32,
-              kAhead = 8;  // slots of a block; numbers that are read at a time, because each read takes long
+              kAhead = 8;  // slots of a block; numbers loaded at a time, to hide the latency of loads
 
 struct Settled {
   float left[kSettled], share[kSettled];
@@ -37,7 +39,7 @@ MK_KERNEL(kThreads) settle(MK_PARAM(Gradients) g, int64_t tiles) {
     for (int n = 0; n < kAhead; ++n) x[n] = border + n < g.borders ? from[(border + n) * p.N] : 1.f;
   };
   const int64_t last = round_up(g.borders, kAhead) - kAhead;
-  int64_t traced = g.borders;  // the first 16 tokens that leave a trace
+  int64_t traced = g.borders;  // the first 16 tokens with a suffix product above 0
   if (mine) {
     const bool open = added_to(p, p.mask ? p.mask.batch(p.lead, batch) : nullptr, i) != -kInfinity;
     float left = 1, keep[kAhead];
@@ -55,7 +57,7 @@ MK_KERNEL(kThreads) settle(MK_PARAM(Gradients) g, int64_t tiles) {
   }
   __syncthreads();
 
-  // A warp per slot: p_0 of the open ones, and dv of all.
+  // One warp per slot: p_0 of open slots, and dv of all.
   const char* values = p.values.batch(p.lead, batch);
   const char* upper = g.d_out.batch(p.lead, batch);
   char* d_values = g.d_values ? g.d_values.batch(p.lead, batch) : nullptr;
@@ -78,7 +80,8 @@ MK_KERNEL(kThreads) settle(MK_PARAM(Gradients) g, int64_t tiles) {
 #pragma unroll
     for (int n = 0; n < kAhead; ++n) {
       if (border + n >= g.borders) continue;
-      if (traced > 0 && border + n <= traced) share = 0;  // nothing of it is left (why: cpu/gated_write_backward.cpp)
+      // Skipped tokens left nothing (why: cpu/gated_write_backward.cpp).
+      if (traced > 0 && border + n <= traced) share = 0;
       shares[(border + n) * p.N] = share;
       share = keep[n] * share + add[n];
     }

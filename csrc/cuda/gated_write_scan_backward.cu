@@ -1,20 +1,22 @@
 // Gradients of gated_write, a vector e_t as erase. With g = dv', from the last token to the first:
 //
-//   dw_t = sum_i a g,   de_t = -sum_i a g v_{t-1},   da[t, i] = sum_j g (w - e v_{t-1}),   g <- g (1 - a e),   dv = g in the end
-//   ds = da a (1 - a) - d retained * retained * a,   dq = scale ds k,   dk = scale ds^T q,   dmask_i = sum_t ds
+//   dw_t = sum_i a g,   de_t = -sum_i a g v_{t-1},   da[t, i] = sum_j g (w - e v_{t-1}),   g <- g (1 - a e),
+//   ds = da a (1 - a) - d retained * retained * a,   dq = scale ds k,   dk = scale ds^T q,   dmask_i = sum_t ds,
+//   dv = g in the end
 //
-// Gates that are given, and those of a softmax, have their ds as in gated_write_backward.cu.
+// Given gates, and those of a softmax, have their ds as in gated_write_backward.cu.
 //
-// The factor depends on slot, token and column: there is no closed form over tokens. A first kernel keeps v where tiles of 32 tokens
-// meet, N V T / 32 numbers. Then tile after tile, the last first: a thread owns one value column and takes the 32 slots of its block
-// in turn, recomputes v of 16 tokens in registers and walks back with g, which waits in memory in between. What is summed over
-// slots or columns meets in scratch memory and is added in order by the kernels that follow.
+// The factor depends on slot, token and column, so there is no closed form over tokens. A first kernel stores v at the
+// boundaries between tiles of 32 tokens, N V T / 32 numbers. Then tiles are processed one by one, the last first. A
+// thread owns one value column and takes the 32 slots of its block in turn: it recomputes v of 16 tokens in registers
+// and walks back with g, which is stored in memory between tiles. Partial sums over slots or columns go to scratch
+// memory, and the following kernels add them in order.
 #include "cuda/tiles/gates.h"
 
 namespace mk::cuda {
 namespace {
 
-constexpr int kSpan = 16;  // tokens whose v are in registers at once
+constexpr int kSpan = 16;  // tokens whose v is in registers at the same time
 
 struct Scan {
   Writing w;
@@ -24,12 +26,12 @@ struct Scan {
   int64_t token_tiles, slot_tiles, columns;   // columns: blocks of 128 value columns
   float* states;                              // [batches][token_tiles][N][V]: v before a tile
   float* flow;                                // [batches][N][V]: g after it
-  float *d_writes, *d_erases;                 // [batches][slot_tiles][32][V]: parts of one tile of tokens
+  float *d_writes, *d_erases;                 // parts for one tile of tokens
   float *d_gates, *d_scores;                  // [batches][columns][32][N] and [batches][32][N]: da in parts, and ds
   float *delta_parts, *deltas;                // of a softmax, [batches][slot_tiles][32] and [batches][32]
 };
 
-// Which slots, value columns and batch a block has.
+// The slots, value columns and batch of a block.
 struct Place {
   int64_t batch, tile, block, first, column;
   bool mine;
@@ -51,7 +53,7 @@ struct ScanTile {
   Streams rows;
 };
 
-// Rows of `write` and `erase` of a tile, this thread's column.
+// Loads the rows of `write` and `erase` of a tile, this thread's column.
 MK_DEVICE void load_rows(ScanTile& tile, const Writing& w, int64_t column, bool mine) {
   for (int t = 0; t < kTile; ++t) {
     const bool there = mine && tile.gates.pairs.a_rows[t] != nullptr;
@@ -78,7 +80,7 @@ MK_KERNEL(kPairThreads) keep_states(MK_PARAM(Scan) s) {
 #pragma unroll
   for (int r = 0; r < kTile; ++r) v[r] = at.mine && at.first + r < p.N ? tile.rows.w[r][tid] : 0.f;
   for (int64_t n = 0; n < s.token_tiles; ++n) {
-    // By way of shared memory, a column of a thread's own: an address per slot would take more registers than v itself.
+    // Through shared memory, a column for each thread: an address per slot would take more registers than v itself.
 #pragma unroll
     for (int r = 0; r < kTile; ++r) tile.rows.w[r][tid] = v[r];
     float* row = s.states + ((at.batch * s.token_tiles + n) * p.N + at.first) * p.V + at.column;
@@ -97,7 +99,7 @@ MK_KERNEL(kPairThreads) keep_states(MK_PARAM(Scan) s) {
   }
 }
 
-// Walks back over tile n of the tokens.
+// Walks backward through tile n of the tokens.
 MK_KERNEL(kPairThreads) walk_back(MK_PARAM(Scan) s, int64_t n) {
   ScanTile& tile = *reinterpret_cast<ScanTile*>(shared_memory());
   const Pairs& p = s.w.pairs;
@@ -132,7 +134,7 @@ MK_KERNEL(kPairThreads) walk_back(MK_PARAM(Scan) s, int64_t n) {
         if (at.mine) *flow = g;
       }
       __syncthreads();
-      // Neighbouring threads add up the columns of one token.
+      // Neighbouring threads sum the columns of one token.
       constexpr int kShare = kPairThreads / kSpan;
       const int t = tid / kShare;
       float sum = 0;
@@ -150,7 +152,7 @@ MK_KERNEL(kPairThreads) walk_back(MK_PARAM(Scan) s, int64_t n) {
   }
 }
 
-// Gradients of the rows of tile n, from its parts in the order of the slots. One block per batch, token and 128 columns.
+// Token gradients of tile n: adds its parts in the order of the slots. One block per batch, token and 128 columns.
 MK_KERNEL(kPairThreads) add_parts(MK_PARAM(Scan) s, int64_t n) {
   const Pairs& p = s.w.pairs;
   const int64_t column = blockIdx.x % s.columns * kPairThreads + threadIdx.x, row = blockIdx.x / s.columns % kTile;
@@ -173,7 +175,7 @@ MK_DEVICE float faded_at(const Scan& s, int64_t batch, int64_t i) {
          load(s.retained.batch(p.lead, batch) + i * s.retained.row, DType::f32, 0);
 }
 
-// da of token t of a tile and slot i: its parts in the order of the columns.
+// da of a token t of the tile and slot i: adds its parts in the order of the columns.
 MK_DEVICE float gate_gradient(const Scan& s, int64_t batch, int t, int64_t i) {
   const int64_t N = s.w.pairs.N;
   float da = 0;
@@ -181,7 +183,7 @@ MK_DEVICE float gate_gradient(const Scan& s, int64_t batch, int t, int64_t i) {
   return da;
 }
 
-// Of a softmax: parts of the delta_t of tile n, one block per 32 slots.
+// For a softmax: parts of delta_t of tile n, one block per 32 slots.
 MK_KERNEL(kPairThreads) part_deltas(MK_PARAM(Scan) s, int64_t n) {
   GateTile& tile = *reinterpret_cast<GateTile*>(shared_memory());
   const int tid = int(threadIdx.x);
@@ -215,14 +217,15 @@ MK_KERNEL(kPairThreads) add_deltas(MK_PARAM(Scan) s) {
   if (threadIdx.x % 32 == 0) s.deltas[at] = sum;
 }
 
-// ds of tile n (or da, of gates that are given), and its part of dk and dmask, which grow from tile to tile. One block per 32 slots and 128 columns of K.
+// Computes ds of tile n (or da of given gates), and adds its terms to dk and dmask. One block per 32 slots and 128
+// columns of K.
 MK_KERNEL(kPairThreads) add_scores(MK_PARAM(Scan) s, int64_t n, int64_t blocks) {
   GateTile& tile = *reinterpret_cast<GateTile*>(shared_memory());
   const Pairs& p = s.w.pairs;
   const int tid = int(threadIdx.x);
   const int64_t block = blockIdx.x % blocks, first = blockIdx.x / blocks % s.slot_tiles * kTile;
   const int64_t batch = blockIdx.x / blocks / s.slot_tiles, column = block * kPairThreads + tid;
-  const bool last = n == s.token_tiles - 1;  // the first to be added
+  const bool last = n == s.token_tiles - 1;  // this tile comes first
   find_open(tile, s.w, batch, first);
   __syncthreads();
   open_gates(tile, s.w, batch, n * kTile, first, nullptr);

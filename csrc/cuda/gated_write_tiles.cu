@@ -1,17 +1,20 @@
-// gated_write, softmax_write and slot_write with a number e as erase, by products of tiles on the tensor cores. Every slot evolves
-// alone, so with R[t, i] = prod_{u > t} (1 - e a[u, i])
+// gated_write, softmax_write and slot_write with a number e as erase, on the tensor cores. Every slot evolves alone, so
+// with the suffix products R[t, i] = prod_{u > t} (1 - e a[u, i])
 //   v' = R[0] v + sum_t (a[t] R[t]) w_t,   retained_i = prod_t (1 - a[t, i])
 //
-// A block of four warps has 64 slots, 16 to a warp, and up to 128 value columns in registers, and walks tiles of tokens from the
-// last to the first. Queries, in parts of 256 bytes, and rows of `write` take turns in two buffers: one is on its way by cp.async
-// while the other is multiplied. Keys stay in shared memory, or come again with every part of the queries where they are too wide.
-// Scores stay in registers, where they become gates, then weights a R by a scan along the tokens, and the left side of the second
-// product. Four neighbouring lanes share a slot and pass products of 1 - e a by shuffles; from tile to tile R is carried in a
-// register. Every factor is at most 1, nothing is divided, and once R of all slots of a block is 0 no earlier token can matter.
-// After every kRun tiles the sums move from the registers to doubles in scratch memory: a float that has grown far beyond what one
-// tile brings rounds all that follow alike.
+// A block of four warps has 64 slots, 16 per warp, and up to 128 value columns in registers. It walks tiles of tokens
+// from the last to the first. Queries, in parts of 256 bytes, and rows of `write` alternate between two buffers:
+// cp.async fills one while the other is multiplied. Keys stay in shared memory; if they are too wide, they are loaded
+// again with every part of the queries. Scores stay in registers. There they become gates, then weights a R by a scan
+// along the tokens, then the left operand of the second product. Four neighbouring lanes share a slot and exchange
+// products of 1 - e a by shuffles. R is carried from tile to tile in a register. Every factor is at most 1, nothing is
+// divided, and once R of all slots of a block is 0, earlier tokens are skipped.
 //
-// Blocks of columns each compute the gates again. Each block reads and writes its own numbers of the memory, so `out` may be `values`.
+// After every kRun tiles the sums move from registers to doubles in scratch memory: a float that has grown far beyond
+// the terms of one tile would round all later terms in the same direction.
+//
+// Each block of columns computes the gates again. Each block reads and writes only its own numbers of the memory, so
+// `out` may be `values`.
 #include "cuda/tiles/gate_fragments.h"
 
 namespace mk::cuda {
@@ -23,17 +26,17 @@ struct Tiling {
   View out, retained;
   Rows query, keys, write;
   int64_t slot_tiles, token_tiles;  // per batch
-  int value_blocks, width;          // width: value columns of a block but the last
-  int key_parts, part;              // of a query row, and the columns of one
+  int value_blocks, width;          // width: value columns of every block but the last
+  int key_parts, part;              // parts of a query row, and columns of a part
   int key_pitch, part_pitch, write_pitch, buffer_bytes;
   bool held;          // keys stay in shared memory
-  double* long_sums;  // [blocks][numbers of a thread][threads]; null: there are not more than kRun tiles
+  double* long_sums;  // [blocks][numbers of a thread][threads]; null: at most kRun tiles
 };
 
-constexpr int S = 32;      // tokens of a tile; with more, registers run short
-constexpr int kRun = 128;  // tiles that are added up in float
+constexpr int S = 32;      // tokens of a tile; with more, registers would spill
+constexpr int kRun = 128;  // tiles that are summed in float
 
-// Where a thread adds up its numbers in double.
+// Where a thread sums its numbers in double.
 MK_DEVICE double* own_long_sums(const Tiling& r) {
   return r.long_sums + int64_t(blockIdx.x) * (kColumns / 2 * kThreads) + opaque(int(threadIdx.x));
 }
@@ -43,7 +46,7 @@ struct alignas(16) Shared {
   int columns;                    // of values
   Bases bases;
   float added[kRows], left[kRows], kept[kRows];
-  bool alive[kThreads / 32];  // is anything left of a slot of this warp?
+  bool alive[kThreads / 32];  // R of some slot of this warp is not 0
   Tokens<S> tile[2];          // this one and the next
 };
 
@@ -78,9 +81,10 @@ write_slots(MK_PARAM(Tiling) r) {
     return block.added[i] == -kInfinity ? nullptr : block.bases.of[kKeys] + (block.first + i) * p.keys.row;
   };
   if (r.held) ask_rows<X>(tid, kRows, r.views, r.keys, 0, p.K, held_keys, r.key_pitch, key_row);
-  // Rows take turns in the buffers: the parts of the queries of a tile, then what its tokens write. Each is asked for one step ahead.
+  // Rows alternate between the buffers: the parts of the queries of a tile, then the rows that its tokens write. Each
+  // copy starts one step ahead.
   int turn = 0;
-  auto ask = [&](int64_t n, int part) {
+  auto start_copy = [&](int64_t n, int part) {
     const int tid = opaque(int(threadIdx.x));
     const bool scored = part < r.key_parts;
     const char* const* rows = scored ? block.tile[n % 2].query : block.tile[n % 2].write;
@@ -94,12 +98,12 @@ write_slots(MK_PARAM(Tiling) r) {
     }
     commit_copies();
   };
-  if (r.token_tiles > 0) ask(r.token_tiles - 1, 0);
+  if (r.token_tiles > 0) start_copy(r.token_tiles - 1, 0);
 
-  // This lane's first slot is warp * 16 + lane / 4; the other one is 8 below.
+  // This lane's first slot is warp * 16 + lane / 4; its second is 8 further on.
   const Gates gates{given};
   float acc[kColumns / 8][4] = {}, left[2] = {1, 1}, kept[2] = {1, 1};
-  bool busy = block.first + warp * 16 < p.N, aside = false;  // aside: long sums have begun
+  bool busy = block.first + warp * 16 < p.N, aside = false;  // aside: the sums in double have begun
   for (int64_t n = r.token_tiles; n-- > 0;) {
     float x[S / 8][4];
     {
@@ -109,11 +113,11 @@ write_slots(MK_PARAM(Tiling) r) {
         __syncthreads();
         const char* buffer = buffers + (turn ^ 1) * r.buffer_bytes;
         if (part == 0 && n > 0) look_up(block.tile[(n - 1) % 2], w, r.views, block.bases, block.batch, (n - 1) * S);
-        ask(n, part + 1);
+        start_copy(n, part + 1);
         if (!busy) continue;
         if (given) {
           const int lane = opaque(int(threadIdx.x)) % 32, own = opaque(int(threadIdx.x)) / 32 * 16 + lane / 4;
-          // Rows of tokens that do not write are zeros.
+          // Rows of tokens that do not write are zero.
 #pragma unroll
           for (int j = 0; j < S / 8; ++j) {
 #pragma unroll
@@ -169,7 +173,7 @@ write_slots(MK_PARAM(Tiling) r) {
     __syncthreads();
     const char* buffer = buffers + (turn ^ 1) * r.buffer_bytes;
     const bool more = n > 0 && (block.alive[0] || block.alive[1] || block.alive[2] || block.alive[3]);
-    if (more) ask(n - 1, 0);
+    if (more) start_copy(n - 1, 0);
     if (weighs) {
       add_weighted<M, kSteps, kColumns>(acc, weights, drop, buffer, r.write_pitch, block.columns, opaque(lane));
     }
@@ -195,7 +199,7 @@ write_slots(MK_PARAM(Tiling) r) {
     kept[row] *= __shfl_xor_sync(kAllLanes, kept[row], 1);
     kept[row] *= __shfl_xor_sync(kAllLanes, kept[row], 2);
   }
-  // By way of shared memory, where a loop finds what registers have no numbers for.
+  // Through shared memory, where a loop may index; registers cannot be indexed at run time.
   __syncthreads();
   const int own = warp * 16 + lane / 4;
   auto& sums = *reinterpret_cast<float(*)[kRows][kColumns + 4]>(buffers);

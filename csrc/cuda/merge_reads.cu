@@ -1,8 +1,10 @@
 // merge_reads:  lse_t = log sum_s exp(lse[s, t]),  w[s, t] = exp(lse[s, t] - lse_t),  r_t = sum_s w[s, t] r[s, t]
-// backward:     d_r[s, t] = w[s, t] dr_t,  d_lse[s, t] = w[s, t] (<dr_t, r[s, t]> - sum_u w[u, t] <dr_t, r[u, t]> + d_lse_t)
+// backward:
+//   d_r[s, t] = w[s, t] dr_t,
+//   d_lse[s, t] = w[s, t] (<dr_t, r[s, t]> - sum_u w[u, t] <dr_t, r[u, t]> + d_lse_t)
 //
-// One warp per token, lanes along the value width: every read is loaded once, bound by bandwidth. A part of weight 0 is never
-// looked at. The backward needs every product <dr_t, r[s, t]> twice and forms it twice, in the same order.
+// One warp per token, lanes along the value width. Every read is loaded once: bound by bandwidth. A part of weight 0 is
+// never loaded. The backward needs every product <dr_t, r[s, t]> twice, and computes it twice in the same order.
 #include "cuda/tiles/device.h"
 #include "cuda/tiles/numbers.h"
 #include "params/merge_reads.h"
@@ -12,7 +14,7 @@ namespace {
 
 constexpr int kThreads = 128, kWarps = kThreads / 32;
 
-// One warp's token, and its lse over the parts: base + log(sum).
+// The token of a warp, and its lse over the parts: base + log(sum).
 struct Merging {
   const MergeReads& p;
   int64_t t;
@@ -31,7 +33,7 @@ struct Merging {
     sum = warp_sum(sum);
   }
   MK_DEVICE static int lane() { return int(threadIdx.x) & 31; }
-  // The row of part s of a tensor whose parts lie `part` bytes apart.
+  // The row in part s of a tensor whose parts are `part` bytes apart.
   MK_DEVICE char* row(const View& v, int64_t part, int64_t s) const {
     return token_row(v, p.lead, v.batch(p.lead, 0), p.T, t) + s * part;
   }
@@ -60,7 +62,7 @@ MK_KERNEL(kThreads) merge_gradient(MK_PARAM(MergeReadsBackward) b) {
   if (!m.here) return;
   const char* d_read = b.d_read ? m.row(b.d_read, 0, 0) : nullptr;
   auto product = [&](int64_t s, float w) {
-    if (w == 0 || d_read == nullptr) return 0.f;  // the same for all lanes
+    if (w == 0 || d_read == nullptr) return 0.f;  // all lanes agree
     const char* row = m.row(p.reads, p.reads_part, s);
     float x = 0;
     for (int64_t c = m.lane(); c < p.V; c += 32) x += load(d_read, b.d_read.dtype, c) * load(row, p.reads.dtype, c);

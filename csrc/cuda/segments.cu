@@ -1,10 +1,12 @@
 // out[i] = factor * sum over (t, j) with index[t, j] = i of weight[t, j] row_t
 //
-// The entries (t, j) are sorted by row of the result, stably, so every row is summed in the order of the tokens: the same bits on
-// every run, no atomics whose order matters. The sort goes by 8 bits at a time, the lowest first: every block counts the digits of
-// its chunk, one block turns the counts into places, every block puts its entries there in their order. An index that names no row
-// of the memory gets a key behind all rows and is never summed.
-// Then one warp per row of the result finds its entries by bisection and adds them up; rows that nobody chose become zero.
+// The entries (t, j) are sorted by row of the result with a stable sort, so every row is summed in the order of the
+// tokens: the same bits on every run, and no atomics whose order matters. It is a radix sort with 8 bits per pass, the
+// lowest first: every block counts the digits of its chunk, one block turns the counts into positions, every block
+// writes its entries there in order. An index that names no row of the memory gets a key behind all rows and is never
+// summed.
+//
+// Then one warp per row of the result finds its entries by bisection and sums them; rows that nobody chose become zero.
 #include <utility>
 
 #include "cuda/tiles/chosen_rows.h"
@@ -14,7 +16,7 @@ namespace mk::cuda {
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32, kDigits = 256;
-constexpr int kRun = 128;  // entries that are added up in float
+constexpr int kRun = 128;  // entries that are summed in float
 
 struct Entries {
   uint32_t *keys, *keys_after;
@@ -31,7 +33,7 @@ MK_KERNEL(kThreads) number_entries(MK_PARAM(Choice) c, MK_PARAM(View) result, MK
   const char* row = token_row(c.indices, c.lead, c.indices.batch(c.lead, batch), c.T, t);
   const int64_t index = reinterpret_cast<const int64_t*>(row)[at % c.k];
   int64_t first = batch * c.N;
-  if (result) {  // a batch may share its rows of the result with others: where they lie says which they are
+  if (result) {  // batches may share rows of the result; their address identifies them
     const int64_t group = c.N * result.row;
     first = group == 0 ? 0 : (result.batch(c.lead, batch) - result.data) / group * c.N;
   }
@@ -45,13 +47,13 @@ MK_KERNEL(kThreads) count_digits(MK_PARAM(Entries) e, int shift) {
   __syncthreads();
   const int64_t end = least(e.count, (int64_t(blockIdx.x) + 1) * e.chunk);
   for (int64_t i = blockIdx.x * e.chunk + threadIdx.x; i < end; i += kThreads) {
-    atomicAdd(&counts[e.keys[i] >> shift & (kDigits - 1)], 1u);  // counts do not depend on the order
+    atomicAdd(&counts[e.keys[i] >> shift & (kDigits - 1)], 1u);  // the order of atomics does not change counts
   }
   __syncthreads();
   e.counts[threadIdx.x * e.blocks + blockIdx.x] = counts[threadIdx.x];
 }
 
-// One block: every count becomes the sum of those before it.
+// One block: turns every count into the sum of the counts before it.
 MK_KERNEL(kThreads) add_up_counts(MK_PARAM(Entries) e) {
   auto* sums = reinterpret_cast<unsigned*>(shared_memory());
   const int64_t begin = threadIdx.x * e.blocks, end = begin + e.blocks;
@@ -69,8 +71,8 @@ MK_KERNEL(kThreads) add_up_counts(MK_PARAM(Entries) e) {
 }
 
 MK_KERNEL(kThreads) place_entries(MK_PARAM(Entries) e, int shift) {
-  auto* next = reinterpret_cast<unsigned*>(shared_memory());  // [digit]: where its next entry goes
-  unsigned* found = next + kDigits;                           // [warp][digit]: how many this round brings
+  auto* next = reinterpret_cast<unsigned*>(shared_memory());  // [digit]: position of its next entry
+  unsigned* found = next + kDigits;                           // [warp][digit]: its entries in this round
   const int tid = int(threadIdx.x), warp = tid / 32, lane = tid % 32;
   next[tid] = e.counts[tid * e.blocks + blockIdx.x];
   const int64_t begin = blockIdx.x * e.chunk, end = least(e.count, begin + e.chunk);
@@ -110,7 +112,7 @@ MK_KERNEL(kThreads) sum_segments(MK_PARAM(ChosenSum) s, MK_PARAM(SortedEntries) 
   char* out = s.out.view.data + row * s.out.view.row;
   for (int64_t c0 = 0; c0 < s.width; c0 += 32) {
     const int64_t column = c0 + lane;
-    // Any number of entries may name a row, and a float that has grown to 2^24 times a term no longer changes by it.
+    // Any number of entries may name a row, and a float sum that has reached 2^24 times a term no longer changes.
     double total = 0;
     float sum = 0;
     for (int64_t i = begin; i < e.count && e.rows[i] == row; ++i) {

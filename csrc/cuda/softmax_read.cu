@@ -1,13 +1,16 @@
-// softmax_read:  s[t, i] = scale <q_t, k_i> + mask_i,   r_t = sum_i softmax_i(s[t, i]) v_i,   lse_t = log sum_i exp(s[t, i])
+// softmax_read:  s[t, i] = scale <q_t, k_i> + mask_i,  r_t = sum_i softmax_i(s[t, i]) v_i,
+//                lse_t = log sum_i exp(s[t, i])
 //
-// Bound by the bandwidth of keys and values as long as tokens are few. A block has Q tokens, a range of slots and up to 256 value
-// columns; ranges fill the chip (cuda/tiles/stream.h has the pipeline). Per tile of S slots: scores into shared memory; one warp per
-// token raises its maximum m, turns scores into p = exp(s - m) and adds them to l; then each thread owns two value columns and adds
-// p v for all Q tokens, in registers, rescaled by exp(m_old - m). Narrow values: several groups of threads take every g-th slot and
-// are added up at the end, in order.
+// Bound by the bandwidth of keys and values if tokens are few. A block has Q tokens, a range of slots and up to 256
+// value columns; there are enough ranges to fill the GPU (cuda/tiles/stream.h describes the pipeline). Per tile of S
+// slots the scores go to shared memory. One warp per token updates its maximum m, turns scores into p = exp(s - m) and
+// adds them to l. Then each thread owns two value columns and adds p v for all Q tokens in registers, rescaled by
+// exp(m_old - m). If values are narrow, several groups of threads take every g-th slot, and their sums are added in
+// order at the end.
 //
-// A range ends with (m, l, acc). One range: divided and written. Several: they meet in scratch memory, and a second kernel merges
-// them in the order of the ranges, so that the same shapes on the same device give the same bits.
+// A range ends with (m, l, acc). If there is one range, it divides and writes the read. If there are several, they
+// write to scratch memory, and a second kernel merges them in order, so the same shapes on the same device give the
+// same bits.
 #include "cuda/tiles/device.h"
 #include "cuda/tiles/read_ranges.h"
 #include "cuda/tiles/stream_plan.h"
@@ -23,10 +26,10 @@ struct Reading {
   StreamPlan plan;
   Ranges ranges;
   int value_blocks;
-  int width;  // value columns of a block but the last
+  int width;  // value columns of every block but the last
 };
 
-// Finds out what a token's tile does to its softmax: p = exp(s - m), and `fade` for what was added up before.
+// Updates the softmax of each token by a tile: p = exp(s - m), and `fade`, the factor for earlier sums.
 template <int Q>
 MK_DEVICE void soften(float* scores, int S, float* m, float* l, float* fade) {
   const int lane = int(threadIdx.x) & 31;
@@ -35,7 +38,7 @@ MK_DEVICE void soften(float* scores, int S, float* m, float* l, float* fade) {
     float top = -kInfinity;
     for (int i = lane; i < S; i += 32) top = fmaxf(top, s[i]);
     const float was = m[q], now = fmaxf(was, warp_max(top));
-    const float base = isinf(now) ? 0.f : now;  // nothing addressable yet; a NaN or +inf shows in the sum
+    const float base = isinf(now) ? 0.f : now;  // nothing addressable yet; a NaN or +inf reaches the sum
     float sum = 0;
     for (int i = lane; i < S; i += 32) sum += s[i] = exponential(s[i] - base);
     sum = warp_sum(sum);
@@ -73,7 +76,7 @@ read_stream(MK_PARAM(Reading) r) {
   const char* mask = p.mask ? p.mask.batch(p.lead, batch) : nullptr;
   const int parts = plan.key_parts + (columns > 0 ? 1 : 0);
   auto key_columns = [&](int part) { return int(least(kPart, p.K - part * kPart)); };
-  auto ask = [&](const Step& step) {
+  auto start_copy = [&](const Step& step) {
     if (step.first < end) {
       char* buffer = buffers + step.buffer * plan.stage_bytes;
       if (step.part < plan.key_parts) {
@@ -87,17 +90,17 @@ read_stream(MK_PARAM(Reading) r) {
     commit_copies();
   };
   Step ahead{begin};
-  for (int i = 0; i < kStages - 1; ++i, ahead.next(parts, S)) ask(ahead);
+  for (int i = 0; i < kStages - 1; ++i, ahead.next(parts, S)) start_copy(ahead);
 
-  // A pair of value columns per thread; `groups` threads share a pair and take every groups-th slot.
+  // Each thread has a pair of value columns; `groups` threads share a pair and take every groups-th slot.
   int pairs = 1;
   while (2 * pairs < columns) pairs *= 2;
   const int pair = tid % pairs, group = tid / pairs, groups = kThreads / pairs;
   float acc[Q][2] = {}, s[Q] = {};
   for (Step step{begin}; step.first < end; step.next(parts, S)) {
     wait_copies<kStages - 2>();
-    __syncthreads();  // the part is there for all threads, and the buffer asked for below is free
-    ask(ahead);
+    __syncthreads();  // the part is visible to all threads, and the buffer filled next is free
+    start_copy(ahead);
     ahead.next(parts, S);
     const char* buffer = buffers + step.buffer * plan.stage_bytes;
     if (step.part < plan.key_parts) {
@@ -108,7 +111,7 @@ read_stream(MK_PARAM(Reading) r) {
       soften<Q>(scores, S, m, l, fade);
       continue;
     }
-    float part[Q][2] = {};  // of this tile: a long sum is one of sums
+    float part[Q][2] = {};  // of this tile; two-level sums round less
     if (2 * pair >= columns) continue;
     for (int i = group; i < S; i += groups) {
       const auto* row = reinterpret_cast<const W*>(buffer + i * pitch_of<W>(columns)) + 2 * pair;
@@ -154,7 +157,7 @@ read_stream(MK_PARAM(Reading) r) {
   }
 }
 
-// One block per token: adds up the ranges.
+// One block per token: merges the ranges.
 MK_KERNEL(kThreads) add_ranges(MK_PARAM(SoftmaxRead) p, MK_PARAM(Ranges) r) {
   const int64_t token = blockIdx.x, tokens = p.lead.folded() * p.T, splits = r.splits;
   const int64_t batch = token / tokens, t = token % tokens;

@@ -1,4 +1,4 @@
-// Gradients of softmax_read: tiles of products for many tokens (gradient_tiles.h), otherwise sums over pairs (pair_sums.h).
+// Gradients of softmax_read: products of tiles for many tokens (gradient_tiles.h), else sums over pairs (pair_sums.h).
 #include "cuda/tiles/pair_sums.h"
 #include "cuda/tiles/read_ranges.h"
 

@@ -1,4 +1,4 @@
-// The gradients of softmax_read in tiles: which calls they take, and those in float32.
+// The gradients of softmax_read in tiles: which calls they support, and the float32 ones.
 #include "cuda/tiles/softmax_read_tiles_backward.h"
 
 namespace mk::cuda {
@@ -7,7 +7,8 @@ bool tiles_take(const Device& device, const SoftmaxReadBackward& b) {
   const SoftmaxRead& p = b.forward;
   const DType d = p.keys.dtype;
   const bool types = p.query.dtype == d && b.d_read.dtype == d && (p.values.dtype == d || p.values.dtype == DType::f32);
-  // Tiles are as wide as their rows: the number of bytes must fit an int. A tile has two parts at least, and values are one.
+  // Tiles are as wide as their rows, so their number of bytes must fit an int. A tile has at least two parts; values
+  // are one.
   return types && p.V > 0 && p.K <= 1 << 20 && p.V <= 1 << 20 &&
          with_types(p, false, [&]<class M, class W>() {
            return most(lay_out<M, W, Of::query>(b).shared,

@@ -1,10 +1,11 @@
-// The first pass of softmax_write: what makes the scores of every token a softmax. The write itself is that of gated_write.
+// The first pass of softmax_write: the softmax of every token. gated_write does the write itself.
 //
-//   top_t = max_i s[t, i],   left_t = rest_t / (1 + rest_t),   rest_t = sum of exp(s[t, i] - top_t) over all slots but the first at top
+//   top_t = max_i s[t, i],   left_t = rest_t / (1 + rest_t),
+//   rest_t = sum of exp(s[t, i] - top_t) over all slots but the first at top
 //
-// Leaving the largest slot out of the sum keeps 1 - a of a gate near 1 a sum of small numbers: 1 - 1 / (1 + rest) would cancel.
-// One block per 32 tokens and range of slots, with ranges for about two blocks on every processor; a second kernel merges them in
-// the order of the slots.
+// The largest slot is left out of the sum, so that 1 - a of a gate near 1 is a sum of small numbers; 1 - 1 / (1 + rest)
+// would cancel. One block per 32 tokens and range of slots, with enough ranges for about two blocks per SM. A second
+// kernel merges them in the order of the slots.
 #include "cuda/tiles/gates.h"
 
 namespace mk::cuda {

@@ -1,7 +1,9 @@
-// sparse_read:  r_t = sum_j w[t, j] v_{i[t, j]};   backward: dw[t, j] = <dr_t, v_{i[t, j]}>,  dv_i = sum_{i[t, j] = i} w[t, j] dr_t
+// sparse_read:  r_t = sum_j w[t, j] v_{i[t, j]}
+// backward:     dw[t, j] = <dr_t, v_{i[t, j]}>,  dv_i = sum_{i[t, j] = i} w[t, j] dr_t
 //
-// Bound by bandwidth of scattered rows: a warp per token, 16 bytes per lane, several rows under way (cuda/tiles/row_packs.h). The gradient
-// of the values is summed row by row in the order of the tokens (cuda/segments.cu).
+// Bound by the bandwidth of scattered rows: one warp per token, 16 bytes per lane, several rows in flight
+// (cuda/tiles/row_packs.h). The gradient of the values is summed row by row in the order of the tokens
+// (cuda/segments.cu).
 #include "cuda/tiles/chosen_rows.h"
 #include "cuda/tiles/device.h"
 #include "cuda/tiles/row_packs.h"
@@ -13,7 +15,7 @@ namespace {
 
 constexpr int kWarps = kThreads / 32;
 
-// One warp's token.
+// The token of a warp.
 struct Token {
   int64_t at, batch, t;
   MK_DEVICE explicit Token(const Choice& c) {
@@ -60,7 +62,7 @@ multiply_rows(MK_PARAM(Products) p) {
   }
 }
 
-// Calls body<X, aligned>(): the type of the rows, and whether they are made of whole packs.
+// Calls body<X, aligned>() with the type of the rows, and whether they consist of whole packs.
 template <class Body>
 void with_rows(const View& rows, const Lead& lead, int64_t width, Body&& body) {
   const bool packs = in_packs(rows, lead, width);

@@ -1,15 +1,16 @@
 // sparse_write:  v_i <- v_i (1 - a e_t) + a w_t  for the entries (t, j) that name slot i, in order, a = weights[t, j].
 //
-// Slots do not depend on one another. The entries are sorted by slot, stably (cuda/segments.cu); a warp per slot that is named and
-// 128 value columns reads its row once, takes the entries in float, and rounds and writes the row once. The warp of an entry that
-// is not the first of its slot has nothing to do, so the cost is O(T k V) whatever N is. Every lane finds where the rows of one
-// entry lie, for 32 entries at a time; then all lanes take them one after the other. An index that names no slot writes nothing.
+// Slots do not depend on one another. The entries are sorted by slot with a stable sort (cuda/segments.cu). One warp
+// per chosen slot and 128 value columns reads its row once, applies the entries in float, and rounds and writes the row
+// once. There is a warp per entry, and only that of a slot's first entry works, so the cost is O(T k V) whatever N is.
+// Each lane looks up the rows of one of 32 entries; then all lanes apply the entries one by one. An index that names no
+// slot writes nothing.
 //
 // Backward, g = dv' of a slot, walking its entries from the last, v before each of them:
 //   da[t, j] = <g, w_t - e_t v>,   dw_t = sum_j a g,   de_t = -sum_j a g v,   g <- g (1 - a e_t),   dv = g in the end
-// The way forward leaves every v in scratch memory, the way back reads it and puts a g in its place, and what belongs to a token is
-// then added in the order of j: T k numbers for every column. Columns pass in panels, so that this is not more than kPanelBytes
-// where 128 of them fit.
+// The forward sweep stores every v in scratch memory. The backward sweep reads v and replaces it by a g. The gradients
+// of a token are then summed in the order of j: T k numbers for every column. Columns are taken in panels, so that
+// scratch memory is at most kPanelBytes, or 128 columns.
 #include "cuda/tiles/chosen_rows.h"
 #include "cuda/tiles/device.h"
 #include "cuda/tiles/stream.h"
@@ -24,16 +25,16 @@ constexpr int64_t kPanelBytes = int64_t(256) << 20;
 struct Walk {
   SparseWrite p;
   SortedEntries entries;
-  int64_t first, blocks;  // of 128 columns: where the panel begins, and how many it has
+  int64_t first, blocks;  // in blocks of 128 columns: the first of the panel, and how many
 };
 
 struct WalkBack {
   View d_out, d_values, d_write, d_erase, d_weights;
   float *states, *erases;  // [entries][columns of the panel]: v, then a g; -a g v
-  float* products;         // [blocks of all columns][entries]: da in parts
+  float* products;         // [blocks of all columns][entries]: parts of da
 };
 
-// What one entry brings. A lane looks it up, all lanes get it.
+// The data of one entry. One lane looks it up and passes it to all.
 struct Entry {
   int64_t place;
   const char *write, *erase;
@@ -58,7 +59,7 @@ struct Entry {
   }
 };
 
-// One warp's slot and columns; `mine` where this warp has the first entry of a slot.
+// The slot and columns of a warp; `mine` if its entry is the first of a slot.
 struct Segment {
   int64_t begin, row, batch, slot, block, column;
   bool mine;
@@ -93,7 +94,7 @@ MK_DEVICE void load_entry(const Walk& w, const Entry& e, int64_t column, float (
   for (int y = 0; y < kEach && e.erase == nullptr; ++y) erase[y] = float(w.p.erase_scale);
 }
 
-// Takes v through all entries of the segment and returns where they end; before(place) sees v as an entry finds it.
+// Applies all entries of the segment to v and returns their end; before(place) sees v before each entry.
 template <class Before>
 MK_DEVICE int64_t walk(const Walk& w, const Segment& s, float (&v)[kEach], Before&& before) {
   const int lane = int(threadIdx.x) % 32;
@@ -178,7 +179,7 @@ MK_KERNEL(kWriteThreads) add_entries(MK_PARAM(Walk) w, MK_PARAM(WalkBack) b) {
   if (b.d_erase) store(row_of(b.d_erase), b.d_erase.dtype, column, erase);
 }
 
-// da, from its parts in the order of the columns: a thread per entry.
+// da: adds its parts in the order of the columns, one thread per entry.
 MK_KERNEL(kWriteThreads) add_products(MK_PARAM(Walk) w, MK_PARAM(WalkBack) b, int64_t blocks) {
   const Choice& c = w.p.choice;
   const int64_t place = int64_t(blockIdx.x) * kWriteThreads + threadIdx.x;
@@ -191,7 +192,7 @@ MK_KERNEL(kWriteThreads) add_products(MK_PARAM(Walk) w, MK_PARAM(WalkBack) b, in
   store(row_of(b.d_weights), b.d_weights.dtype, place % c.k, sum);
 }
 
-// All rows of one tensor into another of the same dtype, both [lead, N, V]: a warp per row, an X at a time.
+// Copies all rows of one tensor to another of the same dtype, both [lead, N, V]: one warp per row, one X at a time.
 template <class X>
 MK_KERNEL(kWriteThreads)
 copy_rows(MK_PARAM(Lead) lead, int64_t N, int64_t units, MK_PARAM(View) from, MK_PARAM(View) to) {

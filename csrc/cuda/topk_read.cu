@@ -1,8 +1,9 @@
 // topk_read:  p[t, j] = softmax_j(s[t, i_j]) over the k best slots i_j,   r_t = sum_j p[t, j] v_{i_j}
-// backward:   dp[t, j] = <dr_t, v_{i_j}> + d_weights[t, j],   ds = p (dp - sum_j p dp),   dv_i = sum_{i_j = i} p[t, j] dr_t
+// backward:
+//   dp[t, j] = <dr_t, v_{i_j}> + d_weights[t, j],   ds = p (dp - sum_j p dp),   dv_i = sum_{i_j = i} p[t, j] dr_t
 //
-// The search writes weights instead of scores, then the chosen rows are gathered: k rows against N keys. The backward needs only
-// indices and weights and touches only chosen rows.
+// The search writes weights instead of scores, then the chosen rows are gathered: k rows, little beside N keys. The
+// backward needs only indices and weights and touches only chosen rows.
 #include "cuda/tiles/chosen_rows.h"
 #include "cuda/tiles/numbers.h"
 #include "cuda/tiles/search_lists.h"
@@ -13,7 +14,7 @@ namespace {
 
 constexpr int kThreads = 128, kWarps = kThreads / 32;
 
-// ds = p (dp - sum p dp), one warp per token; `ds` holds <dr, v> before, if there is a dr.
+// ds = p (dp - sum p dp), one warp per token. `ds` holds <dr, v> before, if there is a dr.
 MK_KERNEL(kThreads) soften_gradient(MK_PARAM(TopkReadBackward) b, MK_PARAM(View) ds) {
   const Choice& c = b.search.choice;
   const int64_t at = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32;
@@ -47,7 +48,7 @@ void topk_read_backward(const Device& device, const TopkReadBackward& b) {
   if (b.d_read) multiply_chosen(device, name, {c, b.V, b.values, b.d_read, ds});
   launch(device, name, soften_gradient, div_up(c.all_tokens(), kWarps), kThreads, 0, b, ds);
   search_gradients(device, name, b.search, ds);
-  // Without a gradient of the read the values have none: no token, no entry, all rows zero.
+  // Without a gradient of the read, that of the values is zero: no tokens, no entries, all rows are cleared.
   ChosenSum values{c, b.V, b.d_values, b.d_read, b.weights, 1.f};
   if (!b.d_read) values.choice.T = 0;
   sum_chosen(device, name, values);

@@ -1,14 +1,14 @@
 // topk_search: the k largest s[t, i] = scale <q_t, k_i> + mask_i of every token, best first, ties to the smaller index.
 //
-// Tokens stay, keys stream (cuda/tiles/stream.h). A warp keeps the list of a token, sorted, in shared memory; the k-th best is its
-// threshold. Of every 32 scores those above it go into a queue, their places by ballot and prefix; a full queue is sorted and merged
-// (bitonic), which raises the threshold. In ascending order every score survives: then the cost is one sort of 128 per 96 or more
-// scores, whatever N is.
+// Tokens stay, keys stream (cuda/tiles/stream.h). A warp keeps the sorted list of a token in shared memory; its k-th
+// best score is the threshold. Of every 32 scores, those above it are appended to a queue at positions from a ballot
+// and prefix sum. A full queue is sorted and merged into the list (bitonic), which raises the threshold. If scores
+// ascend, all of them pass: then the cost is one sort of 128 per 96 or more scores, whatever N is.
 //
-// More than kFew tokens that share a memory are taken in tiles (topk_search_tiles.cu) where their lists fit shared memory.
+// If more than kFew tokens share a memory and their lists fit shared memory, tiles are used (topk_search_tiles.cu).
 //
-// Ranges of slots fill the chip. Each leaves its list in scratch memory; a block per token merges them. Keys of different slots are
-// different, so the result does not depend on the order of merging, nor on how the slots were split.
+// There are enough ranges of slots to fill the GPU. Each leaves its list in scratch memory, and a block per token
+// merges them. Keys of different slots differ, so the result depends neither on the order of merging nor on the split.
 #include "cuda/tiles/chosen_rows.h"
 #include "cuda/tiles/fragments.h"
 #include "cuda/tiles/search_lists.h"
@@ -50,7 +50,7 @@ search_stream(MK_PARAM(Searching) r) {
   const char* keys = p.keys.batch(p.lead, batch);
   const char* mask = p.mask ? p.mask.batch(p.lead, batch) : nullptr;
   auto key_columns = [&](int part) { return int(least(kPart, p.K - part * kPart)); };
-  auto ask = [&](const Step& step) {
+  auto start_copy = [&](const Step& step) {
     if (step.first < end) {
       fetch<X>({keys + step.part * kPart * int64_t(sizeof(X)), p.keys.row, step.first, end, key_columns(step.part),
                 plan.key_packs},
@@ -59,14 +59,14 @@ search_stream(MK_PARAM(Searching) r) {
     commit_copies();
   };
   Step ahead{begin};
-  for (int i = 0; i < kStages - 1; ++i, ahead.next(plan.key_parts, S)) ask(ahead);
+  for (int i = 0; i < kStages - 1; ++i, ahead.next(plan.key_parts, S)) start_copy(ahead);
 
   float s[Q] = {};
   int queued[(Q + kWarps - 1) / kWarps] = {};  // of this warp's tokens
   for (Step step{begin}; step.first < end; step.next(plan.key_parts, S)) {
     wait_copies<kStages - 2>();
-    __syncthreads();  // the part is there for all threads; buffer and scores of before are no longer used
-    ask(ahead);
+    __syncthreads();  // the part is visible to all threads; the buffer and scores of the step before are free
+    start_copy(ahead);
     ahead.next(plan.key_parts, S);
     multiply<X, Q>(buffers + step.buffer * plan.stage_bytes, key_columns(step.part), query + step.part * kPart,
                    plan.padded, S, s);
@@ -106,7 +106,7 @@ search_stream(MK_PARAM(Searching) r) {
   }
 }
 
-// One block per token: `merging` warps merge the lists of its ranges, then scores or weights, and indices, are written.
+// One block per token: `merging` warps merge the lists of its ranges. Then scores or weights, and indices, are written.
 MK_KERNEL(kThreads)
 finish_search(MK_PARAM(TopkSearch) p, MK_PARAM(View) weights, MK_PARAM(Lists) r, int merging) {
   const int64_t token = blockIdx.x, tokens = p.lead.folded() * p.T, batch = token / tokens, t = token % tokens;
@@ -140,7 +140,7 @@ finish_search(MK_PARAM(TopkSearch) p, MK_PARAM(View) weights, MK_PARAM(Lists) r,
   auto* out = reinterpret_cast<float*>(token_row(weights, p.lead, weights.batch(p.lead, batch), p.T, t));
   for (int j = lane; j < p.k; j += 32) {
     const float e = list[j] == 0 ? 0.f : exponential(score_of(list[j]) - top);
-    out[j] = list[j] == 0 || isinf(top) ? e : e / sum;  // beside an infinite score finite ones weigh nothing
+    out[j] = list[j] == 0 || isinf(top) ? e : e / sum;  // beside an infinite score, finite ones have weight 0
   }
 }
 
@@ -155,7 +155,7 @@ void run(const Device& device, const char* name, Searching& r) {
   launch(device, name, search_stream<X, Q>, p.lead.batches() * r.plan.tiles * r.plan.splits, kThreads, shared, r);
 }
 
-// The gradient of scores that no slot has is nobody's.
+// The gradients of chosen scores: 0 where there is no slot.
 MK_KERNEL(kThreads) keep_chosen(MK_PARAM(Choice) c, MK_PARAM(View) d_scores, MK_PARAM(View) ds) {
   const int64_t at = int64_t(blockIdx.x) * kThreads + threadIdx.x, tokens = c.tokens();
   if (at >= c.all_tokens() * c.k) return;

@@ -1,16 +1,17 @@
-// topk_search for many tokens: scores by products of tiles on the tensor cores.
+// topk_search for many tokens: scores by products on the tensor cores.
 //
-// A block of four warps has 64 tokens, 16 to a warp, and a range of slots in tiles of S. Key rows arrive in parts of 256 bytes
-// that take turns in two buffers, one on its way by cp.async while the other is multiplied. Queries stay in registers where they are
-// 16-bit and one part wide, otherwise in shared memory. Scores never leave registers unless they may be chosen.
+// A block of four warps has 64 tokens, 16 per warp, and a range of slots in tiles of S. Key rows are loaded in parts of
+// 256 bytes that alternate between two buffers: cp.async fills one while the other is multiplied. Queries stay in
+// registers if they are 16-bit and one part wide, else in shared memory. Scores stay in registers unless they may be
+// chosen.
 //
-// A warp keeps the lists of its tokens. Four lanes share two tokens and know of each the score of its k-th best, the least that a
-// score must exceed: slots come in order, so a later one that equals it ranks behind. Scores that do go into the token's queue, their
-// places by prefix sums over the four lanes. A queue without room for what a tile adds is sorted and merged first (bitonic, by the
-// whole warp), which raises the least, and the tile is looked at again. A queue has room for a whole tile, so in ascending order
-// the cost is one sort of the queue per tile.
+// A warp keeps the lists of its tokens. Four lanes share two tokens and hold the k-th best score of each, the threshold
+// that a score must exceed: slots come in order, so a later score that equals it ranks behind. Scores above it go into
+// the token's queue, at positions from prefix sums over the four lanes. If a queue has no room for what a tile adds,
+// the warp sorts and merges it first (bitonic), which raises the threshold, and looks at the tile again. A queue has
+// room for a whole tile, so if scores ascend, the cost is one sort of the queue per tile.
 //
-// Ranges end as in topk_search.cu, and are merged there.
+// Ranges end as in topk_search.cu, which merges them.
 #include "cuda/tiles/fragments.h"
 #include "cuda/tiles/search_lists.h"
 
@@ -18,12 +19,12 @@ namespace mk::cuda {
 namespace {
 
 constexpr int kThreads = 128, kTokens = 64, kPartBytes = 256, kBuffers = 2;
-constexpr int kSteps = kPartBytes / 32;  // of the depth of a product, in a part
+constexpr int kSteps = kPartBytes / 32;  // depth steps of a product per part
 
 struct Tiling {
   TopkSearch p;
   Lists lists;
-  int queue;           // length of a queue, a power of two: at least a tile's slots and a list's length
+  int queue;           // length of a queue, a power of two, at least S and the length of a list
   int64_t tiles;       // of tokens, per batch
   int64_t split_rows;  // slots per range, a multiple of S
   int key_parts;       // of a key row
@@ -31,34 +32,35 @@ struct Tiling {
   bool query_packs, key_packs;
 };
 
-// S: of float32, whose sums take twice the registers, half as many.
+// S for an arithmetic: half as many for float32, whose sums take twice the registers.
 template <class X>
 constexpr int kSlots = 128 / int(sizeof(X));
 
-// Whether queries may lie in registers: of float32 there are too many.
+// May queries stay in registers? Those of float32 are too large.
 template <class M>
 constexpr bool kMayHold = sizeof(Stored<M>) == 2;
 
-// What a block keeps in shared memory beside rows and lists: where it is in the call, where the memory of its batch is, and what
-// the mask adds to the scores of two tiles, one of them asked for.
+// What a block keeps in shared memory beside rows and lists: its position in the call, the memory of its batch, and the
+// mask's terms in the scores of two tiles: the current one and the one being copied.
 template <int S>
 struct alignas(16) Shared {
-  int64_t t0, batch, split, end;  // the first token, of the batch; the range of slots; no slot from here on
+  int64_t t0, batch, split, end;  // the first token, of the batch; the range of slots; end: no slot from here on
   const char *keys, *mask;
   float added[2][S];
 };
 
-// The lists of a warp's 16 tokens in shared memory, each followed by its queue, and what a lane knows of the two tokens it has scores of.
+// The lists of a warp's 16 tokens in shared memory, each followed by its queue, and a lane's thresholds of its two
+// tokens.
 struct Best {
   Key* lists;
   int list, queue;
   int64_t k;
-  float least[2];  // the k-th best score
+  float least[2];  // the k-th best score of each token
   int queued[2] = {};
 
   MK_DEVICE Key* of(int row) const { return lists + row * (list + queue); }
 
-  // All lanes: brings the queue of token `row` into its list.
+  // All lanes: merges the queue of token `row` into its list.
   MK_DEVICE void merge(int row) const {
     Key *best = of(row), *waiting = best + list;
     __syncwarp();
@@ -68,7 +70,7 @@ struct Best {
     __syncwarp();
   }
 
-  // All lanes: takes the scores of slots [first, first + S), as a product has them.
+  // All lanes: offers the scores of slots [first, first + S), in the layout of a product.
   template <int S>
   MK_DEVICE void take(const float (&s)[S / 8][4], int64_t first, int lane) {
     unsigned found[2];  // bit 2 n + j: column j of product n
@@ -116,7 +118,7 @@ struct Best {
   }
 };
 
-// M: the arithmetic of the scores; `held`: queries lie in registers.
+// M: the arithmetic of the scores; `held`: queries stay in registers.
 template <class M, bool held>
 MK_KERNEL_BLOCKS(kThreads, 3)
 search_tiles(MK_PARAM(Tiling) r) {
@@ -143,14 +145,14 @@ search_tiles(MK_PARAM(Tiling) r) {
   Best best{lists + warp * 16 * both, r.lists.length, r.queue, p.k, {}};
   clear_keys(best.lists, 16 * both);
 #pragma unroll
-  for (int row = 0; row < 2; ++row) {  // no score exceeds what a token that is not there asks for
+  for (int row = 0; row < 2; ++row) {  // no score exceeds +inf, the threshold of tokens that do not exist
     best.least[row] = block.t0 + warp * 16 + row * 8 + lane / 4 < tokens ? -kInfinity : kInfinity;
   }
   __syncwarp();
 
-  // Asks for part `part` of the tile at row `first`; parts take turns in the buffers.
+  // Starts the copy of part `part` of the tile at row `first`; parts alternate between the buffers.
   int turn = 0;
-  auto ask = [&](int64_t first, int part) {
+  auto start_copy = [&](int64_t first, int part) {
     const int64_t end = block.end;
     if (first < end) {
       const char* from = block.keys + part * kPartBytes;
@@ -186,15 +188,15 @@ search_tiles(MK_PARAM(Tiling) r) {
 
   const bool busy = block.t0 + warp * 16 < tokens;  // this warp has a token
   const int64_t begin = block.split * r.split_rows;
-  ask(begin, 0);
+  start_copy(begin, 0);
   for (int64_t first = begin; first < block.end; first += S) {
     Sums<M> sums[S / 8];
     for (int part = 0; part < (held ? 1 : r.key_parts); ++part) {
       wait_copies<0>();
-      __syncthreads();  // the part is there for all threads, and the other buffer is no longer used
+      __syncthreads();  // the part is visible to all threads, and the other buffer is free
       const char* buffer = buffers + (turn ^ 1) * r.buffer_bytes;
       const bool last = held || part + 1 == r.key_parts;
-      ask(last ? first + S : first, last ? 0 : part + 1);
+      start_copy(last ? first + S : first, last ? 0 : part + 1);
       if (!busy) continue;
       auto multiply = [&](const Left<M>& a, int step) {
 #pragma unroll
@@ -276,7 +278,7 @@ void run(const Device& device, const char* name, Layout& a, int list) {
   Tiling& r = a.r;
   const TopkSearch& p = r.p;
   constexpr int S = kSlots<Stored<M>>;
-  constexpr int64_t kLeastTiles = 4, kBlocksPerProcessor = 2;  // as for streams
+  constexpr int64_t kLeastTiles = 4, kBlocksPerProcessor = 2;  // as in stream_plan.h
   const int64_t units = p.lead.batches() * r.tiles, tiles = most(1, div_up(p.N, S));
   const int64_t wanted = div_up(device.processors * kBlocksPerProcessor, most(units, 1));
   r.split_rows = div_up(tiles, most(1, least(wanted, tiles / kLeastTiles))) * S;
@@ -287,7 +289,7 @@ void run(const Device& device, const char* name, Layout& a, int list) {
   launch(device, name, search_tiles<M, held>, units * r.lists.splits, kThreads, a.shared, r);
 }
 
-// Calls body<M>() for the arithmetic of the scores.
+// Calls body<M>() with the arithmetic of the scores.
 template <class Body>
 auto with_arithmetic(DType d, bool tf32_allowed, Body&& body) {
   switch (d) {
@@ -300,7 +302,7 @@ auto with_arithmetic(DType d, bool tf32_allowed, Body&& body) {
 }  // namespace
 
 bool tiles_take(const Device& device, const TopkSearch& p, int list) {
-  // Tiles are as wide as their rows: the number of bytes must fit an int.
+  // Tiles are as wide as their rows, so their number of bytes must fit an int.
   return p.query.dtype == p.keys.dtype && p.K <= 1 << 20 &&
          with_arithmetic(p.keys.dtype, false, [&]<class M>() { return lay_out<M>(p, list).shared; }) <= device.shared;
 }

@@ -1,12 +1,11 @@
-// Multiply-add peak: every thread runs chains acc_j = acc_j * x + y that never leave registers. A fused multiply-add
-// has a latency of 4-5 cycles on two ports, so at least 10 chains must be in flight; AVX-512 has registers for 24,
+// Multiply-add peak: every thread runs chains acc_j = acc_j * x + y that stay in registers. A fused multiply-add has a
+// latency of 4-5 cycles on two ports, so at least 10 chains must be in flight. AVX-512 has registers for 24 chains,
 // AVX2 for 12.
 //
-// Read bandwidth: every thread sums its own contiguous part as four streams side by side, each with four
-// accumulators, so that neither the latency of an addition nor the reach of one hardware prefetcher bounds it.
+// Read bandwidth: every thread sums its own contiguous part as four interleaved streams with four accumulators each.
+// Then neither the latency of additions nor the range of one hardware prefetcher is the bound.
 //
-// Each loop is written once and compiled per instruction set through function attributes; the choice is made at run
-// time.
+// Each loop is written once and compiled per instruction set through function attributes, chosen at run time.
 #include "host/ceilings.h"
 
 #include <pthread.h>
@@ -34,18 +33,18 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-// Hardware stops reading ahead where a page ends. On Zen 4 in pages of 4 KiB a sum that asks reads up to 1.2 times as much; other
-// processors may be faster without, so both are measured.
+// Hardware prefetch stops at the end of a page. On Zen 4 with pages of 4 KiB, software prefetch makes a sum up to 1.2
+// times as fast. Other processors may be faster without it, so both are measured.
 constexpr int64_t kSumAhead = 384;
 
-constexpr double kRoundSeconds = 0.005;  // some rounds escape interruption; long beside a barrier
+constexpr double kRoundSeconds = 0.005;  // short, so that some rounds are not interrupted; long compared with a barrier
 
 using PeakLoop = double (*)(int64_t steps);
 using SumLoop = float (*)(const float* data, int64_t count, int64_t ahead);
 
-thread_local volatile double sink;  // takes every result, so that no loop is optimised away
+thread_local volatile double sink;  // every result goes here, so that no loop is optimised away
 
-// One loop over CHAINS independent accumulators of BYTES bytes. The start values are opaque to the compiler.
+// One loop with CHAINS independent accumulators of BYTES bytes. The start values are opaque to the compiler.
 #define MK_PEAK(NAME, SCALAR, BYTES, CHAINS)                                             \
   double NAME(int64_t steps) {                                                           \
     typedef SCALAR Vector __attribute__((vector_size(BYTES)));                           \
@@ -64,8 +63,9 @@ thread_local volatile double sink;  // takes every result, so that no loop is op
     return result;                                                                       \
   }
 
-// Four streams, four accumulators of BYTES bytes each; what does not fill a step of all streams (< 4 KiB) is left out. With every
-// register the one `ahead` numbers further on is asked for (0: itself, which asks for nothing).
+// Four streams with four accumulators of BYTES bytes each. A rest shorter than a step of all streams (< 4 KiB) is left
+// out. With every load goes a prefetch `ahead` numbers further on; 0 prefetches the address being loaded, which does
+// nothing.
 #define MK_SUM(NAME, BYTES)                                               \
   float NAME(const float* data, int64_t count, int64_t ahead) {           \
     typedef float Vector __attribute__((vector_size(BYTES)));             \
@@ -115,10 +115,10 @@ MK_PEAK(peak_double_avx2, double, 32, 12) __attribute__((target("avx2,fma"))) MK
 
 struct Peak {
   PeakLoop loop = nullptr;
-  double flops_per_step = 0;  // 2 * chains * lanes; 0 = the processor cannot
+  double flops_per_step = 0;  // 2 * chains * lanes; 0 if the processor lacks the instruction
 };
 
-// The best instruction set that the processor has, up to the one named `isa` (empty: no limit).
+// The best instruction set of this processor, at most the one named `isa` (empty: no limit).
 Peak choose_peak(const std::string& dtype, const std::string& isa) {
   if (!isa.empty() && isa != "baseline" && isa != "avx2" && isa != "avx512" && isa != "avx512bf16") {
     throw std::invalid_argument("multiply_add_peak: isa must be baseline, avx2, avx512 or avx512bf16, got " + isa);
@@ -159,12 +159,12 @@ void pin(int core) {
   cpu_set_t set;
   CPU_ZERO(&set);
   CPU_SET(core, &set);
-  pthread_setaffinity_np(pthread_self(), sizeof(set), &set);  // a refusal costs accuracy, nothing else
+  pthread_setaffinity_np(pthread_self(), sizeof(set), &set);  // if refused, only accuracy suffers
 }
 
-// Seconds of the fastest round in which every thread runs work(thread) once. At least four rounds. The threads take
-// the times themselves, first start to last end: a controlling thread can be late out of the barrier where processors
-// are busy.
+// Seconds of the fastest round, of at least four, in which every thread runs work(thread) once. The threads take the
+// times themselves, from the first start to the last end: on a busy machine a controlling thread can leave the barrier
+// late.
 double best_round(int threads, double seconds, const std::function<void(int)>& work) {
   const std::vector<int> cores = usable_cores();
   std::vector<Clock::time_point> begin(threads), end(threads);
@@ -187,7 +187,7 @@ double best_round(int threads, double seconds, const std::function<void(int)>& w
   };
   try {
     for (int t = 0; t < threads; ++t) start(t);
-  } catch (const std::system_error&) {  // those that began wait for the others, and must end before the error goes on
+  } catch (const std::system_error&) {  // the threads that started wait for the others; stop them before rethrowing
     done = true;
     (void)gate.arrive(threads + 1 - int(pool.size()));
     for (auto& thread : pool) thread.join();
@@ -213,8 +213,9 @@ void check(const char* name, int threads, double seconds) {
   if (!(seconds > 0)) throw std::invalid_argument(std::string(name) + ": seconds must be positive");
 }
 
-// Anonymous memory in the pages that a large tensor gets, which the system chooses: they are part of the limit. Zen 4 in a virtual
-// machine, two threads, in turns: a sum over 1 GiB reads 20 to 24 GB/s in pages of 4 KiB, 27 to 32 in pages of 2 MiB.
+// Anonymous memory with the page size that the system chooses for a large tensor, which is part of the limit. Zen 4 in
+// a virtual machine, two threads, interleaved runs: a sum over 1 GiB reads 20 to 24 GB/s with pages of 4 KiB, 27 to 32
+// with pages of 2 MiB.
 class Pages {
  public:
   explicit Pages(int64_t bytes) : bytes_(bytes) {
@@ -238,7 +239,7 @@ double multiply_add_peak(const std::string& dtype, int threads, double seconds, 
   const Peak peak = choose_peak(dtype, isa);
   if (peak.flops_per_step == 0) return 0;
   int64_t steps = 1000;
-  for (;;) {  // find the number of steps that fills a round
+  for (;;) {  // finds the number of steps that fills a round
     const auto begin = Clock::now();
     sink = peak.loop(steps);
     if (std::chrono::duration<double>(Clock::now() - begin).count() > kRoundSeconds) break;
@@ -264,7 +265,8 @@ double read_bandwidth(int64_t bytes, int threads, double seconds) {
   const double best = best_round(threads, seconds, [&](int t) {
     float* own = pages.data() + t * count;
     const int round = rounds[t]++;
-    if (round == 0) std::fill(own, own + count, 1.0f);  // puts the pages where their reader runs
+    // First touch by the thread that will read it puts the pages near it.
+    if (round == 0) std::fill(own, own + count, 1.0f);
     else sink = sum(own, count, round % 2 == 0 ? kSumAhead : 0);
   });
   return double(part) * threads / best;

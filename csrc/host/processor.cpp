@@ -26,7 +26,7 @@ std::string first_line(const std::string& path) {
   return trimmed(line);
 }
 
-// "48K" -> 49152, as /sys writes cache sizes.
+// Parses cache sizes as /sys writes them: "48K" -> 49152.
 int64_t parse_size(const std::string& text) {
   if (text.empty()) return 0;
   const int64_t number = std::stoll(text);
@@ -42,14 +42,13 @@ struct Registers {
 
 Registers cpuid(uint32_t leaf, uint32_t subleaf) {
   Registers r;
-  __get_cpuid_count(leaf, subleaf, &r.eax, &r.ebx, &r.ecx, &r.edx);  // leaves zeros where the leaf does not exist
+  __get_cpuid_count(leaf, subleaf, &r.eax, &r.ebx, &r.ecx, &r.edx);  // leaves zeros if the leaf does not exist
   return r;
 }
 
 bool bit(uint32_t word, int position) { return (word >> position) & 1; }
 
-// XCR0: which register files the operating system saves on a context switch. The instruction exists only with
-// OSXSAVE.
+// XCR0: the register files that the operating system saves on a context switch. The instruction needs OSXSAVE.
 uint64_t saved_state(bool osxsave) {
   if (!osxsave) return 0;
   uint32_t low, high;
@@ -127,7 +126,7 @@ std::map<std::string, int64_t> caches() {
     if (sizes.count(name)) sizes[name] = parse_size(first_line(entry + "size"));
     sizes["line"] = parse_size(first_line(entry + "coherency_line_size"));
   }
-#if defined(_SC_LEVEL1_DCACHE_SIZE)  // sandboxes hide /sys; the C library asks the processor itself
+#if defined(_SC_LEVEL1_DCACHE_SIZE)  // sandboxes may hide /sys; the C library reads the processor itself
   const std::pair<const char*, int> fallback[] = {{"l1d", _SC_LEVEL1_DCACHE_SIZE},
                                                   {"l2", _SC_LEVEL2_CACHE_SIZE},
                                                   {"l3", _SC_LEVEL3_CACHE_SIZE},
@@ -148,7 +147,7 @@ std::vector<int> usable_cores() {
       if (CPU_ISSET(i, &set)) cores.push_back(i);
     }
   }
-  if (cores.empty()) {  // more processors than the set has room for: any numbering will do
+  if (cores.empty()) {  // more cores than the set can hold: any numbering will do
     for (unsigned i = 0; i < std::max(1u, std::thread::hardware_concurrency()); ++i) cores.push_back(int(i));
   }
   return cores;

@@ -1,4 +1,4 @@
-// What the processor is: model, instruction sets, caches, cores. Free of torch and of Python.
+// The processor: model, instruction sets, caches, cores. Knows neither torch nor Python.
 #pragma once
 
 #include <cstdint>
@@ -8,19 +8,17 @@
 
 namespace memkernels::host {
 
-// Model name as the processor or the operating system gives it; "unknown" where neither does.
+// Model name as the processor or the operating system reports it; "unknown" if neither does.
 std::string processor_name();
 
-// Instruction-set extension -> usable, which means that the processor has it and the operating system saves its
-// registers. The names are those of /proc/cpuinfo on x86 (sse2, avx512_bf16, amx_tile ...); on Arm "neon"; elsewhere
-// empty.
+// Instruction-set extension -> usable: the processor has it and the operating system saves its registers. Names are
+// those of /proc/cpuinfo on x86 (sse2, avx512_bf16, amx_tile ...) and "neon" on Arm; elsewhere the map is empty.
 std::map<std::string, bool> features();
 
-// Bytes: "l1d" and "l2" of one core, "l3" of the whole cache that cores share, "line" of one cache line. 0 = unknown
-// or none.
+// Bytes: "l1d" and "l2" of one core, "l3" of the whole shared cache, "line" of one cache line. 0 = unknown or none.
 std::map<std::string, int64_t> caches();
 
-// The processors this process may run on, by their number.
+// The numbers of the cores that this process may run on.
 std::vector<int> usable_cores();
 
 }  // namespace memkernels::host

@@ -13,8 +13,8 @@ struct AdditiveRead {
   View read, lse, lse_rest;
 };
 
-// Its gradients, float (double for double). d_read and d_lse may be missing; a missing d_<argument> is not wanted.
-// Those of the memory are summed over leading dimensions in which their stride is 0.
+// Gradients, float (double for double). d_read and d_lse may be missing; a missing d_<argument> is not wanted. Those of
+// the memory are summed over leading dimensions in which their stride is 0.
 struct AdditiveReadBackward {
   AdditiveRead forward;
   View d_read, d_lse;

@@ -10,13 +10,13 @@ struct Address {
   Lead lead;
   int64_t T, N, K;
   View query, keys, mask;
-  View lse, lse_rest;  // of the scores, for softmax
+  View lse, lse_rest;  // of the scores, for the softmax gate
   View weights;
   double scale;
   bool sigmoid;
 };
 
-// A missing d_<argument> is not wanted; all are float (double for double), as in softmax_read.
+// Gradients, float (double for double), as in softmax_read. A missing d_<argument> is not wanted.
 struct AddressBackward {
   Address forward;
   View d_weights;

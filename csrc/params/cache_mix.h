@@ -5,8 +5,9 @@
 
 namespace mk {
 
-// A language model mixed with a cache: p[t, w] = (1 - mix_t) softmax(logits_t)[w] + mix_t sum_{j: tokens[t, j] = w}
-// softmax(scores_t)_j. Tokens and targets have been checked; -1 is no word. Where every entry is empty mix counts as 0.
+// A language model mixed with a cache:
+//  p[t, w] = (1 - mix_t) softmax(logits_t)[w] + mix_t sum_{j: tokens[t, j] = w} softmax(scores_t)_j
+// Tokens and targets have been checked; -1 is no word. Where every entry is empty, mix counts as 0.
 struct CacheMix {
   Lead lead;
   int64_t T, W, N;
@@ -25,7 +26,7 @@ struct CacheNll {
   View nll;
 };
 
-// Their gradients, float (double for double); a missing d_<argument> is not wanted.
+// Gradients, float (double for double); a missing d_<argument> is not wanted.
 struct CacheGradients {
   View logits, scores, mix;
 };

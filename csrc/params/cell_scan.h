@@ -5,8 +5,9 @@
 
 namespace mk {
 
-// [zf, zi, zc] = x_t + W h_{t-1},  h_t = sigmoid(zf) h_{t-1} + sigmoid(zi) tanh(zc) for t = 1 .. T; h_0 is `initial`, or 0 where it
-// is missing. The weight is the memory: a batch is one weight, and what is folded are the streams that it serves.
+// [zf, zi, zc] = x_t + W h_{t-1},  h_t = sigmoid(zf) h_{t-1} + sigmoid(zi) tanh(zc)  for t = 1 .. T. h_0 is `initial`,
+// or 0 if that is missing. The weight is the memory: a batch is one weight, and the folded dimensions are the streams
+// that share it.
 struct CellScan {
   Lead lead;
   int64_t T, D;

@@ -5,7 +5,7 @@
 
 namespace mk {
 
-// The slots that tokens chose: indices [lead, T, k], -1 for none.
+// The slots chosen for each token: indices [lead, T, k], -1 for none.
 struct Choice {
   Lead lead;
   int64_t T, k, N;
@@ -15,8 +15,8 @@ struct Choice {
   MK_BOTH int64_t all_tokens() const { return lead.batches() * tokens(); }
 };
 
-// A gradient of memory, written whole: contiguous [own leading dimensions, N, width], in all `rows` rows. `zero`: it is
-// zero already.
+// A gradient of memory, written whole: contiguous [own leading dimensions, N, width], `rows` rows in all. `zero`: the
+// memory is already zero.
 struct MemoryGradient {
   View view;
   int64_t rows = 0;
@@ -27,5 +27,5 @@ struct MemoryGradient {
 
 }  // namespace mk
 
-// An index that is not in [-1, N), if there is one; else -1. Kernels trust indices: this comes before them.
+// Returns an index outside [-1, N), or -1 if there is none. Kernels trust indices, so this runs before them.
 MK_DECLARE(int64_t, wrong_index, Choice)

@@ -5,8 +5,8 @@
 
 namespace mk {
 
-// h_t = f_t * h_{t-1} + u_t for t = 1 .. T, channel by channel; h_0 is `initial`, or 0 where it is missing. No tensor belongs to
-// a memory: every leading dimension is folded, and a fold is a stream.
+// h_t = f_t * h_{t-1} + u_t for t = 1 .. T, channel by channel. h_0 is `initial`, or 0 if that is missing. No tensor is
+// a memory, so every leading dimension is folded, and each fold is a stream.
 struct GatedScan {
   Lead lead;
   int64_t T, D;

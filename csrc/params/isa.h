@@ -1,25 +1,27 @@
-// The instruction sets a kernel is compiled for, and the choice between them at run time.
+// The instruction sets that kernels are compiled for, and the choice between them at run time.
 //
-// Every CPU kernel is compiled once per instruction set into the namespace mk::<isa>. A header of params/ declares its entry
-// points with MK_DECLARE; the binding calls them through MK_CALL, which takes the set that isa() names.
+// Every CPU kernel is compiled once per instruction set, into the namespace mk::<isa>. A header of params/ declares its
+// entry points with MK_DECLARE. The binding calls them with MK_CALL, which selects the set that isa() returns.
 #pragma once
 
 #include <cstdint>
 
 namespace mk {
 
-// avx512bf16 is the code of avx512 that also multiplies pairs of bfloat16.
+// avx512bf16 is avx512 plus products of pairs of bfloat16.
 enum class Isa : int64_t { baseline = 0, avx2 = 1, avx512 = 2, avx512bf16 = 3 };
 
-// The set in use: the fastest one that this processor has, or the one named by MEMKERNELS_CPU_ISA. Throws std::runtime_error when
-// that name is unknown or the processor lacks it.
+// The set in use: the fastest one of this processor, or the one named by MEMKERNELS_CPU_ISA. Throws std::runtime_error
+// if that name is unknown or the processor lacks it.
 Isa isa();
 
 }  // namespace mk
 
-// MK_DECLARE(result, function, Params): an entry point that takes one struct of parameters. MK_CALL(function, params) runs it.
+// MK_DECLARE(result, function, Params) declares an entry point that takes one struct of parameters. MK_CALL(function,
+// params) calls it.
 #if defined(MK_CUDA)
-// The kernels of csrc/cuda, on the device and stream of the call: pointers are of the device, and nothing waits for it.
+// The kernels of csrc/cuda, on the device and stream of the call. Pointers are device pointers, and no function waits
+// for the GPU.
 namespace mk::cuda {
 struct Device;
 }

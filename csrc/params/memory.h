@@ -1,4 +1,4 @@
-// Memory that a call cannot have, and sizes in bytes that no integer holds.
+// Failed allocations, and sizes in bytes that overflow.
 #pragma once
 
 #include <cstddef>
@@ -6,17 +6,17 @@
 
 namespace mk {
 
-// Memory that a call needs and cannot have. The binding makes a sentence of it that names the op.
+// An allocation that a call needs failed. The binding turns it into an error that names the op.
 class OutOfMemory : public std::bad_alloc {
  public:
   explicit OutOfMemory(size_t bytes) : bytes_(bytes) {}
-  size_t bytes() const { return bytes_; }  // 0: nobody knows how many
+  size_t bytes() const { return bytes_; }  // 0: unknown
 
  private:
   size_t bytes_;
 };
 
-// A size in bytes that is no address space's; far enough below the largest integer that adding to it stays there.
+// Stands for a size beyond any address space; small enough that adding to it does not overflow.
 constexpr size_t kTooManyBytes = size_t(1) << 62;
 
 inline size_t bytes_of(size_t count, size_t item) {

@@ -4,17 +4,18 @@
 
 namespace mk {
 
-// For t = 1 .. T, where token_mask[t]: the gated write of `write` (erase 1; its `query` asks where to write, `out` takes the new
-// values, which must not be `values`; there is no `retained`), then a read of what memory holds: r_t = sum_i p[t, i] v_i, p the
-// softmax of scale <read_query_t, key_i> + mask_i. With `read_first` the read comes before the write.
+// For t = 1 .. T, where token_mask[t] is set: first the gated write of `write` with erase 1, then a read of the memory,
+// r_t = sum_i p[t, i] v_i, where p is the softmax of scale <read_query_t, key_i> + mask_i. With `read_first` the read
+// comes before the write. In `write`, `query` addresses the write and `out` takes the new values, which must not be
+// `values`. `retained` is not used.
 struct MemoryScan {
   GatedWrite write;
   View read_query, reads, lse, lse_rest;
   bool read_first;
 };
 
-// Gradients, float (double for double); a missing one is not wanted. d_keys, d_values and d_mask are summed over leading
-// dimensions in which their stride is 0. d_reads and d_out may be missing.
+// Gradients, float (double for double); a missing one is not wanted. d_keys, d_values and d_mask are summed over
+// leading dimensions in which their stride is 0. d_reads and d_out may be missing.
 struct MemoryScanBackward {
   MemoryScan forward;
   View d_reads, d_out;

@@ -6,7 +6,7 @@
 namespace mk {
 
 // lse[t] = log sum_s exp(lses[s, t]) and read[t] = sum_s exp(lses[s, t] - lse[t]) reads[s, t]. Every leading dimension
-// is folded into the tokens; part s lies *_part bytes behind part 0.
+// is folded into the tokens. Part s begins s * (*_part) bytes after part 0.
 struct MergeReads {
   Lead lead;
   int64_t S, T, V;
@@ -15,9 +15,9 @@ struct MergeReads {
   View read, lse;
 };
 
-// Its gradients. A missing d_read or d_lse is zero; a missing d_reads or d_lses is not wanted.
+// Gradients. A missing d_read or d_lse is zero; a missing d_reads or d_lses is not wanted.
 struct MergeReadsBackward {
-  MergeReads forward;  // without its results
+  MergeReads forward;  // without results
   View d_read, d_lse;
   View d_reads, d_lses;
   int64_t d_reads_part, d_lses_part;

@@ -4,18 +4,18 @@
 
 namespace mk {
 
-// read[t] = sum_j weights[t, j] values[indices[t, j]], weights = softmax over the k scores of a search of pairs. Of
-// `values`, reads and weights the leading dimension of the half has stride 0.
+// read[t] = sum_j weights[t, j] values[indices[t, j]], weights = softmax over the k scores of a search of pairs.
+// `values`, reads and weights have stride 0 in the dimension of the half.
 struct ProductKeyRead {
-  ProductKeySearch search;  // without scores
+  ProductKeySearch search;  // its scores are not used
   int64_t V;
   View values;
   View read, weights;
 };
 
-// Its gradients. A missing d_read or d_weights is zero.
+// Gradients. A missing d_read or d_weights is zero.
 struct ProductKeyReadBackward {
-  ProductKeySearchBackward search;  // without d_scores
+  ProductKeySearchBackward search;  // its d_scores are not used
   int64_t V;
   View values;
   View weights;

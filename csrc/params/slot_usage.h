@@ -14,7 +14,7 @@ struct SlotUsage {
   double scale;
 };
 
-// A missing d_<argument> is not wanted; all are float (double for double), as in softmax_read.
+// Gradients, float (double for double), as in softmax_read. A missing d_<argument> is not wanted.
 struct SlotUsageBackward {
   SlotUsage forward;
   View d_usage;

@@ -5,7 +5,8 @@
 
 namespace mk {
 
-// read[t] = sum_i softmax_i(s[t, i]) value_i, lse[t] and what its rounding left out; s[t, i] = scale <query_t, key_i> + mask_i.
+// read[t] = sum_i softmax_i(s[t, i]) value_i, and lse[t] with its rounding error, where
+// s[t, i] = scale <query_t, key_i> + mask_i.
 struct SoftmaxRead {
   Lead lead;
   int64_t T, N, K, V;
@@ -16,8 +17,8 @@ struct SoftmaxRead {
   double scale;
 };
 
-// Its gradients, float (double for double). d_read and d_lse may be missing; a missing d_<argument> is not wanted.
-// d_keys, d_values and d_mask are summed over leading dimensions in which their stride is 0.
+// Gradients, float (double for double). d_read and d_lse may be missing; a missing d_<argument> is not wanted. d_keys,
+// d_values and d_mask are summed over leading dimensions in which their stride is 0.
 struct SoftmaxReadBackward {
   SoftmaxRead forward;
   View d_read, d_lse;

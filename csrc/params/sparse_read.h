@@ -13,7 +13,7 @@ struct SparseRead {
   View read;
 };
 
-// Its gradients. A missing d_<argument> is not wanted.
+// Gradients. A missing d_<argument> is not wanted.
 struct SparseReadBackward {
   SparseRead forward;  // without its result
   View d_read;

@@ -4,18 +4,18 @@
 
 namespace mk {
 
-// v_i <- v_i (1 - a e_t) + a w_t with a = weights[t, j] for i = indices[t, j], entries (t, j) in order, -1 left out. `out` may be
-// `values` itself, then other rows are not touched. Indices have been checked.
+// v_i <- v_i (1 - a e_t) + a w_t with a = weights[t, j] for i = indices[t, j], entries (t, j) in order, index -1
+// ignored. `out` may be `values` itself; then the other rows are not touched. Indices have been checked.
 struct SparseWrite {
   Choice choice;
   int64_t V;
   View values, weights, write, erase;
   View out;
-  double erase_scale;  // e_t = erase_scale where `erase` is missing
+  double erase_scale;  // e_t = erase_scale if `erase` is missing
 };
 
-// Its gradients; a missing one is not wanted. d_values has the dtype of the values, d_weights any, d_write and d_erase are float
-// (double for double).
+// Gradients; a missing one is not wanted. d_values has the dtype of the values, d_weights any dtype, d_write and
+// d_erase are float (double for double).
 struct SparseWriteBackward {
   SparseWrite forward;
   View d_out;

@@ -6,15 +6,15 @@ namespace mk {
 
 // read[t] = sum_j weights[t, j] values[indices[t, j]], weights = softmax over the k scores of a search.
 struct TopkRead {
-  TopkSearch search;  // without scores
+  TopkSearch search;  // its scores are not used
   int64_t V;
   SlotView values;
   View read, weights;
 };
 
-// Its gradients. A missing d_read or d_weights is zero.
+// Gradients. A missing d_read or d_weights is zero.
 struct TopkReadBackward {
-  TopkSearchBackward search;  // without d_scores
+  TopkSearchBackward search;  // its d_scores are not used
   int64_t V;
   SlotView values;
   View weights;

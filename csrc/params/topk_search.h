@@ -4,8 +4,8 @@
 
 namespace mk {
 
-// The k largest s[t, i] = scale <query_t, key_i> + mask_i of every token, best first, equal scores by smaller index;
-// index -1 and score -inf behind the last.
+// The k largest s[t, i] = scale <query_t, key_i> + mask_i of every token, best first, equal scores by smaller index. If
+// there are fewer than k, the rest has index -1 and score -inf.
 struct TopkSearch {
   Lead lead;
   int64_t T, N, K, k;
@@ -16,8 +16,7 @@ struct TopkSearch {
   double scale;
 };
 
-// Its gradients. choice.indices are the slots that were found and have been checked. A missing d_<argument> is not
-// wanted.
+// Gradients. choice.indices are the slots found by the search, already checked. A missing d_<argument> is not wanted.
 struct TopkSearchBackward {
   Choice choice;
   int64_t K;

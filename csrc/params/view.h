@@ -1,20 +1,20 @@
 // Tensors as kernels see them: raw pointers, byte strides, and leading dimensions that broadcast.
 //
-// All tensors of one call share a list of leading dimensions (Lead). A tensor has stride 0 where it is broadcast. A dimension
-// that no memory tensor has is `shared`: its tokens are folded into T, row-major. The others count the batches, each a memory
-// of its own.
+// All tensors of one call share a list of leading dimensions (Lead), and have stride 0 where they are broadcast. A
+// dimension that no memory tensor has is `shared`: its tokens are folded into T, row-major. The others enumerate the
+// batches, each with a memory of its own.
 #pragma once
 
 #include <cstdint>
 
-// Parameters travel to the GPU as they are: what reads them runs on both sides.
+// Parameters are copied to the GPU as they are, so their accessors compile for both sides.
 #ifdef __CUDACC__
 #define MK_BOTH __host__ __device__
 #else
 #define MK_BOTH
 #endif
 
-// For loops of divisions: unrolled everywhere they double what nvcc compiles.
+// For loops of divisions: unrolling them everywhere doubles the code that nvcc compiles.
 #ifdef __CUDA_ARCH__
 #define MK_ROLLED _Pragma("unroll 1")
 #else
@@ -47,7 +47,7 @@ struct Lead {
   bool shared[kMaxLead];
 
   MK_BOTH int64_t batches() const { return product(false); }
-  MK_BOTH int64_t folded() const { return product(true); }  // token rows per batch = folded() * T
+  MK_BOTH int64_t folded() const { return product(true); }  // a batch has folded() * T token rows
 
  private:
   MK_BOTH int64_t product(bool which) const {
@@ -60,14 +60,14 @@ struct Lead {
 
 // A tensor [lead..., rows, cols] (or [lead..., rows]); the last dimension is contiguous.
 struct View {
-  char* data = nullptr;  // null: the argument was not given
+  char* data = nullptr;  // null if the argument was not given
   DType dtype = DType::f32;
   int64_t row = 0;              // bytes from row to row
   int64_t lead[kMaxLead] = {};  // bytes per leading dimension, 0 where broadcast
 
   MK_BOTH explicit operator bool() const { return data != nullptr; }
 
-  // Where batch `b` begins.
+  // The first byte of batch `b`.
   MK_BOTH char* batch(const Lead& l, int64_t b) const {
     char* p = data;
     MK_ROLLED
@@ -80,7 +80,7 @@ struct View {
   }
 };
 
-// Rows of slots. 8-bit numbers come with `scale`, one float32 (float64 beside float64) per slot that multiplies its row.
+// Rows of slots. 8-bit numbers have a `scale`: one float32 (float64 beside float64) per slot, which multiplies its row.
 struct SlotView : View {
   View scale;
 
@@ -89,7 +89,7 @@ struct SlotView : View {
   SlotView(const View& rows, const View& row_scale) : View(rows), scale(row_scale) {}
 };
 
-// What multiplies the rows of one batch.
+// The scales of the rows of one batch.
 struct RowScale {
   const char* base = nullptr;
   int64_t stride = 0;

@@ -1,5 +1,5 @@
-// cache_logprobs and cache_nll: a distribution over words mixed with that of a cache. The words are as many as the
-// case has value columns, the entries as many as it has slots; every leading dimension belongs to the tokens.
+// cache_logprobs and cache_nll: a distribution over words, mixed with that of a cache. There are as many words as the
+// case has value columns, and as many entries as it has slots. Every leading dimension belongs to the tokens.
 #include <algorithm>
 #include <cmath>
 
@@ -44,7 +44,7 @@ struct Mixed {
   bool empty(int64_t place, int64_t t, int64_t j) const {
     return y.row(place, t)[j] < 0 || s.row(place, t)[j] == -kInfinity;
   }
-  // softmax over the entries of a token; false where all are empty.
+  // Softmax over the entries of a token; false if all are empty.
   bool shares(int64_t place, int64_t t, std::vector<double>& share) const {
     double total = 0;
     share.assign(size_t(c.N), 0);

@@ -1,4 +1,4 @@
-// topk_search and topk_read: what touches k slots of a token.
+// topk_search and topk_read: ops on k slots per token.
 #include <algorithm>
 #include <cmath>
 #include <numeric>
@@ -11,7 +11,7 @@ namespace {
 
 mk::Choice choice(const Case& c, const Tensor& indices) { return {c.lead, c.T, c.k, c.N, indices.view()}; }
 
-// Scores are exact in float, so the slots that must be found are certain, ties included.
+// Scores are exact in float, so the slots to be found are certain, ties included.
 struct Searched {
   static constexpr double kScale = 0.5;
   Random random;

@@ -16,7 +16,8 @@ constexpr int64_t kSlots[] = {0, 1, 3, 64, 97, 257, 1100};
 constexpr int64_t kWidths[] = {1, 3, 8, 16, 33, 64, 100};
 constexpr int64_t kNeighbours[] = {1, 2, 3, 8, 33, 130};
 
-// Leading dimensions and which of them arguments have, as bits. What no memory argument has is shared by the tokens.
+// Leading dimensions, and as bits which arguments have them. A dimension that no memory argument has is shared by
+// tokens.
 struct Leads {
   int rank;
   int64_t size[2];
@@ -104,7 +105,8 @@ void each_case(int density, const std::function<void(const Case&)>& body) {
 }
 
 double tolerance(const Case& c, const std::string& entry, mk::Isa isa, const Result& r) {
-  // Products of pairs round the weights and gradients of scores that these gradients of bfloat16 rows are summed from.
+  // Products of pairs round the weights and the gradients of scores, from which these gradients of bfloat16 rows are
+  // summed.
   const std::string name = r.name;
   const bool rounds = isa == mk::Isa::avx512bf16 && c.dtype == DType::bf16 && entry == "softmax_read_backward" &&
                       (name == "d_query" || name == "d_keys" || name == "d_values");

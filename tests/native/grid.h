@@ -1,4 +1,4 @@
-// The cases every kernel runs through, and what their tests share.
+// The cases that every kernel runs, and what their tests share.
 #pragma once
 
 #include <functional>
@@ -18,9 +18,9 @@ enum class Mask { none, boolean, number, small };  // small: in the dtype of the
 struct Case {
   int64_t T, N, K, V, k;
   DType dtype, content;              // of query and keys; of values and writes
-  DType packed_keys, packed_values;  // the same where 8-bit slots are taken too: int8 or float8 in one case of three
+  DType packed_keys, packed_values;  // the same if 8-bit slots are supported: int8 or float8 in one case of three
   Mask mask;
-  int leads;    // which of the combinations of leading dimensions
+  int leads;    // index of the combination of leading dimensions
   int64_t gap;  // elements between the rows of inputs
   uint64_t seed;
 
@@ -37,61 +37,63 @@ struct Case {
   std::string text() const;
 };
 
-// Every density-th case of the grid, the large ones more rarely.
+// Every density-th case of the grid; large ones are rarer.
 void each_case(int density, const std::function<void(const Case&)>& body);
 
-// What a kernel is to leave in an output.
+// What a kernel must leave in an output.
 struct Result {
   const char* name;
   Tensor* got;
   const Wide* want;
 };
 
-// How far a result may be from what is wanted, relative to its largest number.
+// The allowed error of a result, relative to its largest number.
 double tolerance(const Case& c, const std::string& entry, mk::Isa isa, const Result& result);
 
-// Runs `call` for every instruction set and for one and four threads into poisoned outputs, and compares. An output
-// that is not given counts as not wanted. The program `out_of_memory` has its own, which also lets every allocation fail in turn.
+// Runs `call` for every instruction set with one and with four threads into poisoned outputs, and compares. An output
+// that is not given is not wanted. The program `out_of_memory` has its own verify(), which also lets every allocation
+// fail in turn.
 void verify(const Case& c, const char* entry, std::initializer_list<Result> results, const std::function<void()>& call);
 
-// How many runs have been compared, and how many were wrong.
+// The number of compared runs, and of wrong ones.
 struct Tally {
   int64_t runs = 0, failures = 0;
 };
 extern Tally tally;
 
-// A slot mask of the case, empty slots among its numbers, multiples of 1/4 around `shift`; not given for Mask::none.
+// A slot mask of the case: multiples of 1/4 around `shift`, with empty slots among them. Not given for Mask::none.
 Tensor slot_mask(const Case& c, Random& random, double shift = 0);
-// A gradient that one call in four does not want.
+// A gradient, not wanted in one call of four.
 Wide gradient(Random& random, const Layout& layout);
-Wide gradient(Random& random, const Tensor& mask);  // nor does a mask that is bool or missing have one
-// Rows of memory that no place of the call may address become NaN: nobody may look at them.
+Wide gradient(Random& random, const Tensor& mask);  // also not wanted if the mask is bool or missing
+// Sets rows of memory that no batch of the call may address to NaN: no kernel may read them.
 void poison_empty(const Wide& mask, Tensor& rows);
 
-// Rows of slots: floats, or 8-bit numbers that a number per slot multiplies.
+// Rows of slots: floats, or 8-bit numbers with a scale per slot.
 struct SlotRows {
   Tensor rows, scale;  // no scale: floats
 
-  // Numbers in [-1, 1), of any scale; or, `exact`, such that their sums of products with quarters are exact in float.
+  // Numbers in [-1, 1), times any scale; or with `exact`, numbers whose sums of products with quarters are exact in
+  // float.
   SlotRows(const Case& c, DType dtype, uint32_t has, int64_t cols, Random& random, bool exact = false);
   bool packed() const { return bool(scale); }
   mk::SlotView view() const { return {rows.view(), scale.view()}; }
-  Wide wide() const;  // multiplied out
+  Wide wide() const;  // times the scale
   void poison_empty(const Wide& mask);
-  // Gradients of floats only.
+  // Only for floats.
   Wide gradient(Random& random) const { return packed() ? Wide() : native::gradient(random, rows.layout()); }
 };
 
-// Gradients of memory from the tokens that chose it are written whole, in the dtype of their argument.
+// A gradient of memory from the tokens that chose it: written whole, in the dtype of the argument.
 inline mk::MemoryGradient whole(const Tensor& t) { return {t.view(), t.all_rows()}; }
-// The dtype of the gradient of a token argument: its own, unless it is broadcast and rows are summed afterwards.
+// The dtype of the gradient of a token argument: its own, unless it is broadcast and rows are summed later.
 inline DType token_dtype(const Case& c, const Tensor& argument, uint32_t all) {
   return argument.layout().has == all ? argument.dtype() : c.stats();
 }
 
-// The places whose tokens write to one memory, in the order of the writes.
+// The batches whose tokens write to one memory, in the order of the writes.
 std::vector<std::vector<int64_t>> memories(const Case& c);
-// scale <query_t, key_i> + mask_i of one place, [T][N]; -inf in empty slots whatever their keys hold.
+// scale <query_t, key_i> + mask_i of one batch, [T][N]; -inf in empty slots, whatever their keys hold.
 std::vector<double> scores(const Case& c, const Wide& query, const Wide& keys, const Wide& mask, double scale,
                            int64_t place);
 inline double dot(const double* x, const double* y, int64_t n) {
@@ -104,7 +106,7 @@ inline void add(double a, const double* x, int64_t n, double* y) {
   for (int64_t i = 0; i < n; ++i) y[i] += a * x[i];
 }
 
-// From the gradient of one score to those of its query, key and mask. Gradients that are not given are not wanted.
+// From the gradient of a score to those of its query, key and mask. A gradient that is not given is not wanted.
 struct ScoreGradients {
   const Wide *query, *keys;
   Wide *d_query, *d_keys, *d_mask;

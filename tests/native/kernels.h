@@ -10,7 +10,7 @@ namespace native {
 
 using Test = void (*)(const Case&);
 
-// Every family by its name; FAMILY adds one. CMake reads the names off the sources.
+// Every family by name; FAMILY adds one. CMake reads the names from the sources.
 inline std::map<std::string, Test>& families() {
   static std::map<std::string, Test> all;
   return all;

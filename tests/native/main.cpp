@@ -1,5 +1,5 @@
-// kernels <family> [--density=N] [--fault=NAME]: every N-th case of the grid for one family of kernels; exit status 1
-// if one fails.
+// kernels <family> [--density=N] [--fault=NAME]: runs every N-th case of the grid for one family of kernels. Exit
+// status 1 if one fails.
 #include <cstdio>
 #include <cstdlib>
 #include <string>

@@ -1,6 +1,6 @@
-// Every allocation of every call fails in turn, over the operator library's own threads and scratch memory (csrc/binding/cpu/threads.cpp).
-// The call must throw std::bad_alloc, leave nothing behind that the next call on the same thread could trip over, and a write in
-// place must leave the memory as it was.
+// Lets every allocation of every call fail in turn, with the operator library's own threads and scratch memory
+// (csrc/binding/cpu/threads.cpp). The call must throw std::bad_alloc and leave nothing behind that disturbs the next
+// call on the same thread. A write in place must leave the memory as it was.
 #include <atomic>
 #include <cstdio>
 #include <cstdlib>
@@ -17,11 +17,11 @@
 namespace native {
 namespace {
 
-// Allocations from now until one fails; not armed: below zero.
+// Allocations until one fails; negative: none fails.
 std::atomic<int64_t> left{-1};
 std::atomic<bool> failed{false};
 std::atomic<int64_t> runs_over_threads{0};
-thread_local bool spared = false;  // this thread allocates for the program, not for a kernel
+thread_local bool spared = false;  // allocations of this thread belong to the test, not to a kernel
 
 bool fails() {
   if (spared || left.load(std::memory_order_relaxed) < 0 || left.fetch_sub(1) != 0) return false;
@@ -36,13 +36,13 @@ void* take(size_t bytes, size_t align) {
 
 unsigned float_state() {
 #if defined(__x86_64__)
-  return _mm_getcsr() & ~0x3fu;  // without the flags of what has happened
+  return _mm_getcsr() & ~0x3fu;  // without the sticky exception flags
 #else
   return 0;
 #endif
 }
 
-// What one call left.
+// The outcome of one call.
 struct Attempt {
   bool threw = false, failed = false, state_kept = true;
   int64_t over_threads = 0;
@@ -82,7 +82,7 @@ void verify(const Case& c, const char* entry, std::initializer_list<Result> resu
         ++tally.failures;
       };
       use(isa, threads);
-      // A thread of its own for every attempt: its scratch memory is not there yet.
+      // Every attempt runs on a new thread, which has no scratch memory yet.
       auto afresh = [](auto&& body) { std::thread(body).join(); };
       Attempt whole;
       afresh([&] { whole = attempt(results, call, -1); });
@@ -92,12 +92,13 @@ void verify(const Case& c, const char* entry, std::initializer_list<Result> resu
         if (!what.empty()) wrong(-1, r.name + (": " + what));
       }
       Attempt first;
-      // Beyond the first twenty one in eight: they are of a kind, one per task.
+      // Beyond the first twenty, only some: they are alike, one per task.
       for (int64_t at = 0;; at += at < 20 ? 1 : 1 + at / 8) {
         Attempt broken, next;
         afresh([&] {
           broken = attempt(results, call, at);
-          // Some failures on: what each leaves behind adds up. What was allocated before may be there now; then they come earlier.
+          // Some more failures, since leftovers add up. Later ones may come earlier, since earlier allocations may have
+          // been kept.
           for (int64_t i = 0; i < 7 && broken.failed; ++i) attempt(results, call, at - (i < 3 ? 0 : i % (at + 1)));
           next = attempt(results, call, -1);
         });
@@ -121,7 +122,7 @@ namespace torch::stable {
 
 uint32_t get_num_threads() { return uint32_t(native::wanted_threads()); }
 
-// Range after range to threads of their own. What leaves one of them ends the program, as with OpenMP.
+// Runs each range on a thread of its own. As with OpenMP, an exception that leaves one of them ends the program.
 void parallel_for(int64_t begin, int64_t end, int64_t, mk::FunctionRef<void(int64_t, int64_t)> body) {
   ++native::runs_over_threads;
   native::spared = true;

@@ -39,7 +39,7 @@ class Pool {
     wake_.notify_all();
     for (std::thread& t : threads_) t.join();
   }
-  // job(i) on every thread i.
+  // Runs job(i) on every thread i.
   void run(const std::function<void(int)>& job) {
     {
       std::lock_guard lock(mutex_);
@@ -79,13 +79,13 @@ class Pool {
   bool stop_ = false;
 };
 
-// Scratch memory of exactly the size asked for, new and poisoned for every task: a kernel that counts on what an
-// earlier task left, or that writes behind its end, is found.
+// Scratch memory has exactly the requested size and is new and poisoned for every task. This finds a kernel that relies
+// on what an earlier task left, or that writes beyond the end.
 void run_one(int64_t task, size_t bytes, void* context, mk::TaskFunction function) {
   char* memory = static_cast<char*>(::operator new(bytes, std::align_val_t(64)));
   std::memset(memory, 0xff, bytes);
-  // The seeded fault forbids the second half instead of allocating less: a write far behind an allocation may meet an
-  // unmapped page first, and then it is not the sanitizer that notices.
+  // The seeded fault poisons the second half instead of allocating less: a write far beyond an allocation could hit an
+  // unmapped page, and the sanitizer would not be what notices it.
   const size_t forbidden = fault == "scratch" ? bytes / 2 : 0;
   ASAN_POISON_MEMORY_REGION(memory + bytes - forbidden, forbidden);
   const bool outer = inside;
@@ -106,8 +106,8 @@ void run_tasks_here(int64_t tasks, size_t bytes, void* context, TaskFunction fun
   for (int64_t task = 0; task < tasks; ++task) native::run_one(task, bytes, context, function);
 }
 
-// Thread i begins with task i, so that several threads take part however short the tasks are; then whoever is free
-// takes the next.
+// Thread i begins with task i, so that several threads take part however short the tasks are. Then the next free thread
+// takes the next task.
 void run_tasks(int64_t tasks, size_t bytes, void* context, TaskFunction function) {
   if (tasks <= 1 || native::wanted_threads() == 1 || native::inside) {
     return run_tasks_here(tasks, bytes, context, function);

@@ -9,8 +9,8 @@
 namespace native {
 namespace {
 
-// Scores are exact in float, so the slots that must be found are certain, ties included. The half is one leading
-// dimension more, the last, of size 2: a place here is that of its first half, the second follows it.
+// Scores are exact in float, so the slots to be found are certain, ties included. The half is one more leading
+// dimension, the last, of size 2: a place here is that of the first half, and the second half follows it.
 struct Paired {
   static constexpr double kScale = 0.5;
   Random random;
@@ -43,7 +43,7 @@ struct Paired {
       }
     }
   }
-  // Rows of what both halves have in common.
+  // Rows that both halves share.
   Layout tokens(const Case& c, int64_t cols) const { return {lead, c.all, c.T, cols}; }
   mk::ProductKeySearch search(const Case& c, const Tensor& found_scores, const Tensor& found) const {
     return {{lead, c.T, n, h, std::min(c.k, n), query.view(), subkeys.view(), {}, {}, {}, kScale},

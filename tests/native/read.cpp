@@ -1,4 +1,4 @@
-// softmax_read, additive_read, address, slot_usage: what weighs every slot.
+// softmax_read, additive_read, address, slot_usage: ops that weigh every slot.
 #include <algorithm>
 #include <cmath>
 

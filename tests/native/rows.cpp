@@ -42,7 +42,7 @@ void sparse_read(const Case& c) {
          [&] { MK_CALL(sparse_read_backward, b); });
 }
 
-// Parts are slots of the case here, a few of them: rows s * T + t. No argument is memory, so every leading dimension is
+// Parts are slots of the case, a few of them: rows s * T + t. No argument is memory, so every leading dimension is
 // shared.
 void merge_reads(const Case& grid) {
   Case c = grid;

@@ -1,4 +1,4 @@
-// gated_scan, cell_scan and memory_scan: recurrences over the tokens, and back.
+// gated_scan, cell_scan and memory_scan: recurrences over the tokens, forward and backward.
 #include <algorithm>
 #include <cmath>
 
@@ -12,7 +12,7 @@ namespace {
 
 double sigmoid(double x) { return 1 / (1 + std::exp(-x)); }
 
-// The grid has more sizes of memory than a scan without slots needs.
+// The grid has more memory sizes than a scan without slots needs.
 bool worth_a_run(const Case& c) { return c.T > 0 && (c.N == 1 || c.N == 64); }
 
 // The state before token t of a place, from the states that a kernel saved.
@@ -32,7 +32,7 @@ void gated_scan(const Case& grid) {
   Random random(c.seed);
   std::fill_n(c.lead.shared, c.lead.rank, true);
   const int64_t D = c.V;
-  c.T *= random.one_in(2) ? 1 : 17;  // long enough that tokens are cut too
+  c.T *= random.one_in(2) ? 1 : 17;  // long enough for the tokens to be split, too
   const Tensor forget = uniform(c.dtype, c.of(c.query, c.T, D), random, 0, 1, c.gap);
   const Tensor update = uniform(c.content, c.of(c.all, c.T, D), random, -1, 1, c.gap);
   const Tensor initial = random.one_in(2) ? uniform(c.content, c.of(c.keys, 1, D), random, -1, 1) : Tensor();
@@ -87,7 +87,7 @@ void cell_scan(const Case& grid) {
   const Tensor initial = random.one_in(2) ? uniform(c.dtype, c.of(c.query, 1, D), random, -1, 1) : Tensor();
   const Tensor d_states = uniform(c.dtype, c.tokens(D), random, -1, 1);
   const Wide x = inputs.wide(), w = weight.wide(), first = initial.wide(), dh = d_states.wide();
-  // The gates f, i, c of a token from the state before it.
+  // The gates f, i, c of a token, from the state before it.
   auto gates = [&](int64_t place, int64_t t, const std::vector<double>& h) {
     std::vector<double> z(size_t(3 * D));
     for (int64_t r = 0; r < 3 * D; ++r) {
@@ -186,11 +186,12 @@ struct Scan {
 };
 
 struct ScanGradients {
-  Wide reads, out;  // those that come in; a missing one is zero
+  Wide reads, out;  // gradients of the results; a missing one is zero
   Wide values, keys, read_query, write_query, write, mask;
 };
 
-// Slot i through all tokens of its memory; its part of the reads is added to `reads`. With `d`, back again: `saved` are the reads.
+// Takes slot i through all tokens of its memory and adds its part of the reads to `reads`. With `d`, also backward;
+// `saved` are the reads.
 void one_slot(const Case& c, const Scan& in, const std::vector<int64_t>& places, int64_t i, Wide& reads, Wide& out,
               const Wide* saved, ScanGradients* d) {
   std::vector<double> states(in.v.row(places[0], i), in.v.row(places[0], i) + c.V);
@@ -213,7 +214,7 @@ void one_slot(const Case& c, const Scan& in, const std::vector<int64_t>& places,
   for (size_t n = places.size() * size_t(c.T); n-- > 0;) {
     const int64_t place = places[n / size_t(c.T)], t = int64_t(n) % c.T;
     const double a = in.a.row(place, t)[i], p = in.p.row(place, t)[i];
-    if (p == 0) continue;  // a silent token, or an empty slot
+    if (p == 0) continue;  // a token that does not write, or an empty slot
     const double *old = states.data() + int64_t(n) * c.V, *seen = old + (in.read_first ? 0 : c.V);
     const double* dr = d->reads ? d->reads.row(place, t) : none.data();
     const double ds = p * (dot(dr, seen, c.V) - dot(dr, saved->row(place, t), c.V));

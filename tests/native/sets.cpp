@@ -1,4 +1,4 @@
-// The instruction set and the number of threads of the next call.
+// Sets the instruction set and the number of threads of the next call.
 #include "pool.h"
 
 namespace native {

@@ -1,4 +1,4 @@
-// sparse_write: entries in order into the slots that they name, and back.
+// sparse_write: applies entries in order to their slots, forward and backward.
 #include <algorithm>
 
 #include "kernels.h"

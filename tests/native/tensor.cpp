@@ -17,7 +17,7 @@ double from_half(uint16_t h) {
   return h & 0x8000 ? -x : x;
 }
 
-// To nearest even, from numbers that float holds.
+// To nearest even, from numbers in the range of float.
 uint16_t to_half(double x) {
   const uint16_t sign = std::signbit(x) ? 0x8000 : 0;
   const double a = std::fabs(x);
@@ -141,7 +141,8 @@ void Tensor::set(int64_t row, int64_t col, double x) {
     case DType::bf16: return put(to_bf16(x));
     case DType::f16: return put(to_half(float(x)));
     case DType::boolean: return put(char(x == 0));
-    case DType::i8: return put(std::isnan(x) ? int8_t(-1) : int8_t(std::nearbyint(x)));  // has no NaN: its scale is one
+    // int8 has no NaN: its scale is NaN instead
+    case DType::i8: return put(std::isnan(x) ? int8_t(-1) : int8_t(std::nearbyint(x)));
     case DType::e4m3: return put(to_e4m3(x));
     default: return put(int64_t(x));
   }

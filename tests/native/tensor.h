@@ -1,5 +1,5 @@
-// Tensors of the driver. Every one is a heap allocation of exactly its bytes, so that the address sanitizer sees the
-// first byte that is read behind the last row.
+// Tensors of the tests. Each is a heap allocation of exactly its bytes, so that AddressSanitizer sees the first byte
+// read beyond the last row.
 #pragma once
 
 #include <cstdint>
@@ -28,21 +28,21 @@ class Random {
   uint64_t state_;
 };
 
-// Where the rows of a tensor [leading dimensions it has, rows, cols] lie; a place is a row-major index over all leading
+// The layout of rows of a tensor [its leading dimensions, rows, cols]. A place is a row-major index over all leading
 // dimensions.
 struct Layout {
   mk::Lead lead;
-  uint32_t has = 0;  // bit d: it has leading dimension d, otherwise it is broadcast there
+  uint32_t has = 0;  // bit d: it has leading dimension d, else it is broadcast there
   int64_t rows = 0, cols = 0;
-  std::vector<int64_t> first;  // by place: the first of its rows
+  std::vector<int64_t> first;  // by place: its first row
 
   Layout() = default;
   Layout(const mk::Lead& lead, uint32_t has, int64_t rows, int64_t cols);
   int64_t places() const { return int64_t(first.size()); }
-  int64_t blocks() const;  // blocks of rows, one per combination of the leading dimensions that it has
+  int64_t blocks() const;  // blocks of rows, one per combination of its leading dimensions
 };
 
-// Numbers of one layout in double: what the formulas here read and write.
+// Numbers of one layout in double, for the formulas of the tests.
 class Wide {
  public:
   Wide() = default;
@@ -63,7 +63,7 @@ class Wide {
   std::vector<double> data_;
 };
 
-// The same as a kernel sees it, of any dtype. `gap`: elements between rows, poisoned.
+// The same as a kernel sees it, in any dtype. `gap`: elements between rows, poisoned.
 class Tensor {
  public:
   Tensor() = default;  // not given
@@ -77,11 +77,11 @@ class Tensor {
   int64_t row_bytes() const { return (layout_.cols + gap_) * mk::size_of(dtype_); }
   int64_t all_rows() const { return layout_.blocks() * layout_.rows; }
 
-  void poison();  // every number NaN
+  void poison();  // sets every number to NaN
   void assign(const Wide& from);
-  Wide wide() const;  // of a bool mask: 0 and -inf
+  Wide wide() const;  // a bool mask gives 0 and -inf
   std::string bytes() const { return std::string(data_.get(), size_t(bytes_)); }
-  void break_one();  // the first number becomes another one
+  void break_one();  // changes the first number
 
  private:
   double get(int64_t row, int64_t col) const;
@@ -93,15 +93,15 @@ class Tensor {
   std::unique_ptr<char[]> data_;
 };
 
-// Numbers in [lo, hi) that `dtype` holds exactly, so that formula and kernel start from the same.
+// Numbers in [lo, hi) that `dtype` holds exactly, so that formula and kernel have the same input.
 Tensor uniform(DType dtype, const Layout& layout, Random& random, double lo, double hi, int64_t gap = 0);
-// Small multiples of 1/4: their sums of products are exact in float, so that equal scores are equal.
+// Small multiples of 1/4: their sums of products are exact in float, so that equal scores compare equal.
 Tensor quarters(DType dtype, const Layout& layout, Random& random, int64_t gap = 0);
 
-// What rounding to the dtype of `rounded` took from each finite number of `exact`.
+// The rounding error of each finite number of `exact` in the dtype of `rounded`.
 Tensor rest_of(const Wide& exact, const Tensor& rounded);
 
-// Empty where `got` agrees with `want` to `tolerance` of its largest number; else a sentence.
+// Empty if `got` equals `want` within `tolerance` of its largest number; else a sentence.
 std::string difference(const Tensor& got, const Wide& want, double tolerance);
 
 }  // namespace native

@@ -1,4 +1,4 @@
-// A kernel is right, for any number of threads.
+// Checks a kernel for any number of threads.
 #include <cstdio>
 
 #include "grid.h"

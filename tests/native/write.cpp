@@ -1,4 +1,4 @@
-// gated_write, softmax_write and slot_write: the closed form, the scan and the write in place.
+// gated_write, softmax_write and slot_write: the closed form, the scan, and the write in place.
 #include <algorithm>
 #include <cmath>
 
@@ -28,7 +28,7 @@ struct Written {
     query = uniform(c.dtype, c.of(c.query, c.T, c.K), random, -1, 1, c.gap);
     write = uniform(c.content, c.of(side(), c.T, c.V), random, -1, 1, c.gap);
     if (vector) erase = uniform(c.content, c.of(side(), c.T, c.V), random, 0, 1, c.gap);
-    // Gates that are nearly closed let early tokens show in the result.
+    // With gates near 0, early tokens still show in the result.
     if (kind == mk::Gate::given) weights = uniform(c.dtype, c.of(side(), c.T, c.N), random, 0, 1, c.gap);
     else mask = slot_mask(c, random, random.one_in(2) ? -4 : 0);
     if (random.one_in(2)) {
@@ -76,7 +76,7 @@ struct Gradients {
   Wide gates;  // of every gate, [T, N] per place
 };
 
-// One slot through all tokens of its memory and, with `d`, back.
+// Takes one slot through all tokens of its memory, forward and, with `d`, backward.
 void one_slot(const Case& c, const Written& in, const std::vector<int64_t>& places, int64_t i, Wide& out,
               Wide& retained, const Wide& d_out, const Wide& d_retained, Gradients* d) {
   const int64_t here = places[0];
@@ -115,7 +115,7 @@ void one_slot(const Case& c, const Written& in, const std::vector<int64_t>& plac
   if (d->values) add(1, g.data(), c.V, d->values.row(here, i));
 }
 
-// From the gradients of gates to those of scores, or of the weights.
+// From the gradients of gates to those of scores, or of given weights.
 void through_gates(const Case& c, const Written& in, Gradients& d) {
   const ScoreGradients sum{&in.q, &in.k, &d.query, &d.keys, &d.mask, in.scale};
   for (int64_t place = 0; place < c.places(); ++place) {

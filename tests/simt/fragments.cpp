@@ -1,5 +1,6 @@
-// The matrix instructions of the machine against plain products. Fragments are made and read here by the formulas of the PTX ISA,
-// element by element (sections "Matrix Fragments for mma.m16n8k16 with floating point type", "... mma.m16n8k8 with .tf32", "ldmatrix").
+// Compares the machine's matrix instructions with plain products. Fragments are built and read here by the formulas of
+// the PTX ISA, element by element (sections "Matrix Fragments for mma.m16n8k16 with floating point type", "...
+// mma.m16n8k8 with .tf32", "ldmatrix").
 #include <cstdio>
 #include <cstdlib>
 
@@ -57,7 +58,7 @@ void products() {
   uint32_t as[4], bs[2];
   for (int i = 0; i < 4; ++i) {
     const float x = float(a_at(i == 0 || i == 2 ? groupID : groupID + 8, threadID_in_group + (i < 2 ? 0 : 4)));
-    as[i] = std::bit_cast<uint32_t>(x) | 0x1fff;  // bits that a tf32 number does not have
+    as[i] = std::bit_cast<uint32_t>(x) | 0x1fff;  // bits that tf32 drops
   }
   for (int i = 0; i < 2; ++i) bs[i] = std::bit_cast<uint32_t>(float(b_at(threadID_in_group + 4 * i, groupID)));
   start(d);
@@ -66,7 +67,8 @@ void products() {
 }
 
 void loads() {
-  auto* rows = reinterpret_cast<uint16_t*>(simt::shared());  // four matrices one below the other, rows 24 numbers apart
+  // Four matrices one below the other, with a pitch of 24 numbers.
+  auto* rows = reinterpret_cast<uint16_t*>(simt::shared());
   for (int i = 0; i < 8; ++i) rows[simt::lane() * 24 + i] = uint16_t(simt::lane() * 100 + i);
   __syncthreads();
   uint32_t plain[4], transposed[4];

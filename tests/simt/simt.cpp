@@ -37,7 +37,7 @@ struct Fiber {
 
 struct Warp {
   Hand board[2][32];
-  void (*meeting)(Hand*) = nullptr;  // what the lanes that wait have come for
+  void (*meeting)(Hand*) = nullptr;  // the operation for which the waiting lanes meet
   std::vector<int> waiting, runnable;
 };
 
@@ -45,7 +45,7 @@ struct Machine {
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
   std::vector<int> at_barrier;
-  std::vector<size_t> order;  // of the warps: the first that can go on does
+  std::vector<size_t> order;  // of the warps: the first runnable one runs
   std::unique_ptr<char, void (*)(void*)> shared_memory{nullptr, std::free};
   char* shared = nullptr;
   const std::function<void()>* kernel = nullptr;
@@ -58,7 +58,7 @@ struct Machine {
 };
 
 Machine machine;
-std::mutex one_launch;  // where a thread is in the grid is known to the whole process: one launch at a time
+std::mutex one_launch;  // a thread's position in the grid is global to the process: one launch at a time
 
 uint64_t first_seed() {
   const char* text = std::getenv("MEMKERNELS_SIMT_SEED");
@@ -72,7 +72,7 @@ uint64_t draw() {
   return x;
 }
 
-// Saves the registers that a call must keep, changes the stack, and goes on there.
+// Saves the callee-saved registers, switches the stack, and continues there.
 #if defined(__x86_64__)
 extern "C" void memkernels_simt_switch(void** from, void* to);
 asm(R"(
@@ -132,7 +132,7 @@ void run_fiber() {
 void prepare(Fiber& f) {
   if (f.stack == nullptr) f.stack.reset(new char[kStack]);
   auto** top = reinterpret_cast<void**>((reinterpret_cast<uintptr_t>(f.stack.get()) + kStack) & ~uintptr_t(15));
-  *--top = nullptr;  // where run_fiber would return to; keeps the stack aligned as after a call
+  *--top = nullptr;  // the return address of run_fiber; keeps the stack aligned as after a call
   *--top = reinterpret_cast<void*>(&run_fiber);
   for (int i = 0; i < 6; ++i) *--top = nullptr;
   f.stack_pointer = top;
@@ -154,8 +154,8 @@ void resume(int i) {
 #endif
 }
 
-// From one barrier to the next warps run one after the other, in an order that is drawn anew each time: the first is as far ahead of
-// the last as a missing barrier lets it be.
+// Between two barriers warps run one after the other, in a new random order each time. The first is as far ahead of the
+// last as a missing barrier allows.
 void draw_order() {
   for (size_t i = 0; i < machine.order.size(); ++i) machine.order[i] = i;
   for (size_t i = machine.order.size(); i > 1; --i) std::swap(machine.order[i - 1], machine.order[draw() % i]);
@@ -188,8 +188,8 @@ void run_block() {
   if (!machine.at_barrier.empty()) fail("a thread waits at a barrier that others have passed by");
 }
 
-// Shared memory as a block finds it: NaN in float32, bfloat16 and float16. Each block has memory of exactly its size, so that an
-// address sanitizer sees what lies beyond.
+// The initial shared memory of a block: NaN in float32, bfloat16 and float16. The allocation has exactly its size, so
+// that AddressSanitizer sees accesses beyond it.
 void poison(int64_t bytes) {
   machine.shared_memory.reset(static_cast<char*>(std::malloc(size_t(bytes))));  // aligned to 16
   machine.shared = machine.shared_memory.get();
@@ -207,7 +207,7 @@ void launch(int64_t blocks, int threads, int64_t shared, const std::function<voi
   if (machine.fibers.size() < size_t(threads)) machine.fibers.resize(size_t(threads));
   machine.warps.resize(size_t(threads / 32));
   blockDim.x = unsigned(threads), gridDim.x = unsigned(blocks);
-  // Blocks are independent of each other, whatever their order: they come in steps that visit each of them once.
+  // Blocks are independent, so they run in a random order: steps that visit each block once.
   uint64_t at = draw() % uint64_t(blocks), step = 1 + draw() % uint64_t(blocks);
   while (std::gcd(step, uint64_t(blocks)) != 1) ++step;
   for (int64_t b = 0; b < blocks; ++b, at = (at + step) % uint64_t(blocks)) {
@@ -247,9 +247,9 @@ const Hand* meet(const Hand& mine, void (*finish)(Hand*)) {
   return board;
 }
 
-// The fragments as the PTX ISA has them (mma.m16n8k16 for 16-bit numbers, mma.m16n8k8 for tf32): register r of a lane has the rows
-// and columns below. A register has two neighbours of a 16-bit matrix or one number of tf32. Sums are exact, then cut off, which
-// is what is known of the hardware's rounding; the low 13 bits of a tf32 number are not looked at.
+// The fragments of the PTX ISA (mma.m16n8k16 for 16-bit numbers, mma.m16n8k8 for tf32): register r of a lane has the
+// rows and columns below. A register has two neighbours of a 16-bit matrix, or one tf32 number. Sums are exact, then
+// truncated, as far as the hardware's rounding is known. The low 13 bits of a tf32 number are ignored.
 template <int per_register, class Number>
 void multiply(Hand* hands, Number&& number) {
   constexpr int depth = 8 * per_register;
@@ -281,13 +281,13 @@ void multiply_f16(Hand* hands) {
 }
 void multiply_tf32(Hand* hands) {
   multiply<1>(hands, [](uint32_t u, int) {
-    const bool nan = (u & 0x7fffffff) > 0x7f800000;  // its payload may lie in the bits that are cut off
+    const bool nan = (u & 0x7fffffff) > 0x7f800000;  // its payload may lie in the truncated bits
     return std::bit_cast<float>(nan ? u : u & 0xffffe000);
   });
 }
 
-// Lane 8 m + r says where row r of matrix m lies: 8 numbers of 16 bits. Lane 4 r + c gets numbers 2 c and 2 c + 1 of row r of each
-// matrix; transposed, of column r.
+// Lane 8 m + r has the address of row r of matrix m: 8 numbers of 16 bits. Lane 4 r + c gets numbers 2 c and 2 c + 1 of
+// row r of each matrix; if transposed, of column r.
 template <bool transposed>
 void load_all(Hand* hands) {
   uint16_t matrix[4][8][8];

@@ -1,9 +1,9 @@
-// A small SIMT machine on the CPU: runs the source of the CUDA kernels, block after block, a block's threads as fibers.
+// A small SIMT machine on the CPU. It runs the source of the CUDA kernels, block after block, with a fiber per thread.
 //
-// A fiber runs until it meets other threads: a barrier, a shuffle, a vote, a product of matrices. Between barriers warps run one after the other, in an
-// order drawn from a seed, so a missing barrier lets some thread see what another has not written yet. Shared memory is NaN when a block begins, and a copy in
-// flight (cp.async) is NaN where it will land until it is waited for. A block whose threads wait for each other in vain ends the
-// program with a sentence.
+// A fiber runs until it meets other threads: a barrier, a shuffle, a vote, a matrix product. Between barriers warps run
+// one after the other in an order drawn from a seed, so that with a missing barrier some thread sees what another has
+// not written yet. Shared memory is NaN when a block begins. A copy in flight (cp.async) leaves NaN at its target until
+// it is waited for. A block whose threads wait for each other in vain ends the program with a message.
 #pragma once
 
 #include <bit>
@@ -32,23 +32,23 @@ using cudaError_t = int;
 
 namespace simt {
 
-// Fibers and blocks go on in an order that the environment variable MEMKERNELS_SIMT_SEED sets when the program begins.
+// The environment variable MEMKERNELS_SIMT_SEED sets the order of fibers and blocks at the start of the program.
 void launch(int64_t blocks, int threads, int64_t shared, const std::function<void()>& kernel);
 
 char* shared();
 void barrier();
-// What a lane hands in where its warp meets, and what it gets back.
+// What a lane passes in when its warp meets, and what it receives.
 struct Hand {
   uint64_t number;
   uint32_t a[4], b[2];
   float d[4];
 };
-// All 32 lanes of the warp hand in; the last to come calls `finish` on the hands of all, in their order, if one is given. Each may
-// look at them afterwards.
+// All 32 lanes of the warp pass in a hand. The last one calls `finish` on all hands, in lane order, if it is given.
+// Each lane may read them afterwards.
 const Hand* meet(const Hand& mine, void (*finish)(Hand*) = nullptr);
-// All hand in a number.
+// Every lane passes in a number.
 inline const Hand* exchange(uint64_t mine) { return meet({mine, {}, {}, {}}); }
-// What `finish` is for the matrix instructions; simt.cpp has their layouts.
+// `finish` for the matrix instructions; simt.cpp has their layouts.
 void multiply_bf16(Hand*);
 void multiply_f16(Hand*);
 void multiply_tf32(Hand*);

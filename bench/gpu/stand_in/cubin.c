@@ -5,12 +5,12 @@
 #include <string.h>
 
 enum {
-  kMachine = 190,  // ELF's number for CUDA
-  kOldAbi = 7,     // up to it, the low byte of the flags is the architecture, then the second
+  kMachine = 190,  // ELF's machine number for CUDA
+  kOldAbi = 7,     // up to this ABI, the low byte of the flags is the architecture; later the second byte
   kArchitecture = 90,
   kAttributeMaxThreads = 0x05,
   kAttributeRegisters = 0x2f,
-  kFormatSized = 4,  // an attribute with its size and bytes behind it; others are 4 bytes in all
+  kFormatSized = 4,  // this attribute has a size and that many bytes; others are 4 bytes in all
 };
 
 static const Elf64_Shdr* sections(const char* image) {
@@ -28,7 +28,7 @@ static const Elf64_Shdr* section(const char* image, const char* prefix, const ch
   return NULL;
 }
 
-// Calls `use` for the bytes of every attribute of this number.
+// Calls `use` with the bytes of every attribute of this number.
 static void attributes(const char* image, const Elf64_Shdr* info, int number,
                        void (*use)(const uint32_t* words, const void* image, Function* function), Function* function) {
   const char *at = image + info->sh_offset, *end = at + info->sh_size;
@@ -74,7 +74,7 @@ size_t cubin_bytes(const void* image) {
 bool cubin_kernel(const void* image, Function* function) {
   if (section(image, ".text.", function->name) == NULL) return false;
   const Elf64_Shdr* shared = section(image, ".nv.shared.", function->name);
-  // The part that the system keeps of every block is counted there, and is not the kernel's.
+  // The section includes the part of each block that the system reserves, which is not the kernel's.
   if (shared != NULL && shared->sh_size > kSharedReserved)
     function->static_shared = (int)shared->sh_size - kSharedReserved;
   const Elf64_Shdr *all = section(image, ".nv.info", ""), *own = section(image, ".nv.info.", function->name);

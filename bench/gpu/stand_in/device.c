@@ -1,4 +1,4 @@
-// The device: its attributes, its kernels, its memory, and the words for its errors.
+// The device: its attributes, kernels, memory, and error messages.
 #include "device.h"
 
 #include <pthread.h>
@@ -20,26 +20,26 @@ int device_attribute(int attribute) {
     case CU_DEVICE_ATTRIBUTE_WARP_SIZE: return kWarp;
     case CU_DEVICE_ATTRIBUTE_MAX_PITCH: return 0x7fffffff;
     case CU_DEVICE_ATTRIBUTE_MAX_REGISTERS_PER_BLOCK: return kRegisters;
-    case CU_DEVICE_ATTRIBUTE_CLOCK_RATE: return 1980000;  // kHz, as the next
+    case CU_DEVICE_ATTRIBUTE_CLOCK_RATE: return 1980000;  // kHz, like the next
     case CU_DEVICE_ATTRIBUTE_MEMORY_CLOCK_RATE: return 2619000;
     case CU_DEVICE_ATTRIBUTE_GLOBAL_MEMORY_BUS_WIDTH: return 5120;  // bits
     case CU_DEVICE_ATTRIBUTE_TEXTURE_ALIGNMENT: return 512;
-    case CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT: return kProcessors;
+    case CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT: return kSms;
     case CU_DEVICE_ATTRIBUTE_CAN_MAP_HOST_MEMORY: return 1;
     case CU_DEVICE_ATTRIBUTE_CONCURRENT_KERNELS: return 1;
     case CU_DEVICE_ATTRIBUTE_ECC_ENABLED: return 1;
     case CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE: return 50 << 20;
-    case CU_DEVICE_ATTRIBUTE_MAX_THREADS_PER_MULTIPROCESSOR: return kThreadsProcessor;
+    case CU_DEVICE_ATTRIBUTE_MAX_THREADS_PER_MULTIPROCESSOR: return kThreadsPerSm;
     case CU_DEVICE_ATTRIBUTE_ASYNC_ENGINE_COUNT: return 3;
     case CU_DEVICE_ATTRIBUTE_UNIFIED_ADDRESSING: return 1;
     case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR: return 9;
     case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR: return 0;
     case CU_DEVICE_ATTRIBUTE_STREAM_PRIORITIES_SUPPORTED: return 1;
-    case CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR: return kSharedProcessor;
+    case CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR: return kSharedPerSm;
     case CU_DEVICE_ATTRIBUTE_MAX_REGISTERS_PER_MULTIPROCESSOR: return kRegisters;
     case CU_DEVICE_ATTRIBUTE_COOPERATIVE_LAUNCH: return 1;
     case CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN: return kSharedOptin;
-    case CU_DEVICE_ATTRIBUTE_MAX_BLOCKS_PER_MULTIPROCESSOR: return kBlocksProcessor;
+    case CU_DEVICE_ATTRIBUTE_MAX_BLOCKS_PER_MULTIPROCESSOR: return kBlocksPerSm;
     case CU_DEVICE_ATTRIBUTE_RESERVED_SHARED_MEMORY_PER_BLOCK: return kSharedReserved;
     case CU_DEVICE_ATTRIBUTE_CLUSTER_LAUNCH: return 1;
     default: return 0;
@@ -51,7 +51,7 @@ static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 // --- kernels: a hash table with open addressing, since torch alone registers tens of thousands -----------------------
 
 typedef struct {
-  const void* key;  // null: free; kDropped: was in use
+  const void* key;  // null: free; kDropped: deleted
   Function* function;
 } Slot;
 
@@ -84,7 +84,8 @@ void function_alias(const void* key, Function* function) {
 
 Function* function_add(const void* key, const char* name) {
   Function* f = malloc(sizeof *f);
-  // A binary that is not read, as the runtime's are compressed: as many registers as let the largest block run.
+  // A binary that is not parsed, as the runtime's are compressed: assume as many registers as let the largest block
+  // run.
   *f = (Function){
       .name = name, .registers = 64, .threads = kThreadsBlock, .max_dynamic = kSharedBlock, .max_cluster = kCluster};
   function_alias(key != NULL ? key : f, f);
@@ -117,12 +118,12 @@ int function_threads(const Function* function) {
 }
 
 int function_occupancy(const Function* function, int threads, size_t dynamic_shared) {
-  // Registers go to warps by 256, to blocks by four warps.
+  // Registers are allocated per warp in units of 256, per block in units of four warps.
   const int warps = (threads + kWarp - 1) / kWarp;
   const int registers = (function->registers + 7) / 8 * 8 * kWarp * ((warps + 3) / 4 * 4);
   const size_t shared = (size_t)function->static_shared + dynamic_shared + kSharedReserved;
-  size_t blocks = kBlocksProcessor;
-  const size_t limits[] = {(size_t)(kThreadsProcessor / (warps * kWarp)), kSharedProcessor / shared,
+  size_t blocks = kBlocksPerSm;
+  const size_t limits[] = {(size_t)(kThreadsPerSm / (warps * kWarp)), kSharedPerSm / shared,
                            (size_t)(kRegisters / registers)};
   for (int i = 0; i < 3; ++i) blocks = limits[i] < blocks ? limits[i] : blocks;
   return (int)blocks;
@@ -140,12 +141,13 @@ Capture* stream_capture(const void* stream) {
   return capture != NULL && capture->active ? capture : NULL;
 }
 
-// --- memory: every block is a mapping of its own, so that it begins as zeros and a use after it is freed is seen -----
+// --- memory: every block is a mapping of its own, so that it begins as zeros and use after free is a fault
+// ------------
 
-static Block* blocks;  // in the order of their addresses
+static Block* blocks;  // ordered by address
 static size_t count, room, taken;
 
-// The first block that ends behind `address`.
+// The first block that ends after `address`.
 static size_t block_behind(const char* address) {
   size_t low = 0, high = count;
   while (low < high) {
@@ -174,7 +176,7 @@ CUresult memory_take(void** result, size_t bytes, Kind kind) {
   CUresult status = CUDA_ERROR_OUT_OF_MEMORY;
   pthread_mutex_lock(&lock);
   if (kind != kDeviceMemory || bytes <= kMemory - taken) {
-    // NORESERVE: pages that nothing touches cost nothing.
+    // NORESERVE: untouched pages cost nothing.
     void* start = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (start != MAP_FAILED) {
       block_insert((Block){start, bytes, kind});

@@ -1,4 +1,4 @@
-// Stand-in for libcuda: modules are read and their kernels' launches recorded, not run.
+// Stand-in for libcuda: reads modules and records the launches of their kernels, without running them.
 #include <stdlib.h>
 #include <string.h>
 
@@ -55,7 +55,7 @@ CUresult cuPointerGetAttribute(void* value, CUpointer_attribute attribute, CUdev
 
 // --- modules ---------------------------------------------------------------------------------------------------------
 
-// A module is a copy of its image, and the kernels that were asked for.
+// A module is a copy of its image, and the kernels looked up in it.
 typedef struct {
   char* image;
   Function** kernels;
@@ -132,7 +132,7 @@ CUresult cuFuncSetCacheConfig(CUfunction handle, CUfunc_cache config) {
 }
 
 CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction handle, void** parameters, void** extra) {
-  // A kernel without a parameter is not one that a launcher of Triton or torch has.
+  // Launchers of Triton and torch have no kernels without parameters.
   if (parameters == NULL && extra == NULL) return CUDA_ERROR_INVALID_VALUE;
   Launch launch = {{config->gridDimX, config->gridDimY, config->gridDimZ},
                    {config->blockDimX, config->blockDimY, config->blockDimZ},
@@ -168,17 +168,17 @@ CUresult cuOccupancyMaxActiveClusters(int* clusters, CUfunction handle, const CU
     if (a->id == CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION)
       size = a->value.clusterDim.x * a->value.clusterDim.y * a->value.clusterDim.z;
   }
-  *clusters = kProcessors * function_occupancy(f, (int)config->blockDimX, config->sharedMemBytes) / (int)size;
+  *clusters = kSms * function_occupancy(f, (int)config->blockDimX, config->sharedMemBytes) / (int)size;
   return CUDA_SUCCESS;
 }
 
-// Checks what a device demands of a tensor map; its bits mean nothing here.
+// Checks what a device requires of a tensor map; its bits mean nothing here.
 CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* address,
                                 const cuuint64_t* sizes, const cuuint64_t* strides, const cuuint32_t* box,
                                 const cuuint32_t* steps, CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle,
                                 CUtensorMapL2promotion promotion, CUtensorMapFloatOOBfill fill) {
-  static const unsigned kBytes[] = {1, 2, 4, 4, 8, 8, 2, 4, 8, 2, 4, 4, 4};  // of an element, by its type
-  static const unsigned kSpan[] = {0, 32, 64, 128};                          // widest row of a box, by the swizzle
+  static const unsigned kBytes[] = {1, 2, 4, 4, 8, 8, 2, 4, 8, 2, 4, 4, 4};  // bytes per element, by its type
+  static const unsigned kSpan[] = {0, 32, 64, 128};                          // widest row of a box, by swizzle
   (void)promotion, (void)fill;
   ENTER();
   if ((uintptr_t)map % 64 != 0 || (uintptr_t)address % 16 != 0 || rank < 1 || rank > 5) return CUDA_ERROR_INVALID_VALUE;

@@ -1,13 +1,13 @@
-// The record of launches, read by ctypes through stand_in_*(), and what a device checks before it runs a kernel.
+// The record of launches, read by ctypes through stand_in_*(), and the checks of a device before it runs a kernel.
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "device.h"
 
-// Entries beyond these are counted and not kept. A static array: recording is an addition and a few stores.
+// Entries beyond these are counted but not kept. A static array: recording is an addition and a few stores.
 enum { kKept = 1 << 20 };
-enum { kNoFunction = 98 };  // the runtime's: the driver has no status for it
+enum { kNoFunction = 98 };  // the runtime's status; the driver has none for it
 
 typedef struct {
   const char* name;
@@ -21,7 +21,7 @@ static Entry entries[kKept];
 static _Atomic uint64_t launches, modules;
 
 _Atomic int device_fault;
-static char failing[256];  // a kernel fails whose name has this in it; empty: none does
+static char failing[256];  // kernels whose name contains this text fail; empty: none
 
 static void record(By by, const char* name, const unsigned* grid, const unsigned* block, size_t shared, bool captured) {
   const uint64_t i = launches++;
@@ -83,20 +83,20 @@ void record_module(void) { ++modules; }
 
 // --- for ctypes ------------------------------------------------------------------------------------------------------
 
-// Kernels and graphs launched since the last reset, and modules that the driver loaded.
+// Kernels and graphs launched since the last reset, and modules loaded by the driver.
 uint64_t stand_in_launches(void) { return launches; }
 uint64_t stand_in_modules(void) { return modules; }
 
 void stand_in_reset(void) { launches = modules = 0; }
 
-// The next launch of a kernel with `text` in its name leaves the device as an illegal memory access does: every later
-// call returns 700. Null: no kernel fails, and the device works again, which a real one does not within a process.
+// The next launch of a kernel with `text` in its name fails like an illegal memory access: every later call returns
+// 700. Null: no kernel fails, and the device works again, which a real one does not within a process.
 void stand_in_fail(const char* text) {
   snprintf(failing, sizeof failing, "%s", text != NULL ? text : "");
   if (text == NULL) device_fault = CUDA_SUCCESS;
 }
 
-// Appends the launches to a file, a line of JSON each. 0: done.
+// Appends the launches to a file, one line of JSON each. Returns 0 on success.
 int stand_in_write(const char* path) {
   static const char* const kBy[] = {"runtime", "driver", "graph"};
   FILE* file = fopen(path, "a");
@@ -113,7 +113,7 @@ int stand_in_write(const char* path) {
   return fclose(file) != 0;
 }
 
-// The environment tells a process that the caller does not talk to: what fails, and where its record goes at its end.
+// Configures a process by its environment: which kernel fails, and where the record goes when the process ends.
 __attribute__((constructor)) static void begin(void) {
   const char* text = getenv("STAND_IN_FAIL");
   if (text != NULL) stand_in_fail(text);

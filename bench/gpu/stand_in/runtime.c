@@ -1,4 +1,4 @@
-// Stand-in for libcudart: kernels are registered and recorded, not run; the device's properties and errors.
+// Stand-in for libcudart: registers and records kernels without running them; properties and errors of the device.
 #include "runtime.h"
 
 #include <dlfcn.h>
@@ -43,16 +43,16 @@ cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp* prop, int device) {
   prop->totalGlobalMem = kMemory;
   prop->major = device_attribute(cudaDevAttrComputeCapabilityMajor);
   prop->minor = device_attribute(cudaDevAttrComputeCapabilityMinor);
-  prop->multiProcessorCount = kProcessors;
+  prop->multiProcessorCount = kSms;
   prop->sharedMemPerBlock = kSharedBlock;
   prop->sharedMemPerBlockOptin = kSharedOptin;
-  prop->sharedMemPerMultiprocessor = kSharedProcessor;
+  prop->sharedMemPerMultiprocessor = kSharedPerSm;
   prop->reservedSharedMemPerBlock = kSharedReserved;
   prop->regsPerBlock = prop->regsPerMultiprocessor = kRegisters;
   prop->warpSize = kWarp;
   prop->maxThreadsPerBlock = kThreadsBlock;
-  prop->maxThreadsPerMultiProcessor = kThreadsProcessor;
-  prop->maxBlocksPerMultiProcessor = kBlocksProcessor;
+  prop->maxThreadsPerMultiProcessor = kThreadsPerSm;
+  prop->maxBlocksPerMultiProcessor = kBlocksPerSm;
   for (int i = 0; i < 3; ++i) {
     prop->maxThreadsDim[i] = device_attribute(cudaDevAttrMaxBlockDimX + i);
     prop->maxGridSize[i] = device_attribute(cudaDevAttrMaxGridDimX + i);
@@ -91,7 +91,7 @@ cudaError_t cudaDeviceSynchronize(void) {
 cudaError_t cudaProfilerStart(void) { return cudaSuccess; }
 cudaError_t cudaProfilerStop(void) { return cudaSuccess; }
 
-// The driver's function of that name; names of old interfaces have none, and the newer one is exported with a suffix.
+// The driver's function of that name. Older interfaces are not exported; the newer one has a suffix.
 cudaError_t cudaGetDriverEntryPointByVersion(const char* symbol, void** function, unsigned version,
                                              unsigned long long flags, enum cudaDriverEntryPointQueryResult* found) {
   (void)version, (void)flags;
@@ -106,7 +106,7 @@ cudaError_t cudaGetDriverEntryPointByVersion(const char* symbol, void** function
 
 // --- kernels ---------------------------------------------------------------------------------------------------------
 
-// Called by the code that nvcc writes, before main() and at every <<<>>>; the toolkit declares these for C++ alone.
+// Called by code that nvcc generates, before main() and at every <<<>>>. The toolkit declares these for C++ only.
 void** __cudaRegisterFatBinary(void* binary) {
   void** handle = malloc(sizeof *handle);
   return *handle = binary, handle;
@@ -133,7 +133,7 @@ typedef struct {
   size_t shared;
   void* stream;
 } Configuration;
-static _Thread_local Configuration pushed[8];  // a launch may stand in the arguments of another
+static _Thread_local Configuration pushed[8];  // a stack, since a launch may stand in the arguments of another
 static _Thread_local unsigned depth;
 
 unsigned __cudaPushCallConfiguration(dim3 grid, dim3 block, size_t shared, void* stream) {
@@ -150,7 +150,7 @@ cudaError_t __cudaPopCallConfiguration(dim3* grid, dim3* block, size_t* shared, 
 
 static cudaError_t launch(const void* function, const Launch* l) {
   const CUresult status = record_launch(kRuntime, function, l);
-  // The runtime has a word of its own for a shape that no device takes.
+  // The runtime has its own status for a shape that no device accepts.
   const bool shape = (uint64_t)l->block[0] * l->block[1] * l->block[2] > kThreadsBlock || l->grid[0] == 0 ||
                      l->grid[1] == 0 || l->grid[2] == 0 || l->grid[1] > 65535 || l->grid[2] > 65535;
   return finish(status == CUDA_ERROR_INVALID_VALUE && shape ? cudaErrorInvalidConfiguration : (int)status);

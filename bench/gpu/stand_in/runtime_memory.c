@@ -1,4 +1,4 @@
-// Stand-in for libcudart: the device's memory is the host's. Copies and fills are done at once, unless captured.
+// Stand-in for libcudart: the device's memory is the host's. Copies and fills run at once, unless captured.
 #include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
@@ -60,7 +60,7 @@ cudaError_t cudaPointerGetAttributes(struct cudaPointerAttributes* attributes, c
 
 // --- copies and fills ------------------------------------------------------------------------------------------------
 
-// Begins a copy or a fill that a stream orders; one that is captured is a node of the graph, and is not done.
+// Begins a copy or a fill in a stream. If the stream captures, it becomes a node of the graph and does not run.
 #define ENTER_ON(stream)                                                     \
   ENTER();                                                                   \
   if (!stream_exists(stream)) return finish(cudaErrorInvalidResourceHandle); \
@@ -105,7 +105,7 @@ cudaError_t cudaMemset(void* to, int value, size_t bytes) {
 typedef struct Variable {
   const void* host;
   size_t bytes;
-  void* memory;  // taken when it is first asked for
+  void* memory;  // allocated at the first use
   struct Variable* next;
 } Variable;
 static Variable* variables;

@@ -1,11 +1,11 @@
-// Stand-in for libcudart: streams and events, whose work is done when it is put there, and graphs.
+// Stand-in for libcudart: graphs, streams and events; work runs as soon as it is put into a stream.
 #include <stdlib.h>
 #include <time.h>
 
 #include "runtime.h"
 
-// A graph is the capture that made it, instantiated or not. Captures stay: streams and events may still name them.
-static Capture* current;  // of all threads, the capture last begun
+// A graph is the capture that made it, instantiated or not. Captures stay: streams and events may still refer to them.
+static Capture* current;  // over all threads, the capture that began last
 static _Thread_local enum cudaStreamCaptureMode mode;
 
 bool breaks_capture(void) {
@@ -18,7 +18,7 @@ cudaError_t cudaThreadExchangeStreamCaptureMode(enum cudaStreamCaptureMode* othe
   return mode = *other, *other = before, cudaSuccess;
 }
 
-// Whether the host may wait for the stream or an event of this capture: not within it, and to try breaks it.
+// May the host wait for the stream or an event of this capture? Not during it, and trying invalidates the capture.
 static cudaError_t waits(Capture* capture) {
   if (capture == NULL || !capture->active) return cudaSuccess;
   capture->broken = true;
@@ -36,7 +36,7 @@ cudaError_t cudaStreamCreateWithPriority(cudaStream_t* stream, unsigned flags, i
 }
 cudaError_t cudaStreamCreate(cudaStream_t* stream) { return cudaStreamCreateWithPriority(stream, 0, 0); }
 
-// Its memory stays, so that a use after this is an error and no fault.
+// Keeps its memory, so that a use after this is an error and not a fault.
 cudaError_t cudaStreamDestroy(cudaStream_t stream) {
   if ((uintptr_t)stream <= 2 || !stream_exists(stream)) return finish(cudaErrorInvalidResourceHandle);
   return ((Stream*)stream)->magic = 0, cudaSuccess;
@@ -112,7 +112,7 @@ cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t start, cudaEve
   return *milliseconds = (float)(b->milliseconds - a->milliseconds), cudaSuccess;
 }
 
-// A stream that waits for an event of a capture takes part in it from here on.
+// A stream that waits for an event of a capture joins that capture.
 cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned flags) {
   (void)flags;
   ENTER_WITH(stream);

@@ -22,8 +22,9 @@ bool supported(Isa isa) {
   return isa == Isa::baseline;
 }
 
-// A product of pairs is two multiply-adds. Zen 4 and 5 start as many of either in a cycle; the Intel processors measured start half as
-// many (model 207: 352 GFLOP/s both ways), so that float32 is as fast and rounds no weights.
+// A dot-product instruction on pairs of bfloat16 does two multiply-adds per lane. Zen 4 and 5 issue as many of them per
+// cycle as float32 multiply-adds. The Intel processors measured issue half as many (model 207: 352 GFLOP/s both ways);
+// there float32 is as fast and does not round the weights.
 bool fast_pairs() {
 #if defined(__x86_64__)
   return supported(Isa::avx512bf16) && __builtin_cpu_is("amd");

@@ -1,5 +1,5 @@
-// What the operator library says of itself and of the processor. The operators are defined by memkernels/registration.py;
-// each csrc/<op>.cpp adds the kernels of one.
+// The operator library's report on itself and on the processor. memkernels/registration.py defines the operators; each
+// csrc/binding/<op>.cpp registers the kernels of one.
 #include <string>
 
 #include "binding/binding.h"
@@ -16,7 +16,7 @@ std::string isa_name() {
   }
 }
 
-// A fact a line, its name first: name, cores, l1d, l2, l3, line, features.
+// One fact per line, its name first: name, cores, l1d, l2, l3, line, features.
 std::string processor() {
   using namespace memkernels::host;
   std::string text = "name " + processor_name() + "\ncores " + std::to_string(usable_cores().size());

@@ -1,4 +1,4 @@
-// Tasks over torch's threads, each with scratch memory that it keeps for the next call.
+// Runs tasks on torch's threads. Each thread keeps its scratch memory for the next call.
 #include <torch/csrc/stable/ops.h>
 
 #include <atomic>
@@ -30,11 +30,11 @@ class Scratch {
   size_t size_ = 0;
 };
 
-// By depth: a task may itself run tasks, which then need scratch of their own.
+// One per nesting depth: a task may itself run tasks, which need other scratch memory.
 thread_local Scratch scratch[3];
 thread_local int depth = 0;
 
-// While alive, this thread runs tasks, however they end.
+// Counts this thread's nesting depth, also when a task throws.
 struct Deeper {
   Deeper() { ++depth; }
   ~Deeper() { --depth; }
@@ -54,18 +54,19 @@ void run_tasks(int64_t tasks, size_t bytes, void* context, TaskFunction function
   const int64_t threads = tasks <= 1 || depth > 0 ? 1 : int64_t(torch::stable::get_num_threads());
   if (threads <= 1) return run_tasks_here(tasks, bytes, context, function);
   const int64_t workers = tasks < threads ? tasks : threads;
-  // A piece for every worker. torch numbers their ranges, so none needs to be allocated where nobody could be told of a failure.
+  // One piece for each worker. torch numbers the workers, so the caller allocates all pieces before any of them starts,
+  // where a failure can still be reported.
   const size_t piece = (bytes + 63) / 64 * 64;
   char* memory = scratch[0].at_least(bytes_of(piece, size_t(workers)));
   std::atomic<int64_t> next{0};
-  // Kernels throw nothing but std::bad_alloc, which must not leave a thread of torch's. By value: the functions of
-  // std::exception_ptr are among those that torch exports, under no version.
+  // Kernels throw only std::bad_alloc, and it must not leave a thread of torch's. It is passed on by value rather than
+  // as std::exception_ptr: torch exports the functions of that class without a symbol version.
   std::atomic<bool> failed{false};
   std::atomic<size_t> missing{0};
   auto stop = [&](size_t missing_bytes) {
     missing = missing_bytes;
     failed = true;
-    next = tasks;  // the others stop too
+    next = tasks;  // stops the other workers
   };
   torch::stable::parallel_for(0, workers, 1, [&](int64_t worker, int64_t) {
     const Deeper deeper;

@@ -1,11 +1,12 @@
-// What the CUDA library says of itself.
+// The CUDA library's report on itself.
 #include <string>
 
 #include "binding/binding.h"
 
 namespace {
 
-// Why no kernel of this library can run here, or "". A driver runs every runtime of its own major version and of those before.
+// Why no kernel of this library can run here, or "". A driver supports runtimes of its own major version and earlier
+// ones.
 std::string why_not() {
 #ifndef MK_SIMT
   int driver = 0, runtime = 0;

@@ -1,4 +1,4 @@
-// The GPU side of csrc/binding/place.h. Under MK_SIMT the kernels run on the CPU (tests/simt), and so do their tensors.
+// The GPU side of csrc/binding/place.h. Under MK_SIMT kernels run on the CPU (tests/simt), and tensors are CPU tensors.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/ops.h>
@@ -7,7 +7,7 @@
 #include "binding/chosen_slots.h"
 
 #ifndef MK_SIMT
-// Declared by torch itself only where it was built with CUDA; the library is compiled beside any torch (CMakeLists.txt links it).
+// torch declares it only if built with CUDA. This library is compiled with any torch; CMakeLists.txt links the symbol.
 extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
 #endif
 
@@ -23,13 +23,13 @@ Tensor empty(const Sizes& sizes, ScalarType dtype, bool) {
   try {
     return made(bytes_of(sizes, dtype), [&] { return torch::stable::empty(shape, dtype, std::nullopt, device); });
   } catch (const OutOfMemory&) {
-    cuda::check(cudaPeekAtLastError(), "allocation");  // an earlier kernel's fault is told at the next call
+    cuda::check(cudaPeekAtLastError(), "allocation");  // an error of an earlier kernel is reported at the next call
     throw;
   }
 #endif
 }
 
-Tensor aid(const Sizes& sizes, ScalarType dtype) { return empty(sizes, dtype); }
+Tensor empty_saved(const Sizes& sizes, ScalarType dtype) { return empty(sizes, dtype); }
 
 void Place::enter(const char* op, const char* name, const Tensor& t) {
 #ifdef MK_SIMT
@@ -66,14 +66,15 @@ void* Launching::scratch(void* self, int64_t bytes) {
   return memory.back().data_ptr();
 }
 
-// The C shim does not tell; memkernels/_cuda.py defines an operator that does.
+// The C interface does not have this setting; memkernels/_cuda.py defines an operator that returns it.
 bool Launching::allows_tf32(void*) {
   StableIValue answer = 0;
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("memkernels_cuda::allows_tf32", "", &answer, TORCH_ABI_VERSION));
   return torch::stable::detail::to<bool>(answer);
 }
 
-// Looking at the indices would make the host wait. Kernels never follow one out of the memory: its row reads as NaN.
+// Checking indices would make the host wait for the GPU. Kernels never read outside the memory instead: such an index
+// reads as NaN.
 void check_indices(const char*, const Choice&, const char*) {}
 
 bool zero_pages(char*, size_t, size_t, size_t) { return false; }

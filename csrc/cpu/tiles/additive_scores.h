@@ -13,8 +13,8 @@ inline void padded_row(const char* row, DType dtype, int64_t K, F* out) {
   for (int64_t c = K; c < Slots<F>::padded(K); ++c) out[c] = 0;
 }
 
-// s[0..block.n), padded to whole registers with -inf. Lanes run along K: query, u and the rows of keys are padded with
-// zeros. Where `hidden` is given, it receives tanh(q + k_i), rows of padded(K).
+// Computes s[0..block.n), padded to whole registers with -inf. Lanes run along K: query, u and the rows of keys are
+// padded with zeros. `hidden`, if given, receives tanh(q + k_i) in rows of padded(K).
 template <class F>
 inline void additive_row(const SlotBlock<F>& block, int64_t K, const F* q, const F* u, F* s, F* hidden) {
   constexpr int W = kLanes<F>;

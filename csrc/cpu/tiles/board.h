@@ -1,9 +1,9 @@
 // The best k of a stream of scores, for a tile of tokens.
 //
-// A candidate is one integer, (score, index) in an order that is total: NaN above all, then larger scores, then smaller
-// indices. So the best k are the same whatever the order in which slots are looked at, and whatever threshold kept
-// others out, as long as no threshold is too high. A token's candidates are appended to its buffer; when it is full at
-// least the best k are kept and the worst of those becomes the threshold.
+// A candidate is one integer that encodes (score, index) in a total order: NaN first, then larger scores, then smaller
+// indices. So the best k do not depend on the order in which slots are visited, nor on the thresholds that rejected
+// others, as long as no threshold is too high. A token's candidates are appended to its buffer. When the buffer is
+// full, at least the best k are kept, and the worst of those becomes the threshold.
 #pragma once
 
 #include <algorithm>
@@ -16,7 +16,7 @@
 
 namespace mk::MK_ISA {
 
-// Scores as unsigned integers in the same order, NaN the largest; -0 and +0 are one.
+// Scores as unsigned integers in the same order, NaN the largest; -0 and +0 are equal.
 template <class F>
 using Rank = std::conditional_t<sizeof(F) == 4, uint32_t, uint64_t>;
 
@@ -34,7 +34,7 @@ MK_INLINE F score_of(Rank<F> rank) {
   return std::bit_cast<F>(rank & top ? rank & ~top : ~rank);
 }
 
-// 32 bits of index beside a float where they are enough, 64 otherwise.
+// 32 bits of index beside a float if they are enough, else 64.
 template <class F, bool wide>
 struct Candidate {
   using Index = std::conditional_t<wide, uint64_t, uint32_t>;
@@ -45,7 +45,7 @@ struct Candidate {
   static int64_t index(Key key) { return int64_t(Index(~Index(key))); }
 };
 
-// The lanes whose score is above the threshold or NaN.
+// The lanes whose score is above the threshold, or NaN.
 template <class F>
 MK_INLINE uint32_t above(Vec<F> s, Vec<F> threshold) {
 #if defined(__AVX512F__)
@@ -56,12 +56,12 @@ MK_INLINE uint32_t above(Vec<F> s, Vec<F> threshold) {
 #endif
 }
 
-// Moves the best of n keys to the front: at least `few` of them, at most `many`, in no order. Returns how many. By bisection
-// of the numbers: keys differ, so there is a bound for every count; whole registers are compared and nothing is mispredicted,
-// where std::nth_element branches on every key. 1 <= few <= many < n.
+// Moves the best of n keys to the front, at least `few` and at most `many` of them, unordered; returns their number. It
+// bisects on the value of the key. Keys are distinct, so a bound exists for every count. It compares whole registers
+// without mispredicted branches, where std::nth_element branches on every key. Requires 1 <= few <= many < n.
 template <class Key>
 int64_t keep_best(Key* keys, int64_t n, int64_t few, int64_t many) {
-  // More than `many` keys reach `low`; fewer than `few` reach `high`, or it is the bound.
+  // More than `many` keys are >= `low`. Fewer than `few` are >= `high`, or `high` is the bound.
   Key low = keys[0], high = keys[0];
   for (int64_t i = 1; i < n; ++i) low = keys[i] < low ? keys[i] : low, high = keys[i] > high ? keys[i] : high;
   for (Key bound = few > 1 ? low + (high - low) / 2 : high;; bound = low + (high - low) / 2) {
@@ -80,15 +80,15 @@ int64_t keep_best(Key* keys, int64_t n, int64_t few, int64_t many) {
   }
 }
 
-// Rows of keys that are sorted together, one per lane.
+// Rows of keys that are sorted together, one row per lane.
 constexpr int64_t kSortRows = MK_BYTES / 8;
 constexpr int64_t kSortKeys = 512;  // longer rows are sorted one by one
 constexpr int64_t sort_room(int64_t n) {
   return n <= kSortKeys ? int64_t(std::bit_ceil(uint64_t(most(n, 1)))) * kSortRows : 0;
 }
 
-// Sorts `count` rows of n[r] keys each, at most `longest`, the largest first. Short rows by Batcher's odd-even merge sort with
-// rows in lanes: no branch depends on a key. `room`: sort_room(longest) keys.
+// Sorts `count` rows of n[r] keys each, at most `longest`, the largest first. Short rows use Batcher's odd-even merge
+// sort with one row per lane, which has no branch that depends on a key. `room`: sort_room(longest) keys.
 template <class Key>
 void sort_rows(Key* const* rows, const int64_t* n, int64_t count, int64_t longest, [[maybe_unused]] Key* room) {
   if constexpr (sizeof(Key) == 8) {
@@ -102,7 +102,7 @@ void sort_rows(Key* const* rows, const int64_t* n, int64_t count, int64_t longes
       for (int64_t p = 1; p < size; p *= 2) {
         for (int64_t step = p; step >= 1; step /= 2) {
           for (int64_t j = step % p; j + step < size; j += 2 * step) {
-            // Both lie in one run of 2 p, or there is nothing to merge.
+            // Skips pairs that lie in different runs of 2 p.
             for (int64_t i = j; i < least(j + step, size - step); ++i) {
               if ((i ^ (i + step)) >= 2 * p) continue;
               const Lanes a = lanes[i], b = lanes[i + step];
@@ -127,7 +127,7 @@ class Board {
   using C = Candidate<F, wide>;
   using Key = typename C::Key;
 
-  // Room for `tokens` tokens. `k`: how many to keep, at most the number of slots.
+  // Keys per token for the best `k`, where k is at most the number of slots.
   static int64_t capacity(int64_t k) { return k + most(k, 64); }
   Board(Arena& arena, int64_t tokens, int64_t k)
       : k_(k),
@@ -149,8 +149,8 @@ class Board {
     }
   }
 
-  // Thresholds found by others for the same `n` tokens in other slots, one rank per token: a candidate below is not
-  // needed.
+  // Shares thresholds between ranges: `ranks` has one rank for each of the `n` tokens, found in other slots. Candidates
+  // below it are rejected.
   void share(std::atomic<Rank<F>>* ranks, int64_t n) {
     shared_ = ranks;
     for (int64_t t = 0; t < n; ++t) raise(t, score_of<F>(ranks[t].load(std::memory_order_relaxed)));
@@ -158,14 +158,14 @@ class Board {
   bool bounded(int64_t n) const {
     return std::all_of(floor_, floor_ + n, [](F x) { return x > -kInf<F>; });
   }
-  // There are k slots with at least this score for token t.
+  // Token t has k slots with at least this score.
   void raise(int64_t t, F score) {
     const F other = below(score);
     if (other > floor_[t]) floor_[t] = other;
   }
 
-  // Before scores of slots from `first` on: a tie with the threshold enters only if it may lie before the threshold's
-  // slot.
+  // Call it before scores of slots from `first` on. A score equal to the threshold is accepted only if its slot may
+  // come before the threshold's slot.
   void begin(int64_t first) {
     first_ = typename C::Index(first);
     for (int64_t t = 0; t < tokens_; ++t) {
@@ -173,7 +173,7 @@ class Board {
       now_[t] = own > floor_[t] ? own : floor_[t];
     }
   }
-  // Scores that are not above it need not be offered.
+  // Only scores above them need to be offered.
   const F* thresholds() const { return now_; }
 
   void offer(int64_t t, F score, int64_t index) {
@@ -183,7 +183,7 @@ class Board {
     if (n_[t] == capacity_) keep(t, (k_ + capacity_) / 2);
   }
 
-  // The best of token t, at most k, in no order.
+  // The best candidates of token t, at most k, unordered.
   Key* kept(int64_t t, int64_t& count) {
     if (n_[t] > k_) keep(t, k_);
     count = n_[t];
@@ -191,7 +191,7 @@ class Board {
   }
 
  private:
-  // The next number below, or lower: near 0 where denormal numbers may count as 0. NaN: everything else is below.
+  // The next smaller number, or less near 0, where denormal numbers may count as 0. For NaN: +inf.
   static F below(F score) {
     constexpr F tiny = std::numeric_limits<F>::min();
     if (!(score == score)) return kInf<F>;

@@ -1,17 +1,17 @@
-// A read of the slots that a search has chosen, and its gradient: what topk_read and product_key_read share.
+// A read of the slots chosen by a search, and its gradient. Shared by topk_read and product_key_read.
 //   forward:   p[t, j] = softmax_j(s[t, j]),   r_t = sum_j p[t, j] v_{i_j}
 //   backward:  dp[t, j] = <dr_t, v_{i_j}> + d_weights[t, j],   ds = p (dp - sum_j p dp),
 //              dv_i = sum_{i_j = i} p[t, j] dr_t
 //
-// A token is finished where its search ends: scores never leave float32, weights and rows are used while they are at
-// hand. The backward works from indices and weights alone and touches only chosen rows.
+// A token is read as soon as its search ends: scores stay in float32, and scores and weights are still in cache. The
+// backward needs only indices and weights and touches only chosen rows.
 #pragma once
 
 #include "cpu/tiles/segments.h"
 
 namespace mk::MK_ISA {
 
-// w = softmax of scores in descending order, padded to whole registers. A NaN among them is the first.
+// w = softmax of scores in descending order, padded to whole registers. If any score is NaN, the first is.
 template <class F>
 void softmax_row(F* w, int64_t n) {
   constexpr int W = kLanes<F>;
@@ -23,19 +23,19 @@ void softmax_row(F* w, int64_t n) {
     total += e;
     store<F>(w + j, e);
   }
-  if (std::isinf(top)) return;  // finite scores have weight 0 beside an infinite one, which has no weight
+  if (std::isinf(top)) return;  // beside an infinite score, finite scores have weight 0, and its own weight is NaN
   const F inverse = F(1) / sum<F>(total);
   for (int64_t j = 0; j < n; ++j) w[j] *= inverse;
 }
 
-// The end of a token's search: writes its read, indices and weights.
+// Called at the end of a token's search: writes its read, indices and weights.
 template <class F>
 class ChosenRead {
  public:
-  // choice.indices are a result.
+  // choice.indices are an output.
   ChosenRead(const Choice& choice, int64_t V, const SlotView& values, const View& read, const View& weights)
       : c_(choice), V_(V), values_(values), read_(read), weights_(weights) {}
-  // Scratch memory that a call needs.
+  // The scratch memory of a call.
   size_t bytes() const {
     Arena measure;
     Memory(measure, c_.k, V_);
@@ -73,8 +73,8 @@ class ChosenRead {
   const View &read_, &weights_;
 };
 
-// The gradient of such a read: ds token by token, and then what is to be summed into the gradient of the values. A
-// missing d_read or d_weights is zero.
+// The gradient of such a read: ds token by token, then the terms of the gradient of the values. A missing d_read or
+// d_weights is zero.
 template <class F>
 class ChosenReadGradient {
  public:
@@ -91,7 +91,7 @@ class ChosenReadGradient {
         rows_(d_values_ ? d_read : View{}, c_.lead, c_.T) {
     if (d_values && !d_values_) std::memset(d_values.view.data, 0, size_t(d_values.rows * V * size_of(values.dtype)));
   }
-  // Scratch memory that ds() needs.
+  // The scratch memory of ds().
   size_t bytes() const {
     Arena measure;
     Memory(measure, c_.k, V_);
@@ -125,7 +125,7 @@ class ChosenReadGradient {
     for (int64_t j = 0; j < c_.k; ++j) mean += index[j] < 0 ? F(0) : w[j] * d[j];
     for (int64_t j = 0; j < c_.k; ++j) d[j] = index[j] < 0 ? F(0) : w[j] * (d[j] - mean);
   }
-  // Holds once ds() of every token has run; without `out` where nothing is to be summed.
+  // Valid once ds() of every token has run. If the gradient of the values is not wanted, it has no `out`.
   Sum<F> values() { return {d_values_, V_, summed_.data(), F(1), rows_.data(), d_read_.dtype}; }
 
  private:

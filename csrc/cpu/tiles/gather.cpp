@@ -1,4 +1,4 @@
-// Scattered rows of any dtype, converted as they are loaded: their weighted sum stays in registers while the rows come in.
+// Scattered rows of any dtype, converted at load. Their weighted sum stays in registers while rows are loaded.
 #include "cpu/tiles/gather.h"
 
 namespace mk::MK_ISA {
@@ -43,7 +43,7 @@ MK_INLINE Vec<F> load_as(const char* p) {
   }
 }
 
-// Its first n lanes, the others zero; never reads past them.
+// The first n lanes, the others zero; never reads beyond them.
 template <class F, DType D>
 MK_INLINE Vec<F> load_first_as(const char* p, int64_t n) {
   if constexpr (D == DType::f32 || D == DType::f64) {
@@ -73,7 +73,8 @@ MK_INLINE void with_dtype(DType dtype, Body&& body) {
   }
 }
 
-// out[0..NV registers) = sum_j weights[j] * row_j at byte `offset`, or is increased by it; the last register holds `live` lanes.
+// out[0..NV registers) (+)= sum_j weights[j] * row_j, from byte `offset` of each row. The last register has `live`
+// lanes.
 template <class F, DType D, int NV, bool whole>
 inline void sum_block(const char* const* rows, const F* weights, int64_t n, int64_t offset, int64_t live, bool add,
                       F* out) {
@@ -122,7 +123,7 @@ inline void sum_of(const char* const* rows, const F* weights, int64_t n, int64_t
   }
 }
 
-// Row after row: where rows follow one another the hardware reads ahead, in that order best.
+// Row after row: adjacent rows are then read in address order, which hardware prefetch follows best.
 template <class F, DType D>
 inline void products_of(const char* const* rows, int64_t n, int64_t width, const F* x, F* out) {
   constexpr int W = kLanes<F>;

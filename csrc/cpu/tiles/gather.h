@@ -1,10 +1,9 @@
-// Rows that lie scattered in memory: their weighted sum and their products with a vector, of any dtype, converted on
-// load.
+// Rows scattered in memory, of any dtype, converted at load: their weighted sum, and their products with a vector.
 //
-// Several rows must be in flight at once, or every row costs a whole memory latency: while row j is summed, row j +
-// kAhead is prefetched. That is why rows come as a flat list of pointers that goes on past the row in hand. Prefetched
-// into L2, which can wait for more lines than L1: 6 rows ahead into L1 sparse_read N=2^20 V=256 T=4096 takes 13.5 ms, 12, 16
-// or 24 ahead into L2 11.0. Rows in order of slot, for the page tables' sake, cost more than they saved.
+// Several rows must be in flight at once, or every row costs a whole memory latency: while row j is summed, row
+// j + kAhead is prefetched. So rows are a flat list of pointers that continues beyond the current row. Prefetch goes
+// into L2, which can wait for more cache lines than L1. sparse_read N=2^20 V=256 T=4096: 13.5 ms with 6 rows ahead into
+// L1, 11.0 with 12, 16 or 24 ahead into L2. Sorting rows by slot, for the sake of the TLB, cost more than it saved.
 #pragma once
 
 #include "cpu/tiles/parallel.h"
@@ -14,11 +13,11 @@ namespace mk::MK_ISA {
 
 constexpr int64_t kAhead = 16;
 
-// A sum takes so many rows at a time, and adds what they made: added to row by row, it would stop at 2^24 equal terms.
+// A sum takes so many rows at a time and adds up their partial sums. A float sum that grows row by row stops changing
+// at 2^24 equal terms.
 constexpr int64_t kTerms = 4096;
 
-// Rows with weights, in the order in which they will be used. Room for `capacity` and the pointers that prefetching
-// runs into.
+// Rows with weights, in order of use. Room for `capacity` rows and for the pointers that prefetch reads beyond them.
 template <class F>
 struct RowList {
   const char** rows;
@@ -37,8 +36,8 @@ struct RowList {
   }
 };
 
-// out[0..width) = sum_{j < n} weights[j] * rows[j]; out has room for whole registers. out[j] = <rows[j], x> for j < n; x is padded
-// with zeros to whole registers. The list must go on for kAhead rows.
+// weighted_sum: out[0..width) = sum_{j < n} weights[j] * rows[j]; out has room for whole registers. row_products:
+// out[j] = <rows[j], x> for j < n; x is padded with zeros to whole registers. The list must have kAhead more pointers.
 void weighted_sum(DType dtype, const char* const* rows, const float* weights, int64_t n, int64_t width, float* out);
 void row_products(DType dtype, const char* const* rows, int64_t n, int64_t width, const float* x, float* out);
 void weighted_sum(DType dtype, const char* const* rows, const double* weights, int64_t n, int64_t width, double* out);

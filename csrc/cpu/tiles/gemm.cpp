@@ -1,9 +1,9 @@
 // C[M][L] (+)= A[M][k] B[k][L] for the small, cache-resident products inside the kernels.
 //
-// A tile of C, R rows by NV registers, stays in registers while k runs: per step NV loads of B and R broadcasts of A feed
-// R * NV multiply-adds. Broadcasting A means that neither A nor its transpose is ever packed: keys and values are used as they
-// lie in memory. AVX-512 has 32 registers: 6 x 4 accumulators, 4 of B and a broadcast; both multiply-add ports with a latency
-// of 4 want at least 8 accumulators, which is why narrow tiles are taller.
+// A register tile of C, R rows by NV registers, stays in registers while k runs. Each step loads NV registers of B and
+// broadcasts R numbers of A for R * NV multiply-adds. Because A is broadcast, neither A nor its transpose is ever
+// packed: keys and values are used as they lie in memory. AVX-512 has 32 registers: 6 x 4 accumulators, 4 of B and a
+// broadcast. Two multiply-add ports with a latency of 4 need at least 8 accumulators, so narrow tiles have more rows.
 #include "cpu/tiles/gemm.h"
 
 #include "cpu/tiles/simd.h"
@@ -23,16 +23,16 @@ constexpr int kWidest = 2;
 constexpr int kRows[5] = {0, 8, 6, 0, 0};
 #endif
 
-// How the scalars of A lie: `rows`: along k (cs = 1), `columns`: along m (rs = 1).
+// The layout of the scalars of A: `rows`: contiguous along k (cs = 1), `columns`: contiguous along m (rs = 1).
 enum class Order { rows, columns };
 constexpr int kUnroll = 4;
 constexpr int kFewRows = 8;
 
-// Keeps the compiler from turning pointers that advance into a table of offsets, each loaded from the stack before it is used.
+// Keeps the compiler from turning advancing pointers into a table of offsets, each loaded from the stack before use.
 #define MK_OPAQUE(p) asm("" : "+r"(p))
 
-// Rows of A have a pointer each, columns share one: no address is a sum, which would cost the front of the core a second slot where
-// a scalar is used once, and four steps are one addition for each pointer.
+// Rows of A have a pointer each; columns share one. So no address is a sum of registers, which would take a second
+// issue slot in the front end for a scalar that is used once. Four steps need one addition per pointer.
 template <class F, int R, Order O>
 struct Left {
   static constexpr int kPointers = O == Order::rows ? R : 1;
@@ -44,7 +44,7 @@ struct Left {
   }
 };
 
-// An element: a number, or a pair of bfloat16 in the bits of a float, perhaps at an odd address.
+// An element: a number, or a pair of bfloat16 in the bits of a float, which may be unaligned.
 template <class F>
 MK_INLINE F element(const F* p) {
   F x;
@@ -55,22 +55,22 @@ MK_INLINE F element(const F* p) {
 template <Of E, class F>
 MK_INLINE void multiply_add(Vec<F>& acc, Vec<F> a, Vec<F> b) {
 #if defined(__AVX512F__)
-  // By name: the file is compiled for processors that lack it.
+  // Assembly instead of an intrinsic: the file is also compiled for sets without the instruction.
   if constexpr (E == Of::pairs) asm("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(b), "v"(a));
   else
 #endif
     acc += a * b;
 }
 
-template <Of E, class F, int R, int NV, Order O, int U, bool kAsk = false>
-MK_INLINE void steps(Vec<F> (&acc)[R][NV], Left<F, R, O>& a, int64_t stride, const F*& b, int64_t ldb, int64_t ahead = 0) {
+template <Of E, class F, int R, int NV, Order O, int U, bool kPrefetch = false>
+MK_INLINE void steps(Vec<F> (&acc)[R][NV], Left<F, R, O>& a, int64_t lda, const F*& b, int64_t ldb, int64_t ahead = 0) {
   constexpr int W = kLanes<F>;
 #pragma GCC unroll 4
   for (int u = 0; u < U; ++u) {
     Vec<F> bv[NV];
 #pragma GCC unroll 8
     for (int j = 0; j < NV; ++j) {
-      if (kAsk && j * MK_BYTES % 64 == 0) __builtin_prefetch(b + j * W + ahead, 0, 2);
+      if (kPrefetch && j * MK_BYTES % 64 == 0) __builtin_prefetch(b + j * W + ahead, 0, 2);
       bv[j] = load<F>(b + j * W);
     }
 #pragma GCC unroll 16
@@ -80,7 +80,7 @@ MK_INLINE void steps(Vec<F> (&acc)[R][NV], Left<F, R, O>& a, int64_t stride, con
       for (int j = 0; j < NV; ++j) multiply_add<E, F>(acc[r][j], av, bv[j]);
     }
     if (O == Order::columns) {
-      a.at[0] += stride;
+      a.at[0] += lda;
       MK_OPAQUE(a.at[0]);
     }
     b += ldb;
@@ -95,8 +95,9 @@ MK_INLINE void steps(Vec<F> (&acc)[R][NV], Left<F, R, O>& a, int64_t stride, con
   }
 }
 
-// A line of each row of A at a time, after the line that lies `ahead` is asked for: into L1 by a wide tile, which takes long enough
-// over a line (Zen 4, keys from memory, K=64 or 128: 1.02x; of a narrow tile 0.85x).
+// One cache line of each row of A at a time, after a prefetch of the line `ahead`. A wide tile prefetches into L1,
+// since it works long enough on a line (Zen 4, keys from memory, K=64 or 128: 1.02x; for a narrow tile 0.85x), others
+// into L2.
 template <Of E, class F, int R, int NV>
 MK_INLINE void lines(Vec<F> (&acc)[R][NV], Left<F, R, Order::rows>& a, const F*& b, const Gemm<F>& g, int64_t& k) {
   constexpr int kLine = 64 / int(sizeof(F));
@@ -150,7 +151,7 @@ void tile(const Gemm<F>& g, int64_t m, int64_t lane, F factor) {
   }
 }
 
-// The last rows, fewer than a full tile: one instance per count, so that none is computed in vain.
+// The last rows, fewer than a full tile: one instance per count, so that no row is computed in vain.
 template <Of E, class F, int NV, Order O, int R>
 void last_rows(const Gemm<F>& g, int64_t m, int64_t lane, F factor) {
   if constexpr (R > 0) {
@@ -174,7 +175,7 @@ template <Of E, class F, Order O>
 void run(const Gemm<F>& g, F factor) {
   int64_t lane = 0;
   if constexpr (kWidest == 4) {
-    // Few rows alone: a wide tile has accumulators enough and reads B row after row, the order of memory.
+    // Few rows: a wide tile has enough accumulators and reads B row after row, in memory order.
     if (E == Of::numbers && g.M <= kFewRows) lane = columns<Of::numbers, F, 8, O>(g, lane, factor);
     lane = columns<E, F, 4, O>(g, lane, factor);
     lane = columns<E, F, 3, O>(g, lane, factor);

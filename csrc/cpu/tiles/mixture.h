@@ -1,4 +1,4 @@
-// What the mixture of a language model and a cache is made of:  p(w) = (1 - mix) own(w) + mix cached(w).
+// Parts of the mixture of a language model and a cache:  p(w) = (1 - mix) own(w) + mix cached(w).
 #pragma once
 
 #include "cpu/tiles/online_softmax.h"
@@ -9,9 +9,9 @@
 
 namespace mk::MK_ISA {
 
-constexpr int64_t kRowBlock = 2048;  // numbers of a row that stay in L1 between two looks at them
+constexpr int64_t kRowBlock = 2048;  // numbers of a row that stay in L1 between two passes
 
-// body(first column, numbers of F, count) for the blocks of a row of any dtype; `buffer` has kRowBlock numbers.
+// Calls body(first column, numbers of F, count) for the blocks of a row of any dtype; `buffer` has kRowBlock numbers.
 template <class F, class Body>
 inline void each_block(const char* row, DType dtype, int64_t n, F* buffer, Body&& body) {
   for (int64_t i = 0; i < n; i += kRowBlock) {
@@ -20,21 +20,21 @@ inline void each_block(const char* row, DType dtype, int64_t n, F* buffer, Body&
   }
 }
 
-// Does the row of a result over all words go past the caches?
+// Does a row of a result over all words take non-temporal stores?
 template <class F>
-inline bool goes_past(const F* row, const CacheMix& p) {
+inline bool is_non_temporal(const F* row, const CacheMix& p) {
   const int64_t bytes = p.W * int64_t(sizeof(F));
-  return goes_past(row, 0, p.lead.batches() * p.lead.folded() * p.T * bytes);
+  return is_non_temporal(row, 0, p.lead.batches() * p.lead.folded() * p.T * bytes);
 }
 
-// Asks for what lies a page further on than n numbers in hand: hardware that follows a stream stops at the end of a page. Reading
-// the logits of cache_nll (T=256 W=32000, one core) takes 1.5 times as long without.
+// Prefetches n numbers one page further on, since hardware prefetch stops at the end of a page. Without it, reading the
+// logits of cache_nll (T=256 W=32000, one core) takes 1.5 times as long.
 template <class F>
-MK_INLINE void ask_for_next_page(const F* x, int n) {
+MK_INLINE void prefetch_next_page(const F* x, int n) {
   for (int i = 0; i < n; i += 64 / int(sizeof(F))) __builtin_prefetch(reinterpret_cast<const char*>(x + i) + 4096);
 }
 
-// Register j of count numbers, -inf behind the last.
+// Register j of count numbers, -inf beyond the last.
 template <class F>
 MK_INLINE Vec<F> load_or_least(const F* x, int64_t j, int64_t count) {
   if (j + kLanes<F> <= count) return load<F>(x + j);
@@ -43,8 +43,8 @@ MK_INLINE Vec<F> load_or_least(const F* x, int64_t j, int64_t count) {
   return load<F>(lanes);
 }
 
-// A log-sum-exp as it grows, a sum per lane: exp(x - m) with a reference m that is only moved when a number exceeds it
-// by more than kSlack, so that the stream from memory meets no second pass and hardly ever a rescaling.
+// A running log-sum-exp with one sum per lane: exp(x - m) with a reference m, which changes only if a number exceeds it
+// by more than kSlack. So numbers from memory are read once, and rescaling is rare.
 template <class F>
 struct LogSum {
   Vec<F> m = fill<F>(-kInf<F>), base = fill<F>(0), l = fill<F>(0);
@@ -71,7 +71,7 @@ inline LogSumExp<F> row_lse(const char* row, DType dtype, int64_t n, F* buffer) 
   each_block<F>(row, dtype, n, buffer, [&](int64_t, const F* x, int64_t count) {
     int64_t j = 0;
     for (; j + 4 * W <= count; j += 4 * W) {
-      ask_for_next_page(x + j, 4 * W);
+      prefetch_next_page(x + j, 4 * W);
       const Vec<F> a = load<F>(x + j), b = load<F>(x + j + W), c = load<F>(x + j + 2 * W), d = load<F>(x + j + 3 * W);
       sums.meet(max<F>(max<F>(a, b), max<F>(c, d)));
       sums.l += (sums.term(a) + sums.term(b)) + (sums.term(c) + sums.term(d));
@@ -114,13 +114,13 @@ struct Entries {
   bool empty() const { return total == 0; }
 };
 
-// One word of the mixture: log p, the shares of the model and of the cache in p, and d log p / d mix. All but log p are
-// 0 where p is.
+// One word of the mixture: log p, the shares of the model and of the cache in p, and d log p / d mix. If p is 0, the
+// others are 0 too.
 template <class F>
 struct Word {
   F log_p, own, cache, d_mix;
 
-  // Of a word that no entry names.
+  // A word that no entry names.
   static Word alone(F log_own, F mix) {
     const F log_p = mix == 1 ? -kInf<F> : log_own + std::log1p(-mix);
     if (log_p == -kInf<F>) return {log_p, 0, 0, 0};
@@ -128,13 +128,13 @@ struct Word {
   }
   static Word mixed(F log_own, F cached, F mix) {
     const F own = std::exp(log_own), p = (1 - mix) * own + mix * cached;
-    // Nothing is left of p: the cache has no say, or next to none, and the model's share is below the smallest number.
+    // p underflows: the cache gives it nothing, or almost nothing, and the model's share is below the smallest number.
     if (p < std::numeric_limits<F>::min()) return alone(log_own, mix);
     return {std::log(p), (1 - mix) * own / p, mix * cached / p, (cached - own) / p};
   }
 };
 
-// Runs body(begin, end, scratch memory) over all tokens, batch after batch, in parallel pieces.
+// Runs body(begin, end, scratch memory) over all tokens, batch after batch, in parallel parts.
 template <class Body>
 inline void each_task(const CacheMix& p, size_t bytes, Body&& body) {
   const int64_t all = p.lead.batches() * p.lead.folded() * p.T, step = most(1, 65536 / (p.W + p.N + 1));
@@ -148,7 +148,7 @@ template <class F>
 inline F number(const View& v, const Lead& lead, int64_t batch, int64_t T, int64_t t) {
   return *reinterpret_cast<const F*>(TokenRows(v, lead, batch, T).row(t));
 }
-// The log-sum-exp of the logits of a token that the forward pass left behind.
+// The log-sum-exp of a token's logits, as saved by the forward pass.
 template <class F>
 inline LogSumExp<F> saved_lse(const CacheMix& p, int64_t batch, int64_t t) {
   LogSumExp<F> end;

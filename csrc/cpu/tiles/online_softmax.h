@@ -1,15 +1,15 @@
-// A softmax-weighted sum of values of which only (m, l, acc) is kept: the reference of the exponents, the sum of the
-// exponentials, the sum of exponentials times values.
+// A softmax-weighted sum of values that keeps only (m, l, acc): the reference of the exponents, the sum of
+// exponentials, and the sum of exponentials times values.
 #pragma once
 
 #include "cpu/tiles/scores.h"
 
 namespace mk::MK_ISA {
 
-// A reference for exponents that is only moved when a score exceeds it by more than this: rescaling is rare, sums stay finite.
+// The reference changes only if a score exceeds it by more than this: rescaling is rare, and sums stay finite.
 constexpr int kSlack = 5;
 
-// The logarithm of the sum of exponentials e^(s - m), l of them in all: `lse` to the digits of F, and what its rounding left out.
+// The logarithm of l, a sum of exponentials e^(s - m): `lse` in the precision of F, and `rest`, its rounding error.
 template <class F>
 struct LogSumExp {
   F lse = -kInf<F>, rest = 0;
@@ -21,25 +21,25 @@ struct LogSumExp {
     lse = base + log;
     rest = std::isinf(lse) ? F(0) : (base - lse) + log;
   }
-  // log of the share that a score has in the sum.
+  // Logarithm of a score's share in the sum.
   F log_share(F s) const { return (s - lse) - rest; }
 };
 
-// Writes them for token t. A missing view is not wanted.
+// Writes lse and rest of token t. A missing view is not wanted.
 template <class F>
 inline void put_end(const LogSumExp<F>& end, const TokenRows& lse, const TokenRows& rest, int64_t t) {
   if (lse) *reinterpret_cast<F*>(lse.row(t)) = end.lse;
   if (rest) *reinterpret_cast<F*>(rest.row(t)) = end.rest;
 }
 
-// What one tile of tokens has of one range of slots: m, l [lanes] and acc.
+// The partial result of one range of slots for a tile of tokens: m, l [lanes] and acc.
 template <class F>
 struct Partial {
   F *m, *l, *acc;
 };
 
-// The softmax of one block of slots for n tokens, in place: rows of S, padded to whole registers with -inf, become
-// exp(S - m); the row of acc of a token (VP numbers) is rescaled when m moves.
+// The softmax of one block of slots for n tokens, in place. Rows of S, padded to whole registers with -inf, become
+// exp(S - m). A token's row of acc (VP numbers) is rescaled when m changes.
 template <class F>
 inline void exponential_rows(F* S, int64_t slots, int64_t n, int64_t VP, Partial<F> out) {
   constexpr int W = kLanes<F>;
@@ -66,7 +66,7 @@ inline void exponential_rows(F* S, int64_t slots, int64_t n, int64_t VP, Partial
   }
 }
 
-// Sums the ranges of one token in order: row[0..V) is its read. acc of range r at parts[r].acc + at + v * stride.
+// Sums the ranges of one token in order; row[0..V) is its read. acc of range r is at parts[r].acc + at + v * stride.
 template <class F>
 inline LogSumExp<F> merge_ranges(const Partial<F>* parts, int64_t ranges, int64_t lane, int64_t at, int64_t stride,
                                  int64_t V, F* row) {
@@ -76,7 +76,7 @@ inline LogSumExp<F> merge_ranges(const Partial<F>* parts, int64_t ranges, int64_
   for (int64_t v = 0; v < V; ++v) row[v] = 0;
   for (int64_t r = 0; r < ranges; ++r) {
     const F mr = parts[r].m[lane];
-    // A NaN score never enters the maximum: such a part counts whole, so that the NaN arrives.
+    // A NaN score never enters the maximum. Such a part gets weight 1, so that NaN reaches the result.
     const F w = mr == m          ? F(1)
                 : mr == -kInf<F> ? (parts[r].l[lane] == parts[r].l[lane] ? F(0) : F(1))
                                  : std::exp(mr - m);
@@ -89,7 +89,8 @@ inline LogSumExp<F> merge_ranges(const Partial<F>* parts, int64_t ranges, int64_
   return {m, l};
 }
 
-// The same for a register of tokens, of which parts[r].acc + v * stride holds column v: rows[t * V + v] of token t, ends[t].
+// The same for a register of tokens. Column v of range r is at parts[r].acc + v * stride; results are rows[t * V + v]
+// and ends[t] of token t.
 template <class F>
 inline void merge_lanes(const Partial<F>* parts, int64_t ranges, int64_t lane, int64_t at, int64_t stride, int64_t V,
                         F* rows, LogSumExp<F>* ends) {
@@ -98,10 +99,11 @@ inline void merge_lanes(const Partial<F>* parts, int64_t ranges, int64_t lane, i
   for (int64_t r = 0; r < ranges; ++r) m = max<F>(load<F>(parts[r].m + lane), m);
   const auto weight = [&](int64_t r) {
     const Vec<F> mr = load<F>(parts[r].m + lane), lr = load<F>(parts[r].l + lane);
-    const Vec<F> none = lr == lr ? fill<F>(0) : fill<F>(1);  // a NaN score never enters the maximum
+    // a NaN score never enters the maximum, and must reach the result
+    const Vec<F> none = lr == lr ? fill<F>(0) : fill<F>(1);
     return mr == m ? fill<F>(1) : mr == -kInf<F> ? none : exp<F>(mr - m);
   };
-  // What has no weight may be infinite.
+  // A number without weight may be infinite: 0 * inf is NaN.
   const auto share = [](Vec<F> w, Vec<F> x) { return w == 0 ? fill<F>(0) : w * x; };
   for (int64_t r = 0; r < ranges; ++r) l += share(weight(r), load<F>(parts[r].l + lane));
   const Vec<F> inverse = l == 0 ? fill<F>(0) : F(1) / l;

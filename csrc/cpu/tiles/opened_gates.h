@@ -1,16 +1,17 @@
-// The gates of a chunk of tokens with what later tokens leave of them, as the backward of gated_write keeps them.
+// The gates of a chunk of tokens and their suffix products, as the backward of gated_write stores them.
 #pragma once
 
 #include "cpu/tiles/write_tiles.h"
 
 namespace mk::MK_ISA {
 
-// A chunk of tokens over a tile of slots, [token][lane]. Where R is 0 at and before a token, nothing is kept of it: of a register of
-// lanes before `begins`, of the tile before `begin`.
+// A chunk of tokens over a tile of slots, [token][lane]. Tokens for which the suffix product R is 0 are not stored:
+// those before `begins` in a register of lanes, those before `begin` in the whole tile.
 template <class F>
 struct Opened {
   static constexpr int kRegisters = int(kSlotTile<F> / kLanes<F>);
-  F *scaled, *rest, *gate;  // a R; R, of a sigmoid R (1 - a), the factor of dS; a, of a softmax as `open` reads it
+  // a R; R, or for a sigmoid R (1 - a), the factor of dS; a, or for a softmax the number that `open` reads
+  F *scaled, *rest, *gate;
   int64_t begins[kRegisters] = {};
   int64_t begin = 0;
 
@@ -19,7 +20,8 @@ struct Opened {
         rest(arena.take<F>(kChunkTokens * kSlotTile<F>)),
         gate(arena.take<F>(kChunkTokens * kSlotTile<F>)) {}
 
-  // From scores in `scaled`. R: behind the chunk, then before it. `forgets`: tokens without a trace are left out.
+  // From scores in `scaled`. R holds the suffix product after the chunk, then the one before it. `forgets`: skips
+  // tokens with R = 0.
   void open_gates(Gate kind, const TokenChunk<F>& c, const KeyLanes<F>& lanes, F e, bool forgets, F* R) {
     constexpr int W = kLanes<F>;
     begin = forgets ? c.n : 0;

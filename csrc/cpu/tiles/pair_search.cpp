@@ -1,19 +1,19 @@
-// The k largest of s[t, i n + j] = a[t, i] + b[t, j],   a[t, i] = scale <q_t[:h], c_i>,   b[t, j] = scale <q_t[h:], d_j>
+// The k largest of s[t, i n + j] = a[t, i] + b[t, j],  a[t, i] = scale <q_t[:h], c_i>,  b[t, j] = scale <q_t[h:], d_j>
 //
-// Both lists are searched at once, as two batches of one search (cpu/tiles/search.h): 2 n dot products of half the width
-// instead of n * n. Then tokens run in parallel, and each enumerates its pairs in order: bound by the search where n is
-// large, by the heap where k is.
+// Both lists are searched at once, as two batches of one search (cpu/tiles/search.h): 2 n dot products of half the
+// width instead of n * n. Then tokens run in parallel, and each enumerates its pairs in order. Bound by the search if n
+// is large, by the heap if k is.
 //
-// The pairs of the sorted halves (x, y counted from the best) form a matrix whose sums fall along rows and columns. A
-// heap holds the best unseen pair of every row that has been opened; row x + 1 is opened when (x, 0) leaves. So about k
-// pairs are looked at, all of them with (x + 1)(y + 1) <= k.
+// The pairs of the sorted halves (x, y counted from the best) form a matrix whose sums decrease along rows and columns.
+// A heap holds the best pair left in every row that has been opened. Row x + 1 is opened when (x, 0) leaves. So about k
+// pairs are visited, all of them with (x + 1)(y + 1) <= k.
 //
-// Ties: pairs are ordered by (a + b exactly, as a rounded sum and what rounding lost; then slot number). In that order a
-// pair comes after its neighbours to the left and above: if their exact sums are equal, so are the two scores in which
-// they differ, and of equal scores the search ranks the smaller index first. The heap therefore yields the k best of all
-// pairs in this order, and no slot behind the first min(k, n) of a half is among them, since k pairs come before it.
-// Infinite scores and NaN, where sums say nothing of their terms, come first or are left out as they should be, but in
-// no order among themselves.
+// Ties: pairs are ordered by the exact sum a + b (a rounded sum and its rounding error), then by slot number. In that
+// order a pair comes after its neighbours to the left and above: if their exact sums are equal, so are the two scores
+// in which they differ, and of equal scores the search ranks the smaller index first. So the heap yields the k best of
+// all pairs in this order. They use only the first min(k, n) slots of each half, since k pairs come before any other.
+// Infinite scores and NaN, whose sums say nothing about their terms, come first or are left out correctly, but are not
+// ordered among themselves.
 #include "cpu/tiles/pair_search.h"
 
 #include "cpu/tiles/board.h"
@@ -21,7 +21,7 @@
 namespace mk::MK_ISA {
 namespace {
 
-constexpr int64_t kTokens = 16;  // of one task
+constexpr int64_t kTokens = 16;  // tokens of one task
 
 // One half of one token, best first.
 template <class F>
@@ -53,14 +53,14 @@ struct Pair {
   }
 };
 
-// The best pairs of a token, at most k, best first: done(j, score, slot). Returns how many there are. Room for k rows
-// in the heap.
+// Calls done(j, score, slot) for the best pairs of a token, at most k, best first. Returns their number. The heap needs
+// room for k rows.
 template <class F, class Done>
 int64_t best_pairs(const Half<F>& a, const Half<F>& b, int64_t n, int64_t k, Pair<F>* heap, Done&& done) {
   if (a.n == 0 || b.n == 0) return 0;
   int64_t count = 1, found = 0;
   heap[0] = Pair<F>(a, b, n, 0, 0);
-  auto sink = [&](const Pair<F>& pair) {  // from the top, which is free
+  auto sink = [&](const Pair<F>& pair) {  // sifts down from the top, which is free
     int64_t at = 0;
     for (int64_t below = 1; below < count; below = 2 * at + 1) {
       if (below + 1 < count && heap[below] < heap[below + 1]) ++below;
@@ -78,7 +78,7 @@ int64_t best_pairs(const Half<F>& a, const Half<F>& b, int64_t n, int64_t k, Pai
   while (found < k && count > 0) {
     const Pair<F> top = heap[0];
     const F score = score_of<F>(top.sum);
-    if (score == -kInf<F>) break;  // by overflow: -inf is never chosen
+    if (score == -kInf<F>) break;  // the sum overflowed; -inf is never chosen
     done(found++, score, top.slot);
     if (found == k) break;
     if (top.y + 1 < b.n) sink(Pair<F>(a, b, n, top.x, top.y + 1));

@@ -1,5 +1,5 @@
-// Rows of bfloat16 for gemm_pairs(). Scores are products of the numbers given, exact but for the sum in float32; weights are summed
-// before they are rounded to bfloat16.
+// Rows of bfloat16 for gemm_pairs(). Scores are products of the given numbers, exact except for the sum in float32.
+// Weights are summed before they are rounded to bfloat16.
 #pragma once
 
 #include "cpu/tiles/scores.h"
@@ -16,7 +16,8 @@ bool are_pairs(DType query, const SlotView& keys, int64_t K) {
          K % 2 == 0;
 }
 
-// Pairs of two columns of the rows of a block: as they lie, unless slots are left out or rows begin at odd places.
+// Pairs of two columns of the rows of a block. Used in place, unless slots are left out or rows are not aligned to a
+// pair.
 template <class F>
 inline void pair_columns(const SlotBlock<F>& block, const typename Slots<F>::Source& source, int64_t first,
                          int64_t width, F* buffer, const F*& rows, int64_t& stride) {
@@ -29,7 +30,8 @@ inline void pair_columns(const SlotBlock<F>& block, const typename Slots<F>::Sou
     std::memcpy(buffer + j * stride, source.row(first + block.place(j)), size_t(width) * 2);
 }
 
-// Pairs of two rows, out[j][c] = (row 2 j, row 2 j + 1)[c], the last perhaps alone; rows of `stride` pairs, zeros behind the end.
+// Pairs of two rows, out[j][c] = (row 2 j, row 2 j + 1)[c]; an odd last row pairs with zeros. Rows have `stride` pairs,
+// with zeros beyond the width.
 template <class Row>
 inline void pair_rows(int64_t rows, int64_t width, int64_t stride, float* out, Row&& row) {
   const auto number = [](const char* p, int64_t c) {
@@ -46,7 +48,8 @@ inline void pair_rows(int64_t rows, int64_t width, int64_t stride, float* out, R
   }
 }
 
-// Scores of many tokens, lanes are tokens: of numbers, or of pairs of two columns, queries [K / 2][lanes] and keys [slot][K / 2].
+// Scores of many tokens, lanes are tokens: of numbers, or of pairs of two columns, queries [K / 2][lanes] and keys
+// [slot][K / 2].
 template <class F>
 struct ColumnScores {
   const TokenRows& query;
@@ -63,7 +66,7 @@ struct ColumnScores {
     pack_query(query, t0, n, L, K, factor, row, q);
   }
 
-  // A block of slots; of pairs its keys alone, as they lie unless slots are left out or rows begin at odd places.
+  // Loads a block of slots. For pairs, only keys, in place unless slots are left out or rows are not aligned to a pair.
   SlotBlock<F> load(int64_t first, int64_t count, const typename Slots<F>::Buffers& buffers) const {
     if (!pairs) return slots.load(first, count, buffers);
     SlotBlock<F> block = slots.list(first, count, buffers);
@@ -71,9 +74,9 @@ struct ColumnScores {
     return block;
   }
 
-  // As score_columns(). Queries of pairs have no factor in them: the products get it.
+  // As score_columns(). Queries of pairs are not scaled; the product applies the factor.
   template <class Between = Nothing>
-  void scores(const SlotBlock<F>& block, const F* q, int64_t L, F* S, RowsAhead next, Between&& between = {}) const {
+  void scores(const SlotBlock<F>& block, const F* q, int64_t L, F* S, PrefetchRows next, Between&& between = {}) const {
     if constexpr (kHasPairs<F>) {
       if (pairs) {
         for_groups(block.n, next, between, [&](int64_t r, int64_t count, int64_t ahead) {
@@ -89,7 +92,7 @@ struct ColumnScores {
 };
 
 #if defined(__AVX512F__)
-// S[slot][lanes] rounded in place, [slot][lanes / 2]: pairs of two tokens.
+// Rounds S[slot][lanes] in place to [slot][lanes / 2], pairs of two tokens.
 inline void pair_tokens(float* S, int64_t slots, int64_t L) {
   for (int64_t j = 0; j < slots; ++j) {
     for (int64_t l = 0; l < L; l += 2 * kLanes<float>) {
@@ -101,7 +104,7 @@ inline void pair_tokens(float* S, int64_t slots, int64_t L) {
   }
 }
 
-// out[j][lane] = the pair of slots 2 j and 2 j + 1, the last perhaps alone.
+// out[j][lane] = the pair of slots 2 j and 2 j + 1; an odd last slot pairs with zeros.
 inline void pair_slots(const float* S, int64_t slots, int64_t L, float* out) {
   for (int64_t j = 0; j < slots; j += 2, out += L) {
     for (int64_t l = 0; l < L; l += kLanes<float>) {

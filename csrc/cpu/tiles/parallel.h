@@ -1,5 +1,6 @@
-// Tasks over threads. What a task computes never depends on which thread runs it or on how many there are, so results are the
-// same bits for any number of threads. Tasks are handed out in increasing order, one at a time, whoever is free.
+// Runs tasks on threads. The result of a task does not depend on the thread that runs it or on their number, so results
+// have the same bits for any number of threads. Tasks are handed out one at a time in increasing order to the next free
+// thread.
 #pragma once
 
 #include <cstddef>
@@ -12,7 +13,7 @@
 
 namespace mk {
 
-// 64-byte aligned memory, or OutOfMemory.
+// 64-byte aligned memory; throws OutOfMemory.
 inline void* allocate(size_t bytes) {
   void* memory = bytes >= kTooManyBytes ? nullptr : ::operator new(bytes, std::align_val_t(64), std::nothrow);
   if (memory == nullptr) throw OutOfMemory(bytes);
@@ -22,13 +23,13 @@ inline void release(void* memory) { ::operator delete(memory, std::align_val_t(6
 
 using TaskFunction = void (*)(void* context, int64_t task, char* scratch);
 
-// Run function(context, task, scratch) for every task in [0, tasks); scratch is 64-byte aligned memory of the running
-// thread, and of all threads before the first task: OutOfMemory leaves what tasks write as it was. The std::bad_alloc
-// of a task reaches the caller as OutOfMemory, once all threads have stopped. Supplied by the program that links the
-// kernels: the operator library uses torch's threads.
+// Runs function(context, task, scratch) for every task in [0, tasks). scratch is 64-byte aligned memory of the running
+// thread, allocated for all threads before the first task: if that throws OutOfMemory, no task has written anything. A
+// std::bad_alloc thrown by a task reaches the caller as OutOfMemory once all threads have stopped. The program that
+// links the kernels defines this function; the operator library uses torch's threads.
 void run_tasks(int64_t tasks, size_t scratch_bytes, void* context, TaskFunction function);
 
-// The same on the calling thread alone.
+// The same on the calling thread only.
 void run_tasks_here(int64_t tasks, size_t scratch_bytes, void* context, TaskFunction function);
 
 template <class Body>
@@ -38,7 +39,8 @@ void parallel(int64_t tasks, size_t scratch_bytes, Body&& body) {
             [](void* context, int64_t task, char* scratch) { (*static_cast<Plain*>(context))(task, scratch); });
 }
 
-// A callable that outlives the call it is passed to: so that what calls it is compiled once, whoever passes it.
+// Non-owning reference to a callable, which must outlive the call. Code that takes one is compiled once for all
+// callables.
 template <class Signature>
 class FunctionRef;
 template <class... A>
@@ -57,7 +59,7 @@ class FunctionRef<void(A...)> {
   void (*call_)(void*, A...);
 };
 
-// Hands out consecutive, 64-byte aligned pieces of a thread's scratch memory. With no memory behind it, it measures.
+// Hands out consecutive, 64-byte aligned pieces of a thread's scratch memory. Without memory, it only counts bytes.
 class Arena {
  public:
   explicit Arena(char* base = nullptr) : base_(base) {}

@@ -1,4 +1,4 @@
-// Rows of any dtype to and from the type a kernel computes in.
+// Converts rows of any dtype to and from the type that a kernel computes in.
 #pragma once
 
 #include "cpu/tiles/simd.h"
@@ -41,7 +41,8 @@ MK_INLINE uint16_t float_to_bf16(float f) {
   return uint16_t((u & 0x7fffffff) > 0x7f800000 ? (u >> 16 | 0x40) : rounded);
 }
 
-// One register of 8-bit numbers as float: int8, or float8 e4m3fn, which has no infinity and whose largest magnitude is NaN.
+// One register of 8-bit numbers as float: int8, or float8 e4m3fn, which has no infinity and NaN as its largest
+// magnitude.
 template <DType D>
 MK_INLINE Vec<float> load_compressed(const char* p) {
   using Lanes = Ints<float>;
@@ -59,13 +60,13 @@ MK_INLINE Vec<float> load_compressed(const char* p) {
     return __builtin_convertvector(x, Vec<float>);
   } else {
     const Lanes rest = x & 0x7f, sign = (x & 0x80) << 24, normal = (rest << 20) + (120 << 23), nan = x * 0 + 0x7fc00000;
-    // A denormal is a multiple of 2^-9: as a product it is right where denormal floats count as 0.
+    // A denormal is a multiple of 2^-9. A product gives it even where denormal floats count as 0.
     const auto tiny = (Lanes)(__builtin_convertvector(rest, Vec<float>) * 0x1p-9f);
     return (Vec<float>)(sign | (rest == 0x7f ? nan : rest < 8 ? tiny : normal));
   }
 }
 
-// dst[0..n) = factor * src[0..n), of 8-bit numbers
+// dst[0..n) = factor * src[0..n), for 8-bit numbers
 template <class F, DType D>
 inline void read_compressed(const char* src, int64_t n, F factor, F* __restrict dst) {
   constexpr int W = kLanes<float>;
@@ -134,7 +135,7 @@ inline void write_row(const F* __restrict src, int64_t n, DType dtype, char* dst
   }
 }
 
-// The same row as F, used where it lies when it already is one.
+// The same row as F; returned in place if it already has that type.
 template <class F>
 inline const F* row_as(const char* src, DType dtype, int64_t n, F* buffer) {
   if ((sizeof(F) == 4) == (dtype == DType::f32)) {
@@ -147,9 +148,9 @@ inline const F* row_as(const char* src, DType dtype, int64_t n, F* buffer) {
 template <class F>
 constexpr DType kOwn = sizeof(F) == 4 ? DType::f32 : DType::f64;
 
-// out[c * lanes + r] = factor * row_r[c]: rows become lanes. Lanes count to the next multiple of the register width; the rest is 0.
-// row(r, buffer) may convert row r into `buffer`, which has room for a register of rows. Of `kBits` no number is touched: what is
-// packed are the bits, of two of 16 bits perhaps, at any address.
+// out[c * lanes + r] = factor * row_r[c]: rows become lanes. Lanes are rounded up to whole registers; the rest is 0.
+// row(r, buffer) may convert row r into `buffer`, which has room for a register of rows. With `kBits`, bits are copied
+// without arithmetic: they may be two 16-bit numbers, at any address.
 template <class F, bool kBits = false, class Row>
 inline void pack_lanes(int64_t rows, int64_t lanes, int64_t cols, F factor, F* buffer, F* out, Row&& row) {
   constexpr int W = kLanes<F>;
@@ -177,7 +178,7 @@ inline void pack_lanes(int64_t rows, int64_t lanes, int64_t cols, F factor, F* b
   }
 }
 
-// The way back: out[r * stride + c] = columns[c * lanes + r], for all lanes, whole registers of them.
+// The inverse: out[r * stride + c] = columns[c * lanes + r], for all lanes, in whole registers.
 template <class F>
 inline void unpack_lanes(const F* columns, int64_t lanes, int64_t width, F* out, int64_t stride) {
   constexpr int W = kLanes<F>;

@@ -1,4 +1,4 @@
-// The way back of memory_scan through a block of slots and a chunk of tokens, six tokens at a time.
+// The backward of memory_scan for a block of slots and a chunk of tokens, six tokens at a time.
 #pragma once
 
 #include "cpu/tiles/scan_tiles.h"

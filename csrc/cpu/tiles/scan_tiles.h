@@ -1,4 +1,5 @@
-// What both directions of memory_scan share: tiles of gates with tokens as lanes, and the recurrence of a block of slots.
+// Shared by both directions of memory_scan: tiles of gates with tokens as lanes, and the recurrence of a block of
+// slots.
 #pragma once
 
 #include "cpu/tiles/write_tiles.h"
@@ -6,8 +7,9 @@
 
 namespace mk::MK_ISA {
 
-constexpr int64_t kScanSlots = 32;  // three tiles of gates and the values of a block stay near L1
-// Tokens that pass over a slot while it is in registers: their reads and writes are there too. Divides kChunkTokens.
+constexpr int64_t kScanSlots = 32;  // three tiles of gates and the values of a block fit L1, or nearly
+// Tokens that pass over a slot while it is in registers, with their reads and writes also in registers. Divides
+// kChunkTokens.
 #if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int kScanTokens = 6;
 constexpr int kScanRegisters = 2;
@@ -29,7 +31,7 @@ void pack_chunk(const TokenChunk<F>& c, int64_t K, double scale, F* q) {
   pack_lanes<F>(c.n, scan_lanes<F>(c.n), K, F(scale), nullptr, q, [&](int64_t t, F*) { return c.query + t * c.qs; });
 }
 
-// out[t][VP] = row t, zeros behind the width and in the rows that fill the last group.
+// out[t][VP] = row t, zeros beyond the width and in the rows that fill the last group.
 template <class F>
 void pad_rows(const F* rows, int64_t stride, int64_t n, int64_t V, F* out) {
   const int64_t VP = Slots<F>::padded(V);
@@ -40,7 +42,7 @@ void pad_rows(const F* rows, int64_t stride, int64_t n, int64_t V, F* out) {
   }
 }
 
-// a[slot][token] and keep = 1 - a; tokens past the last one write nothing.
+// a[slot][token] and keep = 1 - a; lanes beyond the last token write nothing.
 template <class F>
 void scan_gates(const SlotBlock<F>& block, int64_t K, const F* q, int64_t n, F* a, F* keep) {
   const int64_t L = scan_lanes<F>(n);
@@ -65,7 +67,7 @@ struct ScanTile {
   const F *a, *keep, *p;  // [slot][scan_lanes(tokens)]
   const F* write;         // [token][VP]
   F *values, *reads;      // [slot][VP], and [token][VP], to which p v is added
-  F* starts = nullptr;    // where wanted: the values before each group of tokens, [group][slot][VP]
+  F* starts = nullptr;    // if wanted: the values before each group of tokens, [group][slot][VP]
   bool assign = false;    // the first block: reads hold nothing yet
 };
 
@@ -95,7 +97,8 @@ void scan_columns(const ScanTile<F>& s, int64_t t0, int64_t x) {
 #pragma GCC unroll 4
       for (int i = 0; i < NV; ++i) {
         if constexpr (R == Read::before) r[u][i] += p[u] * v[i];
-        const Vec<F> written = a[u] * w[u][i];  // beside the chain through v, which is one multiply-add long
+        // Not part of the dependency chain through v, which is one multiply-add per token.
+        const Vec<F> written = a[u] * w[u][i];
         v[i] = v[i] * keep[u] + written;
         if constexpr (R == Read::after) r[u][i] += p[u] * v[i];
       }

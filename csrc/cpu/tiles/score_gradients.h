@@ -1,9 +1,9 @@
-// Gradients that come out of score tiles: d_query, d_keys, d_values, d_mask from dS (and P), block by block.
+// Gradients computed from score tiles: d_query, d_keys, d_values, d_mask from dS (and P), block by block.
 //
-// Tokens are cut into panels and slots into chunks, both by shapes alone. Within a panel every chunk is a task: it owns its rows
-// of d_keys, d_values and d_mask, sums them over the panel's tokens in cache, and writes a partial d_query; partial d_queries are
-// then added in the order of the chunks. So nothing is computed twice, no order depends on threads, and the memory for partial
-// results is bounded (kPartialBytes) however long the inputs are.
+// Tokens are split into panels and slots into chunks, by shapes only. Within a panel every chunk is a task. It owns its
+// rows of d_keys, d_values and d_mask, sums them over the panel's tokens in cache, and writes a partial d_query.
+// Partial d_queries are then added in the order of the chunks. So nothing is computed twice, the order does not depend
+// on threads, and the memory of partial results is bounded (kPartialBytes) however long the inputs are.
 #pragma once
 
 #include "cpu/tiles/pairs.h"
@@ -13,15 +13,18 @@
 namespace mk::MK_ISA {
 
 constexpr int64_t kPartialBytes = int64_t(4) << 20;
-constexpr int64_t kChunks = 64;                  // at most so many chunks
-constexpr int64_t kChunkSlots = 4 * kSlotBlock;  // of so many slots or more, before their number is rounded up
-// Their number is a multiple of this where there are blocks enough, so that threads get alike. Two threads, K=V=128 T=1024
-// N=4096, twelve chunks for eleven: softmax_read backward 185 -> 195 GFLOP/s, of bfloat16 331 -> 350.
+constexpr int64_t kChunks = 64;  // at most so many chunks
+// At least so many slots per chunk, before the number of chunks is rounded up.
+constexpr int64_t kChunkSlots = 4 * kSlotBlock;
+// The number of chunks is rounded up to a multiple of this if there are enough blocks, for load balance. Two threads,
+// K=V=128 T=1024 N=4096, twelve chunks instead of eleven: softmax_read backward 185 -> 195 GFLOP/s, of bfloat16
+// 331 -> 350.
 constexpr int64_t kTogether = 4;
-constexpr int64_t kManyBatches = 8;  // from so many on, batches run in parallel rather than the chunks of one
+// With so many batches or more, batches run in parallel instead of the chunks of one.
+constexpr int64_t kManyBatches = 8;
 
-// Where the gradients go: float (double) tensors. A missing one is not wanted. tokens[t] receives -sum_i dS[t, i],
-// the gradient of a number that was subtracted from all scores of the token.
+// The outputs: float (double) tensors. A missing one is not wanted. tokens[t] receives -sum_i dS[t, i], the gradient of
+// a number that was subtracted from all scores of the token.
 struct GradientViews {
   View query, keys, values, mask, tokens;
 };
@@ -29,11 +32,11 @@ struct GradientViews {
 template <class F>
 struct GradientShape {
   int64_t batches, tokens, N, K, V, KP, VP;
-  int64_t tile, lanes;    // tokens per tile, and register lanes they take
-  int64_t chunks;         // of slots, which differ by a block at most
+  int64_t tile, lanes;    // tokens per tile, and the register lanes that they take
+  int64_t chunks;         // of slots; they differ by at most one block
   int64_t panel, panels;  // tokens, a multiple of tile
   bool few;
-  bool pairs = false;  // products are of pairs of bfloat16, into which P and D are rounded
+  bool pairs = false;  // products are of pairs of bfloat16; P and D are rounded to them
 
   GradientShape(const Lead& lead, int64_t T, int64_t n, int64_t k, int64_t v, bool rows_only)
       : batches(lead.batches()),
@@ -64,7 +67,7 @@ struct TileStrides {
   int64_t ts, is;
 };
 
-// Is this the first time that the rows of `view` belonging to `batch` are written? False when an earlier batch shares them.
+// Are the rows of `view` that belong to `batch` written for the first time? False if an earlier batch shares them.
 inline bool first_visit(const View& view, const Lead& lead, int64_t batch) {
   for (int d = lead.rank - 1; d >= 0; --d) {
     if (lead.shared[d]) continue;
@@ -94,7 +97,7 @@ inline void add_sums(const F* D, TileStrides<F> at, int64_t n, int64_t slots, F*
     }
     return;
   }
-  for (int64_t j = 0; j < slots; ++j) {  // lanes past n hold zeros
+  for (int64_t j = 0; j < slots; ++j) {  // lanes beyond n hold zeros
     Vec<F> total = load<F>(D + j * at.is);
     for (int64_t l = W; l < at.is; l += W) total += load<F>(D + j * at.is + l);
     sums[j] += sum<F>(total);
@@ -104,8 +107,8 @@ inline void add_sums(const F* D, TileStrides<F> at, int64_t n, int64_t slots, F*
   }
 }
 
-// Adds (or assigns) factor * rows[j] to the rows of slots first + place(j); assigning clears the rows of empty slots. A result of
-// so many `bytes` that it is not read from a cache again is assigned past the caches.
+// Adds (or assigns) factor * rows[j] to the rows of slots first + place(j). Assignment zeroes the rows of empty slots,
+// and uses non-temporal stores if the whole result has so many `bytes` that it is not read from a cache again.
 template <class F>
 inline void scatter_rows(const View& view, const Lead& lead, int64_t batch, bool assign, int64_t first, int64_t count,
                          const SlotBlock<F>& block, const F* rows, int64_t ld, int64_t width, F factor,
@@ -124,7 +127,7 @@ inline void scatter_rows(const View& view, const Lead& lead, int64_t batch, bool
     }
     return;
   }
-  put_past(goes_past(base, view.row, bytes), [&](auto put) {
+  with_stores(is_non_temporal(base, view.row, bytes), [&](auto put) {
     for (int64_t j = 0; j < block.n; ++j) {
       F* out = row(j);
       const F* in = rows + j * ld;
@@ -135,7 +138,7 @@ inline void scatter_rows(const View& view, const Lead& lead, int64_t batch, bool
   });
 }
 
-// A block of slots; of pairs its rows as pairs of columns, and its keys as pairs of slots too, [block / 2][KP].
+// A block of slots. For pairs: its rows as pairs of columns, and its keys also as pairs of slots, [block / 2][KP].
 template <class F>
 SlotBlock<F> gradient_block(const Slots<F>& slots, const GradientShape<F>& s, int64_t first, int64_t count,
                             const typename Slots<F>::Buffers& buffers, [[maybe_unused]] F* keys2) {
@@ -151,12 +154,14 @@ SlotBlock<F> gradient_block(const Slots<F>& slots, const GradientShape<F>& s, in
   return slots.load(first, count, buffers);
 }
 
-// Runs the scheme above. `Kernel` supplies what differs between ops:
+// Runs the scheme above. `Kernel` has what differs between ops:
 //   size_t packed(shape)                 elements of F that it packs per tile
 //   void pack(batch, t0, n, F* tile)     packs n tokens
-//   size_t scratch(shape)                bytes of its own per task
-//   void tile(batch, first, count, block, t0, n, const F* packed, F* P, F* D, TileStrides)   fills P (if wanted) and D = dS
-//   const F* queries(packed), const F* reads(packed)   padded rows [n][KP] and [n][VP] in the packed tile; of pairs [n / 2] of them
+//   size_t scratch(shape)                its own scratch bytes per task
+//   void tile(batch, first, count, block, t0, n, const F* packed, F* P, F* D, TileStrides)
+//                                        computes P (if wanted) and D = dS
+//   const F* queries(packed), const F* reads(packed)
+//                                        padded rows [n][KP] and [n][VP] in the packed tile; of pairs [n / 2] of them
 template <class F, class Kernel>
 void score_gradients(const Lead& lead, const SlotView& keys, const SlotView& values, const View& mask, double scale,
                      const GradientShape<F>& s, const GradientViews& out, const Kernel& kernel) {
@@ -200,7 +205,7 @@ void score_gradients(const Lead& lead, const SlotView& keys, const SlotView& val
         F* keys2 = arena.take<F>(s.pairs ? kSlotBlock * s.KP : 0);
         F* dq = query ? partials + c * partial : nullptr;
         F* sums = token_sums + c * s.panel;
-        bool begun = false;  // is anything in dq?
+        bool begun = false;  // has dq been written?
         if (out.tokens) std::memset(sums, 0, size_t(s.panel) * sizeof(F));
         const int64_t hi = s.begin(c + 1);
         for (int64_t i = s.begin(c); i < hi; i += kSlotBlock) {

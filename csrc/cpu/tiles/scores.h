@@ -1,5 +1,6 @@
-// Score tiles s[t, i] = scale <q_t, k_i> + mask_i. Queries are packed with the scale in them. Scores stay in natural units, and only
-// their differences are multiplied by log2(e): a mask times log2(e) can overflow, and where scores are large it rounds them apart.
+// Score tiles s[t, i] = scale <q_t, k_i> + mask_i. The scale is folded into the packed queries. Scores stay in natural
+// units, and only their differences are multiplied by log2(e): a mask times log2(e) can overflow, and large scores
+// would lose precision.
 #pragma once
 
 #include <new>
@@ -14,13 +15,13 @@ constexpr int64_t kSlotBlock = 96;  // 96 x 64 floats = 24 KiB: a tile of scores
 template <class F>
 constexpr int64_t kTokenTile = 256 / int64_t(sizeof(F));  // 64 floats: four AVX-512 registers of tokens
 
-// Below this many tokens half the lanes of a token register would idle: lanes run along slots instead.
+// With fewer tokens than this, half the lanes of a register of tokens would be idle: then lanes are slots.
 template <class F>
 MK_INLINE bool few_tokens(int64_t tokens) {
   return tokens <= kLanes<F> / 2;
 }
 
-// q[c][lane] = factor * query_{t0 + lane}[c], zero in the lanes past n.
+// q[c][lane] = factor * query_{t0 + lane}[c], zero in lanes beyond n.
 template <class F>
 inline void pack_query(const TokenRows& query, int64_t t0, int64_t n, int64_t L, int64_t K, F factor, F* row, F* q) {
   pack_lanes<F>(n, L, K, factor, row, q,
@@ -54,15 +55,16 @@ struct Nothing {
 
 constexpr int64_t kGroup = 12;  // rows of a product between two runs of `between`
 
-// What a product over a block of rows asks for: with every row the one so many `rows` further on. The last of the block, whose row
-// further on lies behind it, ask for the rows from `then` on, counted from the first of the block; 0: for what lies behind.
-struct RowsAhead {
+// Prefetch distance in rows. Rows whose distance ends beyond the block prefetch from row `then` on, counted from the
+// first row of the block; with 0, from the rows directly after the block.
+struct PrefetchRows {
   int64_t rows = 0, then = 0;
 };
 
-// body(r, count, ahead) for the rows of a block: in groups where something is to run `between` them, else as few as there can be.
+// Calls body(r, count, ahead) for the rows of a block: in groups if `between` does something, else in as few calls as
+// possible.
 template <class Between, class Body>
-MK_INLINE void for_groups(int64_t n, RowsAhead next, Between&& between, Body&& body) {
+MK_INLINE void for_groups(int64_t n, PrefetchRows next, Between&& between, Body&& body) {
   const int64_t group = std::is_same_v<std::decay_t<Between>, Nothing> ? n : kGroup;
   const int64_t tail = next.then == 0 ? n : most(0, n - next.rows);
   for (int64_t r = 0, count; r < n; r += count, between()) {
@@ -71,25 +73,26 @@ MK_INLINE void for_groups(int64_t n, RowsAhead next, Between&& between, Body&& b
   }
 }
 
-// S[slot][lane], lanes are tokens: S = keys * q + mask. `between` runs after each group of rows: the place to ask for memory that
-// is needed next. Or the product itself asks for keys.
+// S[slot][lane], lanes are tokens: S = keys * q + mask. `between` runs after each group of rows, to prefetch what is
+// needed next. `next`: what the product itself prefetches of the keys.
 template <class F, class Between = Nothing>
 inline void score_columns(const SlotBlock<F>& block, int64_t K, const F* q, int64_t L, F* S, Between&& between = {},
-                          RowsAhead next = {}) {
+                          PrefetchRows next = {}) {
   for_groups(block.n, next, between, [&](int64_t r, int64_t count, int64_t ahead) {
     gemm(Gemm<F>{count, L, K, block.keys + r * block.ks, block.ks, 1, q, L, S + r * L, L, false, ahead * block.ks});
   });
   add_mask(block, L, S);
 }
 
-// W products at once: of TT tokens with W / TT rows each. Few tokens take row after row from its beginning to its end, the order that
-// the hardware reads ahead best; kBlocked or more share their loads. What follows is asked for `ahead` elements before its use (0: not
-// asked for). Zen 4, K=V=128, N=2^20, GB/s on two cores where torch.sum has 34, not asked for: softmax_read of one token row after row
-// 33.4, sixteen rows in step 23.8. What asking gains, of keys and values, changes with the hour and with what else the process does:
-// one token 1.2x to 1.4x called in turns with others on the same memory, 0.98x to 1.15x in a process of its own; four and eight 1.4x.
+// W products at once: of TT tokens with W / TT rows each. Few tokens read each row from beginning to end, the order
+// that hardware prefetch handles best; kBlocked or more tokens share their loads. `ahead` is the prefetch distance in
+// elements (0: no prefetch). Zen 4, K=V=128, N=2^20, two cores on which torch.sum reads 34 GB/s, without prefetch:
+// softmax_read of one token reads 33.4 GB/s row after row, 23.8 with sixteen rows in step. The gain of prefetching keys
+// and values varies with time and with what else the process does: one token 1.2x to 1.4x interleaved with others on
+// the same memory, 0.98x to 1.15x in a process of its own; four and eight tokens 1.4x.
 constexpr int kBlocked = 4;
 
-template <class F, int TT, bool kAsk>
+template <class F, int TT, bool kPrefetch>
 MK_INLINE void dot_group(const F* rows, int64_t stride, int64_t padded, const F* x, int64_t ahead, F* out, int64_t ld) {
   constexpr int W = kLanes<F>, R = W / TT, kLine = 64 / int(sizeof(F));
   Vec<F> acc[W];
@@ -101,7 +104,7 @@ MK_INLINE void dot_group(const F* rows, int64_t stride, int64_t padded, const F*
       const F* p = rows + i * stride;
 #pragma GCC unroll 1
       for (int64_t c = 0; c < padded; c += W) {
-        if (kAsk && c % kLine == 0) __builtin_prefetch(p + c + ahead, 0, 2);
+        if (kPrefetch && c % kLine == 0) __builtin_prefetch(p + c + ahead, 0, 2);
         const Vec<F> row = load<F>(p + c);
 #pragma GCC unroll 2
         for (int t = 0; t < TT; ++t) acc[t * R + i] += row * load<F>(x + t * padded + c);
@@ -115,7 +118,7 @@ MK_INLINE void dot_group(const F* rows, int64_t stride, int64_t padded, const F*
 #pragma GCC unroll 16
       for (int i = 0; i < R; ++i) {
         const F* p = rows + i * stride + c;
-        if (kAsk && c % kLine == 0) __builtin_prefetch(p + ahead, 0, 2);
+        if (kPrefetch && c % kLine == 0) __builtin_prefetch(p + ahead, 0, 2);
         const Vec<F> row = load<F>(p);
 #pragma GCC unroll 4
         for (int t = 0; t < TT; ++t) acc[t * R + i] += row * y[t];
@@ -138,7 +141,8 @@ inline void dot_groups(const F* rows, int64_t stride, int64_t padded, const F* x
   }
 }
 
-// out[t][slot] = <rows_slot, x_t>, lanes are slots, padded to whole registers with `rest`; x has padded rows. `ahead` as above.
+// out[t][slot] = <rows_slot, x_t>, lanes are slots, padded to whole registers with `rest`; x has padded rows. `ahead`:
+// as above.
 template <class F>
 inline void dot_rows(int64_t slots, const F* rows, int64_t stride, int64_t width, const F* x, int64_t n, F rest, F* out,
                      int64_t ld, int64_t ahead = 0) {
@@ -170,7 +174,7 @@ inline void dot_rows(int64_t slots, const F* rows, int64_t stride, int64_t width
   }
 }
 
-// S[t][slot], lanes are slots (padded with -inf), rows of kSlotBlock. Needs padded key rows.
+// S[t][slot], lanes are slots (padded with -inf), in rows of kSlotBlock. Needs padded key rows.
 template <class F>
 inline void score_rows(const SlotBlock<F>& block, int64_t K, const F* q, int64_t n, F* S) {
   dot_rows<F>(block.n, block.keys, block.ks, K, q, n, -kInf<F>, S, kSlotBlock, block.keys_ahead);
@@ -180,7 +184,7 @@ inline void score_rows(const SlotBlock<F>& block, int64_t K, const F* q, int64_t
   }
 }
 
-// Memory for results that wait between passes of one call.
+// Memory for results that are kept between the passes of one call.
 template <class F>
 class Buffer {
  public:

@@ -1,17 +1,16 @@
-// Exact search:  the k largest of s[t, i] = scale <q_t, k_i> + mask_i for every token, handed to `finish` token by
-// token.
+// Exact search:  passes the k largest of s[t, i] = scale <q_t, k_i> + mask_i of every token to `finish`.
 //
-// Score tiles as in softmax_read: many tokens, lanes are tokens; few, lanes are slots. A tile is compared with the
-// threshold of each token while it lies in L1. About k (1 + ln(N / k)) scores of a token pass at all, so the cost is
-// that of the scores: bound by multiply-adds for many tokens, by reading the keys once for few.
+// Score tiles are as in softmax_read: lanes are tokens if there are many, else slots. A tile is compared with the
+// threshold of each token while it is in L1. About k (1 + ln(N / k)) scores of a token pass, so the cost is that of the
+// scores: bound by multiply-adds for many tokens, by reading the keys once for few.
 //
-// N is cut into ranges by shapes alone, and the ranges of a token tell each other their thresholds; which of them are
-// seen depends on timing, the result does not (cpu/tiles/board.h). Ranges and blocks are visited in steps of the golden
-// section: scores that ascend with the index would otherwise pass every threshold.
+// N is split into ranges by shapes only. The ranges of a token exchange their thresholds. Which thresholds a range sees
+// depends on timing; the result does not (cpu/tiles/board.h). Ranges and blocks are visited in steps of the golden
+// section: otherwise scores that ascend with the index would all pass the threshold.
 //
-// Without a threshold every score passes, and to offer one costs far more than to compare it. So the scores of the
-// first blocks wait until all are there; the best of each group of slots among them give the first threshold: where k
-// groups reach a bound, k slots do.
+// Without a threshold every score passes, and offering a score costs far more than comparing it. So the scores of the
+// first blocks are collected before any is offered. The maxima of groups of slots among them give the first threshold:
+// if k groups reach a bound, k slots do.
 #include "cpu/tiles/search.h"
 
 #include <numeric>
@@ -24,12 +23,12 @@ namespace {
 
 template <class F>
 struct SearchPlan {
-  static constexpr int64_t kTasks = 64;         // ranges of slots are cut until there are this many tasks
-  static constexpr int64_t kLeastSlots = 4096;  // but no range is smaller
-  static constexpr int64_t kMostFirst = 10;     // blocks of a first look: with 64 tokens 240 KiB of scores
+  static constexpr int64_t kTasks = 64;         // ranges of slots are split until there are this many tasks
+  static constexpr int64_t kLeastSlots = 4096;  // but no range is smaller than this
+  static constexpr int64_t kMostFirst = 10;     // blocks of a first look: 240 KiB of scores with 64 tokens
 
   int64_t batches, tokens, tile, tiles, chunk, ranges, range, k;
-  int64_t first, group;  // a first look: its blocks, and how many slots make a group of it
+  int64_t first, group;  // of a first look: the number of blocks, and slots per group
   bool few;
 
   explicit SearchPlan(const TopkSearch& p) {
@@ -37,15 +36,15 @@ struct SearchPlan {
     tokens = p.lead.folded() * p.T;
     k = least(p.k, p.N);
     few = few_tokens<F>(tokens);
-    tile = few ? most(tokens, 1) : k > 1024 ? kLanes<F> : kTokenTile<F>;  // buffers of candidates stay within the cache
+    tile = few ? most(tokens, 1) : k > 1024 ? kLanes<F> : kTokenTile<F>;  // candidate buffers stay within the cache
     tiles = div_up(tokens, tile);
-    // Slots visited in order: more where the stream from memory is the limit.
+    // Slots visited in order: more of them if reading memory is the bound.
     chunk = tokens <= 2 * kLanes<F> ? 4 * kSlotBlock : kSlotBlock;
     const int64_t tasks = most(batches * tiles, 1);
     ranges = most(1, least(div_up(kTasks, tasks), p.N / most(kLeastSlots, 16 * k)));
     range = round_up(div_up(most(p.N, 1), ranges), chunk);
     ranges = div_up(most(p.N, 1), range);
-    // The larger the groups, the fewer slots pass that are not among the best: 1.3 k of them with eight and 2 k groups.
+    // Larger groups let fewer slots pass that are not among the best: 1.3 k with groups of eight and 2 k groups.
     first = few ? 0 : least(div_up(least(16 * k, p.N), kSlotBlock), kMostFirst);
     group = 8;
     while (group > 1 && first * kSlotBlock / group < 5 * k / 4) group /= 2;
@@ -53,7 +52,7 @@ struct SearchPlan {
   }
 };
 
-// One tile of tokens: its packed queries, a block of scores, and the best so far.
+// One tile of tokens: its packed queries, a block of scores, and the best candidates so far.
 template <class F, bool wide>
 struct SearchTile {
   Board<F, wide> board;
@@ -107,14 +106,14 @@ void offer_rows(SearchTile<F, wide>& tile, const SlotBlock<F>& block, int64_t i)
   }
 }
 
-// i -> i * step % n visits every number below n, in steps of the golden section.
+// i * step % n for i = 0 .. n - 1 visits every number below n, in steps of the golden section.
 inline int64_t golden_step(int64_t n) {
   int64_t step = most(1, int64_t(double(n) * 0.6180339887498949));
   while (std::gcd(step, n) > 1) ++step;
   return step;
 }
 
-// The blocks of slots [lo, hi) in the order of visit: those of a chunk one after the other, chunks in steps of the golden
+// The visiting order of the blocks of slots [lo, hi): the blocks of a chunk in sequence, chunks in steps of the golden
 // section.
 class Visit {
  public:
@@ -141,7 +140,7 @@ class Visit {
   int64_t lo_, hi_, size_, chunks_, step_, left_, chunk_, at_, end_;
 };
 
-// The first blocks of a range, whose scores wait for one another.
+// The first blocks of a range, whose scores are collected before any is offered.
 template <class F, bool wide>
 class FirstLook {
  public:
@@ -182,7 +181,8 @@ class FirstLook {
   }
 
  private:
-  static constexpr int kSteps = 8;  // of bisection: to 1/256 between the least and the best of the groups
+  // Bisection steps: to 1/256 of the distance between the least and the largest maximum.
+  static constexpr int kSteps = 8;
 
   void bound() {
     constexpr int W = kLanes<F>;
@@ -194,7 +194,8 @@ class FirstLook {
         low = x < low ? x : low, high = x > high ? x : high;
       }
       for (int step = 0; step < kSteps; ++step) {
-        const Vec<F> middle = F(0.5) * low + F(0.5) * high;  // of infinite numbers: what all reach, or none
+        // Of infinite numbers: a bound that all groups reach, or none.
+        const Vec<F> middle = F(0.5) * low + F(0.5) * high;
         Vec<F> reach = fill<F>(0);
         for (int64_t g = 0; g < groups_; ++g) reach += load<F>(m + g * L_) >= middle ? fill<F>(1) : fill<F>(0);
         const auto enough = reach >= fill<F>(F(s_.k));
@@ -219,7 +220,7 @@ class FirstLook {
   bool open_;
 };
 
-// Visits the slots of [lo, hi) for one tile of one batch. Keys are asked for while those before them are multiplied.
+// Visits the slots of [lo, hi) for one tile of one batch. Keys are prefetched while earlier ones are multiplied.
 template <class F, bool wide>
 void search_range(const TopkSearch& p, const SearchPlan<F>& s, int64_t batch, int64_t lo, int64_t hi,
                   SearchTile<F, wide>& tile) {
@@ -260,8 +261,8 @@ void run(const TopkSearch& p, size_t finish_bytes, Finish<F> finish) {
   if (all == 0) return;
   const bool merge = s.ranges > 1;
 
-  // With one range a tile is finished by the task that read it; otherwise the candidates of all ranges wait for the
-  // second pass.
+  // With one range, the task that read a tile finishes it. Otherwise the candidates of all ranges wait for a second
+  // pass.
   Buffer<Key> waiting(merge ? s.ranges * all * s.k : 0);
   Buffer<int64_t> counts(merge ? s.ranges * all : 0);
   Buffer<Rank<F>> ranks(merge ? all : 0);
@@ -269,7 +270,7 @@ void run(const TopkSearch& p, size_t finish_bytes, Finish<F> finish) {
   auto* shared = merge ? reinterpret_cast<Shared*>(ranks.data()) : nullptr;
   for (int64_t t = 0; merge && t < all; ++t) new (shared + t) Shared(rank_of<F>(-kInf<F>));
 
-  // A few tokens from `at` on, of all batches: their candidates become sorted results.
+  // Sorts the candidates of a few tokens from `at` on, counted over all batches, and passes them to `finish`.
   auto done = [&](int64_t at, Key* const* rows, const int64_t* n, int64_t count, Arena arena) {
     sort_rows(rows, n, count, s.k, arena.take<Key>(sort_room(s.k)));
     F* scores = arena.take<F>(s.k);
@@ -332,7 +333,7 @@ void run(const TopkSearch& p, size_t finish_bytes, Finish<F> finish) {
 }  // namespace
 
 void search(const TopkSearch& p, size_t finish_bytes, Finish<float> finish) {
-  if (p.N > int64_t(0xffffffff)) run<float, true>(p, finish_bytes, finish);  // an index too large for 32 bits
+  if (p.N > int64_t(0xffffffff)) run<float, true>(p, finish_bytes, finish);  // the index needs more than 32 bits
   else run<float, false>(p, finish_bytes, finish);
 }
 void search(const TopkSearch& p, size_t finish_bytes, Finish<double> finish) {

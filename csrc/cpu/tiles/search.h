@@ -6,8 +6,8 @@
 
 namespace mk::MK_ISA {
 
-// Takes the best n of a token, best first: finish(batch, token, scores, slots, n, arena), with room in the arena for the bytes that
-// were asked for. Runs in parallel.
+// Receives the n best slots of a token, best first: finish(batch, token, scores, slots, n, arena). The arena has room
+// for `finish_bytes`. Runs in parallel.
 template <class F>
 using Finish = FunctionRef<void(int64_t, int64_t, const F*, const int64_t*, int64_t, Arena)>;
 

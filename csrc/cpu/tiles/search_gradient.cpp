@@ -1,4 +1,4 @@
-// Tokens run in parallel and gather; then the chosen rows are summed slot by slot (cpu/tiles/segments.cpp).
+// Tokens run in parallel and gather rows; then chosen rows are summed slot by slot (cpu/tiles/segments.cpp).
 #include "cpu/tiles/search_gradient.h"
 
 namespace mk::MK_ISA {

@@ -8,7 +8,7 @@
 
 namespace mk::MK_ISA {
 
-// score_gradient(batch, token, ds, arena) writes ds[0..k), 0 where the index is -1. `extra` is summed beside the gradients here.
+// score_gradient(batch, token, ds, arena) writes ds[0..k), 0 where the index is -1. `extra` is summed in the same pass.
 template <class F>
 using ScoreGradient = FunctionRef<void(int64_t, int64_t, F*, Arena)>;
 

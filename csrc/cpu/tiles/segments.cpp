@@ -1,18 +1,18 @@
-// Gradients of memory from the tokens that chose it:  out[i] = factor * sum over (t, j) with index[t, j] = i of
-// weight[t, j] row_t.
+// Gradients of memory from the tokens that chose it:
+//   out[i] = factor * sum over (t, j) with index[t, j] = i of weight[t, j] row_t
 //
-// The entries (t, j) are sorted by slot, stably, so that every slot is summed in the order of the tokens: the same bits
-// on every run, for any number of threads, without atomics. The sort has two steps of counting: by the high bits of the
-// slot into buckets (two passes over the indices, in chunks of tokens), then every bucket by the low bits in the cache
-// of the thread that sums it. Each bucket is a range of rows of the result, which its thread writes from first to last,
-// zeros between the chosen rows included where they are not there yet: nothing is written twice. Bound by bandwidth of
-// the result.
+// The entries (t, j) are sorted by slot with a stable sort, so that every slot is summed in the order of the tokens:
+// the same bits on every run and for any number of threads, without atomics. The sort has two counting passes. The
+// first sorts by the high bits of the slot into buckets (two passes over the indices, in chunks of tokens). The second
+// sorts every bucket by the low bits, in the cache of the thread that sums it. Each bucket is a range of rows of the
+// result. Its thread writes them from first to last, including zeros between the chosen rows if the result is not zero
+// yet, so nothing is written twice. Bound by the bandwidth of the result.
 #include "cpu/tiles/segments.h"
 
 namespace mk::MK_ISA {
 namespace {
 
-// Entries in order of bucket, within it of position: position << shift | row within the bucket.
+// Entries in order of bucket, then position: position << shift | row within the bucket.
 struct Buckets {
   int64_t rows, count, most_entries = 0;
   int shift = 3;
@@ -69,7 +69,7 @@ struct Buckets {
   static constexpr int64_t kMost = 1024, kChunks = 64;
 };
 
-// One bucket, its entries in order of row and position: those of row r are positions[starts[r] .. starts[r + 1]).
+// One bucket, its entries ordered by row and position: those of row r are positions[starts[r] .. starts[r + 1]).
 struct Bucket {
   int64_t first, n;
   int64_t *starts, *positions;
@@ -83,7 +83,8 @@ struct Bucket {
     const uint64_t* begin = all.entries.data() + all.starts.data()[b];
     const uint64_t* end = all.entries.data() + all.starts.data()[b + 1];
     const uint64_t low = (uint64_t(1) << all.shift) - 1;
-    // Two places further than the count belongs: after the prefix sum one place further, where placing moves it home.
+    // Counts are stored two places further on. After the prefix sum they are one place further on, and placing the
+    // entries moves them to their own place.
     std::memset(starts, 0, size_t(n + 2) * sizeof(int64_t));
     for (const uint64_t* e = begin; e < end; ++e) ++starts[(*e & low) + 2];
     for (int64_t r = 2; r < n + 2; ++r) starts[r] += starts[r - 1];
@@ -100,7 +101,7 @@ void sum_bucket(const Bucket& bucket, int64_t k, const Sum<F>& s, RowList<F> lis
     list.push(s.rows[bucket.positions[e] / k], s.weights[bucket.positions[e]]);
   }
   list.close();
-  int64_t clear = 0;  // rows before it are written
+  int64_t clear = 0;  // all rows before it have been written
   auto clear_until = [&](int64_t r) {
     if (!s.out.zero) std::memset(out + clear * bytes, 0, size_t((r - clear) * bytes));
     clear = r + 1;
@@ -113,7 +114,7 @@ void sum_bucket(const Bucket& bucket, int64_t k, const Sum<F>& s, RowList<F> lis
       weighted_sum(s.dtype, list.rows + begin, list.weights + begin, n, s.width, sum);
     } else {
       *sum = 0;
-      for (int64_t e = begin; e < begin + n;) {  // in two levels, as weighted_sum
+      for (int64_t e = begin; e < begin + n;) {  // a sum in two levels, as in weighted_sum
         F part = 0;
         for (const int64_t end = least(begin + n, e + kTerms); e < end; ++e) part += s.weights[bucket.positions[e]];
         *sum += part;
@@ -127,7 +128,7 @@ void sum_bucket(const Bucket& bucket, int64_t k, const Sum<F>& s, RowList<F> lis
   clear_until(bucket.n);
 }
 
-// Gradients that are broadcast over the same leading dimensions have the same order of entries.
+// Are both gradients broadcast over the same leading dimensions? Then their entries have the same order.
 bool same_rows(const Lead& lead, const MemoryGradient& a, const MemoryGradient& b) {
   bool same = a.rows == b.rows;
   for (int d = 0; d < lead.rank; ++d) same &= lead.shared[d] || (a.view.lead[d] == 0) == (b.view.lead[d] == 0);

@@ -1,5 +1,5 @@
-// Gradients of memory from the tokens that chose it:  out[i] = factor * sum over (t, j) with index[t, j] = i of
-// weight[t, j] row_t, in the order of the tokens (cpu/tiles/segments.cpp).
+// Gradients of memory from the tokens that chose it, summed in the order of the tokens (cpu/tiles/segments.cpp):
+//   out[i] = factor * sum over (t, j) with index[t, j] = i of weight[t, j] row_t
 #pragma once
 
 #include "cpu/tiles/gather.h"
@@ -9,18 +9,18 @@
 
 namespace mk::MK_ISA {
 
-// What is summed into one gradient.
+// The terms of one gradient.
 template <class F>
 struct Sum {
   MemoryGradient out;
   int64_t width;
   const F* weights;  // one per entry, [all tokens][k]
   F factor;
-  const char* const* rows;  // one per token, of `dtype`; null: the weights alone are summed (width 1)
+  const char* const* rows;  // one per token, of `dtype`; null: only the weights are summed (width 1)
   DType dtype;
 };
 
-// Where the rows of all tokens lie.
+// Pointers to the rows of all tokens.
 class TokenPointers {
  public:
   TokenPointers(const View& v, const Lead& lead, int64_t T) : rows_(v ? lead.batches() * lead.folded() * T : 0) {
@@ -36,7 +36,7 @@ class TokenPointers {
   Buffer<const char*> rows_;
 };
 
-// All sums whose gradient is wanted, at most 8. Indices have been checked.
+// Computes every gradient that is wanted, at most 8. Indices have been checked.
 void sum_chosen(const Choice& c, const Sum<float>* sums, int count);
 void sum_chosen(const Choice& c, const Sum<double>* sums, int count);
 

@@ -1,5 +1,5 @@
-// One vector register, for whatever instruction set this file is compiled for. Kernels are written on these and compiled per
-// set; GCC and Clang vector extensions carry the arithmetic, so a new architecture needs only its register width.
+// One vector register of the instruction set that this file is compiled for. Kernels are written with it and compiled
+// once per set. GCC and Clang vector extensions do the arithmetic, so a new architecture needs only its register width.
 #pragma once
 
 #include <cmath>
@@ -65,7 +65,7 @@ MK_INLINE Vec<F> fill(F x) {
   return fill_lanes<F>(x, std::make_index_sequence<size_t(kLanes<F>)>());
 }
 
-// First n lanes, the others zero; never reads past p + n.
+// The first n lanes, the others zero; never reads beyond p + n.
 template <class F>
 MK_INLINE Vec<F> load_first(const F* p, int64_t n) {
   F lanes[kLanes<F>] = {};
@@ -83,7 +83,7 @@ MK_INLINE Vec<double> load_first<double>(const double* p, int64_t n) {
 }
 #endif
 
-// a where a > b, else b: a NaN in `a` yields b.
+// a where a > b, else b: a NaN in `a` gives b.
 template <class F>
 MK_INLINE Vec<F> max(Vec<F> a, Vec<F> b) {
 #if defined(__AVX512F__)
@@ -146,8 +146,9 @@ MK_INLINE F largest(Vec<F> v) {
   return m;
 }
 
-// --- W registers at once ----------------------------------------------------------------------------------------------------
-// Lanes whose bit D is clear are a's in `first`, and a's partners D lanes further on in `second`; the others are b's.
+// --- W registers at once --------------------------------------------------------------------------------------------
+// In lanes whose number has bit D clear, `first` takes that lane of a, and `second` the lane D further on in a. In the
+// others `second` takes that lane of b, and `first` the lane D before it in b.
 template <class F, int D, size_t... I>
 MK_INLINE void trade(Vec<F>& a, Vec<F>& b, std::index_sequence<I...>) {
   constexpr int W = kLanes<F>;
@@ -185,8 +186,9 @@ MK_INLINE Vec<F> sums(Vec<F>* x) {
   return x[0];
 }
 
-// --- exponentials -------------------------------------------------------------------------------------------------------
-// 2^f on [-0.5, 0.5], interpolated at Chebyshev nodes, exact at 0: relative error 3e-7 (float), 5e-18 + rounding (double).
+// --- exponentials ---------------------------------------------------------------------------------------------------
+// 2^f on [-0.5, 0.5], interpolated at Chebyshev nodes, exact at 0: relative error 3e-7 (float), 5e-18 + rounding
+// (double).
 template <class F>
 MK_INLINE Vec<F> exp2_fraction(Vec<F> f) {
   if constexpr (sizeof(F) == 4) {
@@ -214,13 +216,13 @@ MK_INLINE Vec<F> exp2_fraction(Vec<F> f) {
 
 constexpr double kLog2e = 1.4426950408889634;
 
-// e^t = 2^n 2^f with n + f = t log2(e): 0 below the smallest normal number, inf above the largest, NaN for NaN. `kLargest`: no t
-// counts as more than that.
+// e^t = 2^n 2^f with n + f = t log2(e): 0 below the smallest normal number, inf above the largest, NaN for NaN. t is
+// clamped to at most `kLargest`.
 template <class F, int kLargest = 1000>
 MK_INLINE Vec<F> exp(Vec<F> t) {
 #if defined(__AVX512F__)
   if constexpr (sizeof(F) == 4) {
-    // Operand order keeps NaN; the bounds keep -inf - -inf from becoming one.
+    // The order of operands keeps NaN. The bounds keep infinities from giving inf - inf = NaN.
     constexpr float bound = kLargest < 140 ? float(kLargest) : 140;
     const __m512 unit = _mm512_set1_ps(float(kLog2e));
     const __m512 x = _mm512_min_ps(_mm512_set1_ps(bound), _mm512_max_ps(_mm512_set1_ps(-140), (__m512)t));
@@ -246,14 +248,14 @@ MK_INLINE Vec<F> exp(Vec<F> t) {
   return t == t ? r : t;
 }
 
-// The weight exp(s - lse) of a softmax whose log-sum-exp is `lse` + `rest`, what its rounding left out. The largest score is not
-// above it; one that is computed again may be, by rounding.
+// The weight exp(s - lse) of a softmax with log-sum-exp `lse` + `rest`. No score exceeds it, but one that is computed
+// again may, by rounding.
 template <class F>
 MK_INLINE Vec<F> weight(Vec<F> s, Vec<F> lse, Vec<F> rest) {
   return exp<F, 0>((s - lse) - rest);
 }
 
-// a = sigmoid(s) and 1 - a = sigmoid(-s); exactly 0 and 1 where the gate is saturated.
+// a = sigmoid(s) and 1 - a = sigmoid(-s); exactly 0 and 1 if the gate is saturated.
 template <class F>
 MK_INLINE void sigmoid(Vec<F> s, Vec<F>& a, Vec<F>& keep) {
   Vec<F> e = exp<F>(s > 0 ? -s : s);
@@ -263,13 +265,14 @@ MK_INLINE void sigmoid(Vec<F> s, Vec<F>& a, Vec<F>& keep) {
 }
 
 #if defined(__AVX512F__)
-// Both rounded to bfloat16, those of `a` first. For Isa::avx512bf16; by name, as files are compiled for processors that lack it.
+// Rounds both to bfloat16, those of `a` first. For Isa::avx512bf16; assembly, since files are also compiled for other
+// sets.
 MK_INLINE Vec<float> rounded(Vec<float> a, Vec<float> b) {
   Vec<float> x;
   asm("vcvtne2ps2bf16 %2, %1, %0" : "=v"(x) : "v"(b), "v"(a));
   return x;
 }
-// The same lane by lane, side by side.
+// The same lane by lane, interleaved.
 MK_INLINE Vec<float> pairs_of(Vec<float> a, Vec<float> b) {
   const __m512i low = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
   const __m512i both = _mm512_add_epi32(low, _mm512_slli_epi32(_mm512_add_epi32(low, _mm512_set1_epi32(16)), 16));
@@ -277,7 +280,8 @@ MK_INLINE Vec<float> pairs_of(Vec<float> a, Vec<float> b) {
 }
 #endif
 
-// While alive, denormal numbers count as zero: products of gates run through them, a hundred times slower than anything.
+// While alive, denormal numbers count as zero. Products of gates pass through them, and they are a hundred times
+// slower.
 class FlushDenormals {
 #if defined(__x86_64__)
  public:

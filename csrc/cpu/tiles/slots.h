@@ -1,5 +1,5 @@
-// Blocks of slots as rows of F. Hides dtype and padding, and leaves out empty slots (mask -inf): what lies in an empty slot is
-// never looked at, and a mostly empty memory costs only what is in it.
+// Blocks of slots as rows of F. Hides dtype and padding, and skips empty slots (mask -inf): their content is never
+// read, and a mostly empty memory costs only its filled slots.
 #pragma once
 
 #include "cpu/tiles/parallel.h"
@@ -10,23 +10,23 @@ namespace mk::MK_ISA {
 
 template <class F>
 struct SlotBlock {
-  int64_t n = 0;  // slots in it that may be addressed
+  int64_t n = 0;  // slots of the block that may be addressed
   const F* keys = nullptr;
   int64_t ks = 0;  // elements from row to row
   const F* values = nullptr;
   int64_t vs = 0;
-  int64_t keys_ahead = 0, values_ahead = 0;  // elements from a row to the one to ask for with it; 0: nothing to ask for
+  int64_t keys_ahead = 0, values_ahead = 0;  // prefetch distance in elements; 0: no prefetch
   const F* mask = nullptr;                   // added to scores; null: none
-  const int32_t* which = nullptr;            // which[j]: place of row j in the block; null: place j
+  const int32_t* which = nullptr;            // which[j]: position of row j in the block; null: j
 
   int64_t place(int64_t j) const { return which == nullptr ? j : which[j]; }
 };
 
-// The slots of one batch. `pad`: rows are readable in whole registers (zeros behind the end).
+// The slots of one batch. `pad`: rows can be read in whole registers, with zeros beyond the width.
 template <class F>
 class Slots {
  public:
-  // Rows as they are stored.
+  // Rows in their stored dtype.
   struct Source {
     const char* base = nullptr;
     DType dtype = DType::f32;
@@ -54,16 +54,16 @@ class Slots {
   }
   static int64_t padded(int64_t width) { return round_up(width, kLanes<F>); }
 
-  // Asks for the values of slots [first, end) before they are needed, some cache lines at a time. Hardware follows a few streams; a
-  // block is a hundred rows, read half a dozen at a time.
-  class Ahead {
+  // Prefetches the values of slots [first, end), some cache lines at a time. Hardware prefetch follows only a few
+  // streams; a block has a hundred rows, read half a dozen at a time.
+  class Prefetch {
    public:
-    Ahead(const Slots& s, int64_t first, int64_t end)
+    Prefetch(const Slots& s, int64_t first, int64_t end)
         : row_(s.values_.base + first * s.values_.stride),
           bytes_(s.values_.base == nullptr ? 0 : s.V_ * size_of(s.values_.dtype)),
           stride_(s.values_.stride),
           left_(end - first) {}
-    MK_INLINE void ask(int64_t lines) {
+    MK_INLINE void next(int64_t lines) {
       for (; lines > 0 && left_ > 0; row_ += stride_, at_ = 0, --left_) {
         for (; at_ < bytes_ && lines > 0; at_ += 64, --lines) __builtin_prefetch(row_ + at_, 0, 2);
         if (at_ < bytes_) return;
@@ -81,7 +81,8 @@ class Slots {
   const Source& stored_keys() const { return keys_; }
   const Source& stored_values() const { return values_; }
 
-  // Which of the slots [first, first + count) may be addressed, without their rows; count at most the block size of the buffers.
+  // Lists the slots of [first, first + count) that may be addressed, without their rows. count is at most the block
+  // size.
   SlotBlock<F> list(int64_t first, int64_t count, const Buffers& b) const {
     SlotBlock<F> block;
     block.n = count;
@@ -99,7 +100,7 @@ class Slots {
     }
     return block;
   }
-  // And with them.
+  // The same, with their rows.
   SlotBlock<F> load(int64_t first, int64_t count, const Buffers& b) const {
     SlotBlock<F> block = list(first, count, b);
     fetch(keys_, K_, first, block, b.keys, block.keys, block.ks, block.keys_ahead);
@@ -108,7 +109,7 @@ class Slots {
   }
 
  private:
-  // How many batches have rows of their own in `v`.
+  // The number of batches that have rows of their own in `v`.
   static int64_t copies(const View& v, const Lead& lead) {
     int64_t n = 1;
     for (int d = 0; d < lead.rank; ++d) n *= lead.shared[d] || v.lead[d] == 0 ? 1 : lead.size[d];
@@ -137,7 +138,7 @@ class Slots {
     if (s.dtype == kOwn<F> && block.which == nullptr && whole && s.stride % item == 0) {
       out = reinterpret_cast<const F*>(s.base + first * s.stride);
       stride = s.stride / item;
-      ahead = far_ ? div_up(kBytesAhead, most(width, 1) * item) * stride : 0;
+      ahead = far_ ? div_up(kPrefetchBytes, most(width, 1) * item) * stride : 0;
       return;
     }
     stride = padded(width);

@@ -5,11 +5,11 @@
 
 namespace mk::MK_ISA {
 
-// 1 / x for x of at least 1 and far from overflow.
+// 1 / x for x >= 1 and far from overflow.
 template <class F>
 MK_INLINE Vec<F> reciprocal(Vec<F> x) {
 #if defined(__AVX512F__)
-  if constexpr (sizeof(F) == 4) {  // 14 bits and one step of Newton's: a third of the time of a division
+  if constexpr (sizeof(F) == 4) {  // 14 bits and one Newton step: a third of the time of a division
     const Vec<F> r = (Vec<F>)_mm512_rcp14_ps((__m512)x);
     return r + r * (F(1) - x * r);
   }
@@ -17,10 +17,10 @@ MK_INLINE Vec<F> reciprocal(Vec<F> x) {
   return F(1) / x;
 }
 
-// tanh(x), exactly +-1 far out, NaN for NaN; relative error 3e-7 (float), 1e-15 (double), down to the smallest x.
+// tanh(x): exactly +-1 for large |x|, NaN for NaN; relative error 3e-7 (float), 1e-15 (double), down to the smallest x.
 // float: x P(x^2) / Q(x^2), fitted to tanh(x) / x on [0, 9.02] by least squares, reweighted until the error is level
-// (2e-8). double: |x| < 1/2 by eight terms of Lambert's continued fraction, where 1 - exp(-2 |x|) would lose digits;
-// beyond by that.
+// (2e-8). double: for |x| < 1/2 eight terms of Lambert's continued fraction, where 1 - exp(-2 |x|) would lose digits;
+// above that, from exp(-2 |x|).
 template <class F>
 MK_INLINE Vec<F> tanh(Vec<F> x) {
   const Vec<F> y = x * x;

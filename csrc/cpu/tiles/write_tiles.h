@@ -1,4 +1,4 @@
-// What the writes share: chunks of tokens that write, and blocks of slots whose gates have slots for lanes.
+// Shared by the writes: chunks of tokens that write, and blocks of slots with lanes of slots for the gates.
 #pragma once
 
 #include "cpu/tiles/parallel.h"
@@ -7,7 +7,7 @@
 
 namespace mk::MK_ISA {
 
-// The rows of all tokens of all batches, [batches][folded T]; those of tokens that do not write are left as they are.
+// The softmax rows of all tokens of all batches, [batches][folded T]. Rows of tokens that do not write are not written.
 void softmax_rows(const GatedWrite&, SoftmaxRow<float>*);
 void softmax_rows(const GatedWrite&, SoftmaxRow<double>*);
 
@@ -15,7 +15,7 @@ constexpr int64_t kChunkTokens = 96;
 template <class F>
 constexpr int64_t kSlotTile = 256 / int64_t(sizeof(F));  // 64 float slots: four AVX-512 registers
 
-// The tokens of [t0, t0 + count) that write, as rows of F; silent ones (token_mask) are left out.
+// The tokens of [t0, t0 + count) that write, as rows of F. Others (token_mask) are left out.
 template <class F>
 struct TokenChunk {
   int64_t n = 0, t0 = 0;
@@ -76,7 +76,7 @@ class Tokens {
   TokenRows query_, write_, erase_, mask_;
 };
 
-// The softmax rows of a call, or nothing for other gates.
+// The softmax rows of a call; empty for other gates.
 template <class F>
 class SoftmaxRows {
  public:
@@ -90,7 +90,7 @@ class SoftmaxRows {
   Buffer<SoftmaxRow<F>> rows_;
 };
 
-// From scores, or from the weights themselves, to tiles that `open` reads.
+// Turns scores, or given weights, into the tiles that `open` reads.
 template <class F>
 class Gates {
  public:
@@ -99,7 +99,7 @@ class Gates {
         weights_(p.weights, p.lead, batch, p.T),
         rows_(rows == nullptr ? nullptr : rows + batch * p.lead.folded() * p.T) {}
 
-  // S[t][j] = weight of slot first + j, zero in lanes past `count`.
+  // S[t][j] = weight of slot first + j, zero in lanes beyond `count`.
   void copy(const TokenChunk<F>& c, int64_t first, int64_t count, int64_t lanes, F* S, int64_t ld) const {
     const int64_t item = size_of(weights_.dtype);
     for (int64_t t = 0; t < c.n; ++t) {
@@ -108,8 +108,8 @@ class Gates {
       for (int64_t j = count; j < lanes; ++j) s[j] = 0;
     }
   }
-  // Scores (less `mask`, or null) become a softmax, the lanes past the block 0. A gate above 1/2 is stored as a - 1, which is
-  // negative: there 1 - a is what needs all its digits.
+  // Turns scores (without `mask`, which may be null) into a softmax; lanes beyond the block get 0. A gate above 1/2 is
+  // stored as a - 1, which is negative, since there 1 - a needs all its digits.
   void normalise(const TokenChunk<F>& c, int64_t first, const SlotBlock<F>& block, int64_t count, int64_t lanes,
                  const F* mask, F* S, int64_t ld) const {
     for (int64_t t = 0; t < c.n; ++t) {
@@ -134,7 +134,7 @@ class Gates {
   const SoftmaxRow<F>* rows_;
 };
 
-// a and 1 - a from a number of a tile; m: the mask of its slot.
+// a and 1 - a from a number of a tile; m is the mask of its slot.
 template <class F>
 MK_INLINE void open(Gate kind, Vec<F> x, Vec<F> m, Vec<F>& a, Vec<F>& keep) {
   if (kind == Gate::sigmoid) {
@@ -143,7 +143,7 @@ MK_INLINE void open(Gate kind, Vec<F> x, Vec<F> m, Vec<F>& a, Vec<F>& keep) {
   }
   a = x, keep = F(1) - x;
   if (kind == Gate::given) return;
-  const Ints<F> above = (Ints<F>)x < 0;  // by the sign bit: -0 is a gate of exactly 1
+  const Ints<F> above = (Ints<F>)x < 0;  // by the sign bit, since -0 is a gate of exactly 1
   a = above ? F(1) + x : a;
   keep = above ? -x : keep;
 }
@@ -160,7 +160,7 @@ struct KeyLanes {
     pack_lanes<F>(block.n, L, K, factor, nullptr, keys, [&](int64_t j, F*) { return block.keys + j * block.ks; });
     for (int64_t j = 0; j < L; ++j) mask[j] = block.mask != nullptr && j < block.n ? block.mask[j] : F(0);
   }
-  // The tile of `from` for this block, which takes `count` slots from `first` on.
+  // Computes the tile of `from` for this block, which covers `count` slots from `first` on.
   void gates(const Gates<F>& from, const TokenChunk<F>& c, int64_t first, int64_t count, const SlotBlock<F>& block,
              int64_t K, F* S) const {
     if (from.kind == Gate::given) {
@@ -186,7 +186,7 @@ inline void write_weights(const TokenRows& weights, const TokenChunk<F>& c, int6
   }
 }
 
-// 1 - e a, the share of a slot that one token leaves; `keep` is 1 - a without cancellation.
+// 1 - e a, the share of a slot's content that one token leaves. `keep` is 1 - a, computed without cancellation.
 template <class F>
 MK_INLINE Vec<F> left(Vec<F> a, Vec<F> keep, F e) {
   return e == F(1) ? keep : F(1) - e * a;

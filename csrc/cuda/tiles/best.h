@@ -1,4 +1,5 @@
-// The best slots of a token: candidates as 64-bit keys that sort as they rank, and lists of them in shared memory, kept by a warp.
+// The best slots of a token: 64-bit keys that sort as candidates rank, and sorted lists of them in shared memory, kept
+// by a warp.
 #pragma once
 
 #include "cuda/tiles/numbers.h"
@@ -7,7 +8,7 @@ namespace mk::cuda {
 
 using Key = uint64_t;  // score, then the smaller index; 0: no slot
 
-// A larger key ranks before: NaN above +inf above ... above the lowest number. A score of -inf is no candidate.
+// A larger key ranks first: NaN above +inf above ... above the lowest number. A score of -inf is no candidate.
 MK_DEVICE Key key_of(float score, int64_t slot) {
   if (score == -kInfinity) return 0;
   const uint32_t u = __float_as_uint(score + 0.f);  // -0 and 0 are one score
@@ -37,7 +38,7 @@ MK_DEVICE void sort_keys(Key* keys, int n) {
   }
 }
 
-// list[0, n) becomes the n best of itself and `other`, both sorted; `other` need not be longer than it is read, n keys.
+// list[0, n) becomes the n best of itself and `other`, both sorted. Reads n keys of `other`.
 MK_DEVICE void merge_keys(Key* list, const Key* other, int n) {
   for (int i = int(threadIdx.x) & 31; i < n; i += 32) {
     const Key y = other[n - 1 - i];
@@ -47,7 +48,7 @@ MK_DEVICE void merge_keys(Key* list, const Key* other, int n) {
   for (int stride = n / 2; stride > 0; stride /= 2) compare(list, n, n, stride);
 }
 
-// n keys that are no slots.
+// Fills n keys with "no slot".
 MK_DEVICE void clear_keys(Key* keys, int n) {
   for (int i = int(threadIdx.x) & 31; i < n; i += 32) keys[i] = 0;
 }

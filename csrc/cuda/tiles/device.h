@@ -1,4 +1,4 @@
-// The device of a call, as launchers see it, and how a kernel is launched.
+// The device of a call as launchers see it, and kernel launches.
 #pragma once
 
 #include <stdexcept>
@@ -17,26 +17,26 @@ namespace mk::cuda {
 
 struct Device {
   cudaStream_t stream = nullptr;
-  int processors = 4;                  // multiprocessors
+  int processors = 4;                  // SMs
   int64_t shared = int64_t(96) << 10;  // bytes of shared memory that one block may have
   void* owner = nullptr;
   void* (*allocate)(void* owner, int64_t bytes) = nullptr;
   bool (*allows_tf32)(void* owner) = nullptr;  // whether float32 products may be rounded to tf32
 
-  // Memory that lives until all kernels of this call are in the stream; aligned to 256 bytes, its content is anything.
+  // Memory that lives until all kernels of this call are in the stream; aligned to 256 bytes, uninitialised.
   template <class T>
   T* scratch(int64_t count) const {
     return static_cast<T*>(allocate(owner, count * int64_t(sizeof(T))));
   }
 };
 
-// Fills in what device `index` has.
+// Fills in the properties of device `index`.
 void describe(int index, Device& device);
 
-// Throws with what the kernel was and what CUDA says, when it says something.
+// On an error, throws `what` with CUDA's message.
 void check(cudaError_t status, const char* what);
 
-// Puts `kernel` into the stream: `blocks` blocks of `threads` threads with `shared` bytes of shared memory.
+// Launches `kernel` into the stream: `blocks` blocks of `threads` threads with `shared` bytes of shared memory.
 template <class... P>
 void launch(const Device& device, const char* name, void (*kernel)(P...), int64_t blocks, int threads, int64_t shared,
             const std::decay_t<P>&... args) {

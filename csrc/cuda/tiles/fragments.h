@@ -1,31 +1,31 @@
-// Products of tiles in shared memory by the tensor cores: what a lane of a warp holds of them, for each type of number.
+// Products of tiles in shared memory on the tensor cores: the fragments that a lane holds, for each type of number.
 //
-// A product has 16 rows on the left and 8 columns on the right; a step along its depth is 32 bytes of a row whatever the type, 16
-// numbers of 16 bits or 8 of float32. Rows of a tile lie an odd number of 16 bytes apart, so that 8 of them, or 4 pairs, meet
-// different banks.
+// A product has 16 rows on the left and 8 columns on the right. A step along its depth is 32 bytes of a row for every
+// type: 16 numbers of 16 bits, or 8 of float32. The pitch of the rows of a tile is an odd multiple of 16 bytes, so that
+// 8 rows, or 4 pairs of them, use different banks.
 //
-// float32 is split into two tf32 numbers of 11 binary digits, x = high + low, and high high, high low and low high are added up: an
-// error of about 2^-21 of a product. The hardware may cut sums off where a float addition would round, and 1000 steps cut in one
-// direction; so small terms have a sum of their own, and a sum over many tiles is added up outside. An infinite float32 number has
-// no low part and gives NaN.
+// float32 is split into two tf32 numbers of 11 binary digits, x = high + low. The products high high, high low and low
+// high are summed: an error of about 2^-21 of a product. The hardware may truncate sums where float addition would
+// round, and 1000 truncated steps err in one direction. So small terms have a sum of their own, and a sum over many
+// tiles is added up outside. An infinite float32 number has no low part and gives NaN.
 #pragma once
 
 #include "cuda/tiles/numbers.h"
 
 namespace mk::cuda {
 
-// The most tokens that share a memory and are not taken in tiles. A choice, not a measurement: of a tile of 64 tokens a quarter is
-// used then, and a stream of 8 reads the memory twice.
+// With at most so many tokens per memory, tiles are not used. A choice, not a measurement: a quarter of a tile of 64
+// tokens would be used, and the streams of 8 tokens read the memory twice.
 constexpr int64_t kFew = 16;
 
-// Names an arithmetic, as bf16, f16 and float do: float32 rounded to tf32, for products that end as 16-bit numbers.
+// Names an arithmetic, like bf16, f16 and float do: float32 rounded to tf32, for products that are stored in 16 bits.
 struct tf32 {};
 
-// The numbers in memory of an arithmetic.
+// The type in memory of an arithmetic's numbers.
 template <class M>
 using Stored = std::conditional_t<std::is_same_v<M, tf32>, float, M>;
 
-// One step of the left side.
+// The left operand of one step.
 template <class M>
 struct Left {
   uint32_t x[4];
@@ -35,7 +35,8 @@ struct Left<float> {
   uint32_t high[4], low[4];
 };
 
-// What a lane has of a product: x[0] and x[1] in row lane / 4, columns 2 (lane % 4) and the next; x[2] and x[3] 8 rows below.
+// A lane's part of a product: x[0] and x[1] are in row lane / 4, columns 2 (lane % 4) and the next; x[2] and x[3] 8
+// rows below.
 template <class M>
 struct Sums {
   float x[4] = {};
@@ -47,13 +48,13 @@ struct Sums<float> {
   MK_DEVICE float operator[](int i) const { return x[i] + low[i]; }
 };
 
-constexpr uint32_t kHighDigits = 0xffffe000;  // of a float32 number, those that tf32 has
+constexpr uint32_t kHighDigits = 0xffffe000;  // the bits of a float32 number that tf32 keeps
 
 MK_DEVICE uint32_t low_part(uint32_t x) {
   return __float_as_uint(__uint_as_float(x) - __uint_as_float(x & kHighDigits)) & kHighDigits;
 }
 
-// From the numbers as they lie in memory.
+// From numbers as they are in memory.
 template <class M>
 MK_DEVICE Left<M> left_of(const uint32_t (&x)[4]) {
   Left<M> a;
@@ -66,7 +67,7 @@ MK_DEVICE Left<M> left_of(const uint32_t (&x)[4]) {
   return a;
 }
 
-// One step of a product; b0 and b1 as they lie in memory.
+// One step of a product; b0 and b1 as they are in memory.
 MK_DEVICE void add_product(Sums<bf16>& d, const Left<bf16>& a, uint32_t b0, uint32_t b1) { mma_bf16(d.x, a.x, b0, b1); }
 MK_DEVICE void add_product(Sums<f16>& d, const Left<f16>& a, uint32_t b0, uint32_t b1) { mma_f16(d.x, a.x, b0, b1); }
 MK_DEVICE void add_product(Sums<tf32>& d, const Left<tf32>& a, uint32_t b0, uint32_t b1) {
@@ -79,24 +80,25 @@ MK_DEVICE void add_product(Sums<float>& d, const Left<float>& a, uint32_t b0, ui
   mma_tf32(d.x, a.high, high0, high1);
 }
 
-// Bytes from row to row of a tile so wide. Rows are filled up with zeros to whole steps of 16 numbers.
+// The pitch in bytes of a tile with rows of this width. Rows are padded with zeros to whole steps of 16 numbers.
 template <class X>
 MK_BOTH constexpr int tile_pitch(int64_t columns) {
   return int((columns + 15) / 16 * 16 * int64_t(sizeof(X))) + 16;
 }
 
-// 16 rows as the left side, from byte `at` of each. `lane`, here and below: of this thread, in its warp.
+// 16 rows as the left operand, from byte `at` of each. `lane`, here and below: of this thread, in its warp.
 MK_DEVICE void load_left(uint32_t (&x)[4], const char* rows, int pitch, int at, int lane) {
   ldmatrix(x, rows + lane % 16 * pitch + lane / 16 * 16 + at);
 }
 
-// 16 rows as columns of the right side, from byte `at` of each: b0 and b1 of the first 8, then of the others.
+// 16 rows as columns of the right operand, from byte `at` of each: b0 and b1 of the first 8, then of the others.
 MK_DEVICE void load_columns(uint32_t (&b)[4], const char* rows, int pitch, int at, int lane) {
   ldmatrix(b, rows + (lane / 16 * 8 + lane % 8) * pitch + lane / 8 % 2 * 16 + at);
 }
 
-// The rows of one step as the depth of the right side, 16 columns from `column` on: b0 and b1 of the first 8, then of the others.
-// For float32 place k of the depth is row 2 k, from k = 4 on row 2 k - 7: the order in which weights_left() has its columns.
+// The rows of one step as the depth of the right operand, 16 columns from `column` on: b0 and b1 of the first 8, then
+// of the others. For float32 the depth is permuted: index k is row 2 k, from k = 4 on row 2 k - 7, like the columns of
+// weights_left().
 template <class W>
 MK_DEVICE void load_depth(uint32_t (&b)[4], const char* rows, int pitch, int column, int lane) {
   if constexpr (sizeof(W) == 2) {
@@ -109,7 +111,7 @@ MK_DEVICE void load_depth(uint32_t (&b)[4], const char* rows, int pitch, int col
   }
 }
 
-// Step `step` of the left side, from a product with its columns as depth: [8 columns each][x of Sums].
+// Step `step` of the left operand, whose depth are the columns of a product: [8 columns each][x of Sums].
 template <class M>
 MK_DEVICE Left<M> weights_left(const float (*x)[4], int step) {
   if constexpr (std::is_same_v<M, float> || std::is_same_v<M, tf32>) {
@@ -124,8 +126,9 @@ MK_DEVICE Left<M> weights_left(const float (*x)[4], int step) {
   }
 }
 
-// All threads: starts the copy of rows into a tile, in packs of 16 bytes where `packs`; zeros beyond `columns` and where
-// row_of(row) is null. Eight threads share a row; `tid` is this one. `base`: any address of the memory. The caller commits.
+// All threads: starts copies of rows into a tile, in packs of 16 bytes if `packs`. Writes zeros beyond `columns` and
+// where row_of(row) is null. Eight threads share a row; `tid` is this thread. `base`: any address in the memory. The
+// caller commits.
 template <class X, int threads, class Row>
 MK_DEVICE void copy_rows(int tid, int rows, int64_t columns, bool packs, const char* base, char* tile, int pitch,
                          Row&& row_of) {
@@ -155,7 +158,7 @@ MK_DEVICE void copy_rows(int tid, int rows, int64_t columns, bool packs, const c
   }
 }
 
-// The same for rows of another type that become float32; what is written is there after the next barrier.
+// The same for rows of another type, converted to float32. The next barrier makes what is written visible.
 template <int threads, class Row>
 MK_DEVICE void widen_rows(int tid, DType from_type, int rows, int64_t columns, char* tile, int pitch, Row&& row_of) {
   const int whole = pitch / 4 - 4;
@@ -186,13 +189,15 @@ MK_DEVICE void add_products(Sums<M> (&sums)[S / 8], const char* left, int left_p
   }
 }
 
-// The power of two that brings `x`, the largest of its row, near 2^14; 1 for what is not finite. Its inverse is a normal number.
+// The power of two that scales `x`, the largest of its row, to about 2^14; 1 if x is not finite. Its inverse is a
+// normal number.
 MK_DEVICE float lift_of(float x) {
   const int exponent = int(__float_as_uint(x) >> 23 & 0xff), e = 268 - exponent;
   return exponent == 0xff ? 1.f : __uint_as_float(uint32_t(e < 253 ? e : 253) << 23);
 }
 
-// Brings the rows of x near 2^14 by powers of two, `drop` are their inverses; for float16 alone, other types have the range of float32.
+// Scales each row of x to about 2^14 by a power of two; `drop` receives the inverses. Only for float16: the other types
+// have the exponent range of float32.
 template <class M, int S>
 MK_DEVICE void lift_rows(float (&x)[S / 8][4], float (&drop)[2]) {
   drop[0] = drop[1] = 1;
@@ -212,8 +217,8 @@ MK_DEVICE void lift_rows(float (&x)[S / 8][4], float (&drop)[2]) {
   }
 }
 
-// acc += weights times the rows of a tile, whose columns from `columns` on are left out. The tile has as many rows as the weights
-// have columns; `lane`: see opaque().
+// acc += weights times the rows of a tile; columns from `columns` on are left out. The tile has as many rows as the
+// weights have columns. `lane`: see opaque().
 template <class M, int kSteps, int kColumns>
 MK_DEVICE void add_weighted(float (&acc)[kColumns / 8][4], const Left<M> (&weights)[kSteps], const float (&drop)[2],
                             const char* tile, int pitch, int64_t columns, int lane) {

@@ -1,8 +1,8 @@
-// What the writes in tiles share, forward and backward: gates from the scores of tokens and slots, for products of tiles on the
+// Shared by the writes in tiles, forward and backward: gates from the scores of tokens and slots, for products on the
 // tensor cores. A warp has 16 rows of a tile of pairs, as the fragments of fragments.h.
 //
-// All operands of a call have one type in shared memory. Where they differ (a float32 memory beside 16-bit keys), or are float32,
-// they are multiplied as float32; so a float32 memory keeps its digits.
+// All operands of a call have one type in shared memory. If they differ (a float32 memory with 16-bit keys), or are
+// float32, they are multiplied as float32, so that a float32 memory keeps its precision.
 #pragma once
 
 #include "cuda/tiles/fragments.h"
@@ -12,14 +12,15 @@ namespace mk::cuda {
 namespace {
 
 constexpr int kThreads = 128, kRows = 64, kColumns = 128, kBuffers = 2;
-constexpr int kPartBytes = 256;  // of a row that arrives in parts
+constexpr int kPartBytes = 256;  // per row, for rows that are loaded in parts
 
 template <class X>
 constexpr DType kTypeOf = std::is_same_v<X, bf16>  ? DType::bf16
                           : std::is_same_v<X, f16> ? DType::f16
                                                    : DType::f32;
 
-// Tensors whose rows a block looks up, and where those of its batch begin, in shared memory: found once, by one thread for each.
+// Tensors whose rows a block looks up. The address of its batch in each is computed once, by one thread per tensor, and
+// kept in shared memory.
 enum Tensor : int8_t { kQuery, kWrite, kTokenMask, kKeys, kMask, kUpper, kRetained, kDRetained, kTensors };
 struct Views {
   View of[kTensors];
@@ -48,7 +49,7 @@ inline Rows rows_of(const Views& views, Tensor of, const Lead& lead, int64_t wid
   return {of, v && width > 0 && in_packs(v, lead, width), width};
 }
 
-// All threads: starts the copy of columns [at, at + columns) of rows to a tile, zeros where row_of(row) is null.
+// All threads: starts copies of columns [at, at + columns) of rows to a tile, zeros where row_of(row) is null.
 template <class X, class Row>
 MK_DEVICE void ask_rows(int tid, int rows, const Views& views, const Rows& from, int64_t at, int64_t columns,
                         char* tile, int pitch, Row&& row_of) {
@@ -68,12 +69,12 @@ MK_DEVICE void ask_rows(int tid, int rows, const Views& views, const Rows& from,
 // Tokens of a tile, in shared memory.
 template <int S>
 struct Tokens {
-  const char *query[S], *write[S];  // of `query` or of the gates that are given; null: the token does not write
+  const char *query[S], *write[S];  // of `query` or of the given gates; null: the token does not write
   SoftmaxRow<float> softmax[S];
   bool writes[S];
 };
 
-// Threads below S: finds the tokens from t0 on.
+// Threads below S: look up the tokens from t0 on.
 template <int S>
 MK_DEVICE void look_up(Tokens<S>& tile, const Writing& w, const Views& views, const Bases& bases, int64_t batch,
                        int64_t t0) {
@@ -92,13 +93,13 @@ MK_DEVICE void look_up(Tokens<S>& tile, const Writing& w, const Views& views, co
   tile.writes[r] = writes;
 }
 
-// What the mask adds to the scores of slot i: -inf where it is empty, or there is none.
+// The mask's term in the scores of slot i; -inf if the slot is empty or does not exist.
 MK_DEVICE float added_to(const Pairs& p, const char* mask, int64_t i) {
   return i < p.N ? mask_at(p.mask, mask, i) : -kInfinity;
 }
 
-// A gate in one register: a, or where that is above 1/2 and has been computed, a - 1 with the sign bit set: there 1 - a is what
-// needs all its digits. Gates that are given are a.
+// A gate in one register: a, or if a computed gate is above 1/2, a - 1 with the sign bit set, since there 1 - a needs
+// all its digits. Given gates are always a.
 struct Gates {
   bool given;
   MK_DEVICE float open(float x) const { return above(x) ? 1 + x : x; }
@@ -106,8 +107,9 @@ struct Gates {
   MK_DEVICE bool above(float x) const { return !given && __float_as_uint(x) >> 31 != 0; }
 };
 
-// Turns products x of queries and keys into gates, 0 for tokens that do not write and slots that are not open; gates that are given
-// stay. token(j, i) and slot(j, i): the places of x[j][i]; added(j, i): what the mask adds there; first: the slot at place 0.
+// Turns products x of queries and keys into gates: 0 for tokens that do not write and for slots that are not open.
+// Given gates are unchanged. token(j, i) and slot(j, i): the positions of x[j][i]; added(j, i): the mask's term there;
+// first: the slot at position 0.
 template <int S, int R, class Token, class Slot, class Added>
 MK_DEVICE void to_gates(float (&x)[S / 8][4], const Writing& w, const Tokens<R>& tokens, int64_t first, Token&& token,
                         Slot&& slot, Added&& added) {
@@ -140,8 +142,8 @@ MK_DEVICE void to_gates(float (&x)[S / 8][4], const Writing& w, const Tokens<R>&
   }
 }
 
-// R behind two neighbouring tokens of a row, whose columns four neighbouring lanes share two by two: r0 and r1, from what they leave,
-// f0 and f1. left: R behind the eight tokens, then before them.
+// R after two neighbouring tokens of a row: r0 and r1, from their factors f0 and f1. Four neighbouring lanes share the
+// columns of a row in pairs. `left` is R after the eight tokens, and becomes R before them.
 MK_DEVICE void leave(int lane, float f0, float f1, float& left, float& r0, float& r1) {
   const float pair = f0 * f1, next = __shfl_xor_sync(kAllLanes, pair, 1);
   const float half = pair * next, other = __shfl_xor_sync(kAllLanes, half, 2);
@@ -151,14 +153,14 @@ MK_DEVICE void leave(int lane, float f0, float f1, float& left, float& r0, float
   r0 = r1 * f1, left *= half * other;
 }
 
-// Calls body<M>() for the arithmetic of a call with these operands.
+// Calls body<M>() for the arithmetic that these operands need.
 template <class Body>
 void with_arithmetic(const Device& device, const Writing& w, std::initializer_list<const View*> operands, Body&& body) {
   DType type = DType::boolean;
   for (const View* v : operands) {
     if (*v) type = type == DType::boolean || type == v->dtype ? v->dtype : DType::f32;
   }
-  // The sums that make scores a softmax are taken in float32: with other scores they would be no softmax.
+  // The softmax pass computes scores in float32. Scores of another precision would not add up to a softmax.
   if (type == DType::bf16) body.template operator()<bf16>();
   else if (type == DType::f16) body.template operator()<f16>();
   else if (w.softmax == nullptr && device.allows_tf32(device.owner)) body.template operator()<tf32>();

@@ -1,5 +1,5 @@
-// Tiles of gates, for the writes: a[t, i] of 32 tokens and 32 slots, by the tiles of pairs.h. They are 1 / (1 + exp(-s[t, i])), a
-// softmax of the scores of a token, or given as weights.
+// Tiles of gates for the writes: a[t, i] of 32 tokens and 32 slots, by the tiles of pair_tiles.h. A gate is
+// 1 / (1 + exp(-s[t, i])), the softmax of a token's scores, or given as a weight.
 #pragma once
 
 #include "cuda/tiles/device.h"
@@ -8,14 +8,14 @@
 
 namespace mk::cuda {
 
-// What the kernels of a write take. `erase` is the vector e_t; without it, e_t = erase_scale.
+// Parameters of the write kernels. `erase` is the vector e_t; without it, e_t = erase_scale.
 struct Writing {
   Pairs pairs;
   View write, erase, token_mask;
   float erase_scale;
-  const SoftmaxRow<float>* softmax;  // of all tokens of all batches; null: the gates are no softmax
+  const SoftmaxRow<float>* softmax;  // of all tokens of all batches; null: gates are no softmax
 
-  // May tokens be left out of the gradients of slots where no trace of them is left? (why: cpu/gated_write_backward.cpp)
+  // May gradients skip tokens whose suffix product is 0? (why: cpu/gated_write_backward.cpp)
   MK_DEVICE bool forgets() const {
     return !pairs.weights && softmax == nullptr && erase_scale >= 0 && erase_scale <= 1;
   }
@@ -26,7 +26,7 @@ inline const char* name_of(const GatedWrite& g) {
   return g.gate == Gate::given ? "slot_write" : g.gate == Gate::softmax ? "softmax_write" : "gated_write";
 }
 
-// What makes the scores of every token a softmax, a_i = exp(s_i - top) * inverse, in scratch memory. (softmax_write.cu)
+// Computes the softmax of every token, a_i = exp(s_i - top) * inverse, in scratch memory. (softmax_write.cu)
 const SoftmaxRow<float>* softmax_rows(const Device& device, const char* name, const Pairs& p);
 
 inline Writing writing_of(const Device& device, const char* name, const GatedWrite& g) {
@@ -42,14 +42,14 @@ inline Writing writing_of(const Device& device, const char* name, const GatedWri
 struct GateTile {
   Tile pairs;                     // after open_gates w[t][i] is a, ds[t][i] is 1 - a
   const char* erase_rows[kTile];  // of tokens that write
-  bool open[kTile];               // not an empty slot, nor beyond the last one
+  bool open[kTile];               // false for an empty slot and beyond the last one
 };
 
-// 1 - e a without cancellation where e is 1; `keep` is 1 - a.
+// 1 - e a without cancellation if e is 1; `keep` is 1 - a.
 MK_DEVICE float left_by(float a, float keep, float e) { return e == 1 ? keep : 1 - e * a; }
 
-// a and 1 - a of slot i. Of the largest gate of a token the sum of the others is known, and 1 - a is that sum: a difference would
-// cancel where the gate is near 1.
+// a and 1 - a of slot i. For the largest gate of a token, 1 - a is the sum of the others, which is known: a difference
+// would cancel if the gate is near 1.
 MK_DEVICE void soften(const SoftmaxRow<float>& row, float s, int64_t i, float& a, float& keep) {
   if (i == row.slot && row.left < 0.5f) {
     a = 1 - row.left, keep = row.left;
@@ -62,11 +62,11 @@ MK_DEVICE void soften(const SoftmaxRow<float>& row, float s, int64_t i, float& a
 MK_DEVICE float score_gradient(const Writing& w, float a, float keep, float da, float faded, float delta) {
   if (w.pairs.weights) return da;
   if (w.softmax == nullptr) return da * a * keep - faded * a;
-  // A gate of 1 has taken all: `faded` is 0 with it.
+  // With a gate of 1 nothing is retained, so `faded` is 0.
   return a * (da - (keep > 0 ? quotient(faded, keep) : 0.f) - delta);
 }
 
-// Once per tile of slots; a barrier must follow.
+// Call it once per tile of slots; a barrier must follow.
 MK_DEVICE void find_open(GateTile& tile, const Writing& w, int64_t batch, int64_t i0) {
   const Pairs& p = w.pairs;
   if (int(threadIdx.x) >= kTile) return;
@@ -74,11 +74,12 @@ MK_DEVICE void find_open(GateTile& tile, const Writing& w, int64_t batch, int64_
   tile.open[threadIdx.x] = i < p.N && mask_at(p.mask, p.mask ? p.mask.batch(p.lead, batch) : nullptr, i) != -kInfinity;
 }
 
-// Points a_rows at rows of tokens that write and b_rows at rows of open slots, where asked for; null for all others.
+// Points a_rows to rows of tokens that write, and b_rows to rows of open slots if `slots` is given; null for all
+// others.
 MK_DEVICE void point_open(GateTile& tile, const Writing& w, int64_t batch, const View& tokens, int64_t t0,
                           const View* slots, int64_t i0) {
   const Pairs& p = w.pairs;
-  __syncthreads();  // the rows of before are no longer used
+  __syncthreads();  // the old rows are no longer in use
   const int row = int(threadIdx.x);
   if (row < kTile) {
     const int64_t t = t0 + row;
@@ -95,8 +96,8 @@ MK_DEVICE void point_open(GateTile& tile, const Writing& w, int64_t batch, const
   __syncthreads();
 }
 
-// The gates of tokens [t0, ...) on slots [i0, ...); 0 where a token does not write and on slots that are not open. Afterwards a_rows
-// are those of `write`, b_rows those of `slots`. Ends with a barrier.
+// The gates of tokens [t0, ...) on slots [i0, ...): 0 where a token does not write and for slots that are not open.
+// Afterwards a_rows are those of `write`, b_rows those of `slots`. Ends with a barrier.
 MK_DEVICE void open_gates(GateTile& tile, const Writing& w, int64_t batch, int64_t t0, int64_t i0, const View* slots) {
   const View& weights = w.pairs.weights;
   float s[2][4] = {};
@@ -125,7 +126,7 @@ MK_DEVICE void open_gates(GateTile& tile, const Writing& w, int64_t batch, int64
   __syncthreads();
 }
 
-// Gradients of gates that are given: x[t][i] of slots from `first` on, into rows of tokens.
+// Gradients of given gates: stores x[t][i] of slots from `first` on, in rows of tokens.
 MK_DEVICE void store_gates(const float (&x)[kTile][kPitch], const Tile& rows, int64_t first, int64_t N) {
   for (int j = int(threadIdx.x); j < kTile * kTile; j += kPairThreads) {
     const int t = j / kTile, i = j % kTile;

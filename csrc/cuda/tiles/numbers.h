@@ -25,7 +25,7 @@ MK_DEVICE float from_float<float>(float x) {
 template <>
 MK_DEVICE bf16 from_float<bf16>(float x) {
   const uint32_t u = __float_as_uint(x);
-  if (x != x) return {uint16_t(u >> 16 | 0x40)};            // a NaN whose payload would round away stays one
+  if (x != x) return {uint16_t(u >> 16 | 0x40)};            // keeps a NaN whose payload would round away
   return {uint16_t((u + 0x7fff + ((u >> 16) & 1)) >> 16)};  // to nearest, ties to even
 }
 template <>
@@ -33,14 +33,14 @@ MK_DEVICE f16 from_float<f16>(float x) {
   return {half_from_float(x)};
 }
 
-// 16 bytes of X, as they are copied.
+// 16 bytes of X, the unit of copies.
 template <class X>
 struct alignas(16) Pack {
   static constexpr int size = 16 / int(sizeof(X));
   X x[size];
 };
 
-// A number whose type is known at run time: for rows that are read a few times, not streamed.
+// Loads a number whose type is known at run time: for rows that are read a few times, not streamed.
 MK_DEVICE float load(const char* row, DType d, int64_t i) {
   if (d == DType::f32) return reinterpret_cast<const float*>(row)[i];
   if (d == DType::bf16) return to_float(reinterpret_cast<const bf16*>(row)[i]);
@@ -52,18 +52,19 @@ MK_DEVICE void store(char* row, DType d, int64_t i, float x) {
   else reinterpret_cast<f16*>(row)[i] = from_float<f16>(x);
 }
 
-// Whether every row of every batch begins at a multiple of 16 bytes and is as long as whole packs.
+// Does every row of every batch begin at a multiple of 16 bytes and consist of whole packs?
 inline bool in_packs(const View& v, const Lead& l, int64_t columns) {
   int64_t bits = reinterpret_cast<intptr_t>(v.data) | v.row | columns * size_of(v.dtype);
   for (int d = 0; d < l.rank; ++d) bits |= v.lead[d];
   return bits % 16 == 0;
 }
 
-// A score, in natural units: a mask of any finite size stays one, and only differences are multiplied by log2(e). The FMA is written
-// out so that a score is one rounded number in all kernels, which the compiler cannot fuse into what is subtracted from it.
+// A score in natural units: every finite mask stays finite, and only differences are multiplied by log2(e). The FMA is
+// explicit, so that a score is the same rounded number in all kernels. Otherwise the compiler could fuse it into what
+// is subtracted from it.
 MK_DEVICE float score(float scale, float product, float added) { return __fmaf_rn(scale, product, added); }
 
-// What a mask adds to the score of slot i; `base`: its batch, or null.
+// The mask's term in the score of slot i; `base`: its batch, or null.
 MK_DEVICE float mask_at(const View& mask, const char* base, int64_t i) {
   if (base == nullptr) return 0;
   const char* at = base + i * mask.row;
@@ -85,7 +86,7 @@ MK_DEVICE char* token_row(const View& v, const Lead& l, char* base, int64_t T, i
   return p;
 }
 
-// Calls body<X>() for the type that `d` names.
+// Calls body<X>() with the type that `d` names.
 template <class Body>
 void with_type(DType d, Body&& body) {
   if (d == DType::f32) body.template operator()<float>();

@@ -1,13 +1,13 @@
 // Sums over all pairs of tokens and slots (pair_sums.h says which):
 //   by tokens: one block per 32 tokens and 128 columns;   by slots: one block per 32 slots and 128 columns
-// Tiles are recomputed in both passes, so nothing of size [T, N] is kept and every sum has one fixed order: no atomics. A thread
-// owns one column and 32 rows of a result in registers.
+// Both passes compute the tiles again, so nothing of size [T, N] is stored, and every sum has one fixed order, without
+// atomics. A thread owns one column and 32 rows of a result in registers.
 #include "cuda/tiles/pair_sums.h"
 
 namespace mk::cuda {
 namespace {
 
-// Which tile of rows and which block of columns a block works on.
+// The tile of rows and the block of columns of a block.
 struct Part {
   int64_t batch, first, block;
   MK_DEVICE Part(int64_t tiles, int64_t blocks) {
@@ -19,12 +19,12 @@ struct Part {
   }
 };
 
-// One number of each token of the batch.
+// One number of token t.
 MK_DEVICE float of_token(const View& v, const Pairs& p, int64_t batch, int64_t t) {
   return *reinterpret_cast<const float*>(token_row(v, p.lead, v.batch(p.lead, batch), p.T, t));
 }
 
-// What the tile needs to know of token t, which is its row threadIdx.x.
+// Looks up the data of token t, which is row threadIdx.x of the tile.
 MK_DEVICE void look_up(Tile& tile, const Pairs& p, int64_t batch, int64_t t) {
   const int64_t tokens = p.lead.folded() * p.T;
   const int row = int(threadIdx.x);
@@ -39,28 +39,29 @@ MK_DEVICE void look_up(Tile& tile, const Pairs& p, int64_t batch, int64_t t) {
   tile.terms[row] = p.terms != nullptr && there ? p.terms[batch * tokens + t] : 0.f;
 }
 
-// The sum of a column of a tile, this thread's. Of many tiles they are added up in double, because a usage counts: a float that has
-// grown to 2^24 no longer changes by 1.
+// The sum of this thread's column of a tile. Sums of many tiles are added up in double, since a usage counts: a float
+// that has reached 2^24 no longer changes by 1.
 MK_DEVICE float column_sum(const float (&x)[kTile][kPitch]) {
   float sum = 0;
   for (int j = 0; j < kTile; ++j) sum += x[j][threadIdx.x];
   return sum;
 }
 
-// acc += part, what one tile brings: a long sum is one of sums.
+// acc += part, the sum of one tile; two-level sums round less.
 MK_DEVICE void add_part(const float (&part)[kTile], float (&acc)[kTile]) {
 #pragma unroll
   for (int r = 0; r < kTile; ++r) acc[r] += part[r];
 }
 
-// Fills tile.w and tile.ds; pairs that do not exist are 0. `by_slots`: slots run along the rows of a tile, for sums over tokens.
+// Fills tile.w and tile.ds; pairs that do not exist are 0. `by_slots`: slots run along the rows of a tile, for sums
+// over tokens.
 template <bool by_slots>
 MK_DEVICE void weigh(Tile& tile, const Pairs& p, int64_t batch, int64_t t0, int64_t i0) {
   const int tx = int(threadIdx.x) % 8, ty = int(threadIdx.x) / 8;
   const int64_t tokens = p.lead.folded() * p.T;
   const bool given = bool(p.weights);
   float s[2][4] = {}, dw[2][4] = {};
-  __syncthreads();  // the sums of the tile before are done
+  __syncthreads();  // the sums of the previous tile are done
   if (int(threadIdx.x) < kTile) look_up(tile, p, batch, t0 + threadIdx.x);
   __syncthreads();
   if (!given) score_pairs(tile, p, batch, t0, i0, s);
@@ -117,7 +118,7 @@ MK_KERNEL(kPairThreads) sum_by_tokens(MK_PARAM(Pairs) p, MK_PARAM(PairSums) out,
   }
 }
 
-// Blocks of columns of K come first, then those of V. The first also sums what is one number per slot.
+// Blocks for the columns of K come first, then those of V. The first block also sums the single numbers per slot.
 MK_KERNEL(kPairThreads)
 sum_by_slots(MK_PARAM(Pairs) p, MK_PARAM(PairSums) out, int64_t tiles, int64_t blocks, int64_t key_blocks) {
   Tile& tile = *reinterpret_cast<Tile*>(shared_memory());

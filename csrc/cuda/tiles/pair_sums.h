@@ -1,5 +1,5 @@
-// Sums over all pairs of tokens and slots, and the weights of the pairs themselves, for the ops that need all pairs. From ds (Rule
-// says how):
+// Sums over all pairs of tokens and slots, and the weights of the pairs, for the ops that need all pairs. From ds (Rule
+// defines it):
 //   dq_t = scale sum_i ds[t, i] k_i,   dlse_t = -sum_i ds[t, i]
 //   dk_i = scale sum_t ds[t, i] q_t,   dv_i = sum_t w[t, i] dr_t,   dmask_i = sum_t ds[t, i]
 // and usage_i = sum_t w[t, i].
@@ -10,7 +10,7 @@
 
 namespace mk::cuda {
 
-// What is wanted of the sums.
+// The wanted sums; a missing one is not wanted.
 struct PairSums {
   View d_query, d_lse;            // by tokens
   View d_keys, d_values, d_mask;  // by slots
@@ -21,7 +21,7 @@ struct PairSums {
 const float* terms_of(const Device& device, const char* name, const Pairs& p, const View& a, const View& b,
                       const View& d_lse, int64_t width);
 void sum_pairs(const Device& device, const char* name, const Pairs& p, const PairSums& out);
-// The sums over tokens alone.
+// Computes the sums over tokens only.
 void sum_pairs_by_slots(const Device& device, const char* name, const Pairs& p, const PairSums& out);
 // weights[t, i] = w[t, i]
 void weigh_pairs(const Device& device, const char* name, const Pairs& p, const View& weights);

@@ -1,5 +1,5 @@
-// Tiles of 32 tokens x 32 slots: their scores, weights and gradients of scores, for the ops that need all pairs. A block of 128
-// threads; each computes 2 x 4 pairs by plain multiply-add from shared memory.
+// Tiles of 32 tokens x 32 slots: their scores, weights and gradients of scores, for the ops that need all pairs. A
+// block has 128 threads; each computes 2 x 4 pairs by plain multiply-adds from shared memory.
 #pragma once
 
 #include "cuda/tiles/numbers.h"
@@ -19,25 +19,25 @@ struct Pairs {
   Lead lead;
   int64_t T, N, K, V;
   View query, keys, values, mask;
-  View lse, lse_rest, weights;      // what the forward found
+  View lse, lse_rest, weights;      // results of the forward pass
   View d_read, d_weights, d_usage;  // gradients of results
-  const float* terms;               // one per token, of all batches
+  const float* terms;               // one per token, over all batches
   double scale;
   Rule rule;
 };
 
-// Shared memory of a tile.
+// The shared memory of a tile.
 struct Tile {
   float a[kTile][kTile + 1], b[kTile][kTile + 1];
   float w[kTile][kPitch], ds[kTile][kPitch];  // [slot][token] or [token][slot]
-  char *a_rows[kTile], *b_rows[kTile];        // addresses are found by one warp: the divisions in them take long
-  // Of tokens: null and 0 beyond the last one, and where a rule does not need them.
+  char *a_rows[kTile], *b_rows[kTile];        // found by one warp only: addresses need slow divisions
+  // One per token: null and 0 beyond the last one, and if a rule does not need them.
   const char *weights[kTile], *d_weights[kTile];
   float lse[kTile], rests[kTile], terms[kTile];
 };
 
-// s[x][y] += sum over columns of a[ty + 16 x] b[tx + 8 y]; rows behind null pointers are zero. All threads; begins and ends with
-// barriers around its use of the tile.
+// s[x][y] += sum over columns of a[ty + 16 x] b[tx + 8 y]; rows of null pointers are zero. All threads. Begins and ends
+// with a barrier.
 MK_DEVICE void multiply_rows(Tile& tile, DType a_type, DType b_type, int64_t width, float (&s)[2][4]) {
   const int tid = int(threadIdx.x), tx = tid % 8, ty = tid / 8, lane = tid % kTile;
   for (int64_t c0 = 0; c0 < width; c0 += kTile) {
@@ -60,10 +60,10 @@ MK_DEVICE void multiply_rows(Tile& tile, DType a_type, DType b_type, int64_t wid
   __syncthreads();
 }
 
-// Points a_rows at tokens [t0, ...) of `tokens` and b_rows at open slots [i0, ...) of `slots`; null beyond.
+// Points a_rows to tokens [t0, ...) of `tokens` and b_rows to open slots [i0, ...) of `slots`; null beyond.
 MK_DEVICE void point(Tile& tile, const Pairs& p, int64_t batch, const View& tokens, int64_t t0, const View& slots,
                      int64_t i0) {
-  __syncthreads();  // the rows of before are no longer used
+  __syncthreads();  // the old rows are no longer in use
   if (int(threadIdx.x) < kTile) {
     const int64_t t = t0 + threadIdx.x, i = i0 + threadIdx.x;
     tile.a_rows[threadIdx.x] =
@@ -89,13 +89,13 @@ MK_DEVICE void score_pairs(Tile& tile, const Pairs& p, int64_t batch, int64_t t0
   }
 }
 
-// `lse` of a usage is the caller's, of this memory or of a larger one: nothing bounds its weights.
+// The caller gives the `lse` of a usage, perhaps of a larger memory, so nothing bounds its weights.
 MK_DEVICE float softmax_weight(Rule rule, float s, float lse, float rest) {
   if (s == -kInfinity || lse == -kInfinity) return 0;
   return rule == Rule::usage ? exponential(s - lse) : weight_of(s - lse - rest);
 }
 
-// acc[r] += factors[j][r] x_j for the 32 rows j of a tile; x_j: this thread's column of rows[j], 0 behind null.
+// acc[r] += factors[j][r] x_j for the 32 rows j of a tile; x_j is this thread's column of rows[j], 0 if that is null.
 MK_DEVICE void add_rows(const float (&factors)[kTile][kPitch], const char* const* rows, DType dtype, int64_t column,
                         float (&acc)[kTile]) {
   for (int j = 0; j < kTile; ++j) {

@@ -1,5 +1,5 @@
-// What a kernel may use: the CUDA language, or the host runtime of tests/simt that runs the same source on the CPU. Everything
-// the two spell differently is here, so a kernel has one text.
+// The platform of a kernel: CUDA, or the host runtime of tests/simt, which runs the same source on the CPU. All
+// differences are here, so every kernel has one text.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +10,7 @@
 #include "simt.h"
 #else
 #include <cuda_runtime.h>
-// Two blocks to a processor is the least asked for: without a number the compiler keeps registers so few that it spills.
+// Requires 2 blocks per SM; otherwise the compiler caps registers and spills.
 #define MK_KERNEL(threads) MK_KERNEL_BLOCKS(threads, 2)
 #define MK_KERNEL_BLOCKS(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 #define MK_PARAM(T) const __grid_constant__ T
@@ -25,25 +25,25 @@ constexpr float kLog2e = 1.4426950408889634f;
 
 #ifndef MK_SIMT
 
-// The dynamic shared memory of the block; the only kind that kernels use.
+// The dynamic shared memory of the block, the only kind that kernels use.
 MK_DEVICE char* shared_memory() {
   extern __shared__ __align__(16) char mk_shared[];
   return mk_shared;
 }
 
-// 16 bytes from global to shared memory, both aligned to 16, without waiting; zeros where `whole` is false.
+// Copies 16 bytes from global to shared memory, both aligned to 16, without waiting; writes zeros if `whole` is false.
 MK_DEVICE void copy16(void* to, const void* from, bool whole) {
   const unsigned at = unsigned(__cvta_generic_to_shared(to));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(at), "l"(from), "r"(whole ? 16 : 0) : "memory");
 }
 MK_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// Waits until at most `pending` groups of this thread are under way.
+// Waits until at most `pending` groups of this thread are in flight.
 template <int pending>
 MK_DEVICE void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
 }
 
-// Half precision as bits: the toolkit's own header for it takes longer to compile than a kernel.
+// Half precision as bits: the toolkit's header for it takes longer to compile than a kernel.
 MK_DEVICE float half_to_float(uint16_t bits) {
   float x;
   asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits));
@@ -55,7 +55,7 @@ MK_DEVICE uint16_t half_from_float(float x) {
   return bits;
 }
 
-// Two numbers of 16 bits in one register, the first in the low half.
+// Two 16-bit numbers in one register, the first in the low half.
 MK_DEVICE uint32_t half_pair(float low, float high) {
   uint32_t pair;
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
@@ -72,7 +72,7 @@ MK_DEVICE uint32_t tf32_nearest(float x) {
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
   return bits;
 }
-// 2^x; 0 where that is no normal number.
+// 2^x; 0 if that is not a normal number.
 MK_DEVICE float power_of_two(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -89,14 +89,14 @@ MK_DEVICE float reciprocal(float x) {
 // x / y for y up to 1, to two units in the last place.
 MK_DEVICE float quotient(float x, float y) { return __fdividef(x, y); }
 
-// x, or 0 where it is above; a NaN stays one.
+// min(x, 0); a NaN stays NaN.
 MK_DEVICE float at_most_zero(float x) {
   float y;
   asm("min.NaN.f32 %0, %1, 0f00000000;" : "=f"(y) : "f"(x));
   return y;
 }
 
-// x, unknown to the compiler: what depends on it is computed where it stands, and not kept in registers from before a loop.
+// x, unknown to the compiler: what depends on it is computed in place, and not kept in registers from before a loop.
 MK_DEVICE int opaque(int x) {
   asm volatile("" : "+r"(x));
   return x;
@@ -106,7 +106,8 @@ MK_DEVICE float opaque(float x) {
   return x;
 }
 
-// d += a b for a tile of 16 rows and 8 columns, in the fragments of the PTX ISA. Depth 16 for 16-bit numbers, 8 for tf32. All lanes.
+// d += a b for a tile of 16 rows and 8 columns, in the fragments of the PTX ISA. Depth 16 for 16-bit numbers, 8 for
+// tf32. All lanes.
 #define MK_MMA(name, shape)                                                                          \
   MK_DEVICE void name(float(&d)[4], const uint32_t(&a)[4], uint32_t b0, uint32_t b1) {               \
     asm("mma.sync.aligned." shape " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
@@ -118,7 +119,8 @@ MK_MMA(mma_f16, "m16n8k16.row.col.f32.f16.f16.f32")
 MK_MMA(mma_tf32, "m16n8k8.row.col.f32.tf32.tf32.f32")
 #undef MK_MMA
 
-// Four matrices of 8 rows of 16 bytes in shared memory: lane 8 m + r says where row r of matrix m begins. All lanes.
+// Loads four matrices of 8 rows of 16 bytes from shared memory: lane 8 m + r has the address of row r of matrix m. All
+// lanes.
 MK_DEVICE void ldmatrix(uint32_t (&out)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
@@ -150,8 +152,8 @@ MK_DEVICE float warp_max(float x) {
 // e^x; 0 for -inf.
 MK_DEVICE float exponential(float x) { return exp2f(x * kLog2e); }
 
-// The softmax weight e^x. x is a score less the log-sum-exp or the largest score that another kernel found, at most 0 but for what
-// rounding makes of the same score there and here; at scores of 1e9 that is whole units, but no weight is above 1.
+// The softmax weight e^x. x is a score minus a log-sum-exp or maximum that another kernel computed. It is at most 0,
+// except for rounding differences between the two; at scores of 1e9 those are whole units. The result is at most 1.
 MK_DEVICE float weight_of(float x) { return exponential(at_most_zero(x)); }
 
 }  // namespace mk::cuda

@@ -1,6 +1,6 @@
-// A few rows of a memory per token: one warp works on one token. `G` neighbouring lanes share a row, each takes packs of 16 bytes,
-// so 32 / G rows are under way at once; they are added up by shuffles, in one fixed order. Rows that are not aligned are loaded
-// number by number into the same places: the bits of a sum do not depend on where the memory lies.
+// A few rows of a memory per token: one warp per token. `G` neighbouring lanes share a row, and each takes packs of 16
+// bytes. So 32 / G rows are in flight at once; they are summed by shuffles in one fixed order. Unaligned rows are
+// loaded number by number into the same lanes, so the bits of a sum do not depend on alignment.
 #pragma once
 
 #include "cuda/tiles/numbers.h"
@@ -13,7 +13,7 @@ struct RowSource {
   int64_t stride, count, width;
 };
 
-// How many neighbouring lanes share a row of `width` X.
+// The number of neighbouring lanes that share a row of `width` X.
 template <class X>
 MK_DEVICE int lanes_per_row(int64_t width) {
   int g = 1;
@@ -21,7 +21,7 @@ MK_DEVICE int lanes_per_row(int64_t width) {
   return g;
 }
 
-// The pack of columns that begins at `column`; zeros beyond the row's end. `aligned`: rows are made of whole packs.
+// The pack of columns that begins at `column`; zeros beyond the row's end. `aligned`: rows consist of whole packs.
 template <class X, bool aligned>
 MK_DEVICE void load_columns(const RowSource& s, int64_t row, int64_t column, float (&x)[Pack<X>::size]) {
   const X* from = reinterpret_cast<const X*>(s.base + row * s.stride) + column;
@@ -35,8 +35,9 @@ MK_DEVICE void load_columns(const RowSource& s, int64_t row, int64_t column, flo
   }
 }
 
-// put(column, x) for sum_j weight(j) * row index(j), over j in [0, n) whose index is not -1. An index outside the memory makes the
-// sum NaN. All lanes of a warp; weight(j) and index(j) are read, not computed.
+// Calls put(column, x) with x = sum_j weight(j) * row index(j), over j in [0, n) with index -1 left out. An index
+// outside the memory makes the sum NaN. All lanes of a warp. weight(j) and index(j) must be plain loads, since every
+// lane calls them.
 template <class X, bool aligned, class Index, class Weight, class Put>
 MK_DEVICE void sum_rows(const RowSource& s, int n, Index&& index, Weight&& weight, Put&& put) {
   constexpr int E = Pack<X>::size;
@@ -63,7 +64,7 @@ MK_DEVICE void sum_rows(const RowSource& s, int n, Index&& index, Weight&& weigh
   }
 }
 
-// <row `row` of s, other>; every lane of the group that shares the row gets it. other(column) is a number.
+// <row `row` of s, other>, returned to every lane of the group that shares the row. other(column) is a number.
 template <class X, bool aligned, class Other>
 MK_DEVICE float multiply_row(const RowSource& s, int64_t row, int G, Other&& other) {
   constexpr int E = Pack<X>::size;

@@ -1,4 +1,4 @@
-// How the gradients of softmax_read in tiles are launched (cuda/tiles/gradient_tiles.h has the kernels).
+// Launches of the gradients of softmax_read in tiles (cuda/tiles/gradient_tiles.h has the kernels).
 #pragma once
 
 #include "cuda/tiles/gradient_tiles.h"
@@ -14,7 +14,7 @@ struct Layout {
 template <class M, class W, Of of>
 Layout lay_out(const SoftmaxReadBackward& b) {
   using X = Stored<M>;
-  using V = std::conditional_t<of == Of::values, X, W>;  // in which rows of V columns lie in shared memory
+  using V = std::conditional_t<of == Of::values, X, W>;  // the type in shared memory of rows of V columns
   constexpr int S = kTile<X, W, of>;
   const SoftmaxRead& p = b.forward;
   Layout a;
@@ -37,7 +37,7 @@ Layout lay_out(const SoftmaxReadBackward& b) {
 
 template <class M, class W, Of of>
 void sum(const Device& device, const SoftmaxReadBackward& b, const float* terms) {
-  constexpr int64_t kLeastTiles = 4, kBlocksPerProcessor = 2;  // as for streams
+  constexpr int64_t kLeastTiles = 4, kBlocksPerProcessor = 2;  // as in stream_plan.h
   constexpr int S = kTile<Stored<M>, W, of>;
   const SoftmaxRead& p = b.forward;
   Layout a = lay_out<M, W, of>(b);
@@ -59,7 +59,7 @@ void sum_all(const Device& device, const SoftmaxReadBackward& b, const float* te
   if (b.d_keys || b.d_mask) sum<M, W, Of::keys>(device, b, terms);
   if (b.d_values) sum<M, Stored<M>, Of::values>(device, b, terms);
 }
-// Keys of 16 bits; their values, too, or float32.
+// 16-bit keys; values of the same type, or float32.
 template <class X>
 void sum_16_bits(const Device& device, const SoftmaxReadBackward& b, const float* terms) {
   if (b.forward.values.dtype == b.forward.keys.dtype) sum_all<X, X>(device, b, terms);
@@ -68,7 +68,7 @@ void sum_16_bits(const Device& device, const SoftmaxReadBackward& b, const float
 
 }  // namespace
 
-// Each in a source of its own, because their kernels take long to compile.
+// Each has a source of its own, since its kernels take long to compile.
 void sum_bf16(const Device&, const SoftmaxReadBackward&, const float* terms);
 void sum_f16(const Device&, const SoftmaxReadBackward&, const float* terms);
 

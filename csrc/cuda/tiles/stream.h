@@ -1,12 +1,13 @@
-// Few tokens against many slots: rows of the memory stream through shared memory while the tokens stay.
+// Few tokens and many slots: rows of the memory stream through shared memory, the tokens stay.
 //
-// A block of 128 threads has Q tokens and a range of slots, in tiles of S. A tile's key rows arrive in parts of at most kPart
-// columns (wide keys in several), each by 16-byte cp.async copies into one of kStages buffers, so that two parts are always under
-// way while a third is used. Rows beyond the range and rows of empty slots arrive as zeros: what lies in them is never seen. Rows
-// that are not aligned to 16 bytes are copied number by number.
+// A block of 128 threads has Q tokens and a range of slots, in tiles of S. A tile's key rows are loaded in parts of at
+// most kPart columns, several for wide keys, by 16-byte cp.async copies into one of kStages buffers: two parts are
+// always in flight while a third is used. Rows beyond the range and rows of empty slots are filled with zeros: their
+// content is never read. Rows that are not aligned to 16 bytes are copied number by number.
 //
-// 128 / S neighbouring lanes share a slot; each multiplies every (128 / S)-th pack of 16 bytes with all Q tokens, then they add up
-// by shuffles. Rows lie one pack further apart than they are long, so that lanes of different slots meet different banks.
+// 128 / S neighbouring lanes share a slot. Each multiplies every (128 / S)-th pack of 16 bytes with all Q tokens, then
+// they sum by shuffles. The pitch of rows is one pack more than their length, so that lanes of different slots use
+// different banks.
 #pragma once
 
 #include "cuda/tiles/numbers.h"
@@ -15,29 +16,30 @@ namespace mk::cuda {
 
 constexpr int kThreads = 128, kStages = 3, kPart = 256;
 
-// How one call is laid out over blocks.
+// The layout of one call over blocks.
 struct StreamPlan {
   int64_t tiles;                // of tokens, per batch
   int64_t splits;               // of the slots
   int64_t split_rows;           // slots per split, a multiple of `slots`
   int slots;                    // S: a power of two in [4, 64]
-  int key_parts;                // of a key row
-  int padded;                   // key width rounded up to whole packs, as the queries lie in shared memory
+  int key_parts;                // parts per key row
+  int padded;                   // key width rounded up to whole packs, the layout of the queries in shared memory
   int stage_bytes;              // of one buffer
   bool key_packs, value_packs;  // rows are aligned to 16 bytes
 };
 
-// A part of S rows on its way into a buffer.
+// A part of S rows that is copied into a buffer.
 struct Part {
   const char* rows;  // column 0 of the part in row 0 of the batch
   int64_t stride;    // bytes from row to row
-  int64_t first;     // the tile's first row, in the batch
-  int64_t end;       // no row from here on
+  int64_t first;     // the tile's first row, within the batch
+  int64_t end;       // rows from here on do not exist
   int columns;       // of this part
   bool packs;
 };
 
-// Where a block is in its range: part `part` of the tile at row `first`, in buffer `buffer`. Counted, not divided.
+// The position of a block in its range: part `part` of the tile at row `first`, in buffer `buffer`. Counted, since
+// division is slow.
 struct Step {
   int64_t first;
   int part = 0, buffer = 0;
@@ -52,7 +54,7 @@ MK_BOTH constexpr int packs_of(int columns) {
   return (columns + Pack<X>::size - 1) / Pack<X>::size;
 }
 
-// Bytes from row to row of a part in its buffer.
+// The pitch in bytes of a part in its buffer.
 template <class X>
 MK_BOTH constexpr int pitch_of(int columns) {
   return (packs_of<X>(columns) + 1) * 16;
@@ -83,7 +85,8 @@ MK_DEVICE void fetch(const Part& part, int S, const View& mask, const char* mask
   }
 }
 
-// Adds this lane's share of <query_q, key_slot> over one part to s[q]. `query`: the part's first column of [Q][padded] floats.
+// Adds this lane's share of <query_q, key_slot> over one part to s[q]. `query`: the part's first column of [Q][padded]
+// floats.
 template <class X, int Q>
 MK_DEVICE void multiply(const char* buffer, int columns, const float* query, int padded, int S, float (&s)[Q]) {
   constexpr int E = Pack<X>::size;
@@ -104,7 +107,7 @@ MK_DEVICE void multiply(const char* buffer, int columns, const float* query, int
   }
 }
 
-// After the last part: adds up the shares and stores the scores of the tile, [Q][S]; -inf where there is no slot.
+// After the last part: sums the shares and stores the scores of the tile, [Q][S]; -inf where there is no slot.
 template <int Q>
 MK_DEVICE void store_scores(float (&s)[Q], float scale, int S, int64_t first, int64_t end, const View& mask,
                             const char* mask_base, float* scores) {

@@ -1,4 +1,4 @@
-// How a call with few tokens is laid out over blocks (cuda/tiles/stream.h).
+// The layout of a call with few tokens over blocks (cuda/tiles/stream.h).
 #pragma once
 
 #include "cuda/tiles/device.h"
@@ -6,7 +6,7 @@
 
 namespace mk::cuda {
 
-// What the plan depends on. `value_columns`: of the part of a value row that passes through a buffer, or 0.
+// The input of the plan. `value_columns`: columns of a value row that pass through a buffer, or 0.
 struct StreamShape {
   const Lead& lead;
   int64_t T, N, K;
@@ -16,7 +16,7 @@ struct StreamShape {
   int queries;                         // Q
 };
 
-// Splits the slots so that there are about two blocks for every processor, none with less than `kLeastTiles` tiles.
+// Splits the slots for about two blocks per SM, each split with at least `kLeastTiles` tiles.
 inline StreamPlan plan_stream(const Device& device, const StreamShape& s) {
   constexpr int64_t kLeastTiles = 4, kBlocksPerProcessor = 2;
   StreamPlan p{};
@@ -39,7 +39,7 @@ inline StreamPlan plan_stream(const Device& device, const StreamShape& s) {
   return p;
 }
 
-// Q for a call with so many tokens: one alone, else 8, as far as their queries leave room for the buffers.
+// Q for a call with so many tokens: 1 for one token, else 8 if their queries leave room for the buffers.
 inline int queries_at_once(int64_t tokens, int64_t K) {
   constexpr int64_t kRoom = 24 << 10;
   return tokens > 1 && 8 * K * 4 <= kRoom ? 8 : 1;

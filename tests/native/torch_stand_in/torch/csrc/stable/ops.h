@@ -1,4 +1,5 @@
-// The two functions of torch that csrc/binding/cpu/threads.cpp calls, over threads of this program (out_of_memory.cpp).
+// The two torch functions that csrc/binding/cpu/threads.cpp calls, with this program's own threads
+// (out_of_memory.cpp).
 #pragma once
 
 #include "cpu/tiles/parallel.h"
