@@ -33,8 +33,8 @@ from .targets import TARGETS
 with optional("triton"):
     import triton
 
-    from .compilation import Needs
-    from .compile import ROWS, Compiled, compiled
+    from .compilation import Needs, kernels
+    from .compile import Compiled, compiled
 
     NEEDS = tuple(field.name for field in dataclasses.fields(Needs))
 
@@ -120,7 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not chosen:
             return 0
     record.compared = ""
-    launched, kernels, failed, fresh = set(), set(), 0, 0
+    launched, reached, failed, fresh = set(), set(), 0, 0
     for dtype, width, arch in chosen:
         before = failed
         for one in compiled(arch, dtype, width, known=known):
@@ -135,12 +135,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 failed += 1
                 print(f"FAILED {one}: {', '.join(faults)}", flush=True)
             launched.add(one.key)
-            kernels.add(one.kernel)
+            reached.add(one.kernel)
             record.put(one)
         if options.write:
             record.close((dtype, width, arch), launched, failed > before)
             record.write()
-    for kernel in sorted(set(ROWS) - kernels):
+    for kernel in sorted(kernels() - reached):
         failed += 1
         print(f"FAILED {kernel}: nothing launches it")
     if options.recorded and options.write and not failed:

@@ -179,27 +179,27 @@ def triton_kernels(arch: str, dtype: str, width: int, only: Sequence[str] = ()) 
     """Every kernel that the main launches (those named in ``only``, or all) ask of Triton."""
     import torch
 
-    from .compilation import registers_and_spills, report, serialised
-    from .compile import PRODUCTS, ROWS, launched
+    from .compilation import Build, multiplies, registers_and_spills, report, serialised
+    from .compile import launched
     from .launches import launches
 
     seen = set()
     for one in launches(getattr(torch, dtype), width, "meta"):
         if not one.main or (only and one.name not in only):
             continue
-        for name, blocks, constants, build in launched(one, arch):
-            if build.key in seen:
+        for name, blocks, constants, _, build in launched(one, arch):
+            key = Build(build).key
+            if key in seen:
                 continue
-            seen.add(build.key)
-            made = build.build.compile()
+            seen.add(key)
+            made = build.compile()
             code, said = disassembled(made.asm["cubin"]), report(arch, made.asm["ptx"])
             registers, spills = registers_and_spills(said)
             faults = ["products serialised"] if serialised(said) or waited_for(code) else []
             faults += [f"{spills} bytes spilled"] if spills else []
-            multiplies = ROWS[name] in PRODUCTS and name != "norm_merge_kernel"
             yield Kernel(
                 "triton", name, one.name, arch, dtype, width, _configuration(constants), code, registers,
-                made.metadata.shared, made.metadata.num_warps, blocks, multiplies,
+                made.metadata.shared, made.metadata.num_warps, blocks, multiplies(made),
                 (_passes(name, constants, width, arch),) * 2, tuple(faults),
             )  # fmt: skip
 

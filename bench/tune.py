@@ -18,7 +18,7 @@ import importlib
 import itertools
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 
 import torch
 
@@ -31,7 +31,7 @@ from .targets import TARGETS
 from .timers import interleave
 
 with optional("triton"):
-    from .compile import DECODING, ROWS, compiled, compressed
+    from .compile import compiled, launched
 
     configs, launch = (
         importlib.import_module(f"{_triton.kernels().__name__}.{name}") for name in ("configs", "launch")
@@ -39,8 +39,6 @@ with optional("triton"):
 
 DTYPES = {16: ("bfloat16", "float16"), 32: ("float32", "tf32")}
 DTYPE = {16: torch.bfloat16, 32: torch.float32}  # that is measured
-# Beside the main calls, what needs most registers.
-WORST = ("gated_write, erase 0.5, retained", "softmax_write, erase 0.5, retained", "topk, k = 128", "topk, k = 256")
 REGISTERS = 65536  # of one processor, for all threads of a block
 GAIN = 0.98  # a candidate replaces the present row when it takes less than this share of its time
 
@@ -58,7 +56,6 @@ def save() -> None:
 def put(key: tuple, config: configs.Config) -> None:
     """Use ``config`` from the next call on."""
     configs.table()[key] = config
-    configs.find.cache_clear()
     replayed.cache_clear()
 
 
@@ -177,18 +174,30 @@ def measured(bits: Sequence[int], widths: Sequence[int]) -> None:
     """Time candidates on this GPU and keep the fastest."""
     major, minor = torch.cuda.get_device_capability()
     arch = configs.nearest(10 * major + minor)
+    done: set[tuple] = set()
     for b in bits:
         for precision, w in served(b):
             if w in widths:
                 with matmul_precision(precision):
-                    _fastest(arch, b, w)
+                    found = {key: names for key, names in takers(arch, DTYPE[b], w).items() if key not in done}
+                    _fastest(found, tuple(launches(DTYPE[b], w, "cuda")))
+                    done.update(found)
 
 
-def _fastest(arch: str, bits: int, width: int) -> None:
-    every = tuple(launches(DTYPE[bits], width, "cuda"))
-    for kernel in dict.fromkeys((*ROWS.values(), *map(compressed, DECODING))):
-        calls = [one for one in every if (one.packed if kernel.endswith("_compressed") else one.main)]
-        key = (kernel, arch, bits, width)
+def takers(arch: str, dtype: torch.dtype, width: int) -> dict[tuple, list[str]]:
+    """Every row that calls of this class take -> those calls, by name: the main ones, where there are any."""
+    found: dict[tuple, list[Launch]] = {}
+    for one in launches(dtype, width, "meta"):
+        for key in dict.fromkeys(noted.row for noted in launched(one, arch)):
+            found.setdefault(key, []).append(one)
+    return {key: [one.name for one in calls if one.main or not calls[0].main] for key, calls in found.items()}
+
+
+def _fastest(rows: Mapping[tuple, Container[str]], every: Sequence[Launch]) -> None:
+    """Measure the configurations of ``rows`` in the calls that take them."""
+    for key, names in rows.items():
+        kernel, arch, bits, width = key
+        calls = [one for one in every if one.name in names]
         present = configs.table()[key]
         best, time = present, seconds(calls)
         for candidate in candidates(present, kernel):
@@ -212,7 +221,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.arithmetic:
         only = ()
         if options.main:
-            only = (*(one.name for one in launches(torch.float32, 64, "meta") if one.main), *WORST)
+            only = tuple(one.name for one in launches(torch.float32, 64, "meta") if one.main or one.heavy)
         return 0 if arithmetic(options.arch, options.bits, options.width, only) else 1
     if not torch.cuda.is_available():
         print("tune: no GPU is here; --arithmetic chooses by compilation", file=sys.stderr)

@@ -23,7 +23,7 @@ from memkernels.registration import OPS
 from memkernels.testing import cases
 
 pytest.importorskip("triton")
-CLAIMED = tuple(_triton.kernels().OPERATORS)
+CLAIMED = tuple(name for name in OPS if name in _triton.kernels().operators())
 INTERPRETER = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
 # Cases that only repeat others on larger memories.
 LONG = (
@@ -127,7 +127,7 @@ from memkernels.testing import CASES, Subject
 row = next(b for b in backends.BACKENDS if b.name == "triton")
 case = next(c for c in CASES if c.name == "no leading dimensions")
 found = {"gaps": [], "bits": []}
-for op in (OPS[name] for name in _triton.kernels().OPERATORS):
+for op in (OPS[name] for name in _triton.kernels().operators() if name in OPS):
     for dtype in row.dtypes:
         found["gaps"] += [g for d in backends.DIRECTIONS if (g := row.gap(op.name, "cpu", dtype, d))]
     if op.inplace and (gap := row.gap(op.name + "_", "cpu")):

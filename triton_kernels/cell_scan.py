@@ -26,6 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .declare import Example, Inputs, operator
 from .gated_scan import InitialGradient, initial_row
 from .launch import Plan, launch, plan
 from .layout import Call, Gradient, precision
@@ -185,6 +186,7 @@ def _steps(call: Call, p: Plan, D: int, steps: int) -> Iterator[tuple[int, int, 
         yield blocks * parts, step, step + 1, parts, p.config.block_n
 
 
+@operator
 def cell_scan(inputs: Tensor, weight: Tensor, initial: Tensor | None) -> Tensor:
     """states ``[..., T, D]``."""
     call = _call("cell_scan", inputs, weight, initial)
@@ -207,6 +209,7 @@ def cell_scan(inputs: Tensor, weight: Tensor, initial: Tensor | None) -> Tensor:
     return call.store(states, view)
 
 
+@operator
 def cell_scan_backward(
     inputs: Tensor, weight: Tensor, initial: Tensor | None, states: Tensor, d_states: Tensor | None, wants: list[bool]
 ):
@@ -246,3 +249,8 @@ def cell_scan_backward(
         d_scores = (dz, *dz.stride()[:4])
         score_gradients(call, "given", before, weight, None, 1.0, None, d_weight, None, d_weights=d_scores)
     return d_inputs.result(), d_weight.result(), d_initial.result()
+
+
+def examples(x: Inputs) -> Iterator[Example]:
+    streams, tokens, D = 32, 64, x.width
+    yield Example(cell_scan, (x(streams, tokens, 3 * D), x(3 * D, D), x(streams, D)), main=True)

@@ -58,9 +58,6 @@ def reach(width) -> int:
     return next((w for w in WIDTHS[:-1] if width.steps == 1 and width.block <= w), WIDTHS[-1])
 
 
-@functools.cache
-def find(kernel: str, arch: str, bits: int, width) -> Config:
-    """The row for one kernel and ``width`` (of ``launch.width``)."""
-    if arch == "interpreter":
-        return table()[kernel, arch, 32, 64]
-    return table()[kernel, arch, bits, reach(width)]
+def row(kernel: str, arch: str, bits: int, width) -> tuple[str, str, int, int]:
+    """The key of the row for one kernel and ``width`` (of ``launch.width``)."""
+    return (kernel, arch, 32, 64) if arch == "interpreter" else (kernel, arch, bits, reach(width))

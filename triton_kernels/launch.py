@@ -85,8 +85,9 @@ def bits(*tensors: Tensor | None) -> int:
 
 @dataclass(frozen=True)
 class Plan:
-    """What the launcher of one kernel needs to know."""
+    """What the launcher of one kernel needs to know. row: the key of ``config`` in the table."""
 
+    row: tuple[str, str, int, int]
     config: configs.Config
     processors: int
 
@@ -118,14 +119,14 @@ def plan(kernel: str, widest: int, *tensors: Tensor | None, compressed: bool = F
     arch = recording().arch
     if compressed:
         kernel = f"{kernel}_compressed"
-    row = configs.find(kernel, arch, bits(*tensors), width(widest, *tensors))
-    return Plan(row, configs.PROCESSORS[arch])
+    row = configs.row(kernel, arch, bits(*tensors), width(widest, *tensors))
+    return Plan(row, configs.table()[row], configs.PROCESSORS[arch])
 
 
 def launch(kernel, programs: int, *arguments, plan: Plan, **constants) -> None:
     """Note a launch of ``programs`` programs. It does not synchronise or allocate: a CUDA graph can capture it."""
     if programs:
-        recording().launch(kernel, programs, arguments, constants, plan.options)
+        recording().launch(kernel, programs, arguments, constants, plan.options, plan.row)
 
 
 class _Parts:
