@@ -29,10 +29,10 @@ MULTIPLY_ADDS = "fma"
 
 @dataclass(frozen=True)
 class Needs:
-    """What the machine code of one kernel takes.
+    """The resources of the machine code of one kernel.
 
     matrix: the instruction of its matrix products, MULTIPLY_ADDS where none does them, empty where there are none.
-    serialised: whether ptxas makes its warp-group products wait for one another (C7515).
+    serialised: whether ptxas serialises its warp-group products (C7515).
     """
 
     registers: int
@@ -152,7 +152,7 @@ def report(arch: str, ptx: str) -> str:
 
 
 def serialised(report: str) -> bool:
-    """Whether ptxas says that warp-group products wait for one another."""
+    """Whether ptxas serialises warp-group products (C7515)."""
     return re.search(r"wgmma\S* instructions are serialized", report) is not None
 
 

@@ -97,5 +97,5 @@ def launched(one: Launch, arch: str) -> list:
 
 
 def _words(constants: dict) -> str:
-    told = ("BLOCK", "num_", "maxnreg", "KIND", "GATE", "ERASE", "LIST", "PREC", "READ", "REVERSE", "MEASURE")
-    return " ".join(f"{k.lower()}={v}" for k, v in constants.items() if k.startswith(told))
+    shown = ("BLOCK", "num_", "maxnreg", "KIND", "GATE", "ERASE", "LIST", "PREC", "READ", "REVERSE", "MEASURE")
+    return " ".join(f"{k.lower()}={v}" for k, v in constants.items() if k.startswith(shown))

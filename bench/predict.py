@@ -4,9 +4,9 @@
     python -m bench.predict --dtype bfloat16 --width 128
     python -m bench.predict --write                  # renews those rows of bench/results/predicted.jsonl
 
-The machine code of a kernel tells its hot loop. What an iteration asks of every pipe of a multiprocessor, over what the
-pipe does per cycle (``bench.assumed``), bounds its time from below. The longest of these bounds names what binds, and
-tells the share of the ceiling that is left. Kernels of the CUDA library are read where it is built. Exit status 1 when
+The machine code of a kernel has a hot loop. The work of one iteration on every pipe of an SM, over the throughput of
+that pipe per cycle (``bench.assumed``), bounds its time from below. The longest of these bounds is the bottleneck, and
+sets the share of the ceiling that is left. Kernels of the CUDA library are read where it is built. Exit status 1 when
 ptxas serialises the warp-group products of a kernel, or spills registers.
 """
 
@@ -69,7 +69,7 @@ class Kernel:
 class Row:
     """What is predicted of one kernel.
 
-    blocks: at once on a multiprocessor. waves: rounds of them. filled: share of the time that processors have work.
+    blocks: resident on an SM. waves: rounds of them. filled: share of the time that SMs have work.
     slots, barriers, loads: of one iteration of the hot loop in one warp, loads by bytes per lane; sometimes: the slots
     behind a branch. multiply_adds: of one iteration of a block, on the matrix unit where it is used. cycles: pipe ->
     what an iteration of one block takes of it. bound: the pipe with the most. at_most: the share of ``ceiling`` that
@@ -176,7 +176,7 @@ def predict(kernel: Kernel) -> Row:
 
 
 def triton_kernels(arch: str, dtype: str, width: int, only: Sequence[str] = ()) -> Iterator[Kernel]:
-    """Every kernel that the main launches (those named in ``only``, or all) ask of Triton."""
+    """Every Triton kernel of the main launches (those named in ``only``, or all)."""
     import torch
 
     from .compilation import Build, multiplies, registers_and_spills, report, serialised
@@ -206,9 +206,9 @@ def triton_kernels(arch: str, dtype: str, width: int, only: Sequence[str] = ()) 
 
 def _configuration(constants: dict) -> str:
     """The constants that a launch configuration sets, and what makes variants of a kernel."""
-    told = ("BLOCK_", "num_", "KIND", "GATE", "LIST", "REVERSE", "MEASURE")
+    shown = ("BLOCK_", "num_", "KIND", "GATE", "LIST", "REVERSE", "MEASURE")
     short = {name.removeprefix("BLOCK_").removeprefix("num_").lower(): x for name, x in constants.items()
-             if name.startswith(told)}  # fmt: skip
+             if name.startswith(shown)}  # fmt: skip
     return " ".join(f"{name}={x}" for name, x in short.items())
 
 
@@ -232,7 +232,7 @@ def disassembled(cubin: bytes) -> list[Instruction]:
 def cuda_kernels(library: Path) -> Iterator[Kernel]:
     """The kernels of the CUDA library for 9.0 that go through rows, but those of float16, which are bfloat16's again.
 
-    Launches are not known here, so neither is the shared memory that they ask for.
+    Launches are not known here, so neither is their dynamic shared memory.
     """
     target = "sm_90a"
     used = {one.name: one for one in cuda_check.kernels(library) if one.target == target}

@@ -39,7 +39,7 @@ with optional("triton"):
 
 DTYPES = {16: ("bfloat16", "float16"), 32: ("float32", "tf32")}
 DTYPE = {16: torch.bfloat16, 32: torch.float32}  # that is measured
-REGISTERS = 65536  # of one processor, for all threads of a block
+REGISTERS = 65536  # of an SM, for all threads of a block
 GAIN = 0.98  # a candidate replaces the present row when it takes less than this share of its time
 
 

@@ -4,7 +4,7 @@ c = tanh(zc).
 Every number of h_t needs all of h_{t-1}, so tokens go one after the other. A program keeps a block of streams and goes
 through the columns of the state in blocks; the state passes from token to token through memory, float32, behind a
 barrier of the program. Up to HELD columns that is one launch for all tokens: the weight stays in the caches, and
-streams share each pass over it. Above, one processor would need longer for a pass over the weight than a launch takes,
+streams share each pass over it. Above, one SM would need longer for a pass over the weight than a launch takes,
 so every token is a launch with a program per block of columns, and the launches are the barrier. Bound by latency along
 T. Of a 16-bit call the state goes into the product in two 16-bit parts: its rounding would add up along T.
 

@@ -6,8 +6,8 @@
     def examples(x: Inputs) -> Iterator[Example]:
         yield Example(merge_reads, (x(2, 3, x.tokens, x.width), x(2, 3, x.tokens, dtype=torch.float32)), main=True)
 
-Nothing else is told of an op: its kernels, their rows of the table of configurations and whether they multiply matrices
-are found by running the examples on tensors without memory. ``bench`` compiles and measures what they launch.
+Nothing else is declared. Running the examples on tensors without memory finds the kernels and their rows of the table
+of configurations; ``bench`` compiles and measures what they launch.
 """
 
 from __future__ import annotations

@@ -97,8 +97,8 @@ class Plan:
         return {"num_warps": self.config.warps, "num_stages": self.config.stages, **limit}
 
     def cut(self, programs: int, size: int, block: int, least: int = 4, sums: bool = True) -> tuple[int, int]:
-        """Parts of a loop over ``size`` in blocks so that ``programs`` fill the processors, and of one that ``sums`` so
-        that none is longer than LONGEST: their count and length.
+        """Parts of a loop over ``size`` in blocks so that ``programs`` fill the SMs, and of one that ``sums`` so that
+        none is longer than LONGEST: their count and length.
 
         From shapes and the table alone, so that the same call adds in the same order on every run.
         """

@@ -8,7 +8,7 @@ with x[s, t] = <dr_t, r[s, t]>.
 A program takes a block of tokens and a block of columns and goes through the parts in their order. Every read is loaded
 once and every result stored once: bound by bandwidth. A part of weight 0 is not looked at. The weights come from the
 largest lse and the sum, never from the rounded lse_t. The parts of a read that was split bring what the rounding of
-their own lse left out (rests), and the result tells the same.
+their own lse left out (rests), and so does the result.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
     r_t = sum_i p[t, i] v_i,     lse_t = log sum_i exp(s[t, i]),     rest_t: what the rounding of lse_t left out
 
 Forward: a program keeps a block of tokens and streams blocks of slots, with a running maximum m, sum l and accumulator
-(Dao 2023); [T, N] never leaves the chip. Where few tokens would leave processors idle, N is split: each part writes its
+(Dao 2023); [T, N] never leaves the chip. Where few tokens would leave SMs idle, N is split: each part writes its
 own read, lse and rest, and merge_reads joins the parts in their order. Values wider than one block go to further
 programs, which compute the scores again. With T tokens against N slots it reads the memory ceil(T / BLOCK_T) times; T
 up to a block is bound by bandwidth, more by the matrix unit.

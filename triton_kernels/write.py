@@ -80,7 +80,7 @@ def write_kernel(
     if retained is not None and column == 0:
         rows = slots(retained, b, B1, n) + part.to(tl.int64) * retained_part
         tl.store(rows, kept, mask=exists)
-        if v is None:  # a part hands on its R too, behind the products that it retains
+        if v is None:  # a part stores its R too, behind the products that it retains
             tl.store(rows + retained_part // 2, after, mask=exists)
 
 
