@@ -113,11 +113,10 @@ def build(
         if param.is_constexpr:
             signature[param.name], constants[(i,)] = "constexpr", x
         elif not isinstance(x, tuple):
-            aligned = (
-                is_aligned(x)
-                if isinstance(x, Tensor)
-                else param.name in SPECIALISED and isinstance(x, int) and x % 16 == 0
-            )
+            if isinstance(x, Tensor):
+                aligned = is_aligned(x)
+            else:
+                aligned = param.name in SPECIALISED and isinstance(x, int) and x % 16 == 0
             signature[param.name] = describe(x, (i,), aligned)
         elif not isinstance(x[-1], int):  # several tensors
             signature[param.name] = tuple(

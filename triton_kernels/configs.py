@@ -25,8 +25,8 @@ WIDTHS = (64, 128, 256, 512)
 class Config:
     """Tokens and slots of a block, warps of a program, stages of the software pipeline; how they were chosen.
 
-    registers: the most of a thread, where ptxas by itself would rather spill a few bytes to fit one more block on an SM;
-    0 leaves it to ptxas.
+    registers: the limit of a thread, where ptxas by itself would rather spill a few bytes to fit one more block on an
+    SM; 0 leaves it to ptxas.
     """
 
     block_t: int
