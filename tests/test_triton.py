@@ -273,16 +273,10 @@ print(read.sum().item(), next(b for b in backends.BACKENDS if b.name == "triton"
     assert done.stdout.strip() == "4.0 triton is not installed (pip install triton)", done.stdout + done.stderr
 
 
-def test_every_kernel_has_a_row_for_every_class():
+def test_a_row_stands_once_and_says_how_it_was_chosen():
     table = json.loads((ROOT / "triton_kernels" / "configs.json").read_text())
-    keys = {(r["kernel"], r["arch"], r["bits"], r["width"]) for r in table}
-    assert len(keys) == len(table)
+    assert len({(r["kernel"], r["arch"], r["bits"], r["width"]) for r in table}) == len(table)
     assert {r["source"] for r in table} <= {"measured", "arithmetic"}
-    for kernel in {r["kernel"] for r in table}:
-        for arch in ("80", "90", "100"):
-            wanted = {(bits, width) for bits in (16, 32) for width in (64, 128, 256, 512)} - {(32, 256)}
-            assert {(bits, width) for k, a, bits, width in keys if (k, a) == (kernel, arch)} == wanted, kernel
-        assert (kernel, "interpreter", 32, 64) in keys, kernel
 
 
 def test_what_is_measured_for_a_row_is_a_call_that_takes_it():

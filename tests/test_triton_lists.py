@@ -38,7 +38,7 @@ def doubled_kernel(x, out, T, BLOCK: tl.constexpr):
 @operator
 def doubled(x: Tensor) -> Tensor:
     p, out, x = plan("doubled", 1, x), torch.empty(x.shape, dtype=x.dtype, device=x.device), x.contiguous()
-    block = p.config.block_n
+    block = p.config.block_t
     launch(doubled_kernel, triton.cdiv(x.numel(), block), x, out, x.numel(), plan=p, BLOCK=block)
     return out
 
