@@ -3,10 +3,11 @@
     python -m bench.tune                   # on a GPU: measures candidates, rewrites the rows of this GPU's architecture
     python -m bench.tune --arithmetic      # without one: keeps a row that compiles well, else takes the next that does
 
-Measured: for every kernel, element width and row width, each candidate is timed in the calls of ``bench.launches`` that
-launch it, beside the present row, and the fastest becomes the row, marked "measured". Arithmetic: a row must compile
-without spills, within the shared memory of a block, and with matrix instructions where meant (``bench.compile``); a row
-that does not is replaced by the first smaller candidate that does. Measured rows are left alone there.
+Measured: for every row of the table, each candidate is timed beside the present row in the main calls of
+``bench.launches`` that take it (in all that do, where no main one does), and the fastest becomes the row, marked
+"measured". Arithmetic: a row must compile without spills, within the shared memory of a block, and with matrix
+instructions where it multiplies (``bench.compile``); a row that does not is replaced by the first smaller candidate
+that does. Measured rows are left alone there.
 """
 
 from __future__ import annotations
