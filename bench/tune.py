@@ -175,22 +175,20 @@ def measured(bits: Sequence[int], widths: Sequence[int]) -> None:
     """Time candidates on this GPU and keep the fastest."""
     major, minor = torch.cuda.get_device_capability()
     arch = configs.nearest(10 * major + minor)
-    done: set[tuple] = set()
     for b in bits:
         for precision, w in served(b):
             if w in widths:
                 with matmul_precision(precision):
-                    found = {key: names for key, names in takers(arch, DTYPE[b], w).items() if key not in done}
-                    _fastest(found, tuple(launches(DTYPE[b], w, "cuda")))
-                    done.update(found)
+                    _fastest(takers(arch, b, w), tuple(launches(DTYPE[b], w, "cuda")))
 
 
-def takers(arch: str, dtype: torch.dtype, width: int) -> dict[tuple, list[str]]:
-    """Every row that calls of this class take -> those calls, by name: the main ones, where there are any."""
+def takers(arch: str, bits: int, width: int) -> dict[tuple, list[str]]:
+    """Every row of this class -> the calls of the class that take it, by name: the main ones, where there are any."""
     found: dict[tuple, list[Launch]] = {}
-    for one in launches(dtype, width, "meta"):
+    for one in launches(DTYPE[bits], width, "meta"):
         for key in dict.fromkeys(noted.row for noted in launched(one, arch)):
-            found.setdefault(key, []).append(one)
+            if key[2:] == (bits, width):
+                found.setdefault(key, []).append(one)
     return {key: [one.name for one in calls if one.main or not calls[0].main] for key, calls in found.items()}
 
 
