@@ -36,7 +36,6 @@ FILE = DIRECTORY / "predicted.jsonl"
 LIBRARY = cuda_check.ROOT / "build" / f"native-{sys.implementation.cache_tag}" / "libmemkernels_cuda.so"
 NOTE = "Predicted from compiled code; nothing here was measured."
 DTYPES, WIDTHS = ("bfloat16", "float32"), (128, 64)
-SCANS = ("write_scan_kernel", "write_scan_backward_kernel", "memory_scan_kernel", "memory_scan_backward_kernel")
 
 
 @dataclass(frozen=True)
@@ -200,7 +199,7 @@ def triton_kernels(arch: str, dtype: str, width: int, only: Sequence[str] = ()) 
             yield Kernel(
                 "triton", name, one.name, arch, dtype, width, _configuration(constants), code, registers,
                 made.metadata.shared, made.metadata.num_warps, blocks, multiplies(made),
-                (_passes(name, constants, width, arch),) * 2, tuple(faults),
+                (_passes(build.function, constants, width, arch),) * 2, tuple(faults),
             )  # fmt: skip
 
 
@@ -212,9 +211,10 @@ def _configuration(constants: dict) -> str:
     return " ".join(f"{name}={x}" for name, x in short.items())
 
 
-def _passes(kernel: str, constants: dict, width: int, arch: str) -> int:
-    """How often loops inside the hot loop run: tokens of a chunk where they are scanned, else blocks of columns."""
-    if kernel in SCANS:
+def _passes(function, constants: dict, width: int, arch: str) -> int:
+    """How often loops inside the hot loop run: tokens of a chunk where a kernel takes them one after the other
+    (``at_token`` of ``triton_kernels/write_scan.py``), else blocks of columns."""
+    if "at_token" in function.fn.__code__.co_names:
         return constants["BLOCK_T"]
     step = constants.get("BLOCK_A") or constants.get("BLOCK_K", width)
     return width // step if step < width else int(assumed(arch)["passes"])
