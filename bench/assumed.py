@@ -6,7 +6,7 @@ GUIDE = "CUDA C++ Programming Guide, throughput of native arithmetic instruction
 LIMITS = "CUDA C++ Programming Guide, technical specifications per compute capability"
 PAPER = "NVIDIA A100 and H100 architecture whitepapers"
 MICRO = "published microbenchmarks (arXiv 2402.13499), about"
-# What a prediction rests on: name -> value on 8.0 and on 9.0, unit, source. Rates are of one multiprocessor.
+# What a prediction rests on: name -> value on 8.0 and on 9.0, unit, source. Rates are of one SM.
 ASSUMED = {
     "processors": (108, 132, "", PAPER),
     "clock": (1.41e9, 1.755e9, "cycles/s", "boost clock of A100; usual clock of H100 and H200 under load"),

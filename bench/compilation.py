@@ -6,7 +6,6 @@ import ast
 import contextlib
 import functools
 import hashlib
-import importlib
 import io
 import re
 import subprocess
@@ -17,6 +16,7 @@ import tokenize
 from dataclasses import dataclass
 
 import triton
+from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITCallable
 
 from memkernels import _triton
@@ -24,12 +24,16 @@ from memkernels import _triton
 from .targets import TARGETS
 
 INSTRUCTIONS = {"80": ("mma.sync",), "90": ("wgmma.mma_async", "mma.sync"), "100": ("tcgen05.mma", "mma.sync")}
+MULTIPLY_ADDS = "fma"
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What the machine code of one kernel takes, its matrix instruction (or nothing), and whether ptxas makes its
-    warp-group products wait for one another (C7515)."""
+    """The resources of the machine code of one kernel.
+
+    matrix: the instruction of its matrix products, MULTIPLY_ADDS where none does them, empty where there are none.
+    serialised: whether ptxas serialises its warp-group products (C7515).
+    """
 
     registers: int
     spills: int
@@ -39,7 +43,7 @@ class Needs:
 
 
 class Build:
-    """What a launch asks of Triton's compiler (``triton_kernels/builds.py``), and how a record knows it."""
+    """What a launch compiles (``triton_kernels/builds.py``), and the key of it in a record."""
 
     def __init__(self, build) -> None:
         self.build = build
@@ -65,14 +69,46 @@ class Build:
             triton.knobs.nvidia.dump_ptxas_log = True
             kernel = self.build.compile()
         arch, ptx = str(self.build.target.arch), kernel.asm["ptx"]
-        matrix = next((word for word in INSTRUCTIONS[arch] if word in ptx), "")
+        matrix = next((word for word in INSTRUCTIONS[arch] if word in ptx), MULTIPLY_ADDS if multiplies(kernel) else "")
         # A kernel that Triton took from disk leaves no report.
         said = log.getvalue() or report(arch, ptx)
         return Needs(*registers_and_spills(said), kernel.metadata.shared, matrix, serialised(said))
 
 
+def multiplies(kernel: CompiledKernel) -> bool:
+    """Whether a compiled kernel has matrix products."""
+    return "tt.dot" in kernel.asm["ttir"]
+
+
 def _text(value) -> str:
     return _sources()[value.__module__, value.__qualname__] if isinstance(value, JITCallable) else str(value)
+
+
+@functools.cache
+def _functions() -> dict[tuple[str, str], JITCallable]:
+    """Module and name of every function of the package that Triton compiles -> the function."""
+    package = _triton.kernels()
+    for operator in package.operators():
+        package.file(operator)
+    return {
+        (f.__module__, f.__qualname__): f
+        for name in [n for n in sys.modules if n.startswith(f"{package.__name__}.")]
+        for f in vars(sys.modules[name]).values()
+        if isinstance(f, JITCallable) and f.__module__.startswith(f"{package.__name__}.")
+    }
+
+
+def _used(function: JITCallable) -> list[JITCallable]:
+    """The functions that ``function`` names."""
+    names, known = function.fn.__code__.co_names, function.fn.__globals__
+    return [known[name] for name in names if isinstance(known.get(name), JITCallable)]
+
+
+def kernels() -> set[str]:
+    """The names of all kernels: functions that no other uses."""
+    functions = _functions().values()
+    used = {f for user in functions for f in _used(user)}
+    return {f.__name__ for f in functions if f not in used}
 
 
 @functools.cache
@@ -81,15 +117,7 @@ def _sources() -> dict[tuple[str, str], str]:
 
     By Triton's own search for what a function uses, on sources that say nothing of where they stand.
     """
-    package = _triton.kernels()
-    for file in set(dict(package.names()).values()):
-        importlib.import_module(f"{package.__name__}.{file}")
-    functions = {
-        (f.__module__, f.__qualname__): f
-        for name in [n for n in sys.modules if n.startswith(f"{package.__name__}.")]
-        for f in vars(sys.modules[name]).values()
-        if isinstance(f, JITCallable) and f.__module__.startswith(f"{package.__name__}.")
-    }
+    functions = _functions()
     before = {f: (f._src, f.starting_line_number, f.hash) for f in functions.values()}
     try:
         for f in functions.values():
@@ -124,7 +152,7 @@ def report(arch: str, ptx: str) -> str:
 
 
 def serialised(report: str) -> bool:
-    """Whether ptxas says that warp-group products wait for one another."""
+    """Whether ptxas serialises warp-group products (C7515)."""
     return re.search(r"wgmma\S* instructions are serialized", report) is not None
 
 

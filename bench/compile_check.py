@@ -4,7 +4,7 @@
     python -m bench.compile_check --arch 90 --dtype bfloat16 --width 64 128
     python -m bench.compile_check --recorded --write  # what the record has whole, and renews it
 
-A kernel fails that spills registers, asks for more shared memory than a block may have, has no matrix instruction where
+A kernel fails that spills registers, needs more shared memory than a block may have, has no matrix instruction where
 it multiplies 16-bit (or TF32) matrices, or whose warp-group products ptxas serialises. Exit status 1 when one does.
 What a compilation needed is recorded in ``bench/results/triton-compiled.jsonl`` by a hash of all that decides it
 (``bench.compilation``), so that a check takes half a minute where nothing that is compiled has changed; all of it
@@ -33,16 +33,16 @@ from .targets import TARGETS
 with optional("triton"):
     import triton
 
-    from .compilation import Needs
-    from .compile import ROWS, Compiled, compiled
+    from .compilation import Needs, kernels
+    from .compile import Compiled, compiled
 
     NEEDS = tuple(field.name for field in dataclasses.fields(Needs))
 
 DTYPES = ("bfloat16", "float16", "float32", "tf32")
 WIDTHS = (64, 128, 256, 512)
 FILE = DIRECTORY / "triton-compiled.jsonl"
-TOLD = ("key", "kernel", "arch", "dtype", "width", "constants")
-DECIDING = ("compilation.py", "compile.py", "launches.py")  # of this folder, which builds are asked for and how
+COLUMNS = ("key", "kernel", "arch", "dtype", "width", "constants")
+DECIDING = ("compilation.py", "compile.py", "launches.py")  # of this folder: what is compiled and how
 
 
 def sources() -> str:
@@ -69,12 +69,12 @@ class Record:
 
     def needs(self) -> dict[str, Needs]:
         """Key -> what it needs."""
-        return {key: Needs(*row[len(TOLD) :]) for key, row in self.rows.items()}
+        return {key: Needs(*row[len(COLUMNS) :]) for key, row in self.rows.items()}
 
     def put(self, one: Compiled) -> None:
         """Keep ``one``, under the class that it has already, if any."""
-        told = self.rows.get(one.key, [getattr(one, name) for name in TOLD])[: len(TOLD)]
-        self.rows[one.key] = [*told, *dataclasses.astuple(one.needs)]
+        known = self.rows.get(one.key, [getattr(one, name) for name in COLUMNS])[: len(COLUMNS)]
+        self.rows[one.key] = [*known, *dataclasses.astuple(one.needs)]
 
     def close(self, kind: tuple[str, int, str], launched: Container[str], faulty: bool) -> None:
         """The whole of a class has been put: forget what stands under it and is not among ``launched``.
@@ -89,7 +89,7 @@ class Record:
     def write(self) -> None:
         """Lines in an order in which a changed kernel changes lines that stand together."""
         rows = sorted(self.rows.values(), key=lambda row: (row[1], row[2].zfill(3), *row[3:6], row[0]))
-        head = {"triton": triton.__version__, "columns": [*TOLD, *NEEDS], "compared": self.compared}
+        head = {"triton": triton.__version__, "columns": [*COLUMNS, *NEEDS], "compared": self.compared}
         head["classes"] = sorted(self.classes, key=str)
         FILE.write_text("".join(json.dumps(line, separators=(",", ":")) + "\n" for line in (head, *rows)))
 
@@ -120,7 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not chosen:
             return 0
     record.compared = ""
-    launched, kernels, failed, fresh = set(), set(), 0, 0
+    launched, reached, failed, fresh = set(), set(), 0, 0
     for dtype, width, arch in chosen:
         before = failed
         for one in compiled(arch, dtype, width, known=known):
@@ -135,12 +135,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 failed += 1
                 print(f"FAILED {one}: {', '.join(faults)}", flush=True)
             launched.add(one.key)
-            kernels.add(one.kernel)
+            reached.add(one.kernel)
             record.put(one)
         if options.write:
             record.close((dtype, width, arch), launched, failed > before)
             record.write()
-    for kernel in sorted(set(ROWS) - kernels):
+    for kernel in sorted(kernels() - reached):
         failed += 1
         print(f"FAILED {kernel}: nothing launches it")
     if options.recorded and options.write and not failed:

@@ -26,7 +26,7 @@ from memkernels.testing import CASES, Subject
 
 from .cuda_check import ROOT
 from .gpu.telling import rounds
-from .launches import plain
+from .launches import backward_tensors, plain
 
 with optional("triton"):
     from .compilation import Build
@@ -55,13 +55,9 @@ def launched(subject: Subject, capability: int) -> Iterator:
     outputs = run(op.name, inputs.tensors, inputs.params)
     directions = subject.directions()
     if "backward" in directions:
-        names = [out.name for out in op.outputs]
-        saved = [outputs[names.index(name)] for name in op.saved]
-        given = subject.case.cotangents
-        both = [(out, x) for out, x in zip(op.outputs, outputs) if out.grad]
-        gradients = [x if given is None or out.name in given else None for out, x in both]
         wants = [i in subject.wanting for i, arg in enumerate(op.args) if arg.is_float]
-        run(f"{op.name}_backward", [*inputs.tensors, *saved, *gradients], [*inputs.params, wants])
+        given = backward_tensors(op, inputs.tensors, outputs, subject.case.cotangents)
+        run(f"{op.name}_backward", given, [*inputs.params, wants])
     if "in place" in directions:
         run(f"{op.name}_", inputs.tensors, inputs.params)
     yield from found

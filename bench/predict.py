@@ -4,9 +4,9 @@
     python -m bench.predict --dtype bfloat16 --width 128
     python -m bench.predict --write                  # renews those rows of bench/results/predicted.jsonl
 
-The machine code of a kernel tells its hot loop. What an iteration asks of every pipe of a multiprocessor, over what the
-pipe does per cycle (``bench.assumed``), bounds its time from below. The longest of these bounds names what binds, and
-tells the share of the ceiling that is left. Kernels of the CUDA library are read where it is built. Exit status 1 when
+The machine code of a kernel has a hot loop. The work of one iteration on every pipe of an SM, over the throughput of
+that pipe per cycle (``bench.assumed``), bounds its time from below. The longest of these bounds is the bottleneck, and
+sets the share of the ceiling that is left. Kernels of the CUDA library are read where it is built. Exit status 1 when
 ptxas serialises the warp-group products of a kernel, or spills registers.
 """
 
@@ -36,7 +36,6 @@ FILE = DIRECTORY / "predicted.jsonl"
 LIBRARY = cuda_check.ROOT / "build" / f"native-{sys.implementation.cache_tag}" / "libmemkernels_cuda.so"
 NOTE = "Predicted from compiled code; nothing here was measured."
 DTYPES, WIDTHS = ("bfloat16", "float32"), (128, 64)
-SCANS = ("write_scan_kernel", "write_scan_backward_kernel", "memory_scan_kernel", "memory_scan_backward_kernel")
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ class Kernel:
 class Row:
     """What is predicted of one kernel.
 
-    blocks: at once on a multiprocessor. waves: rounds of them. filled: share of the time that processors have work.
+    blocks: resident on an SM. waves: rounds of them. filled: share of the time that SMs have work.
     slots, barriers, loads: of one iteration of the hot loop in one warp, loads by bytes per lane; sometimes: the slots
     behind a branch. multiply_adds: of one iteration of a block, on the matrix unit where it is used. cycles: pipe ->
     what an iteration of one block takes of it. bound: the pipe with the most. at_most: the share of ``ceiling`` that
@@ -176,45 +175,46 @@ def predict(kernel: Kernel) -> Row:
 
 
 def triton_kernels(arch: str, dtype: str, width: int, only: Sequence[str] = ()) -> Iterator[Kernel]:
-    """Every kernel that the main launches (those named in ``only``, or all) ask of Triton."""
+    """Every Triton kernel of the main launches (those named in ``only``, or all)."""
     import torch
 
-    from .compilation import registers_and_spills, report, serialised
-    from .compile import PRODUCTS, ROWS, launched
+    from .compilation import Build, multiplies, registers_and_spills, report, serialised
+    from .compile import launched
     from .launches import launches
 
     seen = set()
     for one in launches(getattr(torch, dtype), width, "meta"):
         if not one.main or (only and one.name not in only):
             continue
-        for name, blocks, constants, build in launched(one, arch):
-            if build.key in seen:
+        for name, blocks, constants, _, build in launched(one, arch):
+            key = Build(build).key
+            if key in seen:
                 continue
-            seen.add(build.key)
-            made = build.build.compile()
+            seen.add(key)
+            made = build.compile()
             code, said = disassembled(made.asm["cubin"]), report(arch, made.asm["ptx"])
             registers, spills = registers_and_spills(said)
             faults = ["products serialised"] if serialised(said) or waited_for(code) else []
             faults += [f"{spills} bytes spilled"] if spills else []
-            multiplies = ROWS[name] in PRODUCTS and name != "norm_merge_kernel"
             yield Kernel(
                 "triton", name, one.name, arch, dtype, width, _configuration(constants), code, registers,
-                made.metadata.shared, made.metadata.num_warps, blocks, multiplies,
-                (_passes(name, constants, width, arch),) * 2, tuple(faults),
+                made.metadata.shared, made.metadata.num_warps, blocks, multiplies(made),
+                (_passes(build.function, constants, width, arch),) * 2, tuple(faults),
             )  # fmt: skip
 
 
 def _configuration(constants: dict) -> str:
     """The constants that a launch configuration sets, and what makes variants of a kernel."""
-    told = ("BLOCK_", "num_", "KIND", "GATE", "LIST", "REVERSE", "MEASURE")
+    shown = ("BLOCK_", "num_", "KIND", "GATE", "LIST", "REVERSE", "MEASURE")
     short = {name.removeprefix("BLOCK_").removeprefix("num_").lower(): x for name, x in constants.items()
-             if name.startswith(told)}  # fmt: skip
+             if name.startswith(shown)}  # fmt: skip
     return " ".join(f"{name}={x}" for name, x in short.items())
 
 
-def _passes(kernel: str, constants: dict, width: int, arch: str) -> int:
-    """How often loops inside the hot loop run: tokens of a chunk where they are scanned, else blocks of columns."""
-    if kernel in SCANS:
+def _passes(function, constants: dict, width: int, arch: str) -> int:
+    """How often loops inside the hot loop run: tokens of a chunk where a kernel takes them one after the other
+    (``at_token`` of ``triton_kernels/write_scan.py``), else blocks of columns."""
+    if "at_token" in function.fn.__code__.co_names:
         return constants["BLOCK_T"]
     step = constants.get("BLOCK_A") or constants.get("BLOCK_K", width)
     return width // step if step < width else int(assumed(arch)["passes"])
@@ -232,7 +232,7 @@ def disassembled(cubin: bytes) -> list[Instruction]:
 def cuda_kernels(library: Path) -> Iterator[Kernel]:
     """The kernels of the CUDA library for 9.0 that go through rows, but those of float16, which are bfloat16's again.
 
-    Launches are not known here, so neither is the shared memory that they ask for.
+    Launches are not known here, so neither is their dynamic shared memory.
     """
     target = "sm_90a"
     used = {one.name: one for one in cuda_check.kernels(library) if one.target == target}

@@ -217,7 +217,7 @@ def _following(block: list[Instruction], i: int, first: Mapping[int, int], code:
 
 @dataclass
 class Work:
-    """What instructions ask of a multiprocessor, of one warp.
+    """The work of instructions on the pipes of an SM, of one warp.
 
     pipes: pipe -> instructions. fused: those that are float32 multiply-adds. products: kind and whether asynchronous ->
     multiply-adds (a warp's share). shared: bytes through shared memory, where each lane has a place of its own;
@@ -275,7 +275,7 @@ def _shared_bytes(one: Instruction) -> int:
 
 
 def duration(code: Sequence[Instruction], latency: Mapping[str, float], rate: Mapping[str, float]) -> float:
-    """Mean cycles of an iteration of a loop for a warp that has the multiprocessor to itself.
+    """Mean cycles of an iteration of a loop for a warp that has the SM to itself.
 
     Instructions issue in order, one a cycle, each when what it reads is there. Copies to shared memory and products of
     a warp group are waited for where the code does. latency: pipe -> cycles until a result can be read. rate: kind ->

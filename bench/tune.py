@@ -3,10 +3,11 @@
     python -m bench.tune                   # on a GPU: measures candidates, rewrites the rows of this GPU's architecture
     python -m bench.tune --arithmetic      # without one: keeps a row that compiles well, else takes the next that does
 
-Measured: for every kernel, element width and row width, each candidate is timed in the calls of ``bench.launches`` that
-launch it, beside the present row, and the fastest becomes the row, marked "measured". Arithmetic: a row must compile
-without spills, within the shared memory of a block, and with matrix instructions where meant (``bench.compile``); a row
-that does not is replaced by the first smaller candidate that does. Measured rows are left alone there.
+Measured: for every row of the table, each candidate is timed beside the present row in the main calls of
+``bench.launches`` that take it (in all that do, where no main one does), and the fastest becomes the row, marked
+"measured". Arithmetic: a row must compile without spills, within the shared memory of a block, and with matrix
+instructions where it multiplies (``bench.compile``); a row that does not is replaced by the first smaller candidate
+that does. Measured rows are left alone there.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import importlib
 import itertools
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 
 import torch
 
@@ -31,7 +32,7 @@ from .targets import TARGETS
 from .timers import interleave
 
 with optional("triton"):
-    from .compile import DECODING, ROWS, compiled, compressed
+    from .compile import compiled, launched
 
     configs, launch = (
         importlib.import_module(f"{_triton.kernels().__name__}.{name}") for name in ("configs", "launch")
@@ -39,9 +40,7 @@ with optional("triton"):
 
 DTYPES = {16: ("bfloat16", "float16"), 32: ("float32", "tf32")}
 DTYPE = {16: torch.bfloat16, 32: torch.float32}  # that is measured
-# Beside the main calls, what needs most registers.
-WORST = ("gated_write, erase 0.5, retained", "softmax_write, erase 0.5, retained", "topk, k = 128", "topk, k = 256")
-REGISTERS = 65536  # of one processor, for all threads of a block
+REGISTERS = 65536  # of an SM, for all threads of a block
 GAIN = 0.98  # a candidate replaces the present row when it takes less than this share of its time
 
 
@@ -58,7 +57,6 @@ def save() -> None:
 def put(key: tuple, config: configs.Config) -> None:
     """Use ``config`` from the next call on."""
     configs.table()[key] = config
-    configs.find.cache_clear()
     replayed.cache_clear()
 
 
@@ -181,14 +179,24 @@ def measured(bits: Sequence[int], widths: Sequence[int]) -> None:
         for precision, w in served(b):
             if w in widths:
                 with matmul_precision(precision):
-                    _fastest(arch, b, w)
+                    _fastest(takers(arch, b, w), tuple(launches(DTYPE[b], w, "cuda")))
 
 
-def _fastest(arch: str, bits: int, width: int) -> None:
-    every = tuple(launches(DTYPE[bits], width, "cuda"))
-    for kernel in dict.fromkeys((*ROWS.values(), *map(compressed, DECODING))):
-        calls = [one for one in every if (one.packed if kernel.endswith("_compressed") else one.main)]
-        key = (kernel, arch, bits, width)
+def takers(arch: str, bits: int, width: int) -> dict[tuple, list[str]]:
+    """Every row of this class -> the calls of the class that take it, by name: the main ones, where there are any."""
+    found: dict[tuple, list[Launch]] = {}
+    for one in launches(DTYPE[bits], width, "meta"):
+        for key in dict.fromkeys(noted.row for noted in launched(one, arch)):
+            if key[2:] == (bits, width):
+                found.setdefault(key, []).append(one)
+    return {key: [one.name for one in calls if one.main or not calls[0].main] for key, calls in found.items()}
+
+
+def _fastest(rows: Mapping[tuple, Container[str]], every: Sequence[Launch]) -> None:
+    """Measure the configurations of ``rows`` in the calls that take them."""
+    for key, names in rows.items():
+        kernel, arch, bits, width = key
+        calls = [one for one in every if one.name in names]
         present = configs.table()[key]
         best, time = present, seconds(calls)
         for candidate in candidates(present, kernel):
@@ -212,7 +220,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.arithmetic:
         only = ()
         if options.main:
-            only = (*(one.name for one in launches(torch.float32, 64, "meta") if one.main), *WORST)
+            only = tuple(one.name for one in launches(torch.float32, 64, "meta") if one.main or one.heavy)
         return 0 if arithmetic(options.arch, options.bits, options.width, only) else 1
     if not torch.cuda.is_available():
         print("tune: no GPU is here; --arithmetic chooses by compilation", file=sys.stderr)

@@ -27,15 +27,6 @@ WHOLE = {
     *itertools.product(("bfloat16", "float16", "float32", "tf32"), (64, 128, 256, 512), ("90",)),
     *itertools.product(("bfloat16",), (128,), ("80", "100")),
 }
-# Calls that launch the kernels which no main call does.
-MORE = (
-    "softmax_read, few tokens",
-    "gated_write, erase tensor, retained",
-    "gated_write, retained, few slots",
-    "topk, k = 1000",
-    "product keys, k = 300",
-    "reads of float8 slots",
-)
 
 
 def finished(*command: str) -> str:
@@ -60,17 +51,21 @@ def test_kernels_under_another_version_of_triton(arch):
     code = """
 import sys
 import torch
-from bench.compile import ROWS, compiled
+from bench.compilation import kernels
+from bench.compile import compiled, launched
 from bench.launches import launches
-arch, *more = sys.argv[1:]
-names = (*(one.name for one in launches(torch.float32, 64, "meta") if one.main), *more)
-found = list(compiled(arch, "bfloat16", 64, names))
+arch, names, reached = sys.argv[1], [], set()
+for one in launches(torch.bfloat16, 64, "meta"):
+    own = {noted.kernel for noted in launched(one, arch)}
+    if one.main or own - reached:
+        names.append(one.name)
+        reached |= own
+assert reached == kernels(), reached ^ kernels()
+found = list(compiled(arch, "bfloat16", 64, tuple(names)))
 faults = [f"{one}: {', '.join(one.faults())}" for one in found if one.faults()]
 assert not faults, "\\n".join(faults)
-rest = set(ROWS) - {one.kernel for one in found}
-assert not rest, rest
 """
-    finished("-c", code, arch, *MORE)
+    finished("-c", code, arch)
 
 
 def test_nothing_recorded_spills_or_is_serialised():

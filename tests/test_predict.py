@@ -315,7 +315,8 @@ print(json.dumps([triton.__version__, triton.knobs.nvidia.ptxas.version, told, f
             if (one.arch, one.dtype, one.width, one.call) == ("90", "bfloat16", 64, "softmax_read")
         ]
         same = {one.kernel: json.loads(json.dumps(dataclasses.asdict(one))) for one in known}
-        assert same == rows, "run: python -m bench.predict --write"
+        # What an earlier call launches too stands under that one.
+        assert "softmax_read_kernel" in same and same.items() <= rows.items(), "run: python -m bench.predict --write"
 
 
 def test_no_main_kernel_is_serialised_and_the_page_shows_the_file():

@@ -4,50 +4,32 @@ Installed as ``memkernels.triton_kernels``; imports nothing of memkernels. :func
 operators ``memkernels_triton::<op>``, ``<op>_backward`` and ``<op>_``, whose schemas memkernels defines. Triton itself,
 and the file of an op, are imported at the first call of that op.
 
-One file per op: the kernels, then their launchers; dense writes share theirs in ``write.py`` and the files it names.
-``tiles.py`` and ``score_gradients.py`` hold what kernels share, ``layout.py`` and ``launch.py`` what launchers share,
-``configs.json`` the launch configurations.
+One file per op: the kernels, then their launchers, each marked as an operator, then examples of calls (``declare.py``);
+dense writes share their kernels in ``write.py`` and the files it names. ``tiles.py`` and ``score_gradients.py`` hold
+what kernels share, ``layout.py`` and ``launch.py`` what launchers share, ``configs.json`` the launch configurations.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
+import re
+from pathlib import Path
 
 import torch
 
-# operator -> the file of its launcher; the launcher has the operator's name (gated_write_ writes in place)
-OPERATORS = {
-    "additive_read": "additive_read",
-    "address": "address",
-    "cache_logprobs": "cache_logprobs",
-    "cache_nll": "cache_nll",
-    "cell_scan": "cell_scan",
-    "gated_scan": "gated_scan",
-    "gated_write": "gated_write",
-    "memory_scan": "memory_scan",
-    "merge_reads": "merge_reads",
-    "product_key_read": "product_key_read",
-    "product_key_search": "product_key_search",
-    "slot_usage": "slot_usage",
-    "slot_write": "slot_write",
-    "softmax_read": "softmax_read",
-    "softmax_read_compressed": "softmax_read",
-    "softmax_write": "softmax_write",
-    "sparse_read": "sparse_read",
-    "sparse_read_compressed": "sparse_read",
-    "sparse_write": "sparse_write",
-    "topk_read": "topk_read",
-    "topk_read_compressed": "topk_read",
-    "topk_search": "topk_search",
-    "topk_search_compressed": "topk_search",
-}
-IN_PLACE = ("gated_write", "slot_write", "softmax_write", "sparse_write")
+_MARKED = re.compile(r"^@operator\ndef (\w+)\(", re.MULTILINE)
 
 
-def names() -> list[tuple[str, str]]:
-    """Every operator, and the file of its launcher."""
-    pairs = [(f"{op}{suffix}", file) for op, file in OPERATORS.items() for suffix in ("", "_backward")]
-    return pairs + [(f"{op}_", OPERATORS[op]) for op in IN_PLACE]
+@functools.cache
+def operators() -> dict[str, str]:
+    """Operator -> the file of its launcher, which has its name (``gated_write_`` writes in place).
+
+    Read off the text of the files, which takes a few milliseconds; importing them would import Triton. Triton itself
+    compiles a kernel from its text, so wherever kernels run there is one.
+    """
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return {name: file.stem for file in files for name in _MARKED.findall(file.read_text(encoding="utf-8"))}
 
 
 def register(device: str) -> torch.library.Library:
@@ -56,26 +38,30 @@ def register(device: str) -> torch.library.Library:
     The caller keeps the result alive: kernels leave with it.
     """
     library = torch.library.Library("memkernels_triton", "IMPL")
-    for name, _ in names():
+    for name in operators():
         library.impl(name, _at_first_call(name), device.upper())
     return library
 
 
-def launcher(name: str):
-    """The launcher of the operator ``name``, replayed (``replay.py``)."""
+def file(operator: str):
+    """The module that holds the launcher of ``operator``."""
+    return importlib.import_module(f"{__name__}.{operators()[operator]}")
+
+
+def launcher(operator: str):
+    """The launcher of ``operator``, replayed (``replay.py``)."""
     from . import launch, replay
 
-    file = dict(names())[name]
-    return replay.Launcher(getattr(importlib.import_module(f"{__name__}.{file}"), name), launch.architecture)
+    return replay.Launcher(getattr(file(operator), operator), launch.architecture)
 
 
-def _at_first_call(name: str):
-    """The launcher of ``name``, found at the first call."""
+def _at_first_call(operator: str):
+    """The launcher of ``operator``, found at the first call."""
     found = []
 
     def run(*arguments):
         if not found:
-            found.append(launcher(name))
+            found.append(launcher(operator))
         return found[0](*arguments)
 
     return run

@@ -20,11 +20,14 @@ not average out in dq. Where the op returned 16 bits, the read is computed again
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .declare import Example, Inputs, operator
 from .launch import launch_in_parts, plan, width
 from .layout import Call, Gradient, precision
 from .score_gradients import from_scores, row_dots, shifted_lse
@@ -251,12 +254,14 @@ def _sources(call: Call, query: Tensor, keys: Tensor, values: Tensor, score_vect
     return call.rows(query), call.slots(keys), call.slots(values), *numbers
 
 
+@operator
 def additive_read(query: Tensor, keys: Tensor, values: Tensor, score_vector: Tensor, slot_mask: Tensor | None):
     """read ``[..., T, V]``, lse and lse_rest ``[..., T]``."""
     call = _call("additive_read", query, keys, values, score_vector, slot_mask)
     return _read(call, _sources(call, query, keys, values, score_vector, slot_mask), query, values, query.dtype)
 
 
+@operator
 def additive_read_backward(
     query: Tensor, keys: Tensor, values: Tensor, score_vector: Tensor, slot_mask: Tensor | None, read: Tensor,
     lse: Tensor, lse_rest: Tensor, d_read: Tensor | None, d_lse: Tensor | None, wants: list[bool],
@@ -310,3 +315,8 @@ def additive_read_backward(
         if pieces is not None:
             d_vector.view.copy_(pieces.sum((1, 2)).view(d_vector.view.shape))
     return d_query.result(), d_keys.result(), d_values.result(), d_vector.result(), d_mask.result()
+
+
+def examples(x: Inputs) -> Iterator[Example]:
+    q, k, v = (x(2, n, x.width) for n in (x.tokens, x.slots, x.slots))
+    yield Example(additive_read, (q, k, v, x(x.width), None), main=True)

@@ -9,10 +9,13 @@ themselves: see score_gradients.py.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .declare import SCALE, Example, Inputs, operator
 from .launch import launch, plan, summed
 from .layout import Call, Gradient, precision
 from .score_gradients import score_gradients, shifted_lse
@@ -56,6 +59,7 @@ def _call(op: str, query: Tensor, keys: Tensor, slot_mask: Tensor | None, *more:
     return call
 
 
+@operator
 def address(query: Tensor, keys: Tensor, slot_mask: Tensor | None, scale: float, sigmoid: bool) -> Tensor:
     """weights ``[..., T, N]``."""
     call = _call("address", query, keys, slot_mask)
@@ -75,6 +79,7 @@ def address(query: Tensor, keys: Tensor, slot_mask: Tensor | None, scale: float,
     return call.store(out, view)
 
 
+@operator
 def address_backward(
     query: Tensor, keys: Tensor, slot_mask: Tensor | None, weights: Tensor, d_weights: Tensor | None,
     scale: float, sigmoid: bool, wants: list[bool],
@@ -94,3 +99,9 @@ def address_backward(
         weights=weights, d_weights=d_weights,
     )  # fmt: skip
     return d_query.result(), d_keys.result(), d_mask.result()
+
+
+def examples(x: Inputs) -> Iterator[Example]:
+    q, k = x(2, x.tokens, x.width), x(2, x.slots, x.width)
+    yield Example(address, (q, k, None, SCALE, False), variant="softmax", main=True)
+    yield Example(address, (q, k, None, SCALE, True), variant="sigmoid")

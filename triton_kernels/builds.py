@@ -1,15 +1,15 @@
 """What a launch compiles: signature, constants, and what the compiler may assume of the arguments.
 
-Triton compiles a kernel anew for every divisibility of every integer, and for every integer that is 1. Here the
-compiler is told what makes loads wide, and nothing else, so that a kernel serves all batches, parts and loop lengths:
+Triton specialises a kernel on the divisibility by 16 of every integer, and on integers that are 1. Here it specialises
+only on what makes loads wide, so that one compilation serves all batches, parts and loop lengths:
 
 - a tensor begins at a multiple of 16 bytes and its strides are multiples of 16 elements: both, or neither is assumed;
 - a last stride of 1 is a constant;
-- the integers of ``TOLD``, at which an axis ends that loads go along, are multiples of 16, or not.
+- the integers of ``SPECIALISED``, at which an axis of loads ends, are multiples of 16, or not.
 
-That the ends of T and N are told costs 15% more compilations in the contract grid, and pays: without them the loads of
-lse in slot_usage go one number at a time and are not pipelined (94 registers instead of 72), softmax_read takes 195
-registers instead of 165, and without k the weights of chosen_dots go one at a time (98 instead of 76).
+The ends of T and N cost 15% more compilations in the contract grid, and pay: without them the loads of lse in
+slot_usage are scalar and not pipelined (94 registers instead of 72), softmax_read takes 195 registers instead of 165,
+and without k the loads of weights in chosen_dots are scalar (98 instead of 76).
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime.jit import JITFunction
 
 # Tokens, slots, chosen slots, row widths, entries of a sorted list; the first, and how many, of a share of these.
-TOLD = frozenset({"T", "N", "k", "K", "V", "D", "W", "entries", "first", "own", "count", "wide", "span"})
-# Steps between parts of a result of rows. Those between parts of numbers are not told: T = 1 makes them odd.
-TOLD |= {f"{name}_part" for name in ("read", "d_read", "q", "k", "v", "w", "out", "sum", "h")}
-REGISTERS = 65536  # of a multiprocessor, for all threads of a block
+SPECIALISED = frozenset({"T", "N", "k", "K", "V", "D", "W", "entries", "first", "own", "count", "wide", "span"})
+# Steps between parts of a result of rows. Those between parts of numbers are left out: T = 1 makes them odd.
+SPECIALISED |= {f"{name}_part" for name in ("read", "d_read", "q", "k", "v", "w", "out", "sum", "h")}
+REGISTERS = 65536  # of an SM, for all threads of a block
 DIVISIBLE = [["tt.divisibility", 16]]
 TYPES = {
     torch.float32: "fp32",
@@ -62,7 +62,7 @@ class Build:
 
     @property
     def odd(self) -> bool:
-        """Whether some tensor of rows is not aligned, or its width is odd: its numbers are loaded one by one."""
+        """Whether some tensor of rows is not aligned, or its width is odd: its loads are scalar."""
         known = {path[0] for path in (*self.attributes, *(p for p, x in self.constants.items() if x == 1))}
         kinds = enumerate(self.signature.values())
         return any(isinstance(kind, tuple) and i not in known and "i64" not in kind[0] for i, kind in kinds)
@@ -113,9 +113,10 @@ def build(
         if param.is_constexpr:
             signature[param.name], constants[(i,)] = "constexpr", x
         elif not isinstance(x, tuple):
-            aligned = (
-                is_aligned(x) if isinstance(x, Tensor) else param.name in TOLD and isinstance(x, int) and x % 16 == 0
-            )
+            if isinstance(x, Tensor):
+                aligned = is_aligned(x)
+            else:
+                aligned = param.name in SPECIALISED and isinstance(x, int) and x % 16 == 0
             signature[param.name] = describe(x, (i,), aligned)
         elif not isinstance(x[-1], int):  # several tensors
             signature[param.name] = tuple(
@@ -130,6 +131,6 @@ def build(
             kinds.append("constexpr" if last == 1 else describe(last, (i, len(kinds)), wide))
             signature[param.name] = tuple(kinds)
     build = Build(kernel, signature, constants, attributes, options, GPUTarget("cuda", capability, 32))
-    if build.odd:  # number by number, a row takes an address each: ptxas would rather spill them than lose a block
+    if build.odd:  # scalar loads take an address each, which ptxas would rather spill than lower the occupancy
         options["maxnreg"] = min(255, REGISTERS // (32 * options["num_warps"]))
     return build

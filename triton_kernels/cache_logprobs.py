@@ -16,12 +16,15 @@ g is d but for the words of the entries, each of which counts once: by the first
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .cache_mix import cache_total, entries, log_rest, mix_call, mix_plan, mixed, row_lse
+from .cache_mix import cache_total, entries, log_rest, mix_call, mix_inputs, mix_plan, mixed, row_lse
+from .declare import Example, Inputs, operator
 from .launch import launch
 from .layout import Call, Gradient
 from .tiles import LOG2E, softmax_weights, tokens
@@ -167,6 +170,7 @@ def _word_shares(call: Call, cache_scores: Tensor, cache_tokens: Tensor, logits:
     return shares
 
 
+@operator
 def cache_logprobs(logits: Tensor, cache_scores: Tensor, cache_tokens: Tensor, mix: Tensor):
     """log-probabilities ``[..., T, W]``, lse and lse_rest of the logits ``[..., T]``."""
     call, T, W, N = mix_call("cache_logprobs", logits, cache_scores, cache_tokens, mix)
@@ -183,6 +187,7 @@ def cache_logprobs(logits: Tensor, cache_scores: Tensor, cache_tokens: Tensor, m
     return call.store(logprobs, view), call.store(lse, lse_view), call.store(rest, rest_view)
 
 
+@operator
 def cache_logprobs_backward(
     logits: Tensor, cache_scores: Tensor, cache_tokens: Tensor, mix: Tensor, lse: Tensor, lse_rest: Tensor,
     d_logprobs: Tensor | None, wants: list[bool],
@@ -206,3 +211,8 @@ def cache_logprobs_backward(
         plan=p, BLOCK=p.config.block_n,
     )  # fmt: skip
     return d_logits.result(), d_scores.result(), d_mix.result()
+
+
+def examples(x: Inputs) -> Iterator[Example]:
+    logits, scores, words, mix = mix_inputs(x)
+    yield Example(cache_logprobs, (logits, scores, words, mix), main=True)

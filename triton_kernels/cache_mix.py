@@ -8,10 +8,12 @@ at a time; the row of words is read at the bandwidth of memory, and no second on
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .declare import Inputs
 from .launch import Plan, plan
 from .layout import Call
 from .sparse_read import check_indices
@@ -100,3 +102,10 @@ def mix_call(
 def mix_plan(kernel: str, call: Call, logits: Tensor) -> Plan:
     """The configuration of a kernel whose blocks lie along a row, however wide that is."""
     return plan(kernel, ROW, logits)
+
+
+def mix_inputs(x: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """logits, cache_scores, cache_tokens and mix of an example."""
+    words, entries = 50257, 1024
+    scores, mix = x(2, x.tokens, entries), x(2, x.tokens, dtype=torch.float32)
+    return x(2, x.tokens, words), scores, x.integers(2, x.tokens, entries, below=words), mix

@@ -14,12 +14,15 @@ in one pass that reads every logit and writes its gradient. No distribution over
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .cache_mix import cache_total, entries, mix_call, mix_plan, mixed, row_lse
+from .cache_mix import cache_total, entries, mix_call, mix_inputs, mix_plan, mixed, row_lse
+from .declare import Example, Inputs, operator
 from .launch import launch
 from .layout import Call, Gradient
 from .sparse_read import check_indices
@@ -112,6 +115,7 @@ def _call(
     return call, T, W, N
 
 
+@operator
 def cache_nll(logits: Tensor, targets: Tensor, cache_scores: Tensor, cache_tokens: Tensor, mix: Tensor):
     """nll, and lse and lse_rest of the logits, ``[..., T]``."""
     call, T, W, N = _call("cache_nll", logits, targets, cache_scores, cache_tokens, mix)
@@ -127,6 +131,7 @@ def cache_nll(logits: Tensor, targets: Tensor, cache_scores: Tensor, cache_token
     return call.store(nll, nll_view), call.store(lse, lse_view), call.store(rest, rest_view)
 
 
+@operator
 def cache_nll_backward(
     logits: Tensor, targets: Tensor, cache_scores: Tensor, cache_tokens: Tensor, mix: Tensor, lse: Tensor,
     lse_rest: Tensor, d_nll: Tensor | None, wants: list[bool],
@@ -149,3 +154,8 @@ def cache_nll_backward(
         plan=p, BLOCK=p.config.block_n,
     )  # fmt: skip
     return d_logits.result(), d_scores.result(), d_mix.result()
+
+
+def examples(x: Inputs) -> Iterator[Example]:
+    logits, scores, words, mix = mix_inputs(x)
+    yield Example(cache_nll, (logits, words[..., 0], scores, words, mix), main=True)

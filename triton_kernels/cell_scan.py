@@ -4,7 +4,7 @@ c = tanh(zc).
 Every number of h_t needs all of h_{t-1}, so tokens go one after the other. A program keeps a block of streams and goes
 through the columns of the state in blocks; the state passes from token to token through memory, float32, behind a
 barrier of the program. Up to HELD columns that is one launch for all tokens: the weight stays in the caches, and
-streams share each pass over it. Above, one processor would need longer for a pass over the weight than a launch takes,
+streams share each pass over it. Above, one SM would need longer for a pass over the weight than a launch takes,
 so every token is a launch with a program per block of columns, and the launches are the barrier. Bound by latency along
 T. Of a 16-bit call the state goes into the product in two 16-bit parts: its rounding would add up along T.
 
@@ -26,6 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .declare import Example, Inputs, operator
 from .gated_scan import InitialGradient, initial_row
 from .launch import Plan, launch, plan
 from .layout import Call, Gradient, precision
@@ -185,6 +186,7 @@ def _steps(call: Call, p: Plan, D: int, steps: int) -> Iterator[tuple[int, int, 
         yield blocks * parts, step, step + 1, parts, p.config.block_n
 
 
+@operator
 def cell_scan(inputs: Tensor, weight: Tensor, initial: Tensor | None) -> Tensor:
     """states ``[..., T, D]``."""
     call = _call("cell_scan", inputs, weight, initial)
@@ -207,6 +209,7 @@ def cell_scan(inputs: Tensor, weight: Tensor, initial: Tensor | None) -> Tensor:
     return call.store(states, view)
 
 
+@operator
 def cell_scan_backward(
     inputs: Tensor, weight: Tensor, initial: Tensor | None, states: Tensor, d_states: Tensor | None, wants: list[bool]
 ):
@@ -246,3 +249,8 @@ def cell_scan_backward(
         d_scores = (dz, *dz.stride()[:4])
         score_gradients(call, "given", before, weight, None, 1.0, None, d_weight, None, d_weights=d_scores)
     return d_inputs.result(), d_weight.result(), d_initial.result()
+
+
+def examples(x: Inputs) -> Iterator[Example]:
+    streams, tokens, D = 32, 64, x.width
+    yield Example(cell_scan, (x(streams, tokens, 3 * D), x(3 * D, D), x(streams, D)), main=True)

@@ -14,10 +14,10 @@ from pathlib import Path
 
 TABLE = Path(__file__).with_name("configs.json")
 ARCHITECTURES = ("80", "90", "100")
-# Streaming multiprocessors of the largest device of each: what a split must fill.
+# SMs of the largest device of each: what a split must fill.
 PROCESSORS = {"80": 108, "90": 132, "100": 148, "interpreter": 4}
-# A row width belongs to the first that holds it; 512 stands for everything that goes in several blocks: of 32 bits that
-# is above 128 columns, above 64 where products are exact (launch.width).
+# The smallest listed width >= the row; 512 means several blocks: of 32 bits that is above 128 columns, above 64 where
+# products are exact (launch.width).
 WIDTHS = (64, 128, 256, 512)
 
 
@@ -25,8 +25,8 @@ WIDTHS = (64, 128, 256, 512)
 class Config:
     """Tokens and slots of a block, warps of a program, stages of the software pipeline; how they were chosen.
 
-    registers: what a thread may have, where ptxas by itself would rather spill a few bytes to fit one more block on a
-    processor; 0 leaves it to ptxas.
+    registers: the limit of a thread, where ptxas by itself would rather spill a few bytes to fit one more block on an
+    SM; 0 leaves it to ptxas.
     """
 
     block_t: int
@@ -58,9 +58,6 @@ def reach(width) -> int:
     return next((w for w in WIDTHS[:-1] if width.steps == 1 and width.block <= w), WIDTHS[-1])
 
 
-@functools.cache
-def find(kernel: str, arch: str, bits: int, width) -> Config:
-    """The row for one kernel and ``width`` (of ``launch.width``)."""
-    if arch == "interpreter":
-        return table()[kernel, arch, 32, 64]
-    return table()[kernel, arch, bits, reach(width)]
+def row(kernel: str, arch: str, bits: int, width) -> tuple[str, str, int, int]:
+    """The key of the row for one kernel and ``width`` (of ``launch.width``)."""
+    return (kernel, arch, 32, 64) if arch == "interpreter" else (kernel, arch, bits, reach(width))

@@ -12,10 +12,13 @@ dh_0 = f_1 g_1. The same scan in reverse, of (f_{t+1}, dh_t), by the same kernel
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .declare import FEW, Example, Inputs, operator
 from .launch import launch, plan
 from .layout import Call, Gradient
 from .tiles import batch, put, tile, tokens
@@ -143,6 +146,7 @@ class InitialGradient(Gradient):
         return super().result().squeeze(-2) if self.wanted else super().result()
 
 
+@operator
 def gated_scan(forget: Tensor, update: Tensor, initial: Tensor | None) -> Tensor:
     """states ``[..., T, D]`` in the dtype of ``update``."""
     call = _call("gated_scan", forget, update, initial)
@@ -152,6 +156,7 @@ def gated_scan(forget: Tensor, update: Tensor, initial: Tensor | None) -> Tensor
     return call.store(states, view)
 
 
+@operator
 def gated_scan_backward(
     forget: Tensor, update: Tensor, initial: Tensor | None, states: Tensor, d_states: Tensor | None, wants: list[bool]
 ):
@@ -171,3 +176,11 @@ def gated_scan_backward(
     else:
         d_initial.fill(0.0)
     return d_forget.result(), d_update.result(), d_initial.result()
+
+
+def examples(x: Inputs) -> Iterator[Example]:
+    def scan(T: int, **which) -> Example:
+        return Example(gated_scan, (x(2, T, x.width), x(2, T, x.width), x(2, x.width)), **which)
+
+    yield scan(x.tokens, main=True)
+    yield scan(FEW, variant="few tokens")

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
+
 from torch import Tensor
 
 from . import write as dense
+from .declare import FEW, Example, Inputs, operator
 from .write_tiles import Write
 
 
+@operator
 def gated_write(
     values: Tensor, keys: Tensor, query: Tensor, write: Tensor, erase: Tensor | None, slot_mask: Tensor | None,
     token_mask: Tensor | None, scale: float, erase_scale: float,
@@ -17,6 +22,7 @@ def gated_write(
     return dense.forward(Write("gated_write", "sigmoid", *args), values)
 
 
+@operator
 def gated_write_(
     values: Tensor, keys: Tensor, query: Tensor, write: Tensor, erase: Tensor | None, slot_mask: Tensor | None,
     token_mask: Tensor | None, scale: float, erase_scale: float,
@@ -26,6 +32,7 @@ def gated_write_(
     return dense.in_place(Write("gated_write_", "sigmoid", *args), values)
 
 
+@operator
 def gated_write_backward(
     values: Tensor, keys: Tensor, query: Tensor, write: Tensor, erase: Tensor | None, slot_mask: Tensor | None,
     token_mask: Tensor | None, retained: Tensor, d_values: Tensor | None, d_retained: Tensor | None,
@@ -36,3 +43,13 @@ def gated_write_backward(
     x = Write("gated_write_backward", "sigmoid", *args)
     x.call.require(len(wants) == 6, "wants must have 6 entries")
     return dense.backward(x, values, d_values, d_retained, wants)
+
+
+def examples(x: Inputs) -> Iterator[Example]:
+    T, N, write = x.tokens, x.slots, functools.partial(dense.example, gated_write, x)
+    yield write(T, N, main=True)
+    yield write(T, N // 16, x(2, T, x.width), variant="erase tensor", main=True)
+    yield write(T, N, 0.0, variant="erase 0")
+    yield write(T, N, 0.5, True, variant="erase 0.5, retained", heavy=True)
+    yield write(T, FEW, 1.0, True, variant="retained, few slots")
+    yield write(FEW, N, x(2, FEW, x.width), True, variant="erase tensor, retained")

@@ -85,8 +85,9 @@ def bits(*tensors: Tensor | None) -> int:
 
 @dataclass(frozen=True)
 class Plan:
-    """What the launcher of one kernel needs to know."""
+    """What the launcher of one kernel needs to know. row: the key of ``config`` in the table."""
 
+    row: tuple[str, str, int, int]
     config: configs.Config
     processors: int
 
@@ -96,8 +97,8 @@ class Plan:
         return {"num_warps": self.config.warps, "num_stages": self.config.stages, **limit}
 
     def cut(self, programs: int, size: int, block: int, least: int = 4, sums: bool = True) -> tuple[int, int]:
-        """Parts of a loop over ``size`` in blocks so that ``programs`` fill the processors, and of one that ``sums`` so
-        that none is longer than LONGEST: their count and length.
+        """Parts of a loop over ``size`` in blocks so that ``programs`` fill the SMs, and of one that ``sums`` so that
+        none is longer than LONGEST: their count and length.
 
         From shapes and the table alone, so that the same call adds in the same order on every run.
         """
@@ -118,14 +119,14 @@ def plan(kernel: str, widest: int, *tensors: Tensor | None, compressed: bool = F
     arch = recording().arch
     if compressed:
         kernel = f"{kernel}_compressed"
-    row = configs.find(kernel, arch, bits(*tensors), width(widest, *tensors))
-    return Plan(row, configs.PROCESSORS[arch])
+    row = configs.row(kernel, arch, bits(*tensors), width(widest, *tensors))
+    return Plan(row, configs.table()[row], configs.PROCESSORS[arch])
 
 
 def launch(kernel, programs: int, *arguments, plan: Plan, **constants) -> None:
     """Note a launch of ``programs`` programs. It does not synchronise or allocate: a CUDA graph can capture it."""
     if programs:
-        recording().launch(kernel, programs, arguments, constants, plan.options)
+        recording().launch(kernel, programs, arguments, constants, plan.options, plan.row)
 
 
 class _Parts:

@@ -12,11 +12,14 @@ queries, keys and mask, both at once. Slots go in groups that bound the memory o
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .declare import SCALE, Example, Inputs, operator
 from .launch import bits, launch, narrowed, plan, summed, width
 from .layout import Call, Gradient, precision
 from .memory_scan_backward import memory_scan_backward_kernel, read_weights
@@ -131,6 +134,7 @@ class Scan:
         )  # fmt: skip
 
 
+@operator
 def memory_scan(
     values: Tensor, keys: Tensor, read_query: Tensor, write_query: Tensor, write: Tensor, slot_mask: Tensor | None,
     token_mask: Tensor | None, scale: float, read_first: bool,
@@ -153,6 +157,7 @@ def memory_scan(
     return call.store(reads, view), out, lse, rest
 
 
+@operator
 def memory_scan_backward(
     values: Tensor, keys: Tensor, read_query: Tensor, write_query: Tensor, write: Tensor, slot_mask: Tensor | None,
     token_mask: Tensor | None, reads: Tensor, lse: Tensor, lse_rest: Tensor, d_reads: Tensor | None,
@@ -237,3 +242,12 @@ def _from_scores(
         call, "given", queries, keys, slot_mask, scale, d_queries, d_keys, d_mask, d_weights=(ds, *ds.stride()[:4])
     )
     return d_queries.result(), d_keys.result(), d_mask.result()
+
+
+def examples(x: Inputs) -> Iterator[Example]:
+    def scan(N: int, mask: Tensor | None, read_first: bool, **which) -> Example:
+        rows = (x(2, n, x.width) for n in (N, N, x.tokens, x.tokens, x.tokens))
+        return Example(memory_scan, (*rows, mask, None, SCALE, read_first), **which)
+
+    yield scan(x.slots // 16, None, False, main=True)
+    yield scan(x.slots, x(2, x.slots, dtype=torch.float32), True, variant="mask, read first")

@@ -8,16 +8,19 @@ with x[s, t] = <dr_t, r[s, t]>.
 A program takes a block of tokens and a block of columns and goes through the parts in their order. Every read is loaded
 once and every result stored once: bound by bandwidth. A part of weight 0 is not looked at. The weights come from the
 largest lse and the sum, never from the rounded lse_t. The parts of a read that was split bring what the rounding of
-their own lse left out (rests), and the result tells the same.
+their own lse left out (rests), and so does the result.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .declare import Example, Inputs, operator
 from .launch import Plan, launch, plan, width
 from .layout import Call, Gradient, unit_last
 from .tiles import LOG2E, log_total, put, tile, tokens
@@ -156,6 +159,7 @@ def _call(op: str, reads: Tensor, lses: Tensor, *more: tuple) -> tuple[Call, int
     return call, S, T, V
 
 
+@operator
 def merge_reads(reads: Tensor, lses: Tensor):
     """read ``[..., T, V]``, lse ``[..., T]`` of reads ``[..., S, T, V]`` and lses ``[..., S, T]``."""
     call, S, T, V = _call("merge_reads", reads, lses)
@@ -171,6 +175,7 @@ def merge_reads(reads: Tensor, lses: Tensor):
     return call.store(read, read_view), call.store(lse, lse_view)
 
 
+@operator
 def merge_reads_backward(
     reads: Tensor, lses: Tensor, d_read: Tensor | None, d_lse: Tensor | None, wants: list[bool]
 ):  # fmt: skip
@@ -198,3 +203,7 @@ def merge_reads_backward(
             plan=p, BLOCK_T=block_t, BLOCK_V=block_v, V_STEPS=triton.cdiv(V, block_v),
         )  # fmt: skip
     return d_reads.result(), d_lses.result()
+
+
+def examples(x: Inputs) -> Iterator[Example]:
+    yield Example(merge_reads, (x(2, 3, x.tokens, x.width), x(2, 3, x.tokens, dtype=torch.float32)), main=True)

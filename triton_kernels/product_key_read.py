@@ -10,16 +10,20 @@ by rows of the halves the subkeys.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
+from .declare import SCALE, Example, Inputs, operator
 from .layout import Gradient
-from .product_key_search import calls, pair_gradients, search_pairs
+from .product_key_search import KEPT, calls, pair_gradients, search_pairs
 from .segments import Segments
 from .sparse_read import gather
 from .topk_read import score_gradient
 
 
+@operator
 def product_key_read(query: Tensor, subkeys: Tensor, values: Tensor, k: int, scale: float):
     """read ``[..., T, V]``, indices ``[..., T, k]``, weights ``[..., T, k]`` in float32."""
     call, inner = calls("product_key_read", query, subkeys, values=values)
@@ -33,6 +37,7 @@ def product_key_read(query: Tensor, subkeys: Tensor, values: Tensor, k: int, sca
     return call.store(read, view), indices, weights
 
 
+@operator
 def product_key_read_backward(
     query: Tensor, subkeys: Tensor, values: Tensor, indices: Tensor, weights: Tensor, d_read: Tensor | None,
     d_weights: Tensor | None, k: int, scale: float, wants: list[bool],
@@ -50,3 +55,10 @@ def product_key_read_backward(
     else:
         d_values.fill(0.0)
     return *pair_gradients(inner, query, subkeys, indices, ds, scale, wants[:2]), d_values.result()
+
+
+def examples(x: Inputs) -> Iterator[Example]:
+    q, subkeys, v = x(2, x.tokens, 2 * x.width), x(2, 512, x.width), x(512 * 512, x.width)
+    yield Example(product_key_read, (q, subkeys, v, 32, SCALE), variant="k = 32", main=True)
+    for k in (KEPT, 300):  # the most that a list on the chip holds, and more
+        yield Example(product_key_read, (q, subkeys, v, k, SCALE), variant=f"k = {k}")

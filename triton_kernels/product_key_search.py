@@ -15,11 +15,14 @@ Backward: the gradient of a score goes to one row of each half, so that of topk_
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .declare import SCALE, Example, Inputs, operator
 from .launch import launch, plan
 from .layout import INDEX_LIMIT, Call
 from .sparse_read import check_indices
@@ -132,6 +135,7 @@ def search_pairs(
     )  # fmt: skip
 
 
+@operator
 def product_key_search(query: Tensor, subkeys: Tensor, k: int, scale: float):
     """scores ``[..., T, k]`` in the dtype of query, indices ``[..., T, k]``."""
     call, inner = calls("product_key_search", query, subkeys)
@@ -174,6 +178,7 @@ def pair_gradients(
     return d_parts.movedim(-3, -2).flatten(-2) if wants[0] else d_parts, d_subkeys
 
 
+@operator
 def product_key_search_backward(
     query: Tensor, subkeys: Tensor, indices: Tensor, d_scores: Tensor | None, k: int, scale: float, wants: list[bool]
 ):  # fmt: skip
@@ -187,3 +192,10 @@ def product_key_search_backward(
     check_indices(call, indices, n * n)
     ds = call.token_view(d_scores, 1).reshape(call.B, call.F * T, k).float()
     return pair_gradients(inner, query, subkeys, indices, ds, scale, wants)
+
+
+def examples(x: Inputs) -> Iterator[Example]:
+    q, subkeys = x(2, x.tokens, 2 * x.width), x(2, 512, x.width)
+    yield Example(product_key_search, (q, subkeys, 32, SCALE), variant="k = 32", main=True)
+    for k in (KEPT, 300):  # the most that a list on the chip holds, and more
+        yield Example(product_key_search, (q, subkeys, k, SCALE), variant=f"k = {k}")

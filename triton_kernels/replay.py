@@ -14,6 +14,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -52,6 +53,16 @@ class Ref:
         return base.as_strided(self.size, self.stride, base.storage_offset() + self.offset // self.dtype.itemsize)
 
 
+class Launched(NamedTuple):
+    """One launch as it was noted. row: the key of its configuration in the table. build: what it compiles."""
+
+    kernel: str
+    programs: int
+    constants: dict
+    row: tuple[str, str, int, int]
+    build: builds.Build
+
+
 class Recording(TorchDispatchMode):
     """Notes what a launcher does: steps on places, of which the tensor arguments are the first.
 
@@ -64,7 +75,7 @@ class Recording(TorchDispatchMode):
         self.arch, self.capability, self.device = arch, capability, device
         self.steps: list[Callable[[list], None]] = []
         self.touched: list[set[int]] = []  # places, by step
-        self.launches: list[tuple[str, int, dict, builds.Build]] = []  # kernel, programs, constants, what it compiles
+        self.launches: list[Launched] = []
         self._bases: list[Tensor] = []  # of each place
         self._place: dict[int, int] = {}  # storage -> place
         self._alive: list[Tensor] = []  # keeps storages, which are known by address
@@ -124,7 +135,7 @@ class Recording(TorchDispatchMode):
         touched = {x.index for x in leaves if isinstance(x, Ref)} | {place for _, place in new}
         self.note(_Operation(func, leaves, spec, new, len(outs)), touched)
 
-    def launch(self, kernel, programs: int, arguments: tuple, constants: dict, options: dict) -> None:
+    def launch(self, kernel, programs: int, arguments: tuple, constants: dict, options: dict, row: tuple) -> None:
         """Note a launch of ``programs`` programs."""
         if INTERPRETED:
             leaves, spec = pytree.tree_flatten(arguments)
@@ -134,7 +145,7 @@ class Recording(TorchDispatchMode):
             return
         given = [*arguments, *(constants[name] for name in kernel.arg_names[len(arguments) :])]
         build = builds.build(kernel, given, options, self.capability, self.is_aligned)
-        self.launches.append((kernel.__name__, programs, constants | options, build))
+        self.launches.append(Launched(kernel.__name__, programs, constants | options, row, build))
         own, inside = [], []  # addresses to fill in: of an argument, of a part of one
         for i, x in enumerate(given):
             if isinstance(x, Tensor):

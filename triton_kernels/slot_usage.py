@@ -7,11 +7,14 @@ Backward: ds = p du_i; see score_gradients.py.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .declare import SCALE, Example, Inputs, operator
 from .launch import launch_in_parts, plan, summed
 from .layout import Call, Gradient, precision
 from .score_gradients import score_gradients, shifted_lse
@@ -55,6 +58,7 @@ def _call(op: str, query: Tensor, keys: Tensor, lse: Tensor, slot_mask: Tensor |
     return call
 
 
+@operator
 def slot_usage(query: Tensor, keys: Tensor, lse: Tensor, slot_mask: Tensor | None, scale: float) -> Tensor:
     """usage ``[..., N]``, float32."""
     call = _call("slot_usage", query, keys, lse, slot_mask)
@@ -72,6 +76,7 @@ def slot_usage(query: Tensor, keys: Tensor, lse: Tensor, slot_mask: Tensor | Non
     return usage
 
 
+@operator
 def slot_usage_backward(
     query: Tensor, keys: Tensor, lse: Tensor, slot_mask: Tensor | None, d_usage: Tensor | None,
     scale: float, wants: list[bool],
@@ -91,3 +96,8 @@ def slot_usage_backward(
         call, "usage", query, keys, slot_mask, scale, d_query, d_keys, d_mask, lse=lse, d_lse=d_lse, d_usage=d_usage
     )
     return d_query.result(), d_keys.result(), d_lse.result(), d_mask.result()
+
+
+def examples(x: Inputs) -> Iterator[Example]:
+    q, k, lse = x(2, x.tokens, x.width), x(2, x.slots, x.width), x(2, x.tokens, dtype=torch.float32)
+    yield Example(slot_usage, (q, k, lse, None, SCALE), main=True)

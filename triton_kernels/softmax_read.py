@@ -4,7 +4,7 @@
     r_t = sum_i p[t, i] v_i,     lse_t = log sum_i exp(s[t, i]),     rest_t: what the rounding of lse_t left out
 
 Forward: a program keeps a block of tokens and streams blocks of slots, with a running maximum m, sum l and accumulator
-(Dao 2023); [T, N] never leaves the chip. Where few tokens would leave processors idle, N is split: each part writes its
+(Dao 2023); [T, N] never leaves the chip. Where few tokens would leave SMs idle, N is split: each part writes its
 own read, lse and rest, and merge_reads joins the parts in their order. Values wider than one block go to further
 programs, which compute the scores again. With T tokens against N slots it reads the memory ceil(T / BLOCK_T) times; T
 up to a block is bound by bandwidth, more by the matrix unit.
@@ -14,11 +14,14 @@ Backward: ds = p (<dr_t, v_i> - delta_t) with delta_t = <dr_t, r_t> - dlse_t; se
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .declare import COMPRESSED, FEW, SCALE, Example, Inputs, operator
 from .launch import Plan, launch, plan, summed, width
 from .layout import Call, Gradient, precision
 from .merge_reads import merge_parts
@@ -109,12 +112,14 @@ def _call(
     return call
 
 
+@operator
 def softmax_read(query: Tensor, keys: Tensor, values: Tensor, slot_mask: Tensor | None, scale: float):
     """read ``[..., T, V]``, lse and lse_rest ``[..., T]``."""
     call = _call("softmax_read", query, keys, values, slot_mask)
     return _read(call, query, keys, values, slot_mask, scale)
 
 
+@operator
 def softmax_read_compressed(
     query: Tensor, keys: Tensor, values: Tensor, slot_mask: Tensor | None, key_scale: Tensor | None,
     value_scale: Tensor | None, scale: float,
@@ -182,6 +187,7 @@ def read_blocks(
     return call.store(read, read_view), call.store(lse, lse_view), call.store(rest, rest_view)
 
 
+@operator
 def softmax_read_compressed_backward(
     query: Tensor, keys: Tensor, values: Tensor, slot_mask: Tensor | None, key_scale: Tensor | None,
     value_scale: Tensor | None, read: Tensor, lse: Tensor, lse_rest: Tensor, d_read: Tensor | None,
@@ -206,6 +212,7 @@ def softmax_read_compressed_backward(
     return d_query.result(), d_mask.result()
 
 
+@operator
 def softmax_read_backward(
     query: Tensor, keys: Tensor, values: Tensor, slot_mask: Tensor | None, read: Tensor, lse: Tensor,
     lse_rest: Tensor, d_read: Tensor | None, d_lse: Tensor | None, scale: float, wants: list[bool],
@@ -228,3 +235,20 @@ def softmax_read_backward(
         values=values, d_values=d_values, d_read=d_read, read=read, lse=lse, lse_rest=lse_rest, d_lse=d_lse,
     )  # fmt: skip
     return d_query.result(), d_keys.result(), d_values.result(), d_mask.result()
+
+
+def examples(x: Inputs) -> Iterator[Example]:
+    def read(T: int, N: int, mask: Tensor | None = None, **which) -> Example:
+        q, k, v = (x(2, n, x.width) for n in (T, N, N))
+        return Example(softmax_read, (q, k, v, mask, SCALE), **which)
+
+    mask = x(2, x.slots, dtype=torch.float32)
+    yield read(x.tokens, x.slots, main=True)
+    yield read(x.tokens, x.slots, mask, variant="mask")
+    yield read(FEW, x.slots, variant="few tokens")
+    yield read(x.tokens, FEW, variant="few slots")
+    scales = x(2, x.slots, dtype=torch.float32)
+    for kind, dtype in COMPRESSED.items():
+        k, v = (x.compressed(2, x.slots, x.width, dtype=dtype) for _ in range(2))
+        arguments = (x(2, x.tokens, x.width), k, v, mask, scales, scales, SCALE)
+        yield Example(softmax_read_compressed, arguments, variant=kind)

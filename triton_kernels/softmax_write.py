@@ -11,12 +11,16 @@ the parts in their order. Bound by the matrix unit, 2 T N K operations.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from . import write as dense
+from .declare import FEW, Example, Inputs, operator
 from .launch import launch, plan, summed
 from .layout import precision
 from .tiles import LOG2E, dots, open_slots, scores, slot_block, token_block
@@ -117,6 +121,7 @@ def _write(op: str, *args) -> Write:
     return x
 
 
+@operator
 def softmax_write(
     values: Tensor, keys: Tensor, query: Tensor, write: Tensor, erase: Tensor | None, slot_mask: Tensor | None,
     token_mask: Tensor | None, scale: float, erase_scale: float,
@@ -126,6 +131,7 @@ def softmax_write(
     return dense.forward(_write("softmax_write", *args), values)
 
 
+@operator
 def softmax_write_(
     values: Tensor, keys: Tensor, query: Tensor, write: Tensor, erase: Tensor | None, slot_mask: Tensor | None,
     token_mask: Tensor | None, scale: float, erase_scale: float,
@@ -135,6 +141,7 @@ def softmax_write_(
     return dense.in_place(_write("softmax_write_", *args), values)
 
 
+@operator
 def softmax_write_backward(
     values: Tensor, keys: Tensor, query: Tensor, write: Tensor, erase: Tensor | None, slot_mask: Tensor | None,
     token_mask: Tensor | None, retained: Tensor, d_values: Tensor | None, d_retained: Tensor | None,
@@ -145,3 +152,11 @@ def softmax_write_backward(
     x = _write("softmax_write_backward", *args)
     x.call.require(len(wants) == 6, "wants must have 6 entries")
     return dense.backward(x, values, d_values, d_retained, wants)
+
+
+def examples(x: Inputs) -> Iterator[Example]:
+    T, N, write = x.tokens, x.slots, functools.partial(dense.example, softmax_write, x)
+    yield write(T, N, main=True)
+    yield write(FEW, N, 0.0, variant="erase 0, few tokens")
+    yield write(T, N, 0.5, True, variant="erase 0.5, retained", heavy=True)
+    yield write(T, N // 16, x(2, T, x.width), True, variant="erase tensor, retained")

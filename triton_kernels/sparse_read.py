@@ -9,11 +9,14 @@ An index outside [-1, N) fails an assertion on the device, without a synchronisa
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .declare import COMPRESSED, Example, Inputs, operator
 from .launch import launch, plan, width
 from .layout import Call, Gradient
 from .segments import Segments, chosen_dots
@@ -86,11 +89,13 @@ def _call(
     return call
 
 
+@operator
 def sparse_read(values: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
     """read ``[..., T, V]`` in the dtype of weights."""
     return _read(_call("sparse_read", values, indices, weights), values, indices, weights)
 
 
+@operator
 def sparse_read_compressed(
     values: Tensor, indices: Tensor, weights: Tensor, value_scale: Tensor | None
 ) -> Tensor:  # fmt: skip
@@ -106,6 +111,7 @@ def _read(call: Call, values: Tensor, indices: Tensor, weights: Tensor, value_sc
     return call.store(read, view)
 
 
+@operator
 def sparse_read_backward(
     values: Tensor, indices: Tensor, weights: Tensor, d_read: Tensor | None, wants: list[bool]
 ):  # fmt: skip
@@ -124,6 +130,7 @@ def sparse_read_backward(
     return d_values.result(), d_weights.result()
 
 
+@operator
 def sparse_read_compressed_backward(
     values: Tensor, indices: Tensor, weights: Tensor, value_scale: Tensor | None, d_read: Tensor | None,
     wants: list[bool],
@@ -139,3 +146,11 @@ def sparse_read_compressed_backward(
     if d_weights.wanted:
         d_weights.view.copy_(chosen_dots(call, d_read, values, indices, value_scale).view(d_weights.view.shape))
     return d_weights.result()
+
+
+def examples(x: Inputs) -> Iterator[Example]:
+    i, w = x.integers(2, x.tokens, 32, below=x.slots), x(2, x.tokens, 32)
+    yield Example(sparse_read, (x(2, x.slots, x.width), i, w), main=True)
+    for kind, dtype in COMPRESSED.items():
+        arguments = (x.compressed(2, x.slots, x.width, dtype=dtype), i, w, x(2, x.slots, dtype=torch.float32))
+        yield Example(sparse_read_compressed, arguments, variant=kind)

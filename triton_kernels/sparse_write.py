@@ -18,11 +18,14 @@ in groups that bound this memory.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .declare import Example, Inputs, operator
 from .launch import launch, plan, width
 from .layout import Call, Gradient
 from .segments import Segments
@@ -153,6 +156,7 @@ class _Entries:
         )  # fmt: skip
 
 
+@operator
 def sparse_write(
     values: Tensor, indices: Tensor, weights: Tensor, write: Tensor, erase: Tensor | None, erase_scale: float
 ) -> Tensor:
@@ -163,6 +167,7 @@ def sparse_write(
     return out
 
 
+@operator
 def sparse_write_(
     values: Tensor, indices: Tensor, weights: Tensor, write: Tensor, erase: Tensor | None, erase_scale: float
 ) -> None:
@@ -172,6 +177,7 @@ def sparse_write_(
         x.apply(target)
 
 
+@operator
 def sparse_write_backward(
     values: Tensor, indices: Tensor, weights: Tensor, write: Tensor, erase: Tensor | None, d_values: Tensor | None,
     erase_scale: float, wants: list[bool],
@@ -210,3 +216,10 @@ def sparse_write_backward(
     if not wants[0]:
         of_values = of_values.new_empty(0)
     return of_values.to(values.dtype), of_weights.result(), of_write.result(), of_erase.result()
+
+
+def examples(x: Inputs) -> Iterator[Example]:
+    v, i = x(2, x.slots, x.width), x.integers(2, x.tokens, 32, below=x.slots)
+    a, w, e = x(2, x.tokens, 32), x(2, x.tokens, x.width), x(2, x.tokens, x.width)
+    yield Example(sparse_write, (v, i, a, w, None, 1.0), main=True)
+    yield Example(sparse_write, (v, i, a, w, e, 1.0), variant="erase tensor")

@@ -9,13 +9,16 @@ ds = p (dp - sum_j p dp) with dp[t, j] = <dr_t, v_{i[t, j]}> + d_weights[t, j]; 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
+from .declare import COMPRESSED, FEW, SCALE, Example, Inputs, operator
 from .layout import Call, Gradient
 from .segments import Segments, chosen_dots
 from .sparse_read import check_indices, gather
-from .topk_search import choice_gradients, search
+from .topk_search import LARGEST, choice_gradients, search
 
 
 def _call(
@@ -33,11 +36,13 @@ def _call(
     return call
 
 
+@operator
 def topk_read(query: Tensor, keys: Tensor, values: Tensor, slot_mask: Tensor | None, k: int, scale: float):
     """read ``[..., T, V]``, indices ``[..., T, k]``, weights ``[..., T, k]`` in float32."""
     return _read(_call("topk_read", query, keys, values, slot_mask), query, keys, values, slot_mask, k, scale)
 
 
+@operator
 def topk_read_compressed(
     query: Tensor, keys: Tensor, values: Tensor, slot_mask: Tensor | None, key_scale: Tensor | None,
     value_scale: Tensor | None, k: int, scale: float,
@@ -64,6 +69,7 @@ def _read(
     return call.store(read, read_view), indices, weights
 
 
+@operator
 def topk_read_backward(
     query: Tensor, keys: Tensor, values: Tensor, slot_mask: Tensor | None, indices: Tensor, weights: Tensor,
     d_read: Tensor | None, d_weights: Tensor | None, k: int, scale: float, wants: list[bool],
@@ -86,6 +92,7 @@ def topk_read_backward(
     return choice[0], choice[1], d_values.result(), choice[2]
 
 
+@operator
 def topk_read_compressed_backward(
     query: Tensor, keys: Tensor, values: Tensor, slot_mask: Tensor | None, key_scale: Tensor | None,
     value_scale: Tensor | None, indices: Tensor, weights: Tensor, d_read: Tensor | None, d_weights: Tensor | None,
@@ -129,3 +136,22 @@ def score_gradient(
     if d_weights is not None:
         dp = dp + call.token_view(d_weights, 1).reshape(shape)
     return p, p * (dp - (p * dp).sum(-1, keepdim=True))
+
+
+def examples(x: Inputs) -> Iterator[Example]:
+    mask = x(2, x.slots, dtype=torch.float32)
+
+    def read(T: int, k: int, **which) -> Example:
+        arguments = (x(2, T, x.width), *(x(2, x.slots, x.width) for _ in range(2)), mask, k, SCALE)
+        return Example(topk_read, arguments, variant=f"k = {k}", **which)
+
+    yield read(x.tokens, 32, main=True)
+    yield read(FEW, 8)
+    yield read(x.tokens, LARGEST[32], heavy=True)
+    yield read(x.tokens, LARGEST[16], heavy=True)
+    yield read(FEW, 1000)
+    scales = x(2, x.slots, dtype=torch.float32)
+    for kind, dtype in COMPRESSED.items():
+        k, v = (x.compressed(2, x.slots, x.width, dtype=dtype) for _ in range(2))
+        arguments = (x(2, x.tokens, x.width), k, v, mask, scales, scales, 32, SCALE)
+        yield Example(topk_read_compressed, arguments, variant=kind)

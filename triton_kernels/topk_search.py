@@ -15,11 +15,14 @@ Backward: the gradient of a score touches one key: a gather for the query, sums 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .declare import COMPRESSED, FEW, SCALE, Example, Inputs, operator
 from .launch import bits, launch, narrowed, plan, summed
 from .layout import Call, Gradient, precision
 from .segments import Segments
@@ -203,11 +206,13 @@ def _call(
     return call
 
 
+@operator
 def topk_search(query: Tensor, keys: Tensor, slot_mask: Tensor | None, k: int, scale: float):
     """scores ``[..., T, k]`` in the dtype of query, indices ``[..., T, k]``."""
     return _search(_call("topk_search", query, keys, slot_mask), query, keys, slot_mask, None, k, scale)
 
 
+@operator
 def topk_search_compressed(
     query: Tensor, keys: Tensor, slot_mask: Tensor | None, key_scale: Tensor | None, k: int, scale: float
 ):
@@ -246,6 +251,7 @@ def choice_gradients(
     return d_query.result(), d_keys.result(), d_mask.result()
 
 
+@operator
 def topk_search_backward(
     query: Tensor, keys: Tensor, slot_mask: Tensor | None, indices: Tensor, d_scores: Tensor | None,
     k: int, scale: float, wants: list[bool],
@@ -258,6 +264,7 @@ def topk_search_backward(
     )
 
 
+@operator
 def topk_search_compressed_backward(
     query: Tensor, keys: Tensor, slot_mask: Tensor | None, key_scale: Tensor | None, indices: Tensor,
     d_scores: Tensor | None, k: int, scale: float, wants: list[bool],
@@ -286,3 +293,19 @@ def _score_gradient(call: Call, keys: Tensor, indices: Tensor, d_scores: Tensor 
     check_indices(call, indices, keys.shape[-2])
     T, k = indices.shape[-2:]
     return call.token_view(d_scores, 1).reshape(call.B, call.F * T, k).float().contiguous()
+
+
+def examples(x: Inputs) -> Iterator[Example]:
+    def best(T: int, k: int, **which) -> Example:
+        arguments = (x(2, T, x.width), x(2, x.slots, x.width), None, k, SCALE)
+        return Example(topk_search, arguments, variant=f"k = {k}", **which)
+
+    yield best(x.tokens, 32, main=True)
+    yield best(FEW, 8)
+    yield best(x.tokens, LARGEST[32], heavy=True)
+    yield best(x.tokens, LARGEST[16], heavy=True)
+    yield best(FEW, 1000)
+    q, scales = x(2, x.tokens, x.width), x(2, x.slots, dtype=torch.float32)
+    for kind, dtype in COMPRESSED.items():
+        arguments = (q, x.compressed(2, x.slots, x.width, dtype=dtype), None, scales, 32, SCALE)
+        yield Example(topk_search_compressed, arguments, variant=kind, gradients=())

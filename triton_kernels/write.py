@@ -15,12 +15,15 @@ write_scan.py, backward to write_backward.py.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from . import write_backward, write_scan
+from .declare import SCALE, Example, Inputs
 from .launch import launch, plan, summed, width
 from .layout import precision
 from .tiles import open_slots, product, put, slot_block, slots, tile, tokens
@@ -77,7 +80,7 @@ def write_kernel(
     if retained is not None and column == 0:
         rows = slots(retained, b, B1, n) + part.to(tl.int64) * retained_part
         tl.store(rows, kept, mask=exists)
-        if v is None:  # a part hands on its R too, behind the products that it retains
+        if v is None:  # a part stores its R too, behind the products that it retains
             tl.store(rows + retained_part // 2, after, mask=exists)
 
 
@@ -179,3 +182,13 @@ def backward(
     if d_values is None:
         d_values = values.new_zeros(x.V).expand(*shape, x.V)
     return (write_backward if x.erase is None else write_scan).backward(x, values, d_values, d_retained, wants)
+
+
+def example(
+    launcher: Callable, x: Inputs, T: int, N: int, erase: float | Tensor = 1.0, retained: bool = False, **which
+) -> Example:
+    """A call of a write by scores; ``retained``: whether that has a gradient too."""
+    vector, number = (erase, 1.0) if isinstance(erase, Tensor) else (None, erase)
+    v, k, q, w = (x(2, n, x.width) for n in (N, N, T, T))
+    arguments = (v, k, q, w, vector, None, None, SCALE, number)
+    return Example(launcher, arguments, gradients=None if retained else ("values",), **which)

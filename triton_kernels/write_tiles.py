@@ -1,7 +1,7 @@
 """What the kernels of dense writes share: gates of a tile [slots, tokens], products along the tokens, the arguments.
 
 Gates are sigmoids of scores, a softmax of scores over the slots, or given (GATE). The softmax is normalised by numbers
-per token that a first pass took (softmax_norm.py): the highest score, its slot, and the sum of exp(s - top) over all
+per token that a first pass took (softmax_write.py): the highest score, its slot, and the sum of exp(s - top) over all
 other slots.
 """
 
