@@ -299,8 +299,8 @@ FAULTS = {
     "scores in base 2, tiles": (
         "softmax_read",
         "softmax_read_tiles.cu",
-        "power_of_two((s[n][i] - base) * kLog2e + kLift)",
-        "power_of_two(s[n][i] * kLog2e - base * kLog2e + kLift)",
+        "power_of_two((s[n][i] - base) * kLog2e + lift)",
+        "power_of_two(s[n][i] * kLog2e - base * kLog2e + lift)",
         "softmax_read_tiles.cu",
     ),
     "scores in base 2, a write": (

@@ -193,17 +193,11 @@ def test_float32_is_multiplied_as_torch_is_told_to():
 
 
 # file, text, text with the fault
+REMOVED_BARRIER = ("buffers.h", "wait_copies<0>();\n    __syncthreads();", "wait_copies<0>();")
+NO_WAIT = ("buffers.h", "wait_copies<0>();", "wait_copies<1>();")
 FAULTS = {
-    "removed barrier": (
-        "softmax_read_tiles.cu",
-        "wait_copies<0>();\n    __syncthreads();\n    return",
-        "wait_copies<0>();\n    return",
-    ),
-    "no wait for copies": (
-        "softmax_read_tiles.cu",
-        "wait_copies<0>();\n    __syncthreads();\n    return",
-        "wait_copies<1>();\n    __syncthreads();\n    return",
-    ),
+    "removed barrier": REMOVED_BARRIER,
+    "no wait for copies": NO_WAIT,
     "one slot too many": (
         "softmax_read_tiles.cu",
         "(block.split + 1) * r.ranges.split_rows);",
@@ -215,7 +209,7 @@ FAULTS = {
         "block.added[tid] = !p.mask || first + tid < end ?",
     ),
     "values of empty slots": ("softmax_read_tiles.cu", "mask_at(p.mask, mask, first + i) != -kInfinity", "true"),
-    "buffers not taken in turn": ("softmax_read_tiles.cu", "buffers + (turn ^ 1) * r", "buffers + turn * r"),
+    "buffers do not alternate": ("buffers.h", "rows + (turn ^ 1) * bytes", "rows + turn * bytes"),
     "one token off": ("softmax_read_tiles.cu", "warp * 16 + row * 8 + lane / 4", "warp * 16 + row * 8 + lane % 4"),
     "fragments in another order": (
         "fragments.h",
@@ -223,16 +217,8 @@ FAULTS = {
         "pair(n[0], n[1]), pair(p[2], p[3])",
     ),
     "no low digits": ("fragments.h", "mma_tf32(d.low, a.low, high0, high1);", ""),
-    "gradients: removed barrier": (
-        "gradient_tiles.h",
-        "wait_copies<0>();\n      __syncthreads();",
-        "wait_copies<0>();",
-    ),
-    "gradients: no wait for copies": (
-        "gradient_tiles.h",
-        "wait_copies<0>();\n      __syncthreads();",
-        "wait_copies<1>();\n      __syncthreads();",
-    ),
+    "gradients: removed barrier": REMOVED_BARRIER,
+    "gradients: no wait for copies": NO_WAIT,
     "gradients: ranges overlap": (
         "gradient_tiles.h",
         "div_up(least(g.others - block.begin, g.split_rows), S)",
@@ -240,13 +226,13 @@ FAULTS = {
     ),
     "gradients: no term": (
         "gradient_tiles.h",
-        "x[j][i] + (by_slots ? tile.b[column] : block.own.b[row])",
+        "x[j][i] + (by_slots ? tile.b[column] : own_rows.b[row])",
         "x[j][i]",
     ),
     "gradients: a tile of the wrong half": (
         "gradient_tiles.h",
-        "const Rows<S>& tile = block.tile[n % 2];\n          const float added",
-        "const Rows<S>& tile = block.tile[0];\n          const float added",
+        "const Rows<S>& tile(int n) const { return block.tile[n % 2]; }",
+        "const Rows<S>& tile(int) const { return block.tile[0]; }",
     ),
     "gradients: keys of empty slots": (
         "gradient_tiles.h",

@@ -214,27 +214,19 @@ FAULTS = {
     "nothing is carried from tile to tile": ("gate_fragments.h", "left *= half * other", "left = half * other"),
     "another order of tokens": ("gate_fragments.h", "if (lane % 4 < 2)", "if (lane % 4 > 1)"),
     "keys of the wrong slots": ("gated_write_tiles.cu", "held_keys + warp * 16 * r.key_pitch", "held_keys"),
-    "gradients: removed barrier": (
-        "write_gradient_tiles.h",
-        "wait_copies<0>();\n      __syncthreads();",
-        "wait_copies<0>();",
-    ),
-    "gradients: no wait for copies": (
-        "write_gradient_tiles.h",
-        "wait_copies<0>();\n      __syncthreads();",
-        "wait_copies<1>();\n      __syncthreads();",
-    ),
+    "gradients: removed barrier": ("buffers.h", "wait_copies<0>();\n    __syncthreads();", "wait_copies<0>();"),
+    "gradients: no wait for copies": ("buffers.h", "wait_copies<0>();", "wait_copies<1>();"),
     "gradients: another part is summed": (
-        "write_gradient_tiles.h",
+        "write_gradient_loader.h",
         "? 1 + block.block : 0);",
         "? block.block : 0);",
     ),
     "gradients: numbers of another tile": (
         "write_gradient_tiles.h",
-        "block.left[n][own + row * 8]",
-        "block.left[0][own + row * 8]",
+        "block.left[n][at.row(2 * row)]",
+        "block.left[0][at.row(2 * row)]",
     ),
-    "gradients: one map for two": ("write_gradient_tiles.h", "other / kBorder + j / 2;", "other / kBorder;"),
+    "gradients: one map for two": ("write_gradient_tiles.h", "other / kBorder + j / 2, run", "other / kBorder, run"),
     "gradients: R behind the first tokens": (
         "write_gradient_rows.h",
         "by_slots ? border + S / kBorder - 1 : border",
@@ -285,7 +277,7 @@ MORE_FAULTS = {
         FORGOTTEN,
     ),
     "skips a tile too many": (
-        "write_gradient_tiles.h",
+        "write_gradient_loader.h",
         "firsts[i] < (block.row0 + kRows) / kBorder",
         "firsts[i] < block.row0 / kBorder",
         "write_gradients_by_tokens.cu",

@@ -15,6 +15,7 @@
 //
 // Each block of columns computes the gates again. Each block reads and writes only its own numbers of the memory, so
 // `out` may be `values`.
+#include "cuda/tiles/buffers.h"
 #include "cuda/tiles/gate_fragments.h"
 
 namespace mk::cuda {

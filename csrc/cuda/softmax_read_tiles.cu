@@ -1,22 +1,27 @@
-// softmax_read for many tokens: products of tiles on the tensor cores.
+// softmax_read for many tokens: products on the tensor cores.
 //
-// A block of four warps has 64 tokens, 16 to a warp, up to 128 value columns and a range of slots in tiles of S. Rows of keys (in
-// parts of 128 columns) and of values take turns in two buffers: one is on its way by cp.async while the other is multiplied. Scores
-// stay in registers, where they become p = exp(s - m) and the left side of the second product. Queries stay in registers too where
-// they and the values are 16-bit and they are one part wide, otherwise in shared memory.
+// A block of four warps has 64 tokens, 16 per warp, up to 128 value columns, and a range of slots in tiles of S. Per
+// tile a warp does
+//   score     s = scale q k^T + mask   [16, S]; key rows are loaded in parts of 128 columns
+//   weigh     p = exp(s - m)           [16, S]; m and l of the online softmax are carried from tile to tile
+//   multiply  acc = fade acc + p v     [16, columns]
+// Rows of keys and of values alternate between two buffers: cp.async fills one while the other is multiplied. Scores
+// stay in registers. There they become p, then the left operand of the second product. Queries stay in registers too if
+// they and the values are 16-bit and they are one part wide, else in shared memory.
 //
-// Scores are natural, not in base 2: what is far from 0 would lose digits that lse needs. Sums l are taken before p is rounded to 16
-// bits, because lse is float32 whatever the dtype; the roundings of p average out in the read. For float16 p is 2^15 times as
-// large: with 1 at most it would lose all that is below 2^-25.
+// Scores are natural, not in base 2: scores far from 0 would lose digits that lse needs. l sums p before p is rounded
+// to 16 bits, because lse is float32 whatever the dtype; the roundings of p average out in the read. For float16, p is
+// multiplied by 2^15: with values up to 1 it would lose all that is below 2^-25.
 //
-// Ranges end as in softmax_read.cu, and are merged there.
+// Ranges end as in softmax_read.cu, which merges them.
+#include "cuda/tiles/buffers.h"
 #include "cuda/tiles/fragments.h"
 #include "cuda/tiles/read_ranges.h"
 
 namespace mk::cuda {
 namespace {
 
-constexpr int kThreads = 128, kTokens = 64, kColumns = 128, kBuffers = 2;
+constexpr int kThreads = 128, kTokens = 64, kColumns = 128;
 constexpr int kSteps = 4;  // of the depth of the second product
 
 struct Tiling {
@@ -24,48 +29,43 @@ struct Tiling {
   Ranges ranges;
   int64_t tiles;  // of tokens, per batch
   int value_blocks;
-  int width;      // value columns of a block but the last
+  int width;      // value columns of every block but the last
   int key_parts;  // of a key row
   int query_pitch, key_pitch, value_pitch, buffer_bytes;
   bool query_packs, key_packs, value_packs;
 };
 
-// How p and values are multiplied.
+// The arithmetic of the product of p and values.
 template <class M, class W>
 using Second = std::conditional_t<std::is_same_v<Stored<M>, W>, M, tf32>;
-// S: a tile of values has 128 bytes times kColumns.
+// S: a tile of values has 128 bytes per column.
 template <class W>
 constexpr int kSlots = 128 / int(sizeof(W));
+// p is multiplied by 2^kLift.
+template <class P>
+constexpr int kLift = std::is_same_v<P, f16> ? 15 : 0;
 
-// Whether queries may lie in registers: of float32 there are too many, and beside float32 values it is not worth one more kernel.
+// May queries stay in registers? Those of float32 are too large, and beside float32 values it is not worth one more
+// kernel.
 template <class M, class W>
 constexpr bool kMayHold = sizeof(Stored<M>) == 2 && sizeof(W) == 2;
 
-// What a block keeps in shared memory beside rows, because registers are short: where it is in the call, where the memory of its batch
-// is, and what the mask adds to the scores of the tile.
+// What a block keeps in shared memory beside rows, to save registers: its position in the call, the memory of its
+// batch, and the mask's terms in the scores of the tile.
 template <int S>
 struct alignas(16) Shared {
   int64_t t0, batch, split, column0;  // the first token, of the batch; the range of slots; the first value column
-  int64_t end;                        // no slot from here on
+  int64_t end;                        // of the range: no slot from here on
   int columns;                        // of values
   const char *keys, *values, *mask;
   float added[S];
 };
 
-// M: the arithmetic of the scores; `held`: queries lie in registers.
-template <class M, class W, bool held>
-MK_KERNEL_BLOCKS(kThreads, 3)
-read_tiles(MK_PARAM(Tiling) r) {
-  using X = Stored<M>;
-  using P = Second<M, W>;
-  constexpr int S = kSlots<W>;
-  constexpr float kLift = std::is_same_v<P, f16> ? 15 : 0;
+// Thread 0: finds the block's position in the call. Ends with a barrier.
+template <class W, int S>
+MK_DEVICE void locate(Shared<S>& block, const Tiling& r) {
   const SoftmaxRead& p = r.p;
-  const int tid = int(threadIdx.x), lane = tid % 32, warp = tid / 32;
-  Shared<S>& block = *reinterpret_cast<Shared<S>*>(shared_memory());
-  char* buffers = shared_memory() + sizeof(Shared<S>);
-  char* queries = held ? buffers : buffers + kBuffers * r.buffer_bytes;
-  if (tid == 0) {
+  if (threadIdx.x == 0) {
     int64_t at = blockIdx.x;
     block.t0 = at % r.tiles * kTokens;
     at /= r.tiles;
@@ -79,109 +79,127 @@ read_tiles(MK_PARAM(Tiling) r) {
     block.mask = p.mask ? p.mask.batch(p.lead, block.batch) : nullptr;
   }
   __syncthreads();
-  const bool busy = block.t0 + warp * 16 < p.lead.folded() * p.T;  // this warp has a token
+}
 
-  // Rows take turns in the buffers: the key parts of a tile, then its values. Each is asked for one step ahead.
-  int turn = 0;
-  auto ask_keys = [&](int64_t first, int part) {
+// Loads the rows of slots: the parts of the keys of a tile, then its values. Each is prefetched one step ahead.
+template <class X, class W>
+struct Loader {
+  static constexpr int S = kSlots<W>;
+  const Tiling& r;
+  Shared<S>& block;
+  Buffers buffers;
+
+  // Keys of slots [first, first + S), columns of part `part`: [S, 128]. None past the range.
+  MK_DEVICE void prefetch_keys(int64_t first, int part) {
+    const SoftmaxRead& p = r.p;
+    const int tid = int(threadIdx.x);
     const int64_t end = block.end;
+    char* buffer = buffers.next();
     if (first < end) {
       const char* from = block.keys + part * kColumns * int64_t(sizeof(X));
-      copy_rows<X, kThreads>(tid, S, least(kColumns, p.K - part * kColumns), r.key_packs, from,
-                             buffers + turn * r.buffer_bytes, r.key_pitch,
+      copy_rows<X, kThreads>(tid, S, least(kColumns, p.K - part * kColumns), r.key_packs, from, buffer, r.key_pitch,
                              [&](int i) { return first + i < end ? from + (first + i) * p.keys.row : nullptr; });
       if (part == 0 && tid < S) {
         block.added[tid] = first + tid < end ? mask_at(p.mask, block.mask, first + tid) : -kInfinity;
       }
     }
     commit_copies();
-    turn ^= 1;
-  };
-  auto ask_values = [&](int64_t first) {
+  }
+
+  // Values of slots [first, first + S): [S, columns], zeros where a slot is empty.
+  MK_DEVICE void prefetch_values(int64_t first) {
+    const SoftmaxRead& p = r.p;
     const char *values = block.values, *mask = block.mask;
     const int64_t end = block.end;
-    copy_rows<W, kThreads>(tid, S, block.columns, r.value_packs, values, buffers + turn * r.buffer_bytes, r.value_pitch,
+    copy_rows<W, kThreads>(int(threadIdx.x), S, block.columns, r.value_packs, values, buffers.next(), r.value_pitch,
                            [&](int i) {
                              const bool open = first + i < end && mask_at(p.mask, mask, first + i) != -kInfinity;
                              return open ? values + (first + i) * p.values.row : nullptr;
                            });
     commit_copies();
-    turn ^= 1;
-  };
-  // Waits for the rows asked for last; their buffer. The other one is free for the next to ask.
-  auto arrived = [&]() -> const char* {
-    wait_copies<0>();
-    __syncthreads();
-    return buffers + (turn ^ 1) * r.buffer_bytes;
-  };
-
-  {
-    const int64_t t0 = block.t0, tokens = p.lead.folded() * p.T;
-    char* base = p.query.batch(p.lead, block.batch);
-    copy_rows<X, kThreads>(tid, kTokens, p.K, r.query_packs, base, queries, r.query_pitch, [&](int i) -> const char* {
-      return t0 + i < tokens ? token_row(p.query, p.lead, base, p.T, t0 + i) : nullptr;
-    });
   }
-  const char* own_queries = queries + warp * 16 * r.query_pitch;
-  Left<M> q[held ? kColumns * int(sizeof(X)) / 32 : 1];
+};
+
+// The queries of a warp [16, K]: rows in shared memory or, if `held`, their fragments in registers.
+template <class M, bool held>
+struct Queries {
+  static constexpr int kSteps = kColumns * int(sizeof(Stored<M>)) / 32;  // of one part
+  const char* rows;
+  Left<M> fragments[held ? kSteps : 1];
+};
+
+// Loads the queries of a block [64, K] into `tile`. If `held`, the tile is free afterwards; else the queries arrive
+// with the first keys.
+template <class M, bool held, int S>
+MK_DEVICE void load_queries(Queries<M, held>& q, const Tiling& r, const Shared<S>& block, char* tile) {
+  using X = Stored<M>;
+  const SoftmaxRead& p = r.p;
+  const int tid = int(threadIdx.x), lane = tid % 32, warp = tid / 32;
+  const int64_t t0 = block.t0, tokens = p.lead.folded() * p.T;
+  char* base = p.query.batch(p.lead, block.batch);
+  copy_rows<X, kThreads>(tid, kTokens, p.K, r.query_packs, base, tile, r.query_pitch, [&](int i) -> const char* {
+    return t0 + i < tokens ? token_row(p.query, p.lead, base, p.T, t0 + i) : nullptr;
+  });
+  q.rows = tile + warp * 16 * r.query_pitch;
   if constexpr (held) {
     commit_copies();
     wait_copies<0>();
     __syncthreads();
 #pragma unroll
-    for (int step = 0; step < kColumns * int(sizeof(X)) / 32; ++step) {
-      if (step * 32 < r.query_pitch - 16) load_left(q[step].x, own_queries, r.query_pitch, step * 32, lane);
+    for (int step = 0; step < q.kSteps; ++step) {
+      if (step * 32 < r.query_pitch - 16) load_left(q.fragments[step].x, q.rows, r.query_pitch, step * 32, lane);
     }
-    __syncthreads();  // the buffers are free
+    __syncthreads();
   }
-  const int64_t begin = block.split * r.ranges.split_rows;
-  ask_keys(begin, 0);
+}
 
-  float m[2] = {-kInfinity, -kInfinity}, l[2] = {}, acc[kColumns / 8][4] = {};
-  for (int64_t first = begin; first < block.end; first += S) {
-    float s[S / 8][4];
-    {
-      Sums<M> sums[S / 8];
-      for (int part = 0; part < (held ? 1 : r.key_parts); ++part) {
-        const char* buffer = arrived();
-        if (held || part + 1 == r.key_parts) ask_values(first);
-        else ask_keys(first, part + 1);
-        if (!busy) continue;
-        auto multiply = [&](const Left<M>& a, int step) {
+// sums += queries times part `part` of a tile of keys [S, 128].
+template <class M, bool held, int S>
+MK_DEVICE void add_part(Sums<M> (&sums)[S / 8], const Queries<M, held>& q, const Tiling& r, const char* keys,
+                        int part) {
+  const int size = int(sizeof(Stored<M>)), bytes = int(least(kColumns, r.p.K - part * kColumns)) * size;
+  if constexpr (held) {
 #pragma unroll
-          for (int j = 0; j < S / 16; ++j) {
-            uint32_t b[4];
-            load_columns(b, buffer + j * 16 * r.key_pitch, r.key_pitch, step * 32, lane);
-            add_product(sums[2 * j], a, b[0], b[1]);
-            add_product(sums[2 * j + 1], a, b[2], b[3]);
-          }
-        };
-        const int bytes = int(least(kColumns, p.K - part * kColumns)) * int(sizeof(X));
-        if constexpr (held) {
-#pragma unroll
-          for (int step = 0; step < kColumns * int(sizeof(X)) / 32; ++step) {
-            if (step * 32 < bytes) multiply(q[step], step);
-          }
-        } else {
-          for (int step = 0; step * 32 < bytes; ++step) {
-            uint32_t x[4];
-            load_left(x, own_queries, r.query_pitch, part * kColumns * int(sizeof(X)) + step * 32, lane);
-            multiply(left_of<M>(x), step);
-          }
-        }
-      }
-#pragma unroll
-      for (int n = 0; n < S / 8; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float extra = block.added[n * 8 + lane % 4 * 2 + i % 2];
-          s[n][i] = extra == -kInfinity ? -kInfinity : score(float(p.scale), sums[n][i], extra);
-        }
-      }
+    for (int step = 0; step < q.kSteps; ++step) {
+      if (step * 32 < bytes) add_step<M, S>(sums, q.fragments[step], keys, r.key_pitch, step, int(threadIdx.x) % 32);
     }
+  } else {
+    add_products<M, S>(sums, q.rows, r.query_pitch, part * kColumns * size, keys, r.key_pitch, bytes);
+  }
+}
 
-    // Four neighbouring lanes share two tokens.
-    float fade[2];
+// The scores s [16, S] of a warp's tokens and slots [first, first + S). Prefetches the values of these slots.
+template <class M, class W, bool held, int S = kSlots<W>>
+MK_DEVICE void score_tile(float (&s)[S / 8][4], const Queries<M, held>& q, Loader<Stored<M>, W>& loader, int64_t first,
+                          bool busy) {
+  const Tiling& r = loader.r;
+  const int lane = int(threadIdx.x) % 32;
+  Sums<M> sums[S / 8];
+  for (int part = 0; part < (held ? 1 : r.key_parts); ++part) {
+    const char* keys = loader.buffers.arrived();
+    if (held || part + 1 == r.key_parts) loader.prefetch_values(first);
+    else loader.prefetch_keys(first, part + 1);
+    if (busy) add_part<M, held, S>(sums, q, r, keys, part);
+  }
+#pragma unroll
+  for (int n = 0; n < S / 8; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float extra = loader.block.added[n * 8 + lane % 4 * 2 + i % 2];
+      s[n][i] = extra == -kInfinity ? -kInfinity : score(float(r.p.scale), sums[n][i], extra);
+    }
+  }
+}
+
+// The online softmax of a lane's two tokens: the largest score m, and l = sum exp(s - m) over this lane's columns. Four
+// neighbouring lanes share the two tokens.
+struct Softmax {
+  float m[2] = {-kInfinity, -kInfinity}, l[2] = {};
+
+  // Updates m and l by the scores s [16, S] of a tile, which become p = exp(s - m) 2^lift. fade: exp(old m - m), the
+  // factor of all earlier sums.
+  template <int S, int lift>
+  MK_DEVICE void weigh(float (&s)[S / 8][4], float (&fade)[2]) {
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
       float now = m[row];
@@ -189,59 +207,66 @@ read_tiles(MK_PARAM(Tiling) r) {
       for (int n = 0; n < S / 8; ++n) now = fmaxf(now, fmaxf(s[n][2 * row], s[n][2 * row + 1]));
       now = fmaxf(now, __shfl_xor_sync(kAllLanes, now, 1));
       now = fmaxf(now, __shfl_xor_sync(kAllLanes, now, 2));
-      const float base = isinf(now) ? 0.f : now;  // nothing addressable yet; a NaN or +inf shows in the sum
+      const float base = isinf(now) ? 0.f : now;  // no open slot yet; a NaN or +inf shows in the sum
       fade[row] = m[row] == now ? 1.f : power_of_two((m[row] - base) * kLog2e);
       m[row] = now;
-      float sum = 0;  // of this tile: a long sum is one of sums
+      float sum = 0;  // of this tile: a long sum is a sum of sums
 #pragma unroll
       for (int n = 0; n < S / 8; ++n) {
 #pragma unroll
-        for (int i = 2 * row; i < 2 * row + 2; ++i) {
-          sum += s[n][i] = power_of_two((s[n][i] - base) * kLog2e + kLift);
-        }
+        for (int i = 2 * row; i < 2 * row + 2; ++i) sum += s[n][i] = power_of_two((s[n][i] - base) * kLog2e + lift);
       }
       l[row] = l[row] * fade[row] + sum;
     }
-    Left<P> weights[kSteps];
-#pragma unroll
-    for (int step = 0; step < kSteps; ++step) weights[step] = weights_left<P>(s, step);
+  }
 
-    const char* buffer = arrived();
-    ask_keys(first + S, 0);
-    if (!busy) continue;
-    const int columns = block.columns;
+  // Sums l over the lanes of a token.
+  MK_DEVICE void finish() {
 #pragma unroll
-    for (int c = 0; c < kColumns / 16; ++c) {
-      if (c * 16 >= columns) break;
-      Sums<P> sums[2];
-#pragma unroll
-      for (int step = 0; step < kSteps; ++step) {
-        uint32_t b[4];
-        load_depth<W>(b, buffer + step * (S / kSteps) * r.value_pitch, r.value_pitch, c * 16, lane);
-        add_product(sums[0], weights[step], b[0], b[1]);
-        add_product(sums[1], weights[step], b[2], b[3]);
-      }
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        float& x = acc[2 * c + i / 4][i % 4];
-        x = x * fade[i % 4 / 2] + sums[i / 4][i % 4];
-      }
+    for (int row = 0; row < 2; ++row) {
+      l[row] += __shfl_xor_sync(kAllLanes, l[row], 1);
+      l[row] += __shfl_xor_sync(kAllLanes, l[row], 2);
     }
   }
-  wait_copies<0>();
+};
 
+// acc = fade acc + p times a tile of values [S, columns].
+template <class P, class W>
+MK_DEVICE void add_values(float (&acc)[kColumns / 8][4], const float (&fade)[2], const Left<P> (&weights)[kSteps],
+                          const char* values, int pitch, int columns) {
+  const int lane = int(threadIdx.x) % 32;
+#pragma unroll
+  for (int c = 0; c < kColumns / 16; ++c) {
+    if (c * 16 >= columns) break;
+    Sums<P> sums[2];
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      uint32_t b[4];
+      load_depth<W>(b, values + step * (kSlots<W> / kSteps) * pitch, pitch, c * 16, lane);
+      add_product(sums[0], weights[step], b[0], b[1]);
+      add_product(sums[1], weights[step], b[2], b[3]);
+    }
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      float& x = acc[2 * c + i / 4][i % 4];
+      x = x * fade[i % 4 / 2] + sums[i / 4][i % 4];
+    }
+  }
+}
+
+// Stores the read [columns], lse and lse_rest of this lane's two tokens; if there are several ranges, their part of
+// this range.
+template <class X, int lift, int S>
+MK_DEVICE void store_read(const Tiling& r, const Shared<S>& block, const float (&acc)[kColumns / 8][4],
+                          const Softmax& softmax) {
+  const SoftmaxRead& p = r.p;
+  const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32, columns = block.columns;
   const int64_t tokens = p.lead.folded() * p.T, rows = r.ranges.rows, split = block.split, batch = block.batch;
   const int64_t column0 = block.column0;
-  const int columns = block.columns;
-  constexpr float kDrop = 1 / float(1 << int(kLift));
+  constexpr float kDrop = 1 / float(1 << lift);
 #pragma unroll
   for (int row = 0; row < 2; ++row) {
-    l[row] += __shfl_xor_sync(kAllLanes, l[row], 1);
-    l[row] += __shfl_xor_sync(kAllLanes, l[row], 2);
-  }
-#pragma unroll
-  for (int row = 0; row < 2; ++row) {
-    const float sum = l[row] * kDrop;
+    const float sum = softmax.l[row] * kDrop;
     const int64_t t = block.t0 + warp * 16 + row * 8 + lane / 4;
     if (t >= tokens) continue;
     const int64_t token = batch * tokens + t;
@@ -264,12 +289,50 @@ read_tiles(MK_PARAM(Tiling) r) {
     if (column0 != 0 || lane % 4 != 0) continue;
     if (part != nullptr) {
       float* ends = r.ranges.partial + r.ranges.splits * rows * p.V;
-      ends[split * rows + token] = m[row];
+      ends[split * rows + token] = softmax.m[row];
       ends[(r.ranges.splits + split) * rows + token] = sum;
     } else {
-      store_lse(p, batch, t, m[row], sum);
+      store_lse(p, batch, t, softmax.m[row], sum);
     }
   }
+}
+
+// M: the arithmetic of the scores; `held`: queries stay in registers.
+template <class M, class W, bool held>
+MK_KERNEL_BLOCKS(kThreads, 3)
+read_tiles(MK_PARAM(Tiling) r) {
+  using X = Stored<M>;
+  using P = Second<M, W>;
+  constexpr int S = kSlots<W>;
+  Shared<S>& block = *reinterpret_cast<Shared<S>*>(shared_memory());
+  char* rows = shared_memory() + sizeof(Shared<S>);
+  locate<W>(block, r);
+  const bool busy = block.t0 + int(threadIdx.x) / 32 * 16 < r.p.lead.folded() * r.p.T;  // this warp has a token
+
+  Queries<M, held> queries;
+  load_queries(queries, r, block, held ? rows : rows + kBuffers * r.buffer_bytes);
+  Loader<X, W> loader{r, block, {rows, r.buffer_bytes}};
+  const int64_t begin = block.split * r.ranges.split_rows;
+  loader.prefetch_keys(begin, 0);
+
+  Softmax softmax;
+  float acc[kColumns / 8][4] = {};  // [16, columns] of a warp
+  for (int64_t first = begin; first < block.end; first += S) {
+    float s[S / 8][4], fade[2];
+    score_tile<M, W, held>(s, queries, loader, first, busy);
+    softmax.weigh<S, kLift<P>>(s, fade);
+    Left<P> weights[kSteps];
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) weights[step] = weights_left<P>(s, step);
+
+    const char* values = loader.buffers.arrived();
+    loader.prefetch_keys(first + S, 0);
+    if (busy) add_values<P, W>(acc, fade, weights, values, r.value_pitch, block.columns);
+  }
+  wait_copies<0>();
+
+  softmax.finish();
+  store_read<X, kLift<P>>(r, block, acc, softmax);
 }
 
 // The layout of a call, and the shared memory of its blocks.

@@ -170,6 +170,18 @@ MK_DEVICE void widen_rows(int tid, DType from_type, int rows, int64_t columns, c
   }
 }
 
+// sums += one step of the left side times 32 bytes of the S rows of a tile as columns.
+template <class M, int S>
+MK_DEVICE void add_step(Sums<M> (&sums)[S / 8], const Left<M>& a, const char* tile, int pitch, int step, int lane) {
+#pragma unroll
+  for (int j = 0; j < S / 16; ++j) {
+    uint32_t b[4];
+    load_columns(b, tile + j * 16 * pitch, pitch, step * 32, lane);
+    add_product(sums[2 * j], a, b[0], b[1]);
+    add_product(sums[2 * j + 1], a, b[2], b[3]);
+  }
+}
+
 // sums += 16 rows on the left, from byte `at` of each, times the S rows of a tile as columns, `bytes` of each.
 template <class M, int S>
 MK_DEVICE void add_products(Sums<M> (&sums)[S / 8], const char* left, int left_pitch, int at, const char* tile,
@@ -178,14 +190,7 @@ MK_DEVICE void add_products(Sums<M> (&sums)[S / 8], const char* left, int left_p
   for (int step = 0; step * 32 < bytes; ++step) {
     uint32_t x[4];
     load_left(x, left, left_pitch, at + step * 32, lane);
-    const Left<M> a = left_of<M>(x);
-#pragma unroll
-    for (int j = 0; j < S / 16; ++j) {
-      uint32_t b[4];
-      load_columns(b, tile + j * 16 * pitch, pitch, step * 32, lane);
-      add_product(sums[2 * j], a, b[0], b[1]);
-      add_product(sums[2 * j + 1], a, b[2], b[3]);
-    }
+    add_step<M, S>(sums, left_of<M>(x), tile, pitch, step, lane);
   }
 }
 

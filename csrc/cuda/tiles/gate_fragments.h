@@ -11,7 +11,7 @@
 namespace mk::cuda {
 namespace {
 
-constexpr int kThreads = 128, kRows = 64, kColumns = 128, kBuffers = 2;
+constexpr int kThreads = 128, kRows = 64, kColumns = 128;
 constexpr int kPartBytes = 256;  // per row, for rows that are loaded in parts
 
 template <class X>

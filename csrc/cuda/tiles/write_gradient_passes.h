@@ -6,7 +6,7 @@
 namespace mk::cuda {
 namespace {
 
-// One block per row of the result: adds up the ranges, in their order.
+// One block per row of the result: adds up the ranges in order.
 template <bool by_slots>
 MK_KERNEL(kThreads)
 add_ranges(MK_PARAM(Tiling) r) {
