@@ -104,7 +104,7 @@ class Derivatives:
         """``(args, d_outputs, gradients of the differentiable args)``, the last in terms of the first two."""
         formula = self.op.reference
         if self.op.selected is not None:  # the choice that was made: equal scores may rank either way
-            chosen = tensors[self.n + self.op.saved.index("indices")]
+            chosen = tensors[self.n + self.op.saved.index(self.op.choice.name)]
             formula = functools.partial(_with_choice, self.op.selected, chosen)
         with torch.enable_grad():
             args = [_alias(x) if a.is_float else x for a, x in zip(self.op.args, tensors)]

@@ -2,7 +2,8 @@
 
 An op module declares an :class:`Op`. Everything that can be derived from the declaration is derived here or in
 ``registration.py``: shape and dtype checks, result shapes, the schema of its torch operators, fake kernels, the
-contract grid of ``testing.py`` and the op table of the documentation.
+contract grid of ``testing/`` and the op table of the documentation. What the tests need to know stands here too: how an
+argument is filled, what a mask hides, what judges a result.
 
 Axes, the same letters everywhere: ``T`` tokens, ``N`` slots, ``K`` key width, ``V`` value width, ``k`` neighbours,
 ``S`` parts to merge, ``D`` channels of a state, ``n`` half keys of a list. A number (``2``) is a fixed size, a number
@@ -70,12 +71,25 @@ class Arg:
 
     axes: its trailing axes, for instance ``"N K"``.
     side: ``"tokens"`` or ``"memory"``.
-    dtype: ``"lead"`` (any of FLOATS; sets the dtype of the call), ``"same"`` (as the lead), ``"content"`` (as the
-        lead, or
-        float32 beside a 16-bit lead; all content arguments agree), ``"stats"`` (float32, or float64 for float64),
-        ``"mask"`` (bool, or float added to the scores), ``"bool"``, ``"index"`` (int64), ``"slots"`` (8 bits, or the
-        lead, or float32 beside a 16-bit lead; never differentiable) and ``"scale"`` (what multiplies such a row).
+    dtype: one of
+        ``"lead"``: any of FLOATS; sets the dtype of the call;
+        ``"same"``: as the lead;
+        ``"content"``: as the lead, or float32 beside a 16-bit lead; all content arguments agree;
+        ``"stats"``: float32, or float64 for float64;
+        ``"mask"``: bool, or float that is added to the scores;
+        ``"bool"``;
+        ``"index"``: int64;
+        ``"slots"``: 8 bits, or the lead, or float32 beside a 16-bit lead; never differentiable;
+        ``"scale"``: what multiplies the rows of such an argument.
     stretch: a last axis of size 1 is stretched.
+    of: for an index the axis that it points into, for a scale the argument whose rows it multiplies.
+
+    For the tests:
+
+    fill: how it is filled where a case does not say: a name of ``testing.inputs.FILL``, or a function of all tensors
+        and options of the call, itself drawn in the usual way of its dtype. ``""`` is that usual way.
+    hides: where it is False or -inf, nothing may look at the arguments of its side whose axes begin with its own, and
+        the grid puts NaN there. A mask always does.
     """
 
     name: str
@@ -84,10 +98,14 @@ class Arg:
     dtype: str = "same"
     optional: bool = False
     stretch: bool = False
+    of: str = "N"
+    fill: str | Callable[..., Tensor] = ""
+    hides: bool = False
     parsed: tuple[Axis, ...] = field(init=False, repr=False)  # ``axes``, read once: every call checks them
 
     def __post_init__(self):
         object.__setattr__(self, "parsed", tuple(map(Axis.parse, self.axes.split())))
+        object.__setattr__(self, "hides", self.hides or self.dtype == "mask")
 
     @property
     def is_float(self) -> bool:
@@ -97,10 +115,17 @@ class Arg:
 
 @dataclass(frozen=True)
 class Out:
-    """One result. ``lead``: the leading dimensions of ``"all"`` arguments or of the ``"memory"``. ``dtype``:
-    ``"lead"``, ``"stats"``, ``"index"``, or the name of the argument whose dtype it has. ``positive``: a sum of
-    positive terms, of which each number is right to its last digits, however small. ``judged``: False for what is kept
-    for the backward kernel alone and has no right value of its own."""
+    """One result.
+
+    lead: the leading dimensions of ``"all"`` arguments or of the ``"memory"``.
+    dtype: ``"lead"``, ``"stats"``, ``"index"``, or the name of the argument whose dtype it has.
+    grad: may it have a gradient?
+    positive: a sum of positive terms, of which each number is right to its last digits, however small.
+    judged: False for what is kept for the backward kernel alone and has no right value of its own.
+    judge: for the slots that an op chose, the scores that rank them, ``[..., T, slots]``, as a function of all tensors
+        and options. Slots whose scores differ by rounding may rank either way. Without a judge an index must be that
+        of the reference.
+    """
 
     name: str
     axes: str
@@ -109,6 +134,7 @@ class Out:
     grad: bool = True
     positive: bool = False
     judged: bool = True
+    judge: Callable[..., Tensor] | None = None
 
 
 # What the rounding of a log-sum-exp left out: lse is an exact maximum plus the logarithm of a sum. Where the maximum is
@@ -123,7 +149,9 @@ class Op:
     reference: plain PyTorch, called as ``reference(*tensors, *params)``, returns one tensor per result.
     selected: for an op that chooses slots, the reference with the choice given, called as
         ``selected(*tensors, *params, indices)``: scores that differ by rounding may rank either way, the rest follows.
-    params: (name, schema type) of the options that are not tensors, e.g. ``("scale", "float")``.
+    params: (name, schema type) of the options that are not tensors, e.g. ``("scale", "float")``. An int is the size of
+        the axis of its name.
+    usual: option -> its value in tests that do not say; see :meth:`usual_option`.
     saved: results that the backward kernel wants to see again.
     autocast: arguments cast to the autocast dtype while autocast is on.
     twin_of: for an op over compressed slots, the op over float ones; it is called through that one's function.
@@ -145,6 +173,7 @@ class Op:
     backward_flops: Callable[[Mapping[str, int]], int] | None = None
     equation: str = ""
     twin_of: str = ""
+    usual: Mapping[str, object] = field(default_factory=dict)
     queries: tuple[int, ...] = field(init=False, repr=False)  # places of the arguments that ``scale`` multiplies
 
     def __post_init__(self):
@@ -155,8 +184,22 @@ class Op:
     def differentiable(self) -> tuple[Arg, ...]:
         return tuple(a for a in self.args if a.is_float)
 
+    @property
+    def choice(self) -> Out | None:
+        """The result that tells which slots were chosen, of an op that chooses any."""
+        return None if self.selected is None else next(o for o in self.outputs if o.dtype == "index")
+
     def index(self, name: str) -> int:
         return next(i for i, a in enumerate(self.args) if a.name == name)
+
+    def usual_option(self, name: str, axes: Mapping[str, int]) -> object:
+        """The value of an option in tests that do not say, where ``axes`` gives each letter its size."""
+        if name in self.usual:
+            return self.usual[name]
+        if name == "scale":
+            return max(axes["K"], 1) ** -0.5
+        kind = dict(self.params)[name]
+        return axes[name] if kind == "int" else {"float": 1.0, "bool": False}[kind]
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ OP = register(
         name="cell_scan",
         args=(
             Arg("inputs", "T 3D", "tokens", "lead"),
-            Arg("weight", "3D D", "memory"),
+            Arg("weight", "3D D", "memory", fill="recurrent"),
             Arg("initial", "D", "tokens", "same", optional=True),
         ),
         outputs=(Out("states", "T D"),),

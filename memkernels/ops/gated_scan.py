@@ -30,7 +30,7 @@ OP = register(
     Op(
         name="gated_scan",
         args=(
-            Arg("forget", "T D", "tokens", "lead"),
+            Arg("forget", "T D", "tokens", "lead", fill="uniform"),
             Arg("update", "T D", "tokens", "content"),
             Arg("initial", "D", "tokens", "content", optional=True),
         ),

@@ -46,7 +46,7 @@ OP = register(
             Arg("write", "T V", "tokens", "content"),
             Arg("erase", "T V", "tokens", "content", optional=True),
             Arg("slot_mask", "N", "memory", "mask", optional=True, stretch=True),
-            Arg("token_mask", "T", "tokens", "bool", optional=True),
+            Arg("token_mask", "T", "tokens", "bool", optional=True, hides=True),
         ),
         params=(("scale", "float"), ("erase_scale", "float")),
         outputs=(

@@ -49,7 +49,7 @@ OP = register(
         args=(
             Arg("values", "N V", "memory", "content"),
             Arg("indices", "T k", "tokens", "index"),
-            Arg("weights", "T k", "tokens", "lead"),
+            Arg("weights", "T k", "tokens", "lead", fill="uniform"),
             Arg("write", "T V", "tokens", "content"),
             Arg("erase", "T V", "tokens", "content", optional=True),
         ),

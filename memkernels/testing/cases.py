@@ -13,6 +13,7 @@ from types import MappingProxyType
 from ..spec import Op, letters
 
 SIZES = MappingProxyType({"T": 7, "N": 33, "K": 16, "V": 24, "k": 4, "S": 3, "D": 20, "W": 50, "n": 6, "h": 8})
+UNMET = 5  # size of an axis that no case knows
 
 
 @dataclass(frozen=True)
@@ -302,7 +303,9 @@ VALUES = (
     Case("mix 0", ("mix",), give={"mix": "zeros"}, quick=True),
     Case("mix 1", ("mix",), give={"mix": "ones"}, quick=True),
     Case("mix 0 and 1", ("mix",), give={"mix": "bits", "cache_scores": "lse_empty"}),
-    Case("one word in the whole cache", ("cache_tokens",), give={"cache_tokens": "word_same", "targets": "word_same"}),
+    Case(
+        "one word in the whole cache", ("cache_tokens",), give={"cache_tokens": "index_same", "targets": "index_same"}
+    ),
     Case("every index -1", ("indices", "weights", "T", "N"), give={"indices": "index_none"}),
     Case(
         "every index the same",

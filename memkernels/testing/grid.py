@@ -197,14 +197,20 @@ class Subject:
             if tuple(tensor.shape) != shape or tensor.dtype != dtype:
                 wanted, found = f"{list(shape)} {dtype}", f"{list(tensor.shape)} {tensor.dtype}"
                 return Verdict(math.nan, 0.0, f"{out.name} must be {wanted}, got {found}")
-        indices = next((t for t, o in zip(got.outputs, op.outputs) if o.dtype == "index"), None)
-        if indices is not None and (
-            problem := wrong_choice(op, self.inputs.doubled(), self.inputs.params, indices, self.case.exact)
-        ):
-            return Verdict(math.nan, 0.0, problem)
+        for i, (out, tensor) in enumerate(zip(op.outputs, got.outputs)):
+            if out.dtype == "index" and (problem := self._wrong_index(i, tensor)):
+                return Verdict(math.nan, 0.0, problem)
         if "wanted" not in shared:
-            shared["wanted"] = self.wanted(indices)
+            chosen = None if op.choice is None else got.outputs[op.outputs.index(op.choice)]
+            shared["wanted"] = self.wanted(chosen)
         return self._compare(got, shared["wanted"], direction, backend)
+
+    def _wrong_index(self, i: int, indices: Tensor) -> str:
+        """What is wrong with result ``i``, which is an index; empty when nothing is."""
+        if self.op.outputs[i].judge is not None:
+            return wrong_choice(self.op, self.inputs.doubled(), self.inputs.params, indices, self.case.exact)
+        same = torch.equal(indices, self._doubled.outputs[i])
+        return "" if same else f"{self.op.outputs[i].name} differs from that of the reference"
 
     def _compare(self, got: Run, wanted: Run, direction: str, backend: str) -> Verdict:
         backward = direction == "backward"
