@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import _torch
-from .spec import Op
+from .spec import Op, several
 
 
 def _alias(x: Tensor | None) -> Tensor | None:
@@ -41,7 +41,7 @@ class Derivatives:
         self.saved = [names.index(name) for name in op.saved]
 
     def setup_context(self, ctx, inputs, output):
-        output = output if isinstance(output, tuple) else (output,)
+        output = several(output)
         ctx.set_materialize_grads(False)
         if self.without_grad:
             ctx.mark_non_differentiable(*(output[i] for i in self.without_grad))
@@ -72,7 +72,7 @@ class Derivatives:
             grads = self.backward_op(*inputs)
         else:
             grads = _torch.below_autograd(self.backward_op, inputs)
-        return grads if isinstance(grads, (tuple, list)) else (grads,)
+        return several(grads)
 
     def setup_context_twice(self, ctx, inputs, output):
         ctx.set_materialize_grads(False)

@@ -142,6 +142,18 @@ class Out:
 LSE_REST = Out("lse_rest", "T", dtype="stats", grad=False, judged=False)
 
 
+def bare(results: Sequence[Tensor]) -> Tensor | tuple[Tensor, ...] | None:
+    """``results`` as an operator of torch returns them: a single one bare, and none as None."""
+    return tuple(results) if len(results) > 1 else results[0] if results else None
+
+
+def several(results: Tensor | Sequence[Tensor] | None) -> tuple[Tensor, ...]:
+    """What an operator of torch, or a function over one, returned, as a tuple: undoes :func:`bare`."""
+    if isinstance(results, (tuple, list)):
+        return tuple(results)
+    return () if results is None else (results,)
+
+
 @dataclass(frozen=True)
 class Op:
     """The declaration of an operation.
@@ -152,6 +164,7 @@ class Op:
     params: (name, schema type) of the options that are not tensors, e.g. ``("scale", "float")``. An int is the size of
         the axis of its name.
     usual: option -> its value in tests that do not say; see :meth:`usual_option`.
+    traits: what a case of the grid may need that no axis, argument, option or result tells, such as ``"gates"``.
     saved: results that the backward kernel wants to see again.
     autocast: arguments cast to the autocast dtype while autocast is on.
     twin_of: for an op over compressed slots, the op over float ones; it is called through that one's function.
@@ -174,11 +187,16 @@ class Op:
     equation: str = ""
     twin_of: str = ""
     usual: Mapping[str, object] = field(default_factory=dict)
+    traits: tuple[str, ...] = ()
     queries: tuple[int, ...] = field(init=False, repr=False)  # places of the arguments that ``scale`` multiplies
 
     def __post_init__(self):
         places = tuple(i for i, a in enumerate(self.args) if a.name.endswith("query"))
         object.__setattr__(self, "queries", places)
+
+    def formula(self, *inputs):
+        """The reference, whose results are those of an operator of torch: a single one is bare."""
+        return bare(self.reference(*inputs))
 
     @property
     def differentiable(self) -> tuple[Arg, ...]:
@@ -322,52 +340,61 @@ def _check_dtype(op: Op, arg: Arg, tensor: Tensor, lead: Tensor, content: Tensor
 def check(op: Op, tensors: Sequence[Tensor | None], params: Sequence[object] = ()) -> Layout:
     """Bind the axes of ``op`` to ``tensors`` or raise the one sentence that says what is wrong."""
     axes: dict[str, int] = {name: value for (name, kind), value in zip(op.params, params) if kind == "int"}
-    leads: list[tuple[str, tuple[int, ...]]] = []
-    memory: list[tuple[str, tuple[int, ...]]] = []
     leader, lead = next(((a, t) for a, t in zip(op.args, tensors) if a.dtype == "lead"), (None, None))
     lead = lead if isinstance(lead, Tensor) else None
     if lead is not None:  # first, for the others are measured against it
         _check_dtype(op, leader, lead, lead, None)
     content = next((t for a, t in zip(op.args, tensors) if a.dtype == "content" and isinstance(t, Tensor)), None)
+    leads: list[tuple[str, tuple[int, ...]]] = []
+    memory: list[tuple[str, tuple[int, ...]]] = []
     masks: list[tuple[Arg, tuple[int, ...]]] = []
-    room = MAX_LEAD + 2 - max(2, *(len(a.parsed) for a in op.args))
     for arg, tensor in zip(op.args, tensors):
         if tensor is None and arg.optional:
             continue
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{op.name}: {arg.name} must be a tensor, got {type(tensor).__name__}")
-        _check_dtype(op, arg, tensor, tensor if lead is None else lead, content)
-        if lead is not None and tensor.device != lead.device:
-            raise ValueError(f"{op.name}: {arg.name} must be on {lead.device}, got {tensor.device}")
-        if (kind := _kind(tensor)) is not None:
-            raise TypeError(_kind_text(op, arg, kind))
-        shape = tuple(tensor.shape)
-        split = len(shape) - len(arg.parsed)
-        fits = split >= 0
-        for i, axis in enumerate(arg.parsed if fits else ()):
-            size = shape[split + i]
-            if axis.letter and axis.letter not in axes:
-                axes[axis.letter] = size // axis.factor
-            if _torch.known(size != axis.size(axes)):
-                stretched = arg.stretch and i == len(arg.parsed) - 1 and _torch.known(size == 1)
-                fits = fits and stretched
-        if not fits:
-            known = {a: n for a, n in axes.items() if any(a in letters(b.axes) for b in op.args if b.name != arg.name)}
-            raise ValueError(f"{op.name}: {arg.name} must be {_axes_text(arg, known)}, got {list(shape)}")
-        if split > room:
-            raise ValueError(
-                f"{op.name}: {arg.name} must have at most {room} leading dimensions, got {split}, {list(shape)}"
-            )
+        _check_tensor(op, arg, tensor, lead, content)
+        own = _bind(op, arg, tuple(tensor.shape), axes)
         if arg.dtype in ("mask", "bool", "scale"):
-            masks.append((arg, shape[:split]))
+            masks.append((arg, own))
         else:
-            leads.append((arg.name, shape[:split]))
+            leads.append((arg.name, own))
         if arg.side == "memory":
-            memory.append((arg.name, shape[:split]))
+            memory.append((arg.name, own))
     whole = _broadcast(op, leads)
     _check_masks(op, masks, whole)
-    own = _broadcast(op, memory) if memory else whole
-    return Layout(axes, whole, own, lead.dtype)
+    return Layout(axes, whole, _broadcast(op, memory) if memory else whole, lead.dtype)
+
+
+def _check_tensor(op: Op, arg: Arg, tensor: object, lead: Tensor | None, content: Tensor | None) -> None:
+    """Is it a dense tensor of a dtype and on a device that fit the lead?"""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{op.name}: {arg.name} must be a tensor, got {type(tensor).__name__}")
+    _check_dtype(op, arg, tensor, tensor if lead is None else lead, content)
+    if lead is not None and tensor.device != lead.device:
+        raise ValueError(f"{op.name}: {arg.name} must be on {lead.device}, got {tensor.device}")
+    if (kind := _kind(tensor)) is not None:
+        raise TypeError(_kind_text(op, arg, kind))
+
+
+def _bind(op: Op, arg: Arg, shape: tuple[int, ...], axes: dict[str, int]) -> tuple[int, ...]:
+    """Check the trailing axes of one argument and add new ones to ``axes``. Returns the leading dimensions."""
+    split = len(shape) - len(arg.parsed)
+    fits = split >= 0
+    for i, axis in enumerate(arg.parsed if fits else ()):
+        size = shape[split + i]
+        if axis.letter and axis.letter not in axes:
+            axes[axis.letter] = size // axis.factor
+        if _torch.known(size != axis.size(axes)):
+            stretched = arg.stretch and i == len(arg.parsed) - 1 and _torch.known(size == 1)
+            fits = fits and stretched
+    if not fits:
+        known = {a: n for a, n in axes.items() if any(a in letters(b.axes) for b in op.args if b.name != arg.name)}
+        raise ValueError(f"{op.name}: {arg.name} must be {_axes_text(arg, known)}, got {list(shape)}")
+    room = MAX_LEAD + 2 - max(2, *(len(a.parsed) for a in op.args))
+    if split > room:
+        raise ValueError(
+            f"{op.name}: {arg.name} must have at most {room} leading dimensions, got {split}, {list(shape)}"
+        )
+    return shape[:split]
 
 
 def fold_tokens(x: Tensor, memory: Sequence[int], lead: Sequence[int], tail: int) -> Tensor:

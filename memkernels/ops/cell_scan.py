@@ -74,5 +74,4 @@ def cell_scan(
 
     Source: Hochreiter and Schmidhuber 1997, Long Short-Term Memory; Gers et al. 2000, Learning to Forget.
     """
-    result = call(OP, [inputs, weight, initial], (), backend)
-    return result[0] if isinstance(result, tuple) else result
+    return call(OP, [inputs, weight, initial], (), backend)

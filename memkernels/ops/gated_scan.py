@@ -68,5 +68,4 @@ def gated_scan(
 
     Source: Martin and Cundy 2018, Parallelizing Linear Recurrent Neural Nets Over Sequence Length.
     """
-    result = call(OP, [forget, update, initial], (), backend)
-    return result[0] if isinstance(result, tuple) else result
+    return call(OP, [forget, update, initial], (), backend)

@@ -81,5 +81,4 @@ def slot_usage(
     Source: Graves et al. 2016, Hybrid computing using a neural network with dynamic external memory.
     """
     tensors, factor = scaled(OP, [query, keys, lse, stretch(slot_mask, keys)], scale, "slot_usage")
-    result = call(OP, tensors, (factor,), backend)
-    return result[0] if isinstance(result, tuple) else result
+    return call(OP, tensors, (factor,), backend)

@@ -83,8 +83,7 @@ def slot_write(
     Source: Graves et al. 2014, Neural Turing Machines.
     """
     tensors, params = _arguments("slot_write", values, weights, write, erase, token_mask)
-    result = call(OP, tensors, params, backend)
-    return result[0] if isinstance(result, tuple) else result
+    return call(OP, tensors, params, backend)
 
 
 def slot_write_(

@@ -97,8 +97,7 @@ def sparse_write(
     Source: Rae et al. 2016, Scaling Memory-Augmented Neural Networks with Sparse Reads and Writes.
     """
     tensors, params = _arguments("sparse_write", values, indices, weights, write, erase)
-    result = call(OP, tensors, params, backend)
-    return result[0] if isinstance(result, tuple) else result
+    return call(OP, tensors, params, backend)
 
 
 def sparse_write_(

@@ -92,7 +92,7 @@ class Run:
         self._leaves = [tensors[i].requires_grad_() for i in wanting]
         with torch.set_grad_enabled(bool(wanting)):
             results = formula(*tensors, *params)
-        self._live = list(results) if isinstance(results, (tuple, list)) else [results]
+        self._live = list(spec.several(results))
         self._cotangents = cotangents
         self.outputs = [o.detach() for o in self._live]
 
@@ -253,7 +253,7 @@ def _call(op: Op, backend: str, target: int | None, *inputs):
     results = call(op, tensors, params, backend, inplace=target is not None)
     if target is None:
         return results
-    rest = iter(results if isinstance(results, (tuple, list)) else (results,))
+    rest = iter(spec.several(results))
     return [tensors[target] if o.name == op.inplace else next(rest) for o in op.outputs]
 
 
