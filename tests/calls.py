@@ -6,6 +6,7 @@ import torch
 from support import randn
 
 import memkernels as mk
+from memkernels.spec import several
 
 B, T, N, K, V, k, W = 2, 5, 9, 8, 6, 3, 11
 
@@ -82,5 +83,4 @@ OPERATIONS = tuple(name for name in mk.ops.__all__)
 
 def run(op: str, backend: str | None = None, **given) -> list[torch.Tensor]:
     """The results of the operation, floats and indices alike."""
-    result = getattr(mk, op)(**given, backend=backend)
-    return list(result) if isinstance(result, (tuple, list)) else [result]
+    return list(several(getattr(mk, op)(**given, backend=backend)))

@@ -12,7 +12,7 @@ import torch
 from support import CASE, operator, subject
 
 from memkernels.registration import OPS
-from memkernels.spec import letters
+from memkernels.spec import letters, several
 
 name, backend, direction = sys.argv[1:4]
 op = OPS[name]
@@ -42,8 +42,7 @@ params = list(inputs.params)
 run = operator(backend, name)
 
 if direction == "backward":
-    results = run(*tensors, *params)
-    results = list(results) if isinstance(results, (tuple, list)) else [results]
+    results = several(run(*tensors, *params))
     by_name = {o.name: (o, r) for o, r in zip(op.outputs, results)}
     for saved in op.saved:
         names.append(f"saved {saved}")

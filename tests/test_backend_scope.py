@@ -15,6 +15,7 @@ import memkernels as mk
 from memkernels import backends, registration
 from memkernels.backends import requested
 from memkernels.registration import OPS
+from memkernels.spec import several
 
 QUERY, KEYS, VALUES = randn(2, 5, 8), randn(2, 9, 8), randn(2, 9, 6)
 
@@ -315,8 +316,7 @@ def test_auto_takes_no_backend_without_the_backward_where_gradients_are_wanted(f
     assert named in profiled(plain)[1]
     results, names = profiled(wanting)
     assert named not in names
-    results = results if isinstance(results, tuple) else (results,)
-    sum(torch.nan_to_num(r).sum() for r in results if r.requires_grad).backward()
+    sum(torch.nan_to_num(r).sum() for r in several(results) if r.requires_grad).backward()
     assert leaf.grad is not None
 
     with torch.no_grad():

@@ -8,6 +8,7 @@ from support import NATIVE, operator, subject
 
 from memkernels import testing
 from memkernels.registration import OPS
+from memkernels.spec import several
 from memkernels.testing import grid
 from memkernels.testing.compare import FLOOR, distance, norms, special_values, wrong_choice
 
@@ -17,9 +18,7 @@ def _rows(monkeypatch, op: str, case: str, spoil, dtype=torch.float32):
     whole = grid._call
 
     def spoiled(op, backend, target, *inputs):
-        results = whole(op, "reference", target, *inputs)
-        results = list(results) if isinstance(results, (tuple, list)) else [results]
-        return spoil(inputs, results)
+        return spoil(inputs, several(whole(op, "reference", target, *inputs)))
 
     monkeypatch.setattr(grid, "_call", spoiled)
     return subject(op, case, dtype).rows("cpu")

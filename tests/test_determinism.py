@@ -9,7 +9,7 @@ import torch
 from support import CASE, bits, operator
 
 from memkernels.registration import OPS
-from memkernels.spec import FLOATS
+from memkernels.spec import FLOATS, several
 from memkernels.testing import Case, Subject
 
 # Large enough that kernels split tokens, slots and widths over threads, in one direction or the other.
@@ -49,8 +49,7 @@ def evaluate(op: str, case: Case, dtype: torch.dtype, backend: str, offset: int 
     def once() -> list[bytes]:
         tensors = [t if t is None else (moved(t) if offset else t).detach() for t in s.inputs.tensors]
         leaves = [tensors[i].requires_grad_() for i in s.wanting]
-        results = run(*tensors, *s.inputs.params)
-        results = list(results) if isinstance(results, (tuple, list)) else [results]
+        results = several(run(*tensors, *s.inputs.params))
         pairs = [(results[i], d) for i, d in s.cotangents(results).items()]
         gradients = torch.autograd.grad([r for r, _ in pairs], leaves, [d for _, d in pairs])
         return [bits(x) for x in (*results, *gradients)]

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import memkernels as mk
 from memkernels.registration import OPS
+from memkernels.spec import several
 
 # Multiply-adds of one stream at the sizes below, by hand: (forward, backward).
 T, N, K, V, k, S, D, W, n, h = 7, 33, 16, 24, 4, 3, 20, 50, 6, 8
@@ -52,8 +53,7 @@ def test_every_op_forward_and_backward(native, op, streams):
     tensors = [t.requires_grad_() if i in s.wanting else t for i, t in enumerate(tensors)]
 
     def run():
-        results = mk.registration.call(OPS[op], tensors, tuple(s.inputs.params), native)
-        results = results if isinstance(results, tuple) else (results,)
+        results = several(mk.registration.call(OPS[op], tensors, tuple(s.inputs.params), native))
         sum(torch.nan_to_num(r).sum() for r in results if r.requires_grad).backward()
 
     forward, backward = HAND[OPS[op].twin_of or op]

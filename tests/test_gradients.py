@@ -8,6 +8,7 @@ from support import bits, operator, randn, subject
 from torch.autograd import gradcheck, gradgradcheck
 
 import memkernels as mk
+from memkernels.spec import several
 
 B, T, N, K, V, k = 2, 4, 7, 3, 5, 3
 
@@ -316,8 +317,7 @@ def test_gradients_are_not_computed_where_none_is_wanted(native, op):
         tensors = [t if t is None else t.clone() for t in s.inputs.tensors]
         for i in wanting:
             tensors[i].requires_grad_()
-        results = run(*tensors, *s.inputs.params)
-        results = results if isinstance(results, (tuple, list)) else (results,)
+        results = several(run(*tensors, *s.inputs.params))
         sum(r.double().sum() for r in results if r.requires_grad).backward()
         return {i: None if tensors[i] is None else tensors[i].grad for i in range(len(tensors))}
 

@@ -9,6 +9,7 @@ from support import CASE, close, operator, randn, subject
 
 import memkernels as mk
 from memkernels.registration import OPS
+from memkernels.spec import several
 
 B, T, N, K, V, k = 2, 9, 33, 16, 24, 4
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
@@ -39,8 +40,7 @@ def test_opcheck_of_the_backward(native, op):
     declared = OPS[op]
     for _, inputs in samples(op):
         tensors = [t if t is None or not t.is_floating_point() else torch.nan_to_num(t) for t in inputs.tensors]
-        results = operator(native, op)(*tensors, *inputs.params)
-        results = results if isinstance(results, (tuple, list)) else (results,)
+        results = several(operator(native, op)(*tensors, *inputs.params))
         saved = [results[[o.name for o in declared.outputs].index(name)] for name in declared.saved]
         cotangents = [torch.randn_like(r) for r, o in zip(results, declared.outputs) if o.grad]
         present = [t for t, a in zip(tensors, declared.args) if a.is_float]
@@ -200,8 +200,7 @@ def test_meta_and_fake_tensors_give_shapes_and_dtypes_of_the_reference(native):
             wanted = declared.reference(*s.inputs.tensors, *s.inputs.params)
             with FakeTensorMode() as mode:
                 fakes = [t if t is None else mode.from_tensor(t) for t in s.inputs.tensors]
-                results = operator(native, op)(*fakes, *s.inputs.params)
-            results = results if isinstance(results, (tuple, list)) else (results,)
+                results = several(operator(native, op)(*fakes, *s.inputs.params))
             assert [(r.shape, r.dtype) for r in results] == [(w.shape, w.dtype) for w in wanted]
 
 
