@@ -120,6 +120,7 @@ class Out:
     lead: the leading dimensions of ``"all"`` arguments or of the ``"memory"``.
     dtype: ``"lead"``, ``"stats"``, ``"index"``, or the name of the argument whose dtype it has.
     grad: may it have a gradient?
+    of: for an index the axis that it points into.
     positive: a sum of positive terms, of which each number is right to its last digits, however small.
     judged: False for what is kept for the backward kernel alone and has no right value of its own.
     judge: for the slots that an op chose, the scores that rank them, ``[..., T, slots]``, as a function of all tensors
@@ -132,6 +133,7 @@ class Out:
     lead: str = "all"
     dtype: str = "lead"
     grad: bool = True
+    of: str = "N"
     positive: bool = False
     judged: bool = True
     judge: Callable[..., Tensor] | None = None

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from promised import PROMISED
 from support import BACKENDS, ROOT
 
 from memkernels import __main__ as cli
@@ -27,9 +28,10 @@ def test_every_gap_is_a_backend_that_is_not_here(capsys):
     cli.main(["info"])
     text = capsys.readouterr().out
     missing = {b.name: b.missing() for b in backends.BACKENDS if b.missing() is not None}
-    gaps = text.split("\nGaps\n")[1].splitlines() if missing else []
+    gaps = text.split("\nGaps\n")[1].splitlines() if "\nGaps\n" in text else []
+    gaps = [gap for gap in gaps if gap.split(":")[0].strip() not in set(OPS) - set(PROMISED)]
     assert gaps == [f"  every op: backend {name!r} is not available: {why}" for name, why in missing.items()]
-    assert missing or "No gaps." in text
+    assert gaps or "No gaps." in text or set(OPS) > set(PROMISED)
 
 
 def test_info_as_json(capsys):

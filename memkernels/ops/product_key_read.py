@@ -44,7 +44,7 @@ OP = register(
         params=(("k", "int"), ("scale", "float")),
         outputs=(
             Out("read", "T V"),
-            Out("indices", "T k", dtype="index", grad=False, judge=ranking),
+            Out("indices", "T k", dtype="index", grad=False, of="nn", judge=ranking),
             Out("weights", "T k", dtype="stats", positive=True),
         ),
         saved=("indices", "weights"),

@@ -43,7 +43,7 @@ OP = register(
         name="product_key_search",
         args=(Arg("query", "T 2h", "tokens", "lead"), Arg("subkeys", "2 n h", "memory")),
         params=(("k", "int"), ("scale", "float")),
-        outputs=(Out("scores", "T k"), Out("indices", "T k", dtype="index", grad=False, judge=ranking)),
+        outputs=(Out("scores", "T k"), Out("indices", "T k", dtype="index", grad=False, of="nn", judge=ranking)),
         saved=("indices",),
         reference=reference,
         flops=lambda s: 4 * s["T"] * s["n"] * s["h"],  # two lists of n
