@@ -35,7 +35,7 @@ LAYERS = {
     "models": {"", "nn", "ops", "spec", "backends"},
     "integrations": {"", "models", "nn", "ops", "spec", "backends"},
     "store": {"", "nn", "ops", "spec", "backends", "_native"},
-    "testing": {"ops", "spec", "backends", "registration"},
+    "testing": {"spec", "backends", "registration"},
     "_info": {"", "_native", "backends", "registration"},
 }
 
