@@ -188,7 +188,7 @@ class Op:
     backward_flops: Callable[[Mapping[str, int]], int] | None = None
     equation: str = ""
     twin_of: str = ""
-    usual: Mapping[str, object] = field(default_factory=dict)
+    usual: Mapping[str, object] = field(default_factory=dict, hash=False)
     traits: tuple[str, ...] = ()
     queries: tuple[int, ...] = field(init=False, repr=False)  # places of the arguments that ``scale`` multiplies
 
