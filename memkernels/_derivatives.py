@@ -18,7 +18,7 @@ from .spec import Op, several
 
 
 def _alias(x: Tensor | None) -> Tensor | None:
-    """A view to differentiate by: it hides how ``x`` came about from a gradient, and not from the gradient's own."""
+    """A view of ``x`` to differentiate by: the gradient stops there; its own derivative goes on to what made ``x``."""
     if x is None or not x.is_floating_point():
         return x
     x = x.view_as(x)
@@ -66,7 +66,7 @@ class Derivatives:
         if not _torch.HAS_PROBES:
             grads = self.backward_op(*inputs)
         elif _torch.forward_mode() or (torch.is_grad_enabled() and _torch.transforms_active()):
-            # A tangent or a level of torch.func on a gradient, which neither kernel nor autograd layer knows.
+            # Forward mode or torch.func differentiates this gradient: neither kernel nor autograd layer supports that.
             return self._by_formula(tensors, d_outputs, params, wants)[2]
         elif torch.is_grad_enabled():
             grads = self.backward_op(*inputs)

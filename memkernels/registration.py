@@ -1,5 +1,4 @@
-"""Turns the declaration of an op into torch operators, once per backend: schema, fake kernel, autograd, double
-backward.
+"""Turns the declaration of an op into torch operators, once per backend: schemas, fake kernels, derivatives.
 
 For op ``f`` and backend ``b`` there are the operators
 

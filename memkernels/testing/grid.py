@@ -24,7 +24,7 @@ DIRECTIONS = (*backends.DIRECTIONS, "in place")
 
 @contextlib.contextmanager
 def _threads(n: int) -> Iterator[None]:
-    """Run on ``n`` threads. All but the kernel under test runs on one: that is faster for small formulas in a row."""
+    """Run on ``n`` threads. Only the kernel under test uses several: small formulas run faster on one."""
     before = torch.get_num_threads()
     torch.set_num_threads(n)
     try:
@@ -59,7 +59,7 @@ class Row:
 
 @contextlib.contextmanager
 def nan_in_new_memory() -> Iterator[None]:
-    """New memory is NaN here (the largest integer for indices), so a number that a kernel forgets to write shows."""
+    """Fills new memory with NaN (the largest integer for indices): numbers that a kernel does not write show."""
     was, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     fill = torch.utils.deterministic.fill_uninitialized_memory
     with warnings.catch_warnings():

@@ -231,7 +231,7 @@ EMPTYING = frozenset(
 
 
 def _blank(x: Tensor, shape) -> Tensor:
-    """Memory around a view: NaN, True or a wild index, so that a read outside the view shows."""
+    """Memory around a view, filled with NaN, True or an index out of range: a read outside the view shows."""
     fills = {torch.bool: True, torch.int64: 2**40, torch.int8: 127}
     fill = fills.get(x.dtype, torch.nan)
     return torch.full(tuple(shape), fill, dtype=x.dtype, device=x.device)
