@@ -16,7 +16,7 @@ using Numbers = std::vector<double>;
 // The rows of a tensor as double.
 template <class F>
 std::vector<Numbers> rows(const char* first, int64_t stride, DType dtype, int64_t count, int64_t width) {
-  std::vector<Numbers> result(size_t(count), Numbers(size_t(width)));
+  std::vector<Numbers> result(size_t(count), Numbers(size_t(width), 0.0));
   std::vector<F> row(size_t(width) + 1);
   for (int64_t i = 0; i < count; ++i) {
     read_row<F>(first + i * stride, dtype, width, row.data());
