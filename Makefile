@@ -1,5 +1,5 @@
 # Each target sets up .venv when it is missing, or uses the interpreter given as PYTHON= without touching the network.
-#   make demo | test | test-quick | test-torch | lint | bench | sanitize | cuda | gpu-check | gpu-rehearsal | dev | clean
+#   make demo | test | test-quick | test-torch | lint | docs | bench | sanitize | cuda | gpu-check | gpu-rehearsal | dev | clean
 
 ifdef PYTHON
   PY := $(PYTHON)
@@ -11,16 +11,17 @@ else
   PIP_FLAGS :=
 endif
 CLANG_FORMAT := $(PY) -c "import clang_format; clang_format.clang_format()"
-NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cmake) csrc/kernels.cmake CMakeLists.txt setup.py \
+CSRC := $(wildcard $(foreach suffix,cpp h cu,csrc/*/*.$(suffix) csrc/*/*/*.$(suffix)))
+NATIVE := $(CSRC) $(wildcard csrc/*.cmake csrc/*/*.cmake) CMakeLists.txt setup.py \
 	pyproject.toml $(wildcard build_backend/*.py memkernels/_stamp.py)
 
-SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu tests/*/*.cpp tests/*/*.h bench/gpu/stand_in/*)
+SOURCES := $(CSRC) $(wildcard tests/*/*.cpp tests/*/*.h bench/gpu/stand_in/*)
 
 # Files of tests run side by side where pytest-xdist is installed, the longest first.
 SIDE_BY_SIDE := -n auto --maxprocesses=8 --dist loadfile
 PYTEST = $(PY) -m pytest $$($(PY) -c "import xdist" 2>/dev/null && printf '%s ' $(SIDE_BY_SIDE))
 
-.PHONY: dev demo test test-quick test-torch lint format bench sanitize cuda gpu-check gpu-rehearsal clean
+.PHONY: dev demo test test-quick test-torch lint format docs bench sanitize cuda gpu-check gpu-rehearsal clean
 
 dev: .build/native
 
@@ -47,6 +48,10 @@ format: $(READY)
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 	$(CLANG_FORMAT) -i $(SOURCES)
+
+# The documentation site, in build/site: pages of docs/ and the API reference, strictly; nothing is fetched. Open index.html.
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --clean --quiet
 
 bench: .build/native
 	$(PY) -m pytest bench --benchmark-enable --benchmark-only

@@ -1,5 +1,5 @@
 # The kernels: raw pointers only, one object library per instruction set. Sets KERNEL_OBJECTS and ISA_DEFINITIONS.
-file(GLOB KERNELS CONFIGURE_DEPENDS ${CMAKE_CURRENT_LIST_DIR}/cpu/*.cpp)
+file(GLOB KERNELS CONFIGURE_DEPENDS ${CMAKE_CURRENT_LIST_DIR}/cpu/*.cpp ${CMAKE_CURRENT_LIST_DIR}/cpu/tiles/*.cpp)
 # The lightest optimiser that costs no speed, by interleaved runs of reads, writes and searches with either library.
 # Baseline: -O1 compiles in half the time of -O2 and runs in 0.74-1.08 of its time. AVX2: -O2 with peeling, 0.83-1.03 of -O3.
 # AVX-512 stays at -O3: -O2 takes 1.15 times as long in gated_write and in reads with few queries; -O1 leaves small loops
@@ -22,7 +22,7 @@ foreach(isa ${ISAS})
   target_compile_options(kernels_${isa} PRIVATE ${ISA_${isa}} -ffp-contract=fast -fno-math-errno -fno-trapping-math
     -Wall -Wextra -Wno-psabi -Wno-maybe-uninitialized -Wno-uninitialized)  # the last two: false alarms from GCC's own intrinsics
   # What every kernel includes, with the intrinsics and the standard library behind it: a third of the compile time.
-  target_precompile_headers(kernels_${isa} PRIVATE ${CMAKE_CURRENT_LIST_DIR}/common/parallel.h
-    ${CMAKE_CURRENT_LIST_DIR}/common/scores.h)
+  target_precompile_headers(kernels_${isa} PRIVATE ${CMAKE_CURRENT_LIST_DIR}/cpu/tiles/parallel.h
+    ${CMAKE_CURRENT_LIST_DIR}/cpu/tiles/scores.h)
   list(APPEND KERNEL_OBJECTS $<TARGET_OBJECTS:kernels_${isa}>)
 endforeach()

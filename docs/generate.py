@@ -16,8 +16,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import io
 import json
+import os
 import re
 import sys
 import tempfile
@@ -35,8 +37,13 @@ EMPTY = "No result file is committed yet. `python -m bench` writes one to `bench
 
 
 def pages() -> list[Path]:
-    """README and every page of docs/."""
-    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    """README and every page under docs/."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def navigation() -> list[str]:
+    """The pages at the top of docs/, in the order in which the site shows them."""
+    return re.findall(r": (\w+)\.md$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
 
 
 def blocks(text: str) -> dict[str, str]:
@@ -85,14 +92,15 @@ def result_files() -> list[Path]:
 
 
 def headline(rows: list[dict]) -> list[dict]:
-    """The rows of the README, by rule: of each page of operations and each direction the float32 case with the most
-    multiply-adds that a peer ran too (of equals the one with the smaller ratio); then the smallest ratio of all."""
+    """The rows of the README and of the start page, by rule: of each page of operations and each direction the float32
+    case with the most multiply-adds that a peer ran too (of equals the one with the smaller ratio); then the smallest
+    ratio of all."""
     compared = [row for row in rows if row["unit"] == "s" and row["ratio"] is not None and not OPS[row["op"]].twin_of]
     kinds: dict[tuple[str, str], list[dict]] = {}
     for row in compared:
         if row["dtype"] == "float32":
             kinds.setdefault((page_of(row["op"]).stem, row["direction"]), []).append(row)
-    order = re.findall(r"\((\w+)\.md", (ROOT / "docs" / "index.md").read_text())
+    order = navigation()
     chosen = [
         max(kinds[kind], key=lambda row: (row["flops"], -row["ratio"]))
         for kind in sorted(kinds, key=lambda kind: (order.index(kind[0]), kind[1] == "backward"))
@@ -182,9 +190,11 @@ def host(before: str) -> str:
 
 def generated(pictures_to: Path) -> dict[str, Callable[[str], str]]:
     """name -> the content of a block, given what it holds now."""
+    once = functools.cache(speed)  # it stands on two pages
     return {
-        "ops": op_table,
-        "speed": lambda before: speed(pictures_to),
+        # what is not installed here keeps what the README says of it, on every page
+        "ops": lambda before: op_table(blocks((ROOT / "README.md").read_text())["ops"]),
+        "speed": lambda before: once(pictures_to),
         "performance": lambda before: report(pictures_to),
         "ladder": ladder,
         "limits": limits,
@@ -193,25 +203,32 @@ def generated(pictures_to: Path) -> dict[str, Callable[[str], str]]:
     }
 
 
-def filled(text: str, pictures_to: Path) -> str:
-    """A page with its generated blocks as they should be."""
-    make = generated(pictures_to)
-    return BLOCK.sub(lambda m: f"<!-- generated: {m[1]} -->\n{make[m[1]](m[2])}<!-- end: {m[1]} -->", text)
+def filled(page: Path, make: dict[str, Callable[[str], str]]) -> str:
+    """The text of a page with its generated blocks as they should be. Blocks are made with the links of README."""
+    docs = os.path.relpath(ROOT / "docs", page.parent)
+
+    def block(match: re.Match) -> str:
+        content = make[match[1]](match[2]).replace("](docs/", "](" if docs == "." else f"]({docs}/")
+        return f"<!-- generated: {match[1]} -->\n{content}<!-- end: {match[1]} -->"
+
+    return BLOCK.sub(block, page.read_text())
 
 
 def stale() -> list[str]:
     """Names of the pages that ``python -m docs.generate`` would change."""
     with tempfile.TemporaryDirectory() as folder:
-        return [page.name for page in pages() if page.read_text() != filled(page.read_text(), Path(folder))]
+        make = generated(Path(folder))
+        return [page.name for page in pages() if page.read_text() != filled(page, make)]
 
 
 def main() -> int:
     argparse.ArgumentParser(
         prog="python -m docs.generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     ).parse_args()
+    make = generated(ROOT / "docs")
     for page in pages():
         before = page.read_text()
-        after = filled(before, ROOT / "docs")
+        after = filled(page, make)
         if after != before:
             page.write_text(after)
             print(f"{page.relative_to(ROOT)} written")

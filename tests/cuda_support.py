@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -52,9 +53,13 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def ops() -> list[str]:
-    """The ops that have CUDA kernels, as the build lists them."""
-    text = (ROOT / "csrc" / "cuda" / "sources.cmake").read_text()
-    return text.split("set(CUDA_OPS ")[1].split(")")[0].split()
+    """The ops that have CUDA kernels: those of the bindings that csrc/cuda/sources.cmake finds."""
+    found = []
+    for kernel in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
+        binding = ROOT / "csrc" / "binding" / f"{kernel.stem}.cpp"
+        if binding.exists():
+            found += re.findall(r'MK_OPERATOR\(m, "(\w+)_backward"', binding.read_text())
+    return [op for op in found if not op.endswith("_compressed")]
 
 
 @functools.cache
@@ -69,18 +74,19 @@ def broken(folder: Path, file: str, old: str, new: str, kernel: str, sanitize: s
     """The library with one fault: ``old`` in ``file`` is ``new`` where the source of ``kernel`` is compiled."""
     built = library(sanitize).parent
     shutil.copytree(ROOT / "csrc", folder / "csrc")
-    changed = folder / "csrc" / "cuda" / file
+    (changed,) = (folder / "csrc" / "cuda").rglob(file)
     text = changed.read_text()
     assert text.count(old) == 1, f"{file} must contain the text of this fault once: {old!r}"
     changed.write_text(text.replace(old, new))
     command = [tool("ninja"), "-t", "commands", "memkernels_simt"]
     commands = subprocess.run(command, cwd=built, capture_output=True, text=True, check=True).stdout.splitlines()
-    compile_one = next(c for c in commands if c.endswith(f"/cuda/{kernel}"))
+    compile_one = next(c for c in commands if c.endswith(f"/{kernel}"))
     intact, part = compile_one.split(" -o ")[1].split()[0], folder / "broken.o"
     compile_one = compile_one.split(" -MD ")[0].replace(str(ROOT / "csrc"), str(folder / "csrc"))
     # First among the objects: of an inline function that several sources have, the linker keeps the first.
     link = commands[-1].replace(intact, "").replace(f"-o {NAME}", f"-o {folder / NAME} {part}")
-    for command in (f"{compile_one} -o {part} -c {folder / 'csrc' / 'cuda' / kernel}", link):
+    (source,) = (folder / "csrc" / "cuda").rglob(kernel)
+    for command in (f"{compile_one} -o {part} -c {source}", link):
         subprocess.run(command, shell=True, cwd=built, check=True)
     return folder / NAME
 

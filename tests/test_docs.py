@@ -50,6 +50,47 @@ def test_examples_run_as_written(page, line, code, capsys):
     exec(compile("\n" * line + code, str(page), "exec"), {})
 
 
+def commands(text: str) -> list[str]:
+    """The lines of a page's shell fences, and the commands that stand in its prose."""
+    fences = "\n".join(re.findall(r"^```(?:ba)?sh\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
+    prose = re.findall(r"`((?:make|python) [^`]+)`", FENCE.sub("", text))
+    return [line.partition("#")[0].strip() for line in (*fences.splitlines(), *prose)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_commands_exist(page):
+    """Every `make X` is a target, every `python -m X` a module with a command line, every script is there."""
+    targets = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1].split()
+    for line in commands(page.read_text()):
+        if made := re.search(r"\bmake ((?:[a-z][\w-]* ?)+)", line):
+            assert set(made[1].split()) <= set(targets), line
+        if run := re.search(r"\bpython -m ([\w.]+)(?: ([a-z]+)\b)?", line):
+            module, word = run.groups()
+            if not module.startswith(("memkernels", "bench", "docs")):
+                continue
+            folder = ROOT.joinpath(*module.split("."))
+            file = folder / "__main__.py" if folder.is_dir() else folder.with_suffix(".py")
+            assert file.exists() and '__name__ == "__main__"' in file.read_text(), line
+            if module == "memkernels" and word:
+                assert f'add_parser("{word}"' in file.read_text(), line
+        if script := re.search(r"\bpython ([\w/]+\.py)", line):
+            assert (ROOT / script[1]).exists(), line
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_options_of_commands_exist(page):
+    """Every `--option` of a command of ours stands in the code of that command, or of the parts that it is made of."""
+    for line in commands(page.read_text()):
+        run = re.search(r"\bpython -m ((?:memkernels|bench|docs)[\w.]*)|\bmake gpu-check\b", line)
+        if run is None:
+            continue
+        module = run[1] or "bench.gpu_check"
+        folder = ROOT / module.partition(".")[0]
+        code = "".join(file.read_text() for file in folder.rglob("*.py"))
+        missing = [option for option in re.findall(r"(?<=[ \"])--[a-z][\w-]*", line) if f'"{option}"' not in code]
+        assert not missing, line
+
+
 def test_no_example_is_left_out():
     """Python stands in fences at the margin that say so, where the test above finds it."""
     for page in PAGES:
@@ -67,6 +108,8 @@ def test_generated_blocks_are_up_to_date():
 
 def test_readme_has_the_table_and_the_picture():
     assert set(generate.blocks((ROOT / "README.md").read_text())) == {"ops", "speed"}
+    assert set(generate.blocks((ROOT / "docs" / "index.md").read_text())) == {"speed"}
+    assert set(generate.blocks((ROOT / "docs" / "operations.md").read_text())) == {"ops"}
     assert set(generate.blocks((ROOT / "docs" / "performance.md").read_text())) == {"performance", "ladder", "limits"}
 
 
@@ -91,8 +134,9 @@ def test_every_module_and_model_is_documented(name):
 
 
 def test_every_page_is_in_the_index():
-    index = (ROOT / "docs" / "index.md").read_text()
-    assert not [page.name for page in generate.pages()[1:] if page.name != "index.md" and f"({page.name}" not in index]
+    index = ROOT / "docs" / "index.md"
+    linked = {index.parent / target.partition("#")[0] for target in LINK.findall(index.read_text())}
+    assert set(generate.pages()[1:]) - {index} <= linked
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)

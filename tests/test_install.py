@@ -135,7 +135,7 @@ def test_it_runs_in_the_checkout(python, checkout):
 def test_libraries_of_other_sources_are_not_used(python, checkout, work):
     changed = work / "changed"
     shutil.copytree(checkout, changed)
-    with open(changed / "csrc" / "library.cpp", "a") as file:
+    with open(changed / "csrc" / "binding" / "cpu" / "library.cpp", "a") as file:
         file.write("// changed\n")
     text = done(python, "-m", "memkernels", "info", cwd=changed)
     assert "is not built (make dev builds it; the one in" in text

@@ -12,7 +12,7 @@ import torch
 import memkernels as mk
 from memkernels.testing.compare import TOLERANCE, distance, norms
 
-LEAST = 16 << 20  # kPastBytes of csrc/common/streaming.h
+LEAST = 16 << 20  # kPastBytes of csrc/cpu/tiles/streaming.h
 
 
 def _read(T: int):

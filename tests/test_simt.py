@@ -67,10 +67,10 @@ FAULTS = {
         "topk_search.cu",
     ),
     "removed barrier, all pairs": (
-        "pairs.h",
+        "pair_tiles.h",
         "    }\n    __syncthreads();\n#pragma unroll 8",
         "    }\n#pragma unroll 8",
-        "pairs.cu",
+        "pair_sums.cu",
     ),
     "wait for too few copies": (
         "softmax_read.cu",
@@ -131,7 +131,7 @@ FAULTS = {
 OP = {
     "no delta, gradient of a softmax": "softmax_write",
     "gated_write.cu": "gated_write",
-    "pairs.cu": "slot_usage",
+    "pair_sums.cu": "slot_usage",
     "softmax_read.cu": "softmax_read",
     "softmax_write.cu": "softmax_write",
     "sparse_write.cu": "sparse_write",

@@ -270,17 +270,17 @@ def test_a_weight_is_at_most_one_and_a_nan_stays():
 FAULTS = {
     "no rest": (
         "softmax_read",
-        "softmax_read.h",
+        "read_ranges.h",
         "isinf(lse) ? 0.f : (top - lse) + log_sum",
         "0.f",
         "softmax_read.cu",
     ),
     "no rest, all pairs": (
         "address",
-        "pairs.h",
+        "pair_tiles.h",
         "weight_of(s - lse - rest)",
         "weight_of(s - lse)",
-        "pairs.cu",
+        "pair_sums.cu",
     ),
     "no rest, tiles": (
         "softmax_read",
@@ -305,7 +305,7 @@ FAULTS = {
     ),
     "scores in base 2, a write": (
         "softmax_write",
-        "write_tiles.h",
+        "gate_fragments.h",
         "at_most_zero(score(scale, x[j][i], added(j, i)) - row.top);",
         "score(scale, x[j][i], added(j, i)) * kLog2e - row.top * kLog2e;",
         "gated_write_tiles.cu",

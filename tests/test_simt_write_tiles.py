@@ -210,9 +210,9 @@ FAULTS = {
         "    wait_copies<0>();\n    __syncthreads();\n    const char* buffer",
         "    wait_copies<0>();\n    const char* buffer",
     ),
-    "a token beyond the last one writes": ("write_tiles.h", "!tokens.writes[token(j, i)]", "false"),
-    "nothing is carried from tile to tile": ("write_tiles.h", "left *= half * other", "left = half * other"),
-    "another order of tokens": ("write_tiles.h", "if (lane % 4 < 2)", "if (lane % 4 > 1)"),
+    "a token beyond the last one writes": ("gate_fragments.h", "!tokens.writes[token(j, i)]", "false"),
+    "nothing is carried from tile to tile": ("gate_fragments.h", "left *= half * other", "left = half * other"),
+    "another order of tokens": ("gate_fragments.h", "if (lane % 4 < 2)", "if (lane % 4 > 1)"),
     "keys of the wrong slots": ("gated_write_tiles.cu", "held_keys + warp * 16 * r.key_pitch", "held_keys"),
     "gradients: removed barrier": (
         "write_gradient_tiles.h",

@@ -3,16 +3,16 @@
 // T N K hyperbolic tangents are nearly all of the work: bound by arithmetic, a score costs K / lanes of them. Lanes run
 // along K, whatever the number of tokens, so nothing is packed and one layout serves a decoder's single token and a
 // whole sequence; the sums over lanes are taken 16 scores at a time. Blocks of 96 slots stream past a tile of tokens
-// with the online softmax of common/online_softmax.h; the read is one product of the weights and the values per block,
+// with the online softmax of cpu/tiles/online_softmax.h; the read is one product of the weights and the values per block,
 // from L1. Nothing of size T N K is ever kept.
 //
 // Parallel over batches, tiles of tokens and ranges of slots. Their numbers depend on shapes alone, and ranges merge in
 // order, so the bits do not depend on threads.
-#include "cpu/additive_read.h"
+#include "params/additive_read.h"
 
-#include "common/additive_scores.h"
-#include "common/online_softmax.h"
-#include "common/parallel.h"
+#include "cpu/tiles/additive_scores.h"
+#include "cpu/tiles/online_softmax.h"
+#include "cpu/tiles/parallel.h"
 
 namespace mk::MK_ISA {
 namespace {

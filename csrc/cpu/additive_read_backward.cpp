@@ -13,9 +13,9 @@
 // dq. Then a pass over the scores sums delta_t = sum_i p dP - dlse_t first. Tokens come in panels, so that partial
 // results stay within kPartialBytes. With many batches these run in parallel instead, unless they share memory. The
 // gradient of u is kept per batch and added last.
-#include "common/additive_scores.h"
-#include "common/score_gradients.h"
-#include "cpu/additive_read.h"
+#include "cpu/tiles/additive_scores.h"
+#include "cpu/tiles/score_gradients.h"
+#include "params/additive_read.h"
 
 namespace mk::MK_ISA {
 namespace {

@@ -3,9 +3,9 @@
 //
 // The result is T x N numbers, each written once: the softmax takes lse from softmax_read and forms scores a second time rather
 // than storing them twice (for 16-bit results that also keeps full precision). Every (tile of tokens, chunk of slots) is a task.
-#include "cpu/address.h"
+#include "params/address.h"
 
-#include "common/score_gradients.h"
+#include "cpu/tiles/score_gradients.h"
 
 namespace mk::MK_ISA {
 namespace {

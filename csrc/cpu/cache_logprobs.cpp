@@ -10,7 +10,7 @@
 //   dz = g - own sum(g),  dc_j = (h / cached)_{token_j} softmax(c)_j - softmax(c)_j sum(h),
 //   d mix = sum_w d_w (cached - own) / p
 // g is d but for the words of the entries.
-#include "common/cache_mix.h"
+#include "cpu/tiles/mixture.h"
 
 namespace mk::MK_ISA {
 namespace {

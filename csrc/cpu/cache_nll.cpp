@@ -7,7 +7,7 @@
 //   d mix = g (cached - own)
 // in one pass that reads every logit and writes its gradient, with lse as saved. No distribution over words is ever in
 // memory.
-#include "common/cache_mix.h"
+#include "cpu/tiles/mixture.h"
 
 namespace mk::MK_ISA {
 namespace {

@@ -7,11 +7,11 @@
 // Groups of streams run in parallel. Few streams are bound by reading the weight from L2, many by multiply-adds.
 // Backward, all states are known: the gates of a chunk of tokens are computed again by one product, and only g is a recurrence.
 // dW is one product per chunk; a task adds up its own, and those of the tasks are added in their order.
-#include "cpu/cell_scan.h"
+#include "params/cell_scan.h"
 
-#include "common/parallel.h"
-#include "common/scores.h"
-#include "common/tanh.h"
+#include "cpu/tiles/parallel.h"
+#include "cpu/tiles/scores.h"
+#include "cpu/tiles/tanh.h"
 
 namespace mk::MK_ISA {
 namespace {

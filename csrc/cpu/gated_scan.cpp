@@ -6,11 +6,11 @@
 // there are few of them (few streams of few channels) the tokens are cut too: every part is scanned from zero for where it
 // leads and what it keeps of where it starts (a product of gates), then the states at the cuts follow one from another, then
 // every part is scanned from its own. Cuts depend on shapes alone.
-#include "cpu/gated_scan.h"
+#include "params/gated_scan.h"
 
-#include "common/parallel.h"
-#include "common/scores.h"
-#include "common/streaming.h"
+#include "cpu/tiles/parallel.h"
+#include "cpu/tiles/scores.h"
+#include "cpu/tiles/streaming.h"
 
 namespace mk::MK_ISA {
 namespace {

@@ -9,11 +9,11 @@
 // vertical arithmetic and is the packed operand of the product; keys are packed once per block for all tokens. Parallel over batches
 // and blocks of slots; [T, N] is never formed.
 // With few tokens, lanes are value columns instead and keys are not packed: then every slot is read and written once.
-#include "cpu/gated_write.h"
+#include "params/gated_write.h"
 
 #include <limits>
 
-#include "common/write_tiles.h"
+#include "cpu/tiles/write_tiles.h"
 
 namespace mk::MK_ISA {
 namespace {

@@ -13,7 +13,7 @@
 // Tokens before the first at which R of a tile of slots is above 0 have no gradient there and are left out. p then starts at 0
 // instead of the p of that token: dS changes by a[t] R[t0] / (1 - e a[t]) (1 - a[t]) p, and R[t0] is below the smallest number.
 // That holds for a sigmoid (which brings the factor 1 - a) and e up to 1.
-#include "common/opened_gates.h"
+#include "cpu/tiles/opened_gates.h"
 
 namespace mk::MK_ISA {
 namespace {

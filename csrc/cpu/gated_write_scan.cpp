@@ -9,7 +9,7 @@
 // Backward, g = dV' walking from the last token, v_{t-1} recomputed per chunk from values kept at chunk boundaries:
 //   dw_t = sum_i a g,  de_t = -sum_i a g v_{t-1},  da = sum_j g (w - e v_{t-1}),  g <- g (1 - a e),  dV = g in the end
 //   dS = da a (1 - a) - d retained * retained * a
-#include "common/write_tiles.h"
+#include "cpu/tiles/write_tiles.h"
 
 namespace mk::MK_ISA {
 namespace {

@@ -8,10 +8,12 @@
 // nothing grows with the number of slots.
 // Batches run in parallel; where there are few, ranges of slots do, whose reads merge by their largest scores, in order. Bound
 // by multiply-adds.
+#include "params/memory_scan.h"
+
 #include <vector>
 
-#include "common/online_softmax.h"
-#include "common/scan_tiles.h"
+#include "cpu/tiles/online_softmax.h"
+#include "cpu/tiles/scan_tiles.h"
 
 namespace mk::MK_ISA {
 namespace {

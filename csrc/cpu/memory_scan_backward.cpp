@@ -11,7 +11,7 @@
 // dw, which are added in group order.
 #include <vector>
 
-#include "common/scan_back.h"
+#include "cpu/tiles/scan_back.h"
 
 namespace mk::MK_ISA {
 namespace {

@@ -5,10 +5,10 @@
 // Tokens run in parallel, tiles of 64; lanes run along the value width. Every read is loaded once and every result
 // stored once: bound by bandwidth. A part with weight 0 is never looked at, its read may hold anything. The backward
 // sums w <dr, r_s> itself instead of using the merged read, which has been rounded to the dtype of the reads.
-#include "cpu/merge_reads.h"
+#include "params/merge_reads.h"
 
-#include "common/parallel.h"
-#include "common/rows.h"
+#include "cpu/tiles/parallel.h"
+#include "cpu/tiles/rows.h"
 
 namespace mk::MK_ISA {
 namespace {

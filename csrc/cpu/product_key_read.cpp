@@ -1,13 +1,13 @@
 // product_key_read:  r_t = sum_j softmax_j(s[t, i_j]) v_{i_j} over the k best of n * n slots, whose keys are all pairs of
 // two lists of n half keys
 //
-// Search and read meet in the token: its pairs are enumerated (common/product_keys.h), and while their scores are at
-// hand it is read (common/chosen_read.h). Bound by the search of 2 n half keys and by the gather of k rows from n * n,
+// Search and read meet in the token: its pairs are enumerated (cpu/tiles/pair_search.h), and while their scores are at
+// hand it is read (cpu/tiles/chosen_read.h). Bound by the search of 2 n half keys and by the gather of k rows from n * n,
 // few of which lie in any cache.
-#include "cpu/product_key_read.h"
+#include "params/product_key_read.h"
 
-#include "common/chosen_read.h"
-#include "common/product_keys.h"
+#include "cpu/tiles/chosen_read.h"
+#include "cpu/tiles/pair_search.h"
 
 namespace mk::MK_ISA {
 namespace {

@@ -1,9 +1,9 @@
 // product_key_search:  the k largest of s[t, i n + j] = scale (<q_t[:h], c_i> + <q_t[h:], d_j>), in order, equal sums by
-// smaller slot number. Search and gradient are those of common/product_keys.h, the latter with ds = d_scores: only rows
+// smaller slot number. Search and gradient are those of cpu/tiles/pair_search.h, the latter with ds = d_scores: only rows
 // of chosen pairs are read or summed.
-#include "cpu/product_key_search.h"
+#include "params/product_key_search.h"
 
-#include "common/product_keys.h"
+#include "cpu/tiles/pair_search.h"
 
 namespace mk::MK_ISA {
 namespace {

@@ -3,9 +3,9 @@
 //
 // The column sums of a matrix that is never formed. Both directions are score tiles whose sums score_gradients.h already takes in
 // a fixed order: forward is the gradient of a mask with dS = p.
-#include "cpu/slot_usage.h"
+#include "params/slot_usage.h"
 
-#include "common/score_gradients.h"
+#include "cpu/tiles/score_gradients.h"
 
 namespace mk::MK_ISA {
 namespace {

@@ -14,12 +14,12 @@
 //
 // In both, N is cut into ranges whose number depends on shapes alone; (m, l, acc) of the ranges merge in order, so the bits do
 // not depend on threads.
-#include "cpu/softmax_read.h"
+#include "params/softmax_read.h"
 
-#include "common/gather.h"
-#include "common/online_softmax.h"
-#include "common/pairs.h"
-#include "common/parallel.h"
+#include "cpu/tiles/gather.h"
+#include "cpu/tiles/online_softmax.h"
+#include "cpu/tiles/pairs.h"
+#include "cpu/tiles/parallel.h"
 
 namespace mk::MK_ISA {
 namespace {

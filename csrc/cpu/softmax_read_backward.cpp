@@ -6,8 +6,8 @@
 // scores are computed again rather than stored, and p = exp((s - lse) - lse_rest). Many tokens: lanes are tokens for s
 // and dP; few: lanes are slots. Many of bfloat16 where the processor multiplies pairs: s and dP are products of the
 // numbers given, P and dS are rounded before the other three.
-#include "common/score_gradients.h"
-#include "cpu/softmax_read.h"
+#include "cpu/tiles/score_gradients.h"
+#include "params/softmax_read.h"
 
 namespace mk::MK_ISA {
 namespace {

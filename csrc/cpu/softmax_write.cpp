@@ -5,7 +5,7 @@
 // Leaving the largest slot out of the sum keeps 1 - a of a gate near 1 a sum of small numbers: 1 - 1 / (1 + rest) would cancel.
 // Slots are lanes, a tile of scores is compared with the token's maximum so far, which rarely moves. Parallel over batches, chunks
 // of tokens and ranges of slots, cut by shapes alone; ranges merge in order. Bound by the product, T N K multiply-adds.
-#include "common/write_tiles.h"
+#include "cpu/tiles/write_tiles.h"
 
 namespace mk::MK_ISA {
 namespace {

@@ -2,11 +2,11 @@
 // w[t, j] dr_t
 //
 // Tokens run in parallel, lanes along the value width; the sum of a token stays in registers while its rows come in,
-// several at a time (common/gather.h). Every chosen row is read once: bound by bandwidth of scattered rows. dv is a
-// segmented sum over the entries sorted by slot (common/segments.h).
-#include "cpu/sparse_read.h"
+// several at a time (cpu/tiles/gather.h). Every chosen row is read once: bound by bandwidth of scattered rows. dv is a
+// segmented sum over the entries sorted by slot (cpu/tiles/segments.h).
+#include "params/sparse_read.h"
 
-#include "common/segments.h"
+#include "cpu/tiles/segments.h"
 
 namespace mk::MK_ISA {
 namespace {

@@ -7,12 +7,12 @@
 // Backward, g = dV' of a slot, walking its entries from the last, v before each of them computed again from values kept at every
 // kSteps-th:  da = <g, w - e v>,  dw_t += a g,  de_t -= a g v,  g <- g (1 - a e),  dV = g in the end. dw and de are sums over the
 // slots of a token: tasks are stripes of columns, which own them, and leave partial da that are added in the order of the stripes.
-#include "cpu/sparse_write.h"
+#include "params/sparse_write.h"
 
 #include <algorithm>
 
-#include "common/parallel.h"
-#include "common/scores.h"
+#include "cpu/tiles/parallel.h"
+#include "cpu/tiles/scores.h"
 
 namespace mk::MK_ISA {
 namespace {

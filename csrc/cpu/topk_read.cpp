@@ -1,12 +1,12 @@
 // topk_read:  r_t = sum_j softmax_j(s[t, i_j]) v_{i_j} over the k best slots i_j of a search
 //
-// The read is k rows against N keys, so the cost is that of the search (common/search.h); it and its gradient are those
-// of common/chosen_read.h, the gradient of the scores that of common/search_gradient.h.
-#include "cpu/topk_read.h"
+// The read is k rows against N keys, so the cost is that of the search (cpu/tiles/search.h); it and its gradient are those
+// of cpu/tiles/chosen_read.h, the gradient of the scores that of cpu/tiles/search_gradient.h.
+#include "params/topk_read.h"
 
-#include "common/chosen_read.h"
-#include "common/search.h"
-#include "common/search_gradient.h"
+#include "cpu/tiles/chosen_read.h"
+#include "cpu/tiles/search.h"
+#include "cpu/tiles/search_gradient.h"
 
 namespace mk::MK_ISA {
 namespace {

@@ -1,10 +1,10 @@
 // topk_search:  the k largest of s[t, i] = scale <q_t, k_i> + mask_i, exactly, in order, ties to the smaller index.
-// The search is that of common/search.h, the gradient that of common/search_gradient.h with ds = d_scores: only chosen
+// The search is that of cpu/tiles/search.h, the gradient that of cpu/tiles/search_gradient.h with ds = d_scores: only chosen
 // rows are read or summed.
-#include "cpu/topk_search.h"
+#include "params/topk_search.h"
 
-#include "common/search.h"
-#include "common/search_gradient.h"
+#include "cpu/tiles/search.h"
+#include "cpu/tiles/search_gradient.h"
 
 namespace mk::MK_ISA {
 namespace {

@@ -2,9 +2,10 @@
 //   v_i <- v_i (1 - a[t, i] e_t) + a[t, i] w_t  for t = 1 .. T,   retained_i = prod_t (1 - a[t, i])
 //
 // One block per 32 slots and 128 value columns; each thread has one column of the 32 slots in registers. Tiles of 32 tokens are
-// walked from the first to the last. Per tile: gates by all threads (cuda/gates.h), then every thread takes token after token. Blocks
+// walked from the first to the last. Per tile: gates by all threads (cuda/tiles/gates.h), then every thread takes token after token. Blocks
 // of columns each compute the gates again. Each block reads and writes its own numbers of the memory, so `out` may be `values`.
-#include "cuda/gates.h"
+#include "cuda/tiles/gates.h"
+#include "params/gated_write.h"
 
 namespace mk::cuda {
 namespace {

@@ -12,7 +12,7 @@
 // order; the kernel here walks them, one thread per slot, and leaves R behind and p before the 16 tokens in their place:
 // 2 N T / 16 numbers. Every tile is then known by itself, and each result is one more pass (write_gradient_tiles.h): no [T, N], one fixed
 // order, nothing divided by 1 - a but what a softmax asks for. Tokens that leave no trace, because R is 0 behind them, are passed over.
-#include "cuda/write_gradients.h"
+#include "cuda/tiles/write_gradients.h"
 
 namespace mk::cuda {
 namespace {

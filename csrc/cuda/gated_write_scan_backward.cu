@@ -9,7 +9,7 @@
 // meet, N V T / 32 numbers. Then tile after tile, the last first: a thread owns one value column and takes the 32 slots of its block
 // in turn, recomputes v of 16 tokens in registers and walks back with g, which waits in memory in between. What is summed over
 // slots or columns meets in scratch memory and is added in order by the kernels that follow.
-#include "cuda/gates.h"
+#include "cuda/tiles/gates.h"
 
 namespace mk::cuda {
 namespace {

@@ -12,7 +12,7 @@
 // tile brings rounds all that follow alike.
 //
 // Blocks of columns each compute the gates again. Each block reads and writes its own numbers of the memory, so `out` may be `values`.
-#include "cuda/write_tiles.h"
+#include "cuda/tiles/gate_fragments.h"
 
 namespace mk::cuda {
 namespace {

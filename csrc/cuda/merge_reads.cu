@@ -3,8 +3,9 @@
 //
 // One warp per token, lanes along the value width: every read is loaded once, bound by bandwidth. A part of weight 0 is never
 // looked at. The backward needs every product <dr_t, r[s, t]> twice and forms it twice, in the same order.
-#include "cuda/launchers.h"
-#include "cuda/numbers.h"
+#include "cuda/tiles/device.h"
+#include "cuda/tiles/numbers.h"
+#include "params/merge_reads.h"
 
 namespace mk::cuda {
 namespace {

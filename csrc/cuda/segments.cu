@@ -7,8 +7,8 @@
 // Then one warp per row of the result finds its entries by bisection and adds them up; rows that nobody chose become zero.
 #include <utility>
 
-#include "cuda/chosen.h"
-#include "cuda/numbers.h"
+#include "cuda/tiles/chosen_rows.h"
+#include "cuda/tiles/numbers.h"
 
 namespace mk::cuda {
 namespace {

@@ -1,16 +1,17 @@
 // softmax_read:  s[t, i] = scale <q_t, k_i> + mask_i,   r_t = sum_i softmax_i(s[t, i]) v_i,   lse_t = log sum_i exp(s[t, i])
 //
 // Bound by the bandwidth of keys and values as long as tokens are few. A block has Q tokens, a range of slots and up to 256 value
-// columns; ranges fill the chip (cuda/stream.h has the pipeline). Per tile of S slots: scores into shared memory; one warp per
+// columns; ranges fill the chip (cuda/tiles/stream.h has the pipeline). Per tile of S slots: scores into shared memory; one warp per
 // token raises its maximum m, turns scores into p = exp(s - m) and adds them to l; then each thread owns two value columns and adds
 // p v for all Q tokens, in registers, rescaled by exp(m_old - m). Narrow values: several groups of threads take every g-th slot and
 // are added up at the end, in order.
 //
 // A range ends with (m, l, acc). One range: divided and written. Several: they meet in scratch memory, and a second kernel merges
 // them in the order of the ranges, so that the same shapes on the same device give the same bits.
-#include "cuda/launchers.h"
-#include "cuda/softmax_read.h"
-#include "cuda/stream_plan.h"
+#include "cuda/tiles/device.h"
+#include "cuda/tiles/read_ranges.h"
+#include "cuda/tiles/stream_plan.h"
+#include "params/softmax_read.h"
 
 namespace mk::cuda {
 namespace {

@@ -10,8 +10,8 @@
 // large: with 1 at most it would lose all that is below 2^-25.
 //
 // Ranges end as in softmax_read.cu, and are merged there.
-#include "cuda/fragments.h"
-#include "cuda/softmax_read.h"
+#include "cuda/tiles/fragments.h"
+#include "cuda/tiles/read_ranges.h"
 
 namespace mk::cuda {
 namespace {

@@ -1,5 +1,5 @@
 // The gradients of softmax_read in tiles: which calls they take, and those in float32.
-#include "cuda/softmax_read_tiles_backward.h"
+#include "cuda/tiles/softmax_read_tiles_backward.h"
 
 namespace mk::cuda {
 

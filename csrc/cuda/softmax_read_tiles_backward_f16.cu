@@ -1,4 +1,4 @@
-#include "cuda/softmax_read_tiles_backward.h"
+#include "cuda/tiles/softmax_read_tiles_backward.h"
 
 namespace mk::cuda {
 

@@ -5,7 +5,7 @@
 // Leaving the largest slot out of the sum keeps 1 - a of a gate near 1 a sum of small numbers: 1 - 1 / (1 + rest) would cancel.
 // One block per 32 tokens and range of slots, with ranges for about two blocks on every processor; a second kernel merges them in
 // the order of the slots.
-#include "cuda/gates.h"
+#include "cuda/tiles/gates.h"
 
 namespace mk::cuda {
 namespace {

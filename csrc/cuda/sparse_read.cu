@@ -1,11 +1,12 @@
 // sparse_read:  r_t = sum_j w[t, j] v_{i[t, j]};   backward: dw[t, j] = <dr_t, v_{i[t, j]}>,  dv_i = sum_{i[t, j] = i} w[t, j] dr_t
 //
-// Bound by bandwidth of scattered rows: a warp per token, 16 bytes per lane, several rows under way (cuda/gather.h). The gradient
+// Bound by bandwidth of scattered rows: a warp per token, 16 bytes per lane, several rows under way (cuda/tiles/row_packs.h). The gradient
 // of the values is summed row by row in the order of the tokens (cuda/segments.cu).
-#include "cuda/chosen.h"
-#include "cuda/gather.h"
-#include "cuda/launchers.h"
-#include "cuda/stream.h"
+#include "cuda/tiles/chosen_rows.h"
+#include "cuda/tiles/device.h"
+#include "cuda/tiles/row_packs.h"
+#include "cuda/tiles/stream.h"
+#include "params/sparse_read.h"
 
 namespace mk::cuda {
 namespace {

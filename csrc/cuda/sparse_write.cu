@@ -10,9 +10,10 @@
 // The way forward leaves every v in scratch memory, the way back reads it and puts a g in its place, and what belongs to a token is
 // then added in the order of j: T k numbers for every column. Columns pass in panels, so that this is not more than kPanelBytes
 // where 128 of them fit.
-#include "cuda/chosen.h"
-#include "cuda/launchers.h"
-#include "cuda/stream.h"
+#include "cuda/tiles/chosen_rows.h"
+#include "cuda/tiles/device.h"
+#include "cuda/tiles/stream.h"
+#include "params/sparse_write.h"
 
 namespace mk::cuda {
 namespace {

@@ -3,9 +3,10 @@
 //
 // The search writes weights instead of scores, then the chosen rows are gathered: k rows against N keys. The backward needs only
 // indices and weights and touches only chosen rows.
-#include "cuda/chosen.h"
-#include "cuda/numbers.h"
-#include "cuda/topk_search.h"
+#include "cuda/tiles/chosen_rows.h"
+#include "cuda/tiles/numbers.h"
+#include "cuda/tiles/search_lists.h"
+#include "params/topk_read.h"
 
 namespace mk::cuda {
 namespace {

@@ -1,6 +1,6 @@
 // topk_search: the k largest s[t, i] = scale <q_t, k_i> + mask_i of every token, best first, ties to the smaller index.
 //
-// Tokens stay, keys stream (cuda/stream.h). A warp keeps the list of a token, sorted, in shared memory; the k-th best is its
+// Tokens stay, keys stream (cuda/tiles/stream.h). A warp keeps the list of a token, sorted, in shared memory; the k-th best is its
 // threshold. Of every 32 scores those above it go into a queue, their places by ballot and prefix; a full queue is sorted and merged
 // (bitonic), which raises the threshold. In ascending order every score survives: then the cost is one sort of 128 per 96 or more
 // scores, whatever N is.
@@ -9,10 +9,11 @@
 //
 // Ranges of slots fill the chip. Each leaves its list in scratch memory; a block per token merges them. Keys of different slots are
 // different, so the result does not depend on the order of merging, nor on how the slots were split.
-#include "cuda/chosen.h"
-#include "cuda/fragments.h"
-#include "cuda/stream_plan.h"
-#include "cuda/topk_search.h"
+#include "cuda/tiles/chosen_rows.h"
+#include "cuda/tiles/fragments.h"
+#include "cuda/tiles/search_lists.h"
+#include "cuda/tiles/stream_plan.h"
+#include "params/topk_search.h"
 
 namespace mk::cuda {
 namespace {

@@ -11,8 +11,8 @@
 // the cost is one sort of the queue per tile.
 //
 // Ranges end as in topk_search.cu, and are merged there.
-#include "cuda/fragments.h"
-#include "cuda/topk_search.h"
+#include "cuda/tiles/fragments.h"
+#include "cuda/tiles/search_lists.h"
 
 namespace mk::cuda {
 namespace {

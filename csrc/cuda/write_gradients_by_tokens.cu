@@ -1,4 +1,4 @@
-#include "cuda/write_gradient_passes.h"
+#include "cuda/tiles/write_gradient_passes.h"
 
 namespace mk::cuda {
 

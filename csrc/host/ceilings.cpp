@@ -7,7 +7,7 @@
 //
 // Each loop is written once and compiled per instruction set through function attributes; the choice is made at run
 // time.
-#include "ceilings.h"
+#include "host/ceilings.h"
 
 #include <pthread.h>
 #include <sched.h>
@@ -27,7 +27,7 @@
 #include <immintrin.h>
 #endif
 
-#include "processor.h"
+#include "host/processor.h"
 
 namespace memkernels::host {
 namespace {

@@ -2,8 +2,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "ceilings.h"
-#include "processor.h"
+#include "host/ceilings.h"
+#include "host/processor.h"
 
 namespace py = pybind11;
 using namespace memkernels::host;

@@ -1,4 +1,4 @@
-#include "processor.h"
+#include "host/processor.h"
 
 #include <sched.h>
 #include <unistd.h>

@@ -3,8 +3,8 @@
 #include <algorithm>
 #include <cmath>
 
-#include "cpu/cache_mix.h"
 #include "kernels.h"
+#include "params/cache_mix.h"
 
 namespace native {
 namespace {
@@ -152,5 +152,10 @@ void cache_nll(const Case& grid) {
          {{"d_logits", &g.z, &g.want_z}, {"d_scores", &g.s, &g.want_c}, {"d_mix", &g.m, &g.want_m}},
          [&] { MK_CALL(cache_nll_backward, b); });
 }
+
+namespace {
+FAMILY(cache_logprobs)
+FAMILY(cache_nll)
+}  // namespace
 
 }  // namespace native

@@ -3,8 +3,8 @@
 #include <cmath>
 #include <numeric>
 
-#include "cpu/topk_read.h"
 #include "kernels.h"
+#include "params/topk_read.h"
 
 namespace native {
 namespace {
@@ -156,5 +156,10 @@ void topk_read(const Case& c) {
           {"d_values", &dv, &want_dv}},
          [&] { MK_CALL(topk_read_backward, b); });
 }
+
+namespace {
+FAMILY(topk_search)
+FAMILY(topk_read)
+}  // namespace
 
 }  // namespace native

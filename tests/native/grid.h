@@ -5,7 +5,7 @@
 #include <initializer_list>
 #include <limits>
 
-#include "cpu/choice.h"
+#include "params/choice.h"
 #include "pool.h"
 #include "tensor.h"
 

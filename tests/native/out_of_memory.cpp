@@ -1,4 +1,4 @@
-// Every allocation of every call fails in turn, over the operator library's own threads and scratch memory (csrc/parallel.cpp).
+// Every allocation of every call fails in turn, over the operator library's own threads and scratch memory (csrc/binding/cpu/threads.cpp).
 // The call must throw std::bad_alloc, leave nothing behind that the next call on the same thread could trip over, and a write in
 // place must leave the memory as it was.
 #include <atomic>

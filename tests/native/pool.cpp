@@ -15,7 +15,7 @@
 #define ASAN_UNPOISON_MEMORY_REGION(begin, bytes) ((void)(begin), (void)(bytes))
 #endif
 
-#include "common/parallel.h"
+#include "cpu/tiles/parallel.h"
 
 namespace native {
 

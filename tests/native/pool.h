@@ -1,10 +1,10 @@
-// The driver's side of csrc/common/parallel.h and isa.h, and the faults that it can be told to make.
+// The driver's side of csrc/cpu/tiles/parallel.h and isa.h, and the faults that it can be told to make.
 #pragma once
 
 #include <string>
 #include <vector>
 
-#include "common/isa.h"
+#include "params/isa.h"
 
 namespace native {
 

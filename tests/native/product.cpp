@@ -3,8 +3,8 @@
 #include <cmath>
 #include <numeric>
 
-#include "cpu/product_key_read.h"
 #include "kernels.h"
+#include "params/product_key_read.h"
 
 namespace native {
 namespace {
@@ -165,5 +165,10 @@ void product_key_read(const Case& c) {
       {{"d_query", &d.query, &d.want_query}, {"d_subkeys", &d.subkeys, &d.want_subkeys}, {"d_values", &dv, &want_dv}},
       [&] { MK_CALL(product_key_read_backward, b); });
 }
+
+namespace {
+FAMILY(product_key_search)
+FAMILY(product_key_read)
+}  // namespace
 
 }  // namespace native

@@ -2,11 +2,11 @@
 #include <algorithm>
 #include <cmath>
 
-#include "cpu/additive_read.h"
-#include "cpu/address.h"
-#include "cpu/slot_usage.h"
-#include "cpu/softmax_read.h"
 #include "kernels.h"
+#include "params/additive_read.h"
+#include "params/address.h"
+#include "params/slot_usage.h"
+#include "params/softmax_read.h"
 
 namespace native {
 namespace {
@@ -285,5 +285,12 @@ void slot_usage(const Case& c) {
          {{"d_query", &dq, &want_dq}, {"d_keys", &dk, &want_dk}, {"d_lse", &dl, &want_dl}, {"d_mask", &dm, &want_dm}},
          [&] { MK_CALL(slot_usage_backward, b); });
 }
+
+namespace {
+FAMILY(softmax_read)
+FAMILY(additive_read)
+FAMILY(address)
+FAMILY(slot_usage)
+}  // namespace
 
 }  // namespace native

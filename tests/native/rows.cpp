@@ -2,9 +2,9 @@
 #include <algorithm>
 #include <cmath>
 
-#include "cpu/merge_reads.h"
-#include "cpu/sparse_read.h"
 #include "kernels.h"
+#include "params/merge_reads.h"
+#include "params/sparse_read.h"
 
 namespace native {
 
@@ -100,5 +100,10 @@ void merge_reads(const Case& grid) {
   verify(c, "merge_reads_backward", {{"d_reads", &d_reads, &want_dr}, {"d_lses", &d_lses, &want_dl}},
          [&] { MK_CALL(merge_reads_backward, b); });
 }
+
+namespace {
+FAMILY(merge_reads)
+FAMILY(sparse_read)
+}  // namespace
 
 }  // namespace native

@@ -2,10 +2,10 @@
 #include <algorithm>
 #include <cmath>
 
-#include "cpu/cell_scan.h"
-#include "cpu/gated_scan.h"
-#include "cpu/memory_scan.h"
 #include "kernels.h"
+#include "params/cell_scan.h"
+#include "params/gated_scan.h"
+#include "params/memory_scan.h"
 
 namespace native {
 namespace {
@@ -292,5 +292,11 @@ void memory_scan(const Case& c) {
           {"d_mask", &dm, &d.mask}},
          [&] { MK_CALL(memory_scan_backward, b); });
 }
+
+namespace {
+FAMILY(gated_scan)
+FAMILY(cell_scan)
+FAMILY(memory_scan)
+}  // namespace
 
 }  // namespace native

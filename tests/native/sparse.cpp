@@ -1,8 +1,8 @@
 // sparse_write: entries in order into the slots that they name, and back.
 #include <algorithm>
 
-#include "cpu/sparse_write.h"
 #include "kernels.h"
+#include "params/sparse_write.h"
 
 namespace native {
 
@@ -86,5 +86,9 @@ void sparse_write(const Case& c) {
           {"d_erase", &de, &want_de}},
          [&] { MK_CALL(sparse_write_backward, b); });
 }
+
+namespace {
+FAMILY(sparse_write)
+}  // namespace
 
 }  // namespace native

@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "common/view.h"
+#include "params/view.h"
 
 namespace native {
 

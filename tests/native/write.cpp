@@ -2,8 +2,8 @@
 #include <algorithm>
 #include <cmath>
 
-#include "cpu/gated_write.h"
 #include "kernels.h"
+#include "params/gated_write.h"
 
 namespace native {
 namespace {
@@ -214,5 +214,11 @@ void run(const Case& c, mk::Gate kind, const std::string& op) {
 void gated_write(const Case& c) { run(c, mk::Gate::sigmoid, "gated_write"); }
 void softmax_write(const Case& c) { run(c, mk::Gate::softmax, "softmax_write"); }
 void slot_write(const Case& c) { run(c, mk::Gate::given, "slot_write"); }
+
+namespace {
+FAMILY(gated_write)
+FAMILY(softmax_write)
+FAMILY(slot_write)
+}  // namespace
 
 }  // namespace native

@@ -1,7 +1,7 @@
 #pragma once
 
-#include "common/isa.h"
-#include "common/view.h"
+#include "params/isa.h"
+#include "params/view.h"
 
 namespace mk {
 
@@ -23,5 +23,5 @@ struct DecayReadBackward {
 
 }  // namespace mk
 
-MK_DECLARE(void decay_read(const DecayRead&))
-MK_DECLARE(void decay_read_backward(const DecayReadBackward&))
+MK_DECLARE(void, decay_read, DecayRead)
+MK_DECLARE(void, decay_read_backward, DecayReadBackward)

@@ -3,8 +3,8 @@
 #include <cstdio>
 #include <cstdlib>
 
-#include "cuda/device.h"
-#include "cuda/numbers.h"
+#include "cuda/tiles/device.h"
+#include "cuda/tiles/numbers.h"
 
 namespace {
 

@@ -1,7 +1,7 @@
-// The two functions of torch that csrc/parallel.cpp calls, over threads of this program (out_of_memory.cpp).
+// The two functions of torch that csrc/binding/cpu/threads.cpp calls, over threads of this program (out_of_memory.cpp).
 #pragma once
 
-#include "common/parallel.h"
+#include "cpu/tiles/parallel.h"
 
 namespace torch::stable {
 

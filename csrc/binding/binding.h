@@ -1,0 +1,141 @@
+// From torch tensors to kernel parameters: guards, leading dimensions, allocation. The only file that knows both worlds.
+//
+// The guards here protect memory whoever calls the operator; the friendly sentences are Python's (memkernels/spec.py).
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <deque>
+#include <initializer_list>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <tuple>
+#include <vector>
+
+#include "binding/place.h"
+#include "params/isa.h"
+#include "params/view.h"
+
+// Adds kernels to the operators of this library's backend, on its device.
+#define MK_REGISTER_IN(library, key, m) STABLE_TORCH_LIBRARY_IMPL(library, key, m)
+#define MK_REGISTER(m) MK_REGISTER_IN(MK_LIBRARY, MK_KEY, m)
+// The operator `name` is `function`.
+#define MK_OPERATOR(m, name, function)                                        \
+  (m).impl(name, [](StableIValue* stack, uint64_t inputs, uint64_t outputs) { \
+    mk::call_operator(name, TORCH_BOX(function), stack, inputs, outputs);     \
+  })
+
+namespace mk {
+
+enum class Side { tokens, memory };
+
+// The one way in which a native entry point refuses a call: a sentence, without the place in the source.
+template <class... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+  std::ostringstream sentence;
+  (sentence << ... << parts);
+  throw std::runtime_error(sentence.str());
+}
+template <class... Parts>
+void check(bool holds, const Parts&... parts) {
+  if (!holds) fail(parts...);
+}
+
+// Runs a boxed operator. Memory that it cannot have becomes a sentence that names it.
+using Boxed = void (*)(StableIValue*, uint64_t, uint64_t);
+void call_operator(const char* op, Boxed function, StableIValue* stack, uint64_t inputs, uint64_t outputs);
+
+DType dtype_of(const char* op, const char* name, const Tensor& t);
+
+inline Tensor nothing() { return empty({0}, ScalarType::Float); }
+inline Tensor zeros_like(const Tensor& t) {
+  return made(bytes_of(t), [&] { return torch::stable::new_zeros(t, t.sizes()); });
+}
+inline ScalarType stats_type(ScalarType t) { return t == ScalarType::Double ? t : ScalarType::Float; }
+
+// The tensor arguments of one call. Add them all, call lead(), then view() them and results.
+class Arguments {
+ public:
+  explicit Arguments(const char* op) : op_(op) {}
+
+  // A tensor whose trailing dimensions must be `tail`. Returns it with a contiguous last dimension; it stays where it is.
+  const Tensor& add(const char* name, const Tensor& t, Side side, std::initializer_list<int64_t> tail);
+  const Tensor* add(const char* name, const std::optional<Tensor>& t, Side side, std::initializer_list<int64_t> tail) {
+    return t.has_value() ? &add(name, *t, side, tail) : nullptr;
+  }
+
+  // All given tensors are float32, bfloat16 or float16, or all are float64.
+  void floats(std::initializer_list<const Tensor*> tensors) const;
+  // Rows of slots: float like `like`, or int8 or float8_e4m3fn with a number per slot in float32 (float64 beside float64).
+  void slots(const Tensor& rows, const Tensor* scale, const Tensor& like) const;
+  // A mask is bool, or float as `like` allows.
+  void mask(const Tensor* mask, const Tensor& like) const;
+
+  // Sums are kept in float32, or float64 beside float64.
+  void stats(std::initializer_list<const Tensor*> tensors, const Tensor& like) const;
+
+  const Lead& lead();
+  // Sizes of a result: leading dimensions (those of the memory alone for Side::memory), then `tail`.
+  Sizes sizes(Side side, std::initializer_list<int64_t> tail);
+  // `tail` trailing dimensions: 2 for rows, 1 for numbers.
+  View view(const Tensor& t, int tail) const;
+  SlotView slot_view(const Tensor* rows, const Tensor* scale) const { return {view(rows, 2), view(scale, 1)}; }
+  View view(const Tensor* t, int tail) const { return t == nullptr ? View{} : view(*t, tail); }
+  void require(bool holds, const char* what) const { check(holds, op_, ": ", what); }
+  const char* op() const { return op_; }
+
+ private:
+  void check_work() const;
+
+  struct Item {
+    const char* name;
+    Tensor tensor;
+    Side side;
+    int tail;
+    torch::headeronly::IntHeaderOnlyArrayRef sizes;  // of `tensor`, which holds them
+
+    int64_t own(int d) const { return sizes[sizes.size() - size_t(tail) + size_t(d)]; }
+  };
+  const char* op_;
+  Place place_;
+  std::deque<Item> items_;  // does not move what add() returned
+  Lead lead_;
+  int64_t memory_[kMaxLead];
+  int memory_rank_ = 0;
+  bool ready_ = false;
+};
+
+// Refuses a tensor whose storage ends before its last element.
+void check_storage(const char* op, const char* name, const Tensor& t);
+// The size of dimension `d` (negative: from the end) of a tensor that may have too few, at most kMaxSize.
+constexpr int64_t kMaxSize = int64_t(1) << 40;
+int64_t size_at(const char* op, const char* name, const Tensor& t, int64_t d);
+
+// What multiplies the rows of compressed keys and values, one number per slot.
+struct Scales {
+  std::optional<Tensor> keys, values;
+};
+
+// A gradient kept in float (double): written by kernels, then handed out in the shape and dtype of its argument.
+class Gradient {
+ public:
+  // Of an argument of the memory: kernels add over leading dimensions that it lacks (where kSumsInKernels; otherwise as the
+  // tokens). Of one of the tokens: it has all leading dimensions while kernels write, and result() sums those that the argument
+  // lacks. Not wanted: empty, without a view. `tail`: trailing dimensions, 2 for rows, 1 for numbers.
+  Gradient(Arguments& args, const Tensor* argument, bool wanted, Side side, int tail);
+  View view() const { return view_; }
+  void zero();  // for calls in which no kernel runs
+  Tensor result() const;
+
+ private:
+  std::optional<Tensor> sum_;
+  Sizes sizes_;
+  ScalarType dtype_ = ScalarType::Float;
+  int tail_ = 0;
+  View view_;
+};
+
+}  // namespace mk

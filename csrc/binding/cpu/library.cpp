@@ -1,0 +1,38 @@
+// What the operator library says of itself and of the processor. The operators are defined by memkernels/registration.py;
+// each csrc/<op>.cpp adds the kernels of one.
+#include <string>
+
+#include "binding/binding.h"
+#include "host/processor.h"
+
+namespace {
+
+std::string isa_name() {
+  switch (mk::isa()) {
+    case mk::Isa::avx512bf16: return "avx512bf16";
+    case mk::Isa::avx512: return "avx512";
+    case mk::Isa::avx2: return "avx2";
+    default: return "baseline";
+  }
+}
+
+// A fact a line, its name first: name, cores, l1d, l2, l3, line, features.
+std::string processor() {
+  using namespace memkernels::host;
+  std::string text = "name " + processor_name() + "\ncores " + std::to_string(usable_cores().size());
+  for (const auto& [name, bytes] : caches()) text += "\n" + name + " " + std::to_string(bytes);
+  text += "\nfeatures";
+  for (const auto& [name, usable] : features()) text += usable ? " " + name : "";
+  return text;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(memkernels_cpu, m) {
+  m.def("isa() -> str");
+  m.def("processor() -> str");
+}
+STABLE_TORCH_LIBRARY_IMPL(memkernels_cpu, CompositeExplicitAutograd, m) {
+  m.impl("isa", TORCH_BOX(&isa_name));
+  m.impl("processor", TORCH_BOX(&processor));
+}

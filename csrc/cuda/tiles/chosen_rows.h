@@ -1,0 +1,48 @@
+// What the ops on chosen slots share: rows are gathered, multiplied, summed back, and written in the order of the slots.
+#pragma once
+
+#include "cuda/tiles/device.h"
+#include "params/choice.h"
+
+namespace mk::cuda {
+
+// out[t] = factor * sum_j weights[t, j] rows[index[t, j]]; a row is `width` numbers. (sparse_read.cu)
+struct Gather {
+  Choice choice;
+  int64_t width;
+  View rows, weights, out;
+  float factor;
+};
+void gather_chosen(const Device& device, const char* name, const Gather& g);
+
+// out[t, j] = <tokens[t], rows[index[t, j]]>, 0 where there is no slot. (sparse_read.cu)
+struct Products {
+  Choice choice;
+  int64_t width;
+  View rows, tokens, out;
+};
+void multiply_chosen(const Device& device, const char* name, const Products& p);
+
+// out[i] = factor * sum over entries (t, j) with index[t, j] = i, in the order of the tokens, of weights[t, j] tokens[t]. Writes
+// all of `out`, if it is wanted. (segments.cu)
+struct ChosenSum {
+  Choice choice;
+  int64_t width;
+  MemoryGradient out;
+  View tokens;   // null: the weights alone are summed, width 1
+  View weights;  // [lead, T, k]
+  float factor;
+};
+void sum_chosen(const Device& device, const char* name, const ChosenSum& s);
+
+// The entries (t, j) of all batches, sorted by the row that they name; those of one row stay in the order of the tokens.
+struct SortedEntries {
+  uint32_t* rows;    // entries that name no slot have row `end` and come last
+  uint32_t* places;  // (batch * tokens + t) * k + j
+  int64_t count, end;
+};
+// `result`: batches share rows where they share its memory, of `rows` rows. Null: batch b has the rows from b N on. (segments.cu)
+SortedEntries sort_entries(const Device& device, const char* name, const Choice& choice, const View& result,
+                           int64_t rows);
+
+}  // namespace mk::cuda

@@ -1,0 +1,238 @@
+// Products of tiles in shared memory by the tensor cores: what a lane of a warp holds of them, for each type of number.
+//
+// A product has 16 rows on the left and 8 columns on the right; a step along its depth is 32 bytes of a row whatever the type, 16
+// numbers of 16 bits or 8 of float32. Rows of a tile lie an odd number of 16 bytes apart, so that 8 of them, or 4 pairs, meet
+// different banks.
+//
+// float32 is split into two tf32 numbers of 11 binary digits, x = high + low, and high high, high low and low high are added up: an
+// error of about 2^-21 of a product. The hardware may cut sums off where a float addition would round, and 1000 steps cut in one
+// direction; so small terms have a sum of their own, and a sum over many tiles is added up outside. An infinite float32 number has
+// no low part and gives NaN.
+#pragma once
+
+#include "cuda/tiles/numbers.h"
+
+namespace mk::cuda {
+
+// The most tokens that share a memory and are not taken in tiles. A choice, not a measurement: of a tile of 64 tokens a quarter is
+// used then, and a stream of 8 reads the memory twice.
+constexpr int64_t kFew = 16;
+
+// Names an arithmetic, as bf16, f16 and float do: float32 rounded to tf32, for products that end as 16-bit numbers.
+struct tf32 {};
+
+// The numbers in memory of an arithmetic.
+template <class M>
+using Stored = std::conditional_t<std::is_same_v<M, tf32>, float, M>;
+
+// One step of the left side.
+template <class M>
+struct Left {
+  uint32_t x[4];
+};
+template <>
+struct Left<float> {
+  uint32_t high[4], low[4];
+};
+
+// What a lane has of a product: x[0] and x[1] in row lane / 4, columns 2 (lane % 4) and the next; x[2] and x[3] 8 rows below.
+template <class M>
+struct Sums {
+  float x[4] = {};
+  MK_DEVICE float operator[](int i) const { return x[i]; }
+};
+template <>
+struct Sums<float> {
+  float x[4] = {}, low[4] = {};
+  MK_DEVICE float operator[](int i) const { return x[i] + low[i]; }
+};
+
+constexpr uint32_t kHighDigits = 0xffffe000;  // of a float32 number, those that tf32 has
+
+MK_DEVICE uint32_t low_part(uint32_t x) {
+  return __float_as_uint(__uint_as_float(x) - __uint_as_float(x & kHighDigits)) & kHighDigits;
+}
+
+// From the numbers as they lie in memory.
+template <class M>
+MK_DEVICE Left<M> left_of(const uint32_t (&x)[4]) {
+  Left<M> a;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (std::is_same_v<M, float>) a.high[i] = x[i] & kHighDigits, a.low[i] = low_part(x[i]);
+    else if constexpr (std::is_same_v<M, tf32>) a.x[i] = tf32_nearest(__uint_as_float(x[i]));
+    else a.x[i] = x[i];
+  }
+  return a;
+}
+
+// One step of a product; b0 and b1 as they lie in memory.
+MK_DEVICE void add_product(Sums<bf16>& d, const Left<bf16>& a, uint32_t b0, uint32_t b1) { mma_bf16(d.x, a.x, b0, b1); }
+MK_DEVICE void add_product(Sums<f16>& d, const Left<f16>& a, uint32_t b0, uint32_t b1) { mma_f16(d.x, a.x, b0, b1); }
+MK_DEVICE void add_product(Sums<tf32>& d, const Left<tf32>& a, uint32_t b0, uint32_t b1) {
+  mma_tf32(d.x, a.x, tf32_nearest(__uint_as_float(b0)), tf32_nearest(__uint_as_float(b1)));
+}
+MK_DEVICE void add_product(Sums<float>& d, const Left<float>& a, uint32_t b0, uint32_t b1) {
+  const uint32_t high0 = b0 & kHighDigits, high1 = b1 & kHighDigits;
+  mma_tf32(d.low, a.low, high0, high1);
+  mma_tf32(d.low, a.high, low_part(b0), low_part(b1));
+  mma_tf32(d.x, a.high, high0, high1);
+}
+
+// Bytes from row to row of a tile so wide. Rows are filled up with zeros to whole steps of 16 numbers.
+template <class X>
+MK_BOTH constexpr int tile_pitch(int64_t columns) {
+  return int((columns + 15) / 16 * 16 * int64_t(sizeof(X))) + 16;
+}
+
+// 16 rows as the left side, from byte `at` of each. `lane`, here and below: of this thread, in its warp.
+MK_DEVICE void load_left(uint32_t (&x)[4], const char* rows, int pitch, int at, int lane) {
+  ldmatrix(x, rows + lane % 16 * pitch + lane / 16 * 16 + at);
+}
+
+// 16 rows as columns of the right side, from byte `at` of each: b0 and b1 of the first 8, then of the others.
+MK_DEVICE void load_columns(uint32_t (&b)[4], const char* rows, int pitch, int at, int lane) {
+  ldmatrix(b, rows + (lane / 16 * 8 + lane % 8) * pitch + lane / 8 % 2 * 16 + at);
+}
+
+// The rows of one step as the depth of the right side, 16 columns from `column` on: b0 and b1 of the first 8, then of the others.
+// For float32 place k of the depth is row 2 k, from k = 4 on row 2 k - 7: the order in which weights_left() has its columns.
+template <class W>
+MK_DEVICE void load_depth(uint32_t (&b)[4], const char* rows, int pitch, int column, int lane) {
+  if constexpr (sizeof(W) == 2) {
+    ldmatrix_transposed(b, rows + lane % 16 * pitch + lane / 16 * 16 + column * 2);
+  } else {
+    const auto* x = reinterpret_cast<const uint32_t*>(rows + lane % 4 * 2 * pitch) + column + lane / 4;
+    b[0] = x[0], b[2] = x[8];
+    x += pitch / 4;
+    b[1] = x[0], b[3] = x[8];
+  }
+}
+
+// Step `step` of the left side, from a product with its columns as depth: [8 columns each][x of Sums].
+template <class M>
+MK_DEVICE Left<M> weights_left(const float (*x)[4], int step) {
+  if constexpr (std::is_same_v<M, float> || std::is_same_v<M, tf32>) {
+    const float(&p)[4] = x[step];
+    return left_of<M>({__float_as_uint(p[0]), __float_as_uint(p[2]), __float_as_uint(p[1]), __float_as_uint(p[3])});
+  } else {
+    const float(&p)[4] = x[2 * step], (&n)[4] = x[2 * step + 1];
+    auto pair = [](float low, float high) {
+      return std::is_same_v<M, bf16> ? bf16_pair(low, high) : half_pair(low, high);
+    };
+    return {{pair(p[0], p[1]), pair(p[2], p[3]), pair(n[0], n[1]), pair(n[2], n[3])}};
+  }
+}
+
+// All threads: starts the copy of rows into a tile, in packs of 16 bytes where `packs`; zeros beyond `columns` and where
+// row_of(row) is null. Eight threads share a row; `tid` is this one. `base`: any address of the memory. The caller commits.
+template <class X, int threads, class Row>
+MK_DEVICE void copy_rows(int tid, int rows, int64_t columns, bool packs, const char* base, char* tile, int pitch,
+                         Row&& row_of) {
+  constexpr int E = Pack<X>::size;
+  const int whole = pitch / 16 - 1;
+  for (int row = tid / 8; row < rows; row += threads / 8) {
+    const char* from = row_of(row);
+    char* to = tile + row * pitch;
+    if (packs) {
+      for (int c = tid % 8; c < whole; c += 8) {
+        const bool there = from != nullptr && c * E < columns;
+        copy16(to + c * 16, there ? from + c * 16 : base, there);
+      }
+      continue;
+    }
+#pragma unroll 1
+    for (int c = tid % 8; c < whole; c += 8) {
+      Pack<X> pack;
+#pragma unroll
+      for (int e = 0; e < E; ++e) {
+        const int column = c * E + e;
+        const bool there = from != nullptr && column < columns;
+        pack.x[e] = there ? reinterpret_cast<const X*>(from)[column] : from_float<X>(0.f);
+      }
+      *reinterpret_cast<Pack<X>*>(to + c * 16) = pack;
+    }
+  }
+}
+
+// The same for rows of another type that become float32; what is written is there after the next barrier.
+template <int threads, class Row>
+MK_DEVICE void widen_rows(int tid, DType from_type, int rows, int64_t columns, char* tile, int pitch, Row&& row_of) {
+  const int whole = pitch / 4 - 4;
+  for (int row = tid / 8; row < rows; row += threads / 8) {
+    const char* from = row_of(row);
+    auto* to = reinterpret_cast<float*>(tile + row * pitch);
+#pragma unroll 1
+    for (int c = tid % 8; c < whole; c += 8) to[c] = from != nullptr && c < columns ? load(from, from_type, c) : 0.f;
+  }
+}
+
+// sums += 16 rows on the left, from byte `at` of each, times the S rows of a tile as columns, `bytes` of each.
+template <class M, int S>
+MK_DEVICE void add_products(Sums<M> (&sums)[S / 8], const char* left, int left_pitch, int at, const char* tile,
+                            int pitch, int bytes) {
+  const int lane = opaque(int(threadIdx.x)) % 32;
+  for (int step = 0; step * 32 < bytes; ++step) {
+    uint32_t x[4];
+    load_left(x, left, left_pitch, at + step * 32, lane);
+    const Left<M> a = left_of<M>(x);
+#pragma unroll
+    for (int j = 0; j < S / 16; ++j) {
+      uint32_t b[4];
+      load_columns(b, tile + j * 16 * pitch, pitch, step * 32, lane);
+      add_product(sums[2 * j], a, b[0], b[1]);
+      add_product(sums[2 * j + 1], a, b[2], b[3]);
+    }
+  }
+}
+
+// The power of two that brings `x`, the largest of its row, near 2^14; 1 for what is not finite. Its inverse is a normal number.
+MK_DEVICE float lift_of(float x) {
+  const int exponent = int(__float_as_uint(x) >> 23 & 0xff), e = 268 - exponent;
+  return exponent == 0xff ? 1.f : __uint_as_float(uint32_t(e < 253 ? e : 253) << 23);
+}
+
+// Brings the rows of x near 2^14 by powers of two, `drop` are their inverses; for float16 alone, other types have the range of float32.
+template <class M, int S>
+MK_DEVICE void lift_rows(float (&x)[S / 8][4], float (&drop)[2]) {
+  drop[0] = drop[1] = 1;
+  if constexpr (std::is_same_v<M, f16>) {
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      float top = 0;
+#pragma unroll
+      for (int j = 0; j < S / 8; ++j) top = fmaxf(top, fmaxf(fabsf(x[j][2 * row]), fabsf(x[j][2 * row + 1])));
+      top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 1));
+      top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 2));
+      const float lift = lift_of(top);
+      drop[row] = 1 / lift;
+#pragma unroll
+      for (int j = 0; j < S / 8; ++j) x[j][2 * row] *= lift, x[j][2 * row + 1] *= lift;
+    }
+  }
+}
+
+// acc += weights times the rows of a tile, whose columns from `columns` on are left out. The tile has as many rows as the weights
+// have columns; `lane`: see opaque().
+template <class M, int kSteps, int kColumns>
+MK_DEVICE void add_weighted(float (&acc)[kColumns / 8][4], const Left<M> (&weights)[kSteps], const float (&drop)[2],
+                            const char* tile, int pitch, int64_t columns, int lane) {
+  using X = Stored<M>;
+  constexpr int kDepth = 32 / int(sizeof(X));  // rows of one step
+#pragma unroll
+  for (int c = 0; c < kColumns / 16; ++c) {
+    if (c * 16 >= columns) break;
+    Sums<M> sums[2];
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      uint32_t b[4];
+      load_depth<X>(b, tile + step * kDepth * pitch, pitch, c * 16, lane);
+      add_product(sums[0], weights[step], b[0], b[1]);
+      add_product(sums[1], weights[step], b[2], b[3]);
+    }
+#pragma unroll
+    for (int i = 0; i < 8; ++i) acc[2 * c + i / 4][i % 4] += sums[i / 4][i % 4] * drop[i % 4 / 2];
+  }
+}
+
+}  // namespace mk::cuda

@@ -1,0 +1,93 @@
+"""The C++ half: includes run one way, and a header's name says where it is."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from support import ROOT
+
+CSRC = ROOT / "csrc"
+# What a folder of csrc may include, beside itself: the folders below it.
+LAYERS = {
+    "params": set(),
+    "host": set(),
+    "cpu/tiles": {"params"},
+    "cpu": {"cpu/tiles", "params"},
+    "cuda/tiles": {"params"},
+    "cuda": {"cuda/tiles", "params"},
+    "binding": {"cuda/tiles", "params"},
+    "binding/cpu": {"binding", "cpu/tiles", "host", "params"},
+    "binding/cuda": {"binding", "params"},
+}
+SUFFIXES = (".h", ".cpp", ".cu")
+INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"', re.MULTILINE)
+OUTSIDE = {"simt.h"}  # the runtime of tests/simt, where it stands in for CUDA's
+
+
+def sources(csrc: Path) -> dict[str, list[Path]]:
+    """The folders of ``csrc``, and their files."""
+    found: dict[str, list[Path]] = {}
+    for path in sorted(csrc.rglob("*")):
+        if path.suffix in SUFFIXES:
+            found.setdefault(path.parent.relative_to(csrc).as_posix(), []).append(path)
+    return found
+
+
+def climbing(csrc: Path) -> list[str]:
+    """The includes that no layer allows."""
+    found = []
+    for folder, paths in sources(csrc).items():
+        for path in paths:
+            for name in INCLUDE.findall(path.read_text()):
+                target = Path(name).parent.as_posix()
+                if name in OUTSIDE or target in {folder, *LAYERS.get(folder, ())}:
+                    continue
+                found.append(f"{path.relative_to(csrc)} includes {name}")
+    return found
+
+
+def test_includes_run_one_way():
+    assert not climbing(CSRC)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_every_layer_has_files(layer):
+    assert sources(CSRC).get(layer), f"csrc/{layer} is empty"
+
+
+def test_every_folder_is_a_layer():
+    assert set(sources(CSRC)) == set(LAYERS)
+
+
+def test_layers_have_an_order():
+    """No layer includes one that includes it, however long the way."""
+    below = {layer: set(allowed) for layer, allowed in LAYERS.items()}
+    for _ in LAYERS:
+        below = {layer: allowed.union(*(below[a] for a in allowed)) for layer, allowed in below.items()}
+    assert not [layer for layer in LAYERS if layer in below[layer]]
+
+
+def test_no_two_headers_share_a_name():
+    names = Counter(path.name for path in CSRC.rglob("*.h"))
+    assert not [name for name, count in names.items() if count > 1]
+
+
+@pytest.mark.parametrize(
+    ("file", "line"),
+    [
+        ("params/view.h", '#include "binding/binding.h"'),
+        ("params/view.h", '#include "cpu/tiles/simd.h"'),
+        ("cpu/tiles/simd.h", '#include "cpu/gated_write.h"'),
+        ("cuda/tiles/numbers.h", '#include "cpu/tiles/rows.h"'),
+        ("cpu/address.cpp", '#include "host/processor.h"'),
+        ("cpu/address.cpp", '#include "tiles/simd.h"'),
+    ],
+)
+def test_an_include_that_climbs_is_noticed(tmp_path, file, line):
+    changed = tmp_path / file
+    changed.parent.mkdir(parents=True)
+    changed.write_text(f"#pragma once\n{line}\n" + (CSRC / file).read_text())
+    assert len(climbing(tmp_path)) == 1
