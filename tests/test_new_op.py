@@ -24,12 +24,12 @@ SOURCES = ROOT / "tests" / "new_op"
 # Where the files of an op lie.
 FORMULA = {"decay_read.py": "memkernels/ops/decay_read.py"}
 KERNELS = {
-    "params.h": "csrc/cpu/decay_read.h",
+    "params.h": "csrc/params/decay_read.h",
     "kernel.cpp": "csrc/cpu/decay_read.cpp",
-    "binding.cpp": "csrc/decay_read.cpp",
+    "binding.cpp": "csrc/binding/decay_read.cpp",
 }
 # What a library needs beside the kernels of its ops. The other ops stay in the library of this checkout.
-RUNTIME = {"binding", "isa", "parallel", "place", "processor"}
+RUNTIME = {"binding", "choose_isa", "place", "processor", "threads"}
 # Tests that go over all ops in one test.
 OVER_ALL = (
     "every_op_is_here or every_op_has_backward or every_op_and_nothing or every_op_declares or every_public_function "

@@ -1,6 +1,6 @@
-#include "binding.h"
+#include "binding/binding.h"
 
-#include "cpu/decay_read.h"
+#include "params/decay_read.h"
 
 namespace mk {
 namespace {

@@ -5,8 +5,8 @@
 // Plain loops on one thread, sums in double: what matters of this op is where its files lie.
 #include <vector>
 
-#include "common/rows.h"
-#include "cpu/decay_read.h"
+#include "cpu/tiles/rows.h"
+#include "params/decay_read.h"
 
 namespace mk::MK_ISA {
 namespace {
