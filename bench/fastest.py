@@ -18,7 +18,7 @@ import torch
 
 from memkernels.backends import BACKENDS, FASTEST
 from memkernels.registration import OPS, call
-from memkernels.spec import Op
+from memkernels.spec import Op, several
 from memkernels.testing.cases import Case
 from memkernels.testing.inputs import make
 
@@ -39,8 +39,7 @@ def passes(op: Op, case: Case, dtype: torch.dtype, device: str, backend: str) ->
 
     def run():
         results = call(op, tensors, inputs.params, backend)
-        results = results if isinstance(results, (tuple, list)) else [results]
-        results = [r for r in results if r.requires_grad]
+        results = [r for r in several(results) if r.requires_grad]
         if not results:
             return None
         given = [torch.ones((), dtype=r.dtype, device=r.device).expand_as(r) for r in results]

@@ -19,6 +19,8 @@ from pathlib import Path
 
 import torch
 
+from memkernels.spec import several
+
 from .case import OWN, Case
 from .check import Exact
 from .peers import peers_of
@@ -71,7 +73,7 @@ def step(case: Case, make_run: Callable, inputs: dict, d_out: torch.Tensor | Non
 
     def call():
         result = run()
-        output = result if isinstance(result, tuple) else (result,)
+        output = several(result)
         if d_out is None:
             return output
         return (*output, *torch.autograd.grad(first(result), [inputs[name] for name in case.grads], d_out))

@@ -51,12 +51,10 @@ def blocks(text: str) -> dict[str, str]:
     return dict(BLOCK.findall(text))
 
 
-def page_of(op: str) -> Path:
-    """The page that has a section named ``op``. LookupError when there is none."""
-    for page in pages()[1:]:
-        if re.search(rf"^## {op}$", page.read_text(), re.MULTILINE):
-            return page
-    raise LookupError(f"no page of docs/ has the section '## {op}'")
+def page_of(op: str) -> Path | None:
+    """The page that has a section named ``op``."""
+    found = (page for page in pages()[1:] if re.search(rf"^## {op}$", page.read_text(), re.MULTILINE))
+    return next(found, None)
 
 
 def _kernels(backend: backends.Backend, op: str, before: str) -> str:
@@ -69,10 +67,11 @@ def _kernels(backend: backends.Backend, op: str, before: str) -> str:
 
 
 def op_table(before: str) -> str:
-    """One row per declared op: name, equation, backends. ``before``: the table as it is."""
+    """One row per op that has a page: name, equation, backends. ``before``: the table as it is."""
     rows = ["| operation | equation | backends |", "| --- | --- | --- |"]
     for name, op in sorted(OPS.items()):
-        if op.twin_of:  # of compressed slots: called through the op in whose row it stands
+        page = page_of(name)
+        if op.twin_of or page is None:  # a twin, of compressed slots, is called through the op in whose row it stands
             continue
         old = next((line for line in before.splitlines() if line.startswith(f"| [`{name}`]")), "")
         known = [cell.strip() for cell in old.split("|")[3].split(",")] if old else []
@@ -81,7 +80,7 @@ def op_table(before: str) -> str:
             own = next((cell for cell in known if cell.split(" ")[0] == backend.name), "")
             cells.append(_kernels(backend, name, own))
         twin = f", `{name}_`" if op.inplace else ""
-        link = f"[`{name}`](docs/{page_of(name).name}#{name}){twin}"
+        link = f"[`{name}`](docs/{page.name}#{name}){twin}"
         rows.append(f"| {link} | `{op.equation}` | {', '.join(filter(None, cells))} |")
     return "\n".join(rows) + "\n"
 

@@ -74,9 +74,12 @@ def grouped(module: str) -> dict[str, list[str]]:
         return {"": names}
     operations = [name for name in names if name in importlib.import_module("memkernels.ops").__all__]
     pages = {name: generate.page_of(name.removesuffix("_")) for name in operations}
+    explained = [name for name in operations if pages[name] is not None]
     groups: dict[str, list[str]] = {}
-    for name in sorted(operations, key=lambda name: generate.navigation().index(pages[name].stem)):
+    for name in sorted(explained, key=lambda name: generate.navigation().index(pages[name].stem)):
         groups.setdefault(pages[name].read_text().partition("\n")[0].removeprefix("# "), []).append(name)
+    making = [name for name in operations if pages[name] is None]
+    groups |= {"In the making": making} if making else {}
     return {**groups, "Choosing a backend": [name for name in names if name not in operations]}
 
 

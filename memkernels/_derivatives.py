@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from . import _torch
-from .spec import Op
+from .spec import Op, several
 
 
 def _alias(x: Tensor | None) -> Tensor | None:
-    """A view to differentiate by: it hides how ``x`` came about from a gradient, and not from the gradient's own."""
+    """A view of ``x`` to differentiate by: the gradient stops there; its own derivative goes on to what made ``x``."""
     if x is None or not x.is_floating_point():
         return x
     x = x.view_as(x)
@@ -41,7 +41,7 @@ class Derivatives:
         self.saved = [names.index(name) for name in op.saved]
 
     def setup_context(self, ctx, inputs, output):
-        output = output if isinstance(output, tuple) else (output,)
+        output = several(output)
         ctx.set_materialize_grads(False)
         if self.without_grad:
             ctx.mark_non_differentiable(*(output[i] for i in self.without_grad))
@@ -66,13 +66,13 @@ class Derivatives:
         if not _torch.HAS_PROBES:
             grads = self.backward_op(*inputs)
         elif _torch.forward_mode() or (torch.is_grad_enabled() and _torch.transforms_active()):
-            # A tangent or a level of torch.func on a gradient, which neither kernel nor autograd layer knows.
+            # Forward mode or torch.func differentiates this gradient: neither kernel nor autograd layer supports that.
             return self._by_formula(tensors, d_outputs, params, wants)[2]
         elif torch.is_grad_enabled():
             grads = self.backward_op(*inputs)
         else:
             grads = _torch.below_autograd(self.backward_op, inputs)
-        return grads if isinstance(grads, (tuple, list)) else (grads,)
+        return several(grads)
 
     def setup_context_twice(self, ctx, inputs, output):
         ctx.set_materialize_grads(False)
@@ -102,10 +102,11 @@ class Derivatives:
 
     def _by_formula(self, tensors, d_outputs, params, wants):
         """``(args, d_outputs, gradients of the differentiable args)``, the last in terms of the first two."""
-        formula = self.op.reference
-        if self.op.selected is not None:  # the choice that was made: equal scores may rank either way
-            chosen = tensors[self.n + self.op.saved.index("indices")]
-            formula = functools.partial(_with_choice, self.op.selected, chosen)
+        formula, selected, choice = self.op.reference, self.op.selected, self.op.choice
+        # Equal scores may rank either way: the choice is the one that was made.
+        if selected is not None and choice is not None:
+            chosen = tensors[self.n + self.op.saved.index(choice.name)]
+            formula = functools.partial(_with_choice, selected, chosen)
         with torch.enable_grad():
             args = [_alias(x) if a.is_float else x for a, x in zip(self.op.args, tensors)]
             d_outputs = [_alias(d) for d in d_outputs]

@@ -32,7 +32,7 @@ def constant(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def direct(operator: Callable[..., Any]) -> Callable[..., Any]:
-    """``operator`` without the Python method around it: a fiftieth of a small call."""
+    """``operator`` without the Python method around it, which takes 2% of the time of a small call."""
     return getattr(operator, "_op", operator)
 
 

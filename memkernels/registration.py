@@ -1,5 +1,4 @@
-"""Turns the declaration of an op into torch operators, once per backend: schema, fake kernel, autograd, double
-backward.
+"""Turns the declaration of an op into torch operators, once per backend: schemas, fake kernels, derivatives.
 
 For op ``f`` and backend ``b`` there are the operators
 
@@ -24,7 +23,7 @@ from . import _torch, spec
 from ._derivatives import Derivatives
 from ._flops import count_operator
 from .backends import BACKENDS, FEW, NAMES, Backend, note_kernels, requested, select
-from .spec import Op
+from .spec import Op, bare, several
 
 OPS: dict[str, Op] = {}
 # A backend that is not here has no operators: defining them is most of the time that the import takes.
@@ -38,16 +37,24 @@ def _tensor(name: str, optional: bool) -> str:
     return f"Tensor{'?' if optional else ''} {name}"
 
 
-def _schemas(op: Op) -> tuple[str, str]:
+def _schemas(op: Op) -> dict[str, str]:
+    """Suffix of an operator's name -> its schema: ``""``, ``"_backward"``, and ``"_"`` where ``op`` has that twin."""
     args = [_tensor(a.name, a.optional) for a in op.args]
     params = [f"{kind} {name}" for name, kind in op.params]
     saved = [_tensor(name, False) for name in op.saved]
     grads = [_tensor(f"d_{o.name}", True) for o in op.outputs if o.grad]
-    results = ", ".join("Tensor" for _ in op.outputs)
-    d_args = ", ".join("Tensor" for _ in op.differentiable)
-    forward = f"({', '.join(args + params)}) -> ({results})"
-    backward = f"({', '.join(args + saved + grads + params)}, bool[] wants) -> ({d_args})"
-    return forward, backward
+    schemas = {
+        "": _schema(args + params, len(op.outputs)),
+        "_backward": _schema([*args, *saved, *grads, *params, "bool[] wants"], len(op.differentiable)),
+    }
+    if op.inplace:
+        args[op.index(op.inplace)] = f"Tensor(a!) {op.inplace}"
+        schemas["_"] = _schema(args + params, len(op.outputs) - 1)
+    return schemas
+
+
+def _schema(inputs: list[str], results: int) -> str:
+    return f"({', '.join(inputs)}) -> ({', '.join(['Tensor'] * results)})"
 
 
 def register(op: Op) -> Op:
@@ -62,46 +69,34 @@ def register(op: Op) -> Op:
 
 
 def _define(op: Op, namespace: str, library: torch.library.Library) -> None:
-    """Schemas, fake kernels and derivatives of the operators of ``op`` in one namespace."""
-    forward, backward = _schemas(op)
+    """The operators of ``op`` in one namespace."""
     qualified = f"{namespace}::{op.name}"
-    library.define(f"{op.name}{forward}")
-    library.define(f"{op.name}_backward{backward}")
-    torch.library.register_fake(qualified, _fake(op), lib=library)
-    torch.library.register_fake(f"{qualified}_backward", _fake_backward(op), lib=library)
+    _define_schemas(op, library)
+    _define_fakes(op, qualified, library)
+    _define_derivatives(op, qualified, library)
 
-    derivatives = Derivatives(op, getattr(getattr(torch.ops, namespace), f"{op.name}_backward").default)
+
+def _define_schemas(op: Op, library: torch.library.Library) -> None:
+    for suffix, schema in _schemas(op).items():
+        library.define(f"{op.name}{suffix}{schema}")
+
+
+def _define_fakes(op: Op, qualified: str, library: torch.library.Library) -> None:
+    """Shapes and dtypes of the results of each operator."""
+    fakes = {"": _fake(op), "_backward": _fake_backward(op)} | ({"_": _fake_inplace(op)} if op.inplace else {})
+    for suffix, fake in fakes.items():
+        torch.library.register_fake(qualified + suffix, fake, lib=library)
+
+
+def _define_derivatives(op: Op, qualified: str, library: torch.library.Library) -> None:
+    namespace, name = qualified.split("::")
+    derivatives = Derivatives(op, getattr(getattr(torch.ops, namespace), f"{name}_backward").default)
     _recorded[qualified] = derivatives.recorded()
+    once, twice = derivatives.setup_context, derivatives.setup_context_twice
+    torch.library.register_autograd(qualified, derivatives.backward, setup_context=once, lib=library)
     torch.library.register_autograd(
-        qualified, derivatives.backward, setup_context=derivatives.setup_context, lib=library
+        f"{qualified}_backward", derivatives.backward_twice, setup_context=twice, lib=library
     )
-    torch.library.register_autograd(
-        f"{qualified}_backward",
-        derivatives.backward_twice,
-        setup_context=derivatives.setup_context_twice,
-        lib=library,
-    )
-    if op.inplace:
-        _define_inplace(op, qualified, library)
-
-
-def _define_inplace(op: Op, qualified: str, library: torch.library.Library) -> None:
-    args = [("Tensor(a!) " + a.name) if a.name == op.inplace else _tensor(a.name, a.optional) for a in op.args]
-    params = [f"{kind} {name}" for name, kind in op.params]
-    others = [i for i, o in enumerate(op.outputs) if o.name != op.inplace]
-    library.define(f"{op.name}_({', '.join(args + params)}) -> ({', '.join('Tensor' for _ in others)})")
-    fake = _fake(op)
-
-    def fake_inplace(*inputs):
-        results = fake(*inputs)
-        results = results if isinstance(results, tuple) else (results,)
-        return _one_or_all([results[i] for i in others]) if others else None
-
-    torch.library.register_fake(f"{qualified}_", fake_inplace, lib=library)
-
-
-def _one_or_all(results: list[Tensor]) -> Tensor | tuple[Tensor, ...]:
-    return results[0] if len(results) == 1 else tuple(results)
 
 
 def _fake(op: Op) -> Callable[..., Any]:
@@ -111,9 +106,18 @@ def _fake(op: Op) -> Callable[..., Any]:
         tensors = inputs[:n]
         layout = spec.check(op, tensors, inputs[n:])
         shapes = [layout.shape(op, out, tensors) for out in op.outputs]
-        return _one_or_all([tensors[0].new_empty(shape, dtype=dtype) for shape, dtype in shapes])
+        return bare([tensors[0].new_empty(shape, dtype=dtype) for shape, dtype in shapes])
 
     return fake
+
+
+def _fake_inplace(op: Op) -> Callable[..., Any]:
+    fake = _fake(op)
+
+    def fake_inplace(*inputs):
+        return bare([r for r, o in zip(several(fake(*inputs)), op.outputs) if o.name != op.inplace])
+
+    return fake_inplace
 
 
 def _fake_backward(op: Op) -> Callable[..., Any]:
@@ -121,7 +125,7 @@ def _fake_backward(op: Op) -> Callable[..., Any]:
 
     def fake_backward(*inputs):
         args = [inputs[i] for i in differentiable]
-        return _one_or_all(
+        return bare(
             [
                 inputs[0].new_empty((0,)) if x is None else x.new_empty(x.shape if want else (0,))
                 for x, want in zip(args, inputs[-1])
@@ -202,7 +206,7 @@ def _plan(op: Op, tensors: list[Tensor | None], name: str, inplace: bool) -> Cal
     layout = spec.check(op, tensors)
     device = next(t.device.type for t in tensors if t is not None)
     few = device == "cuda" and _torch.known(layout.tokens <= FEW)
-    formula = _reference_inplace(op) if inplace else op.reference
+    formula = _reference_inplace(op) if inplace else op.formula
 
     def chosen(direction: str) -> Backend | None:
         return select(op.name, device, layout.dtype, name, few, direction)
@@ -236,7 +240,7 @@ def _differentiable(op: Op, chosen: Callable[[str], Backend | None]) -> Callable
 
         return refuse
     if backend is None:
-        return op.reference
+        return op.formula
     operator = _torch.direct(_operator(op, backend, False))
     return functools.partial(_recorded[f"{backend.namespace}::{op.name}"], operator)
 
@@ -247,8 +251,7 @@ def _reference_inplace(op: Op) -> Callable[..., Any]:
     def run(*inputs):
         results = dict(zip((o.name for o in op.outputs), op.reference(*inputs)))
         inputs[target].copy_(results.pop(op.args[target].name))
-        rest = tuple(results.values())
-        return rest if len(rest) != 1 else rest[0]
+        return bare(tuple(results.values()))
 
     return run
 

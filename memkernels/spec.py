@@ -2,7 +2,8 @@
 
 An op module declares an :class:`Op`. Everything that can be derived from the declaration is derived here or in
 ``registration.py``: shape and dtype checks, result shapes, the schema of its torch operators, fake kernels, the
-contract grid of ``testing.py`` and the op table of the documentation.
+contract grid of ``testing/`` and the op table of the documentation. What the tests need to know stands here too: how an
+argument is filled, what a mask hides, what judges a result.
 
 Axes, the same letters everywhere: ``T`` tokens, ``N`` slots, ``K`` key width, ``V`` value width, ``k`` neighbours,
 ``S`` parts to merge, ``D`` channels of a state, ``n`` half keys of a list. A number (``2``) is a fixed size, a number
@@ -71,12 +72,25 @@ class Arg:
 
     axes: its trailing axes, for instance ``"N K"``.
     side: ``"tokens"`` or ``"memory"``.
-    dtype: ``"lead"`` (any of FLOATS; sets the dtype of the call), ``"same"`` (as the lead), ``"content"`` (as the
-        lead, or
-        float32 beside a 16-bit lead; all content arguments agree), ``"stats"`` (float32, or float64 for float64),
-        ``"mask"`` (bool, or float added to the scores), ``"bool"``, ``"index"`` (int64), ``"slots"`` (8 bits, or the
-        lead, or float32 beside a 16-bit lead; never differentiable) and ``"scale"`` (what multiplies such a row).
+    dtype: one of
+        ``"lead"``: any of FLOATS; sets the dtype of the call;
+        ``"same"``: as the lead;
+        ``"content"``: as the lead, or float32 beside a 16-bit lead; all content arguments agree;
+        ``"stats"``: float32, or float64 for float64;
+        ``"mask"``: bool, or float that is added to the scores;
+        ``"bool"``;
+        ``"index"``: int64;
+        ``"slots"``: 8 bits, or the lead, or float32 beside a 16-bit lead; never differentiable;
+        ``"scale"``: what multiplies the rows of such an argument.
     stretch: a last axis of size 1 is stretched.
+    of: for an index the axis that it points into, for a scale the argument whose rows it multiplies.
+
+    For the tests:
+
+    fill: how it is filled where a case does not say: a name of ``testing.inputs.FILL``, or a function of all tensors
+        and options of the call, itself drawn in the usual way of its dtype. ``""`` is that usual way.
+    hides: where it is False or -inf, nothing may look at the arguments of its side whose axes begin with its own, and
+        the grid puts NaN there. A mask always does.
     """
 
     name: str
@@ -85,10 +99,14 @@ class Arg:
     dtype: str = "same"
     optional: bool = False
     stretch: bool = False
+    of: str = "N"
+    fill: str | Callable[..., Tensor] = ""
+    hides: bool = False
     parsed: tuple[Axis, ...] = field(init=False, repr=False)  # ``axes``, read once: every call checks them
 
     def __post_init__(self):
         object.__setattr__(self, "parsed", tuple(map(Axis.parse, self.axes.split())))
+        object.__setattr__(self, "hides", self.hides or self.dtype == "mask")
 
     @property
     def is_float(self) -> bool:
@@ -98,23 +116,45 @@ class Arg:
 
 @dataclass(frozen=True)
 class Out:
-    """One result. ``lead``: the leading dimensions of ``"all"`` arguments or of the ``"memory"``. ``dtype``:
-    ``"lead"``, ``"stats"``, ``"index"``, or the name of the argument whose dtype it has. ``positive``: a sum of
-    positive terms, of which each number is right to its last digits, however small. ``judged``: False for what is kept
-    for the backward kernel alone and has no right value of its own."""
+    """One result.
+
+    lead: the leading dimensions of ``"all"`` arguments or of the ``"memory"``.
+    dtype: ``"lead"``, ``"stats"``, ``"index"``, or the name of the argument whose dtype it has.
+    grad: may it have a gradient?
+    of: for an index the axis that it points into.
+    positive: a sum of positive terms, of which each number is right to its last digits, however small.
+    judged: False for what is kept for the backward kernel alone and has no right value of its own.
+    judge: for the slots that an op chose, the scores that rank them, ``[..., T, slots]``, as a function of all tensors
+        and options. Slots whose scores differ by rounding may rank either way. Without a judge an index must be that
+        of the reference.
+    """
 
     name: str
     axes: str
     lead: str = "all"
     dtype: str = "lead"
     grad: bool = True
+    of: str = "N"
     positive: bool = False
     judged: bool = True
+    judge: Callable[..., Tensor] | None = None
 
 
 # What the rounding of a log-sum-exp left out: lse is an exact maximum plus the logarithm of a sum. Where the maximum is
 # large its rounding is as large as that logarithm. The backward pass forms weights as exp((s - lse) - lse_rest).
 LSE_REST = Out("lse_rest", "T", dtype="stats", grad=False, judged=False)
+
+
+def bare(results: Sequence[Tensor]) -> Tensor | tuple[Tensor, ...] | None:
+    """``results`` as an operator of torch returns them: a single one bare, and none as None."""
+    return tuple(results) if len(results) > 1 else results[0] if results else None
+
+
+def several(results: Any) -> tuple[Tensor, ...]:
+    """What an operator of torch, or a function over one, returned, as a tuple: undoes :func:`bare`."""
+    if isinstance(results, (tuple, list)):
+        return tuple(results)
+    return () if results is None else (results,)
 
 
 @dataclass(frozen=True)
@@ -124,7 +164,10 @@ class Op:
     reference: plain PyTorch, called as ``reference(*tensors, *params)``, returns one tensor per result.
     selected: for an op that chooses slots, the reference with the choice given, called as
         ``selected(*tensors, *params, indices)``: scores that differ by rounding may rank either way, the rest follows.
-    params: (name, schema type) of the options that are not tensors, e.g. ``("scale", "float")``.
+    params: (name, schema type) of the options that are not tensors, e.g. ``("scale", "float")``. An int is the size of
+        the axis of its name.
+    usual: option -> its value in tests that do not say; see :meth:`usual_option`.
+    traits: what a case of the grid may need that no axis, argument, option or result tells, such as ``"gates"``.
     saved: results that the backward kernel wants to see again.
     autocast: arguments cast to the autocast dtype while autocast is on.
     twin_of: for an op over compressed slots, the op over float ones; it is called through that one's function.
@@ -146,18 +189,38 @@ class Op:
     backward_flops: Callable[[Mapping[str, int]], int] | None = None
     equation: str = ""
     twin_of: str = ""
+    usual: Mapping[str, object] = field(default_factory=dict, hash=False)
+    traits: tuple[str, ...] = ()
     queries: tuple[int, ...] = field(init=False, repr=False)  # places of the arguments that ``scale`` multiplies
 
     def __post_init__(self):
         places = tuple(i for i, a in enumerate(self.args) if a.name.endswith("query"))
         object.__setattr__(self, "queries", places)
 
+    def formula(self, *inputs):
+        """The reference, whose results are those of an operator of torch: a single one is bare."""
+        return bare(self.reference(*inputs))
+
     @property
     def differentiable(self) -> tuple[Arg, ...]:
         return tuple(a for a in self.args if a.is_float)
 
+    @property
+    def choice(self) -> Out | None:
+        """The result that tells which slots were chosen, of an op that chooses any."""
+        return None if self.selected is None else next(o for o in self.outputs if o.dtype == "index")
+
     def index(self, name: str | None) -> int:
         return next(i for i, a in enumerate(self.args) if a.name == name)
+
+    def usual_option(self, name: str, axes: Mapping[str, int]) -> object:
+        """The value of an option in tests that do not say, where ``axes`` gives each letter its size."""
+        if name in self.usual:
+            return self.usual[name]
+        if name == "scale":
+            return max(axes["K"], 1) ** -0.5
+        kind = dict(self.params)[name]
+        return axes[name] if kind == "int" else {"float": 1.0, "bool": False}[kind]
 
 
 @dataclass(frozen=True)
@@ -283,53 +346,63 @@ def _check_dtype(op: Op, arg: Arg, tensor: Tensor, lead: Tensor, content: Tensor
 def check(op: Op, tensors: Sequence[Tensor | None], params: Sequence[Any] = ()) -> Layout:
     """Bind the axes of ``op`` to ``tensors`` or raise the one sentence that says what is wrong."""
     axes: dict[str, int] = {name: value for (name, kind), value in zip(op.params, params) if kind == "int"}
-    leads: list[tuple[str, tuple[int, ...]]] = []
-    memory: list[tuple[str, tuple[int, ...]]] = []
     leader, lead = next(((a, t) for a, t in zip(op.args, tensors) if a.dtype == "lead"), (None, None))
     lead = lead if isinstance(lead, Tensor) else None
     if leader is not None and lead is not None:  # first, for the others are measured against it
         _check_dtype(op, leader, lead, lead, None)
     content = next((t for a, t in zip(op.args, tensors) if a.dtype == "content" and isinstance(t, Tensor)), None)
+    leads: list[tuple[str, tuple[int, ...]]] = []
+    memory: list[tuple[str, tuple[int, ...]]] = []
     masks: list[tuple[Arg, tuple[int, ...]]] = []
-    room = MAX_LEAD + 2 - max(2, *(len(a.parsed) for a in op.args))
     for arg, tensor in zip(op.args, tensors):
         if tensor is None and arg.optional:
             continue
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{op.name}: {arg.name} must be a tensor, got {type(tensor).__name__}")
-        _check_dtype(op, arg, tensor, tensor if lead is None else lead, content)
-        if lead is not None and tensor.device != lead.device:
-            raise ValueError(f"{op.name}: {arg.name} must be on {lead.device}, got {tensor.device}")
-        if (kind := _kind(tensor)) is not None:
-            raise TypeError(_kind_text(op, arg, kind))
-        shape = tuple(tensor.shape)
-        split = len(shape) - len(arg.parsed)
-        fits = split >= 0
-        for i, axis in enumerate(arg.parsed if fits else ()):
-            size = shape[split + i]
-            if axis.letter and axis.letter not in axes:
-                axes[axis.letter] = size // axis.factor
-            if _torch.known(size != axis.size(axes)):
-                stretched = arg.stretch and i == len(arg.parsed) - 1 and _torch.known(size == 1)
-                fits = fits and stretched
-        if not fits:
-            known = {a: n for a, n in axes.items() if any(a in letters(b.axes) for b in op.args if b.name != arg.name)}
-            raise ValueError(f"{op.name}: {arg.name} must be {_axes_text(arg, known)}, got {list(shape)}")
-        if split > room:
-            raise ValueError(
-                f"{op.name}: {arg.name} must have at most {room} leading dimensions, got {split}, {list(shape)}"
-            )
+        tensor = _check_tensor(op, arg, tensor, lead, content)
+        own = _bind(op, arg, tuple(tensor.shape), axes)
         if arg.dtype in ("mask", "bool", "scale"):
-            masks.append((arg, shape[:split]))
+            masks.append((arg, own))
         else:
-            leads.append((arg.name, shape[:split]))
+            leads.append((arg.name, own))
         if arg.side == "memory":
-            memory.append((arg.name, shape[:split]))
-    assert lead is not None
+            memory.append((arg.name, own))
     whole = _broadcast(op, leads)
     _check_masks(op, masks, whole)
-    own = _broadcast(op, memory) if memory else whole
-    return Layout(axes, whole, own, lead.dtype)
+    assert lead is not None
+    return Layout(axes, whole, _broadcast(op, memory) if memory else whole, lead.dtype)
+
+
+def _check_tensor(op: Op, arg: Arg, tensor: object, lead: Tensor | None, content: Tensor | None) -> Tensor:
+    """``tensor``, if it is a dense tensor of a dtype and on a device that fit the lead."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{op.name}: {arg.name} must be a tensor, got {type(tensor).__name__}")
+    _check_dtype(op, arg, tensor, tensor if lead is None else lead, content)
+    if lead is not None and tensor.device != lead.device:
+        raise ValueError(f"{op.name}: {arg.name} must be on {lead.device}, got {tensor.device}")
+    if (kind := _kind(tensor)) is not None:
+        raise TypeError(_kind_text(op, arg, kind))
+    return tensor
+
+
+def _bind(op: Op, arg: Arg, shape: tuple[int, ...], axes: dict[str, int]) -> tuple[int, ...]:
+    """Check the trailing axes of one argument and add new ones to ``axes``. Returns the leading dimensions."""
+    split = len(shape) - len(arg.parsed)
+    fits = split >= 0
+    for i, axis in enumerate(arg.parsed if fits else ()):
+        size = shape[split + i]
+        if axis.letter and axis.letter not in axes:
+            axes[axis.letter] = size // axis.factor
+        if _torch.known(size != axis.size(axes)):
+            stretched = arg.stretch and i == len(arg.parsed) - 1 and _torch.known(size == 1)
+            fits = fits and stretched
+    if not fits:
+        known = {a: n for a, n in axes.items() if any(a in letters(b.axes) for b in op.args if b.name != arg.name)}
+        raise ValueError(f"{op.name}: {arg.name} must be {_axes_text(arg, known)}, got {list(shape)}")
+    room = MAX_LEAD + 2 - max(2, *(len(a.parsed) for a in op.args))
+    if split > room:
+        raise ValueError(
+            f"{op.name}: {arg.name} must have at most {room} leading dimensions, got {split}, {list(shape)}"
+        )
+    return shape[:split]
 
 
 def fold_tokens(x: Tensor, memory: Sequence[int], lead: Sequence[int], tail: int) -> Tensor:

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
+
 import torch
+from promised import SIGNATURES
 from support import randn
 
 import memkernels as mk
+from memkernels.registration import OPS
+from memkernels.spec import several
+from memkernels.testing import Case
+from memkernels.testing.inputs import make
 
 B, T, N, K, V, k, W = 2, 5, 9, 8, 6, 3, 11
 
@@ -16,6 +23,17 @@ def _whole(high: int, *shape: int) -> torch.Tensor:
 
 def _share(*shape: int, dtype) -> torch.Tensor:
     return torch.rand(shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=torch.float64).to(dtype)
+
+
+def _declared(op: str, dtype: torch.dtype) -> dict:
+    """Arguments of an op without a table of its own, as its declaration has them filled."""
+    declared = OPS[op]
+    sizes = {"T": T, "N": N, "K": K, "V": V, "k": k, "W": W}
+    inputs = make(declared, Case("small", sizes=sizes, tokens=(B,), memory=(B,)), dtype)
+    names = [*(a.name for a in declared.args), *(name for name, _ in declared.params)]
+    taken = inspect.signature(getattr(mk, op)).parameters
+    given = zip(names, (*inputs.tensors, *inputs.params))
+    return {name: x for name, x in given if name in taken and x is not None}
 
 
 def arguments(op: str, dtype: torch.dtype = torch.float32, masks: bool = False) -> dict:
@@ -56,7 +74,8 @@ def arguments(op: str, dtype: torch.dtype = torch.float32, masks: bool = False) 
         "topk_read": {**read, "k": k},
         "topk_search": {"query": query, "keys": keys, "k": k},
     }
-    result = dict(tables[op.removesuffix("_")])
+    plain = op.removesuffix("_")
+    result = dict(tables[plain] if plain in tables else _declared(plain, dtype))
     if op.endswith("_"):
         result["values"] = result["values"].clone()
     if masks and op in SLOT_MASKED:
@@ -66,21 +85,16 @@ def arguments(op: str, dtype: torch.dtype = torch.float32, masks: bool = False) 
     return result
 
 
-SCALED = (
-    "address", "gated_write", "gated_write_", "memory_scan", "product_key_read", "product_key_search", "slot_usage",
-    "softmax_read", "softmax_write", "softmax_write_", "topk_read", "topk_search",
-)  # fmt: skip
-ERASING = ("gated_write", "gated_write_", "slot_write", "slot_write_", "softmax_write", "softmax_write_",
-           "sparse_write", "sparse_write_")  # fmt: skip
-MIXING = ("cache_logprobs", "cache_nll")
-CHOOSING = ("product_key_read", "product_key_search", "topk_read", "topk_search")
-SLOT_MASKED = (*(op for op in SCALED if not op.startswith("product")), "additive_read")
-TOKEN_MASKED = ("gated_write", "gated_write_", "memory_scan", "slot_write", "slot_write_", "softmax_write",
-                "softmax_write_")  # fmt: skip
-OPERATIONS = tuple(name for name in mk.ops.__all__)
+def _taking(argument: str) -> tuple[str, ...]:
+    """The promised operations that take ``argument``."""
+    return tuple(op for op in OPERATIONS if argument in inspect.signature(getattr(mk, op)).parameters)
+
+
+OPERATIONS = tuple(op for op in mk.ops.__all__ if op in SIGNATURES)
+SCALED, ERASING, MIXING, CHOOSING = map(_taking, ("scale", "erase", "mix", "k"))
+SLOT_MASKED, TOKEN_MASKED = map(_taking, ("slot_mask", "token_mask"))
 
 
 def run(op: str, backend: str | None = None, **given) -> list[torch.Tensor]:
     """The results of the operation, floats and indices alike."""
-    result = getattr(mk, op)(**given, backend=backend)
-    return list(result) if isinstance(result, (tuple, list)) else [result]
+    return list(several(getattr(mk, op)(**given, backend=backend)))

@@ -12,7 +12,7 @@ import torch
 from support import CASE, operator, subject
 
 from memkernels.registration import OPS
-from memkernels.spec import letters
+from memkernels.spec import Axis, check, letters, several
 
 name, backend, direction = sys.argv[1:4]
 op = OPS[name]
@@ -39,11 +39,15 @@ tensors = [t if t is None or not t.is_floating_point() else torch.nan_to_num(t) 
 names = [a.name for a in op.args]
 axes = [a.axes.split() for a in op.args]
 params = list(inputs.params)
+masks = {a.name for a in op.args if a.dtype == "mask"}
+bound = check(op, tensors, params).axes
+# How many places the indices have of each argument, and of each result that the backward pass sees again.
+places = {a.name: Axis.parse(a.of).size(bound) for a in op.args if a.dtype == "index"}
+places |= {f"saved {o.name}": Axis.parse(o.of).size(bound) for o in op.outputs if o.dtype == "index"}
 run = operator(backend, name)
 
 if direction == "backward":
-    results = run(*tensors, *params)
-    results = list(results) if isinstance(results, (tuple, list)) else [results]
+    results = several(run(*tensors, *params))
     by_name = {o.name: (o, r) for o, r in zip(op.outputs, results)}
     for saved in op.saved:
         names.append(f"saved {saved}")
@@ -95,9 +99,7 @@ for i, (label, own, t) in enumerate(zip(names, axes, tensors)):
         attempt(f"{label}: int64", put(i, torch.zeros(t.shape, dtype=torch.int64)))
         attempt(f"{label}: float64 among float32", put(i, t.double()))
     else:
-        attempt(
-            f"{label}: float32", put(i, torch.zeros(t.shape)), must_raise=t.dtype != torch.bool or label == "token_mask"
-        )
+        attempt(f"{label}: float32", put(i, torch.zeros(t.shape)), must_raise=label not in masks)
     attempt(f"{label}: on the meta device", put(i, t.to("meta")), must_raise=False)
     attempt(f"{label}: sparse", put(i, t.to_sparse()))
     attempt(f"{label}: not a tensor", put(i, "text"))
@@ -114,12 +116,7 @@ for i, (label, own, t) in enumerate(zip(names, axes, tensors)):
         must_raise=False,
     )
     if t.dtype == torch.int64:
-        slots = tensors[0].shape[-1]  # words
-        if "subkeys" in names:
-            slots = tensors[1].shape[-2] ** 2
-        elif "W" not in axes[0]:
-            slots = next(tensors[j].shape[-2] for j, a in enumerate(axes) if a[0] == "N" and len(a) == 2)
-        for wild in (slots, -2, 2**31, 2**40, 2**63 - 1, INT_MIN):
+        for wild in (places[label], -2, 2**31, 2**40, 2**63 - 1, INT_MIN):
             for at in (0, t.numel() - 1):
                 changed = t.clone()
                 changed.view(-1)[at] = wild

@@ -8,9 +8,11 @@ import sys
 from pathlib import Path
 
 import torch
+from promised import PROMISED
 
 import memkernels as mk
 from memkernels.backends import BACKENDS as ROWS
+from memkernels.backends import DIRECTIONS
 from memkernels.registration import OPS
 from memkernels.testing import CASES, Subject
 
@@ -18,6 +20,20 @@ ROOT = Path(mk.__file__).resolve().parent.parent
 BACKENDS = ("reference", *(b.name for b in ROWS if "cpu" in b.devices))
 NATIVE = tuple(b for b in BACKENDS if b != "reference")
 CASE = {case.name: case for case in CASES}
+
+
+def has(op: str, backend: str, direction: str = "forward") -> bool:
+    """Is there a kernel, or must there be one? The reference has all directions."""
+    row = next((b for b in ROWS if b.name == backend), None)
+    return row is None or op in PROMISED or row.gap(op, "cpu", direction=direction) is None
+
+
+def _complete(op: str, backend: str) -> bool:
+    return all(has(op, backend, d) for d in (*DIRECTIONS, *(["in-place"] if OPS[op].inplace else [])))
+
+
+# Ops whose native operators can be called in every direction: the promised ones, and others once they have kernels.
+READY = tuple(op for op in OPS if all(_complete(op, backend) for backend in NATIVE))
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> torch.Tensor:

@@ -205,7 +205,7 @@ def test_a_masked_word_has_no_probability_and_no_gradient(backend):
 
 @pytest.mark.parametrize("w", [32_000, 32_003])
 def test_a_large_gradient_is_the_same_wherever_its_memory_comes_from(w):
-    """Written past the caches where rows end on borders of registers; on fresh pages and on those that come back."""
+    """Non-temporal stores where rows end on borders of registers; on fresh pages and on those that come back."""
     t, n = 140, 5
     logits, targets, scores, tokens, mix = case(t=t, w=w, n=n)
     leaves = [logits.float().requires_grad_(), scores.float().requires_grad_(), mix.float().requires_grad_()]

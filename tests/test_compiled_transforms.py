@@ -10,6 +10,7 @@ from torch import func
 from torch.autograd import forward_ad
 
 import memkernels as mk
+from memkernels.spec import several
 
 OPS = [case for case in CASES if "," not in case]
 
@@ -19,8 +20,7 @@ def number(case: str, backend: str):
     function, tensors = CASES[case]
 
     def run(x):
-        found = function(backend, x, *tensors[1:])
-        found = found if isinstance(found, tuple) else (found,)
+        found = several(function(backend, x, *tensors[1:]))
         return sum(r.square().sum() for r in found if r.is_floating_point())
 
     return run

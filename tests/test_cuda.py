@@ -42,7 +42,7 @@ def test_the_library_has_code_for_every_target(library, kernels):
 
 @nvcc
 def test_kernels_stay_within_their_resources(kernels):
-    """No registers spilled, no array on the stack, at least two blocks to a processor, no static shared memory."""
+    """No registers spilled, no array on the stack, at least two blocks per SM, no static shared memory."""
     wrong = [(k.target, cuda_check.plain(k.name), fault) for k in kernels for fault in k.faults()]
     assert not wrong, "\n".join(map(str, wrong))
 

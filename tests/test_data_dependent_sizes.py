@@ -8,6 +8,7 @@ from support import close, randn
 from test_gradients import CASES as EVERY_OP
 
 import memkernels as mk
+from memkernels.spec import several
 
 B, T, N, K, V, k = 4, 6, 9, 4, 5, 3
 QUERY, KEYS, VALUES, MASK, WRITE = randn(T, K), randn(N, K), randn(N, V), randn(N), randn(T, V)
@@ -180,10 +181,6 @@ def chosen(case: str, few: bool = False) -> torch.Tensor:
     return torch.arange(count) % 4 != 1 if not few else torch.arange(count) == 2
 
 
-def results(found) -> list[torch.Tensor]:
-    return list(found) if isinstance(found, tuple) else [found]
-
-
 @pytest.fixture(autouse=True)
 def sizes_from_data():
     torch._dynamo.reset()
@@ -200,8 +197,8 @@ def test_compiled_as_eager(backend, case):
     compiled = torch.compile(lambda c, *x: function(c, backend, *x), fullgraph=True, backend="aot_eager")
     named = case in ("sparse_read N", "sparse_write N")  # by indices that a single slot would not have
     for few in (False,) if named else (False, True):  # one of them is a size of 1, which a guard would have excluded
-        wanted = results(function(chosen(case, few), "reference", *tensors))
-        for got, want in zip(results(compiled(chosen(case, few), *tensors)), wanted):
+        wanted = several(function(chosen(case, few), "reference", *tensors))
+        for got, want in zip(several(compiled(chosen(case, few), *tensors)), wanted):
             close(got, want)
 
 
@@ -211,7 +208,7 @@ def test_gradients_of_compiled_code(native, case):
 
     def gradients(run):
         leaves = [x.clone().requires_grad_() for x in tensors]
-        found = [torch.nan_to_num(r, neginf=0.0) for r in results(run(*leaves)) if r.requires_grad]
+        found = [torch.nan_to_num(r, neginf=0.0) for r in several(run(*leaves)) if r.requires_grad]
         return torch.autograd.grad(sum((r * torch.cos(r.detach())).sum() for r in found), leaves)
 
     compiled = torch.compile(lambda *x: function(chosen(case), native, *x), fullgraph=True, backend="aot_eager")
@@ -224,7 +221,7 @@ def test_gradients_of_compiled_code(native, case):
 def test_inductor(native, case):
     function, tensors = CASES[case]
     compiled = torch.compile(lambda *x: function(chosen(case), native, *x), fullgraph=True)
-    for got, want in zip(results(compiled(*tensors)), results(function(chosen(case), "reference", *tensors))):
+    for got, want in zip(several(compiled(*tensors)), several(function(chosen(case), "reference", *tensors))):
         close(got, want)
 
 
@@ -240,8 +237,8 @@ def test_export(native, case, strict):
     program = torch.export.export(Model(), (chosen(case), *tensors), strict=strict)
     assert any("memkernels" in str(node.target) for node in program.graph.nodes)
     for few in (False, True):
-        wanted = results(function(chosen(case, few), "reference", *tensors))
-        for got, want in zip(results(program.module()(chosen(case, few), *tensors)), wanted):
+        wanted = several(function(chosen(case, few), "reference", *tensors))
+        for got, want in zip(several(program.module()(chosen(case, few), *tensors)), wanted):
             close(got, want)
 
 

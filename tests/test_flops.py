@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from promised import PROMISED
 from support import operator, randn, run_python, subject
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import memkernels as mk
 from memkernels.registration import OPS
+from memkernels.spec import several
 
 # Multiply-adds of one stream at the sizes below, by hand: (forward, backward).
 T, N, K, V, k, S, D, W, n, h = 7, 33, 16, 24, 4, 3, 20, 50, 6, 8
@@ -42,7 +44,7 @@ def counted(run) -> dict[str, int]:
     return {str(name).rsplit(".", 1)[-1]: flops for name, flops in counter.get_flop_counts()["Global"].items()}
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", PROMISED)
 @pytest.mark.parametrize("streams", [1, 2])
 def test_every_op_forward_and_backward(native, op, streams):
     s = subject(op, "no leading dimensions", torch.float32)
@@ -52,8 +54,7 @@ def test_every_op_forward_and_backward(native, op, streams):
     tensors = [t.requires_grad_() if i in s.wanting else t for i, t in enumerate(tensors)]
 
     def run():
-        results = mk.registration.call(OPS[op], tensors, tuple(s.inputs.params), native)
-        results = results if isinstance(results, tuple) else (results,)
+        results = several(mk.registration.call(OPS[op], tensors, tuple(s.inputs.params), native))
         sum(torch.nan_to_num(r).sum() for r in results if r.requires_grad).backward()
 
     forward, backward = HAND[OPS[op].twin_of or op]
@@ -107,5 +108,5 @@ def test_whichever_is_imported_first(first):
 
 
 def test_every_op_declares_its_cost():
-    assert all(op.flops is not None and op.backward_flops is not None for op in OPS.values())
-    assert set(HAND) == {name for name, op in OPS.items() if not op.twin_of}
+    assert all(OPS[op].flops is not None and OPS[op].backward_flops is not None for op in PROMISED)
+    assert set(HAND) == {op for op in PROMISED if not OPS[op].twin_of}

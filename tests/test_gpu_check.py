@@ -60,8 +60,7 @@ if {"contract", "plan"} & set(sys.orig_argv):
         return judge(self, backend, direction, *rest)
 
     def spoiled(*arguments):
-        result = call(*arguments)
-        return [state["factor"] * r for r in result] if isinstance(result, (tuple, list)) else state["factor"] * result
+        return [state["factor"] * r for r in grid.spec.several(call(*arguments))]
 
     grid.Subject._judge, grid._call = seeded, spoiled
 """

@@ -6,7 +6,8 @@ import functools
 
 import pytest
 import torch
-from support import BACKENDS, CASE, NATIVE, run_python
+from promised import PROMISED
+from support import BACKENDS, CASE, NATIVE, has, run_python
 
 from memkernels import backends
 from memkernels.registration import OPS
@@ -21,6 +22,7 @@ GRID = [
     for case in cases(op)
     if takes(case, dtype)
     for backend in BACKENDS
+    if has(op.name, backend)
 ]
 
 
@@ -31,13 +33,14 @@ def _subject(op: str, case: str, dtype: torch.dtype) -> Subject:
 
 @pytest.mark.parametrize(("op", "case", "dtype", "backend"), GRID)
 def test_equals_the_float64_reference(op, case, dtype, backend):
-    rows = _subject(op, case, dtype).rows(backend)
+    subject = _subject(op, case, dtype)
+    rows = subject.rows(backend, [d for d in subject.directions() if has(op, backend, d.replace(" ", "-"))])
     assert rows
     assert all(row.passed for row in rows), "\n".join(str(row) for row in rows if not row.passed)
 
 
 @pytest.mark.parametrize("backend", NATIVE)
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", PROMISED)
 def test_the_cpu_backend_has_no_gap(op, backend):
     row = next(b for b in backends.BACKENDS if b.name == backend)
     whys = [row.gap(op, "cpu", dtype, direction) for dtype in FLOATS for direction in backends.DIRECTIONS]
@@ -52,7 +55,7 @@ def test_every_case_is_taken_by_some_op():
 
 
 def test_every_op_has_backward_rows():
-    for op in OPS.values():
+    for op in (op for op in OPS.values() if op.differentiable):
         assert "backward" in Subject(op, CASE["usual"], torch.float32, "cpu").directions(), op.name
 
 

@@ -10,14 +10,13 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import memkernels as mk
+from memkernels.spec import several
 
 QUERY, KEYS, VALUES = randn(2, 3, 4), randn(2, 5, 4, seed=1), randn(2, 5, 3, seed=2)
 
 
 def results(function, backend, inputs):
-    found = function(backend, *inputs)
-    found = found if isinstance(found, tuple) else (found,)
-    return [r for r in found if r.requires_grad]
+    return [r for r in several(function(backend, *inputs)) if r.requires_grad]
 
 
 def chain(function, backend, tensors, order: int):
@@ -109,8 +108,7 @@ def test_three_times_under_torch_func(case, native):
 
     def number(name):
         def run(x):
-            found = function(name, x, *tensors[1:])
-            found = found if isinstance(found, tuple) else (found,)
+            found = several(function(name, x, *tensors[1:]))
             return sum(r.square().sum() for r in found if r.is_floating_point())
 
         return run

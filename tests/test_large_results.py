@@ -1,5 +1,5 @@
-"""Results from 16 MiB on, which CPU kernels write with non-temporal stores or, of chosen rows, into zero pages, and
-memories from 32 MiB on, whose rows they prefetch.
+"""Results of at least 16 MiB, which CPU kernels write with non-temporal stores or, of chosen rows, into zero pages, and
+memories of at least 32 MiB, whose rows they prefetch.
 
 Against float64, and the same bits for any number of threads.
 """

@@ -16,6 +16,7 @@ import torch
 from support import operator
 from memkernels.testing import Case, Subject
 from memkernels.registration import OPS
+from memkernels.spec import several
 
 name, backend, direction, T, N = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5])
 erase = {"erase": "uniform"} if len(sys.argv) > 6 else {}
@@ -38,11 +39,10 @@ def measure(t, n):
         reset_peak()
         before = status("VmRSS")
         results = run(*leaves, *s.inputs.params)
-        own = sum(r.numel() * r.element_size() for r in (results if isinstance(results, (tuple, list)) else [results]))
+        own = sum(r.numel() * r.element_size() for r in several(results))
     else:
         wanting = [leaves[i].requires_grad_() for i in s.wanting]
-        results = run(*leaves, *s.inputs.params)
-        results = list(results) if isinstance(results, (tuple, list)) else [results]
+        results = several(run(*leaves, *s.inputs.params))
         cotangents = s.cotangents(results)
         reset_peak()
         before = status("VmRSS")

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from support import close
 
 import memkernels as mk
+from memkernels.spec import several
 
 # The fixture only names a backend; it need not be fresh for every example.
 anew = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -71,7 +72,7 @@ def memories(draw):
 def _gradients(run, tensors, which):
     leaves = [tensors[name].detach().clone().requires_grad_() for name in which]
     outputs = run({**tensors, **dict(zip(which, leaves))})
-    outputs = [o for o in (outputs if isinstance(outputs, tuple) else (outputs,)) if o.requires_grad]
+    outputs = [o for o in several(outputs) if o.requires_grad]
     if not outputs:
         return []
     random = torch.Generator().manual_seed(1)
@@ -84,7 +85,7 @@ def agrees(run, tensors, which, backend):
     """``run(tensors, backend)`` gives the results and gradients of the reference."""
     which = [name for name in which if tensors[name] is not None and tensors[name].is_floating_point()]
     got, wanted = (run(tensors, b) for b in (backend, "reference"))
-    for g, w in zip(*(x if isinstance(x, tuple) else (x,) for x in (got, wanted))):
+    for g, w in zip(several(got), several(wanted)):
         if g.is_floating_point():
             close(g, w)
         else:

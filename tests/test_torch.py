@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch._dynamo.testing
-from support import CASE, close, operator, randn, subject
+from support import CASE, READY, close, operator, randn, subject
 
 import memkernels as mk
 from memkernels.registration import OPS
+from memkernels.spec import several
 
 B, T, N, K, V, k = 2, 9, 33, 16, 24, 4
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
@@ -24,7 +25,7 @@ def samples(op: str):
         yield case, inputs
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", READY)
 def test_opcheck(native, op):
     for _, inputs in samples(op):
         tensors = [
@@ -34,13 +35,12 @@ def test_opcheck(native, op):
         torch.library.opcheck(operator(native, op), (*tensors, *inputs.params), test_utils=CHECKS)
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", READY)
 def test_opcheck_of_the_backward(native, op):
     declared = OPS[op]
     for _, inputs in samples(op):
         tensors = [t if t is None or not t.is_floating_point() else torch.nan_to_num(t) for t in inputs.tensors]
-        results = operator(native, op)(*tensors, *inputs.params)
-        results = results if isinstance(results, (tuple, list)) else (results,)
+        results = several(operator(native, op)(*tensors, *inputs.params))
         saved = [results[[o.name for o in declared.outputs].index(name)] for name in declared.saved]
         cotangents = [torch.randn_like(r) for r, o in zip(results, declared.outputs) if o.grad]
         present = [t for t, a in zip(tensors, declared.args) if a.is_float]
@@ -54,7 +54,7 @@ def test_opcheck_of_the_backward(native, op):
         )
 
 
-@pytest.mark.parametrize("op", [op for op in OPS if OPS[op].inplace])
+@pytest.mark.parametrize("op", [op for op in READY if OPS[op].inplace])
 def test_opcheck_of_the_in_place_twin(native, op):
     for _, inputs in samples(op):
         tensors = [t if t is None or not t.is_floating_point() else torch.nan_to_num(t) for t in inputs.tensors]
@@ -194,14 +194,14 @@ def test_export(native):
 def test_meta_and_fake_tensors_give_shapes_and_dtypes_of_the_reference(native):
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    for op, declared in OPS.items():
+    for op in READY:
+        declared = OPS[op]
         for dtype in (torch.float32, torch.bfloat16, torch.float64):
             s = subject(op, "content in float32" if dtype == torch.bfloat16 and "values" in op else "usual", dtype)
             wanted = declared.reference(*s.inputs.tensors, *s.inputs.params)
             with FakeTensorMode() as mode:
                 fakes = [t if t is None else mode.from_tensor(t) for t in s.inputs.tensors]
-                results = operator(native, op)(*fakes, *s.inputs.params)
-            results = results if isinstance(results, (tuple, list)) else (results,)
+                results = several(operator(native, op)(*fakes, *s.inputs.params))
             assert [(r.shape, r.dtype) for r in results] == [(w.shape, w.dtype) for w in wanted]
 
 

@@ -122,6 +122,7 @@ import torch
 import memkernels as mk
 from memkernels import _triton, backends
 from memkernels.registration import OPS
+from memkernels.spec import several
 from memkernels.testing import CASES, Subject
 
 row = next(b for b in backends.BACKENDS if b.name == "triton")
@@ -137,8 +138,7 @@ for op in (OPS[name] for name in _triton.kernels().operators() if name in OPS):
     for _ in range(2):
         tensors = [t if t is None else t.detach() for t in subject.inputs.tensors]
         leaves = [tensors[i].requires_grad_() for i in subject.wanting]
-        results = getattr(torch.ops.memkernels_triton, op.name)(*tensors, *subject.inputs.params)
-        results = list(results) if isinstance(results, (tuple, list)) else [results]
+        results = several(getattr(torch.ops.memkernels_triton, op.name)(*tensors, *subject.inputs.params))
         pairs = [(results[i], d) for i, d in subject.cotangents(results).items()]
         runs.append([*results, *torch.autograd.grad([r for r, _ in pairs], leaves, [d for _, d in pairs])])
     if not all(torch.equal(a, b) for a, b in zip(*runs)):

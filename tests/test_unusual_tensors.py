@@ -11,6 +11,8 @@ from calls import OPERATIONS, B, arguments, run
 from support import close
 
 import memkernels as mk
+from memkernels.registration import OPS
+from memkernels.spec import MAX_LEAD, Arg
 
 TENSORS = [
     (op, name) for op in OPERATIONS for name, x in arguments(op, masks=True).items() if isinstance(x, torch.Tensor)
@@ -34,6 +36,11 @@ class Wrapper(torch.Tensor):
 
 class Named(torch.Tensor):
     """A tensor with a name and nothing else."""
+
+
+def declared(op: str, name: str) -> Arg:
+    own = OPS[op.removesuffix("_")]
+    return own.args[own.index(name)]
 
 
 def _sentence(error: BaseException, op: str, name: str) -> None:
@@ -62,7 +69,7 @@ def test_what_is_no_dense_tensor_on_the_same_device_is_refused(backend, op, name
     others = [x.tolist(), x.numpy(), 3.5j, "text", jagged, ragged, x.to_sparse(), x.to(torch.complex64)]
     if x.is_floating_point():
         others += [torch.quantize_per_tensor(x.float(), 0.1, 0, torch.qint8)]
-    if name not in ("slot_mask", "token_mask", "initial"):
+    if not declared(op, name).optional:
         others += [None]
     if x.dim() > 1:
         others += [torch.ones_like(x).to_sparse_csr()]
@@ -88,7 +95,7 @@ def test_more_leading_dimensions_than_kernels_have_room_for(backend, op):
             else x.reshape(*(1,) * (dims - 1), *x.shape)
         )
 
-    room = 11 if op.startswith("product") or op == "merge_reads" else 12  # an axis more than the others
+    room = MAX_LEAD + 2 - max(2, *(len(a.parsed) for a in OPS[op.removesuffix("_")].args))
     for fits in (2, room):
         run(op, backend, **{n: lift(x, fits) for n, x in given.items()})
     for many in (room + 1, 20):

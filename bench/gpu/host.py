@@ -16,6 +16,7 @@ import torch
 
 from memkernels.backends import BACKENDS, DIRECTIONS, Backend
 from memkernels.registration import OPS
+from memkernels.spec import several
 from memkernels.testing import CASES, Subject
 
 from .stand_in import Record
@@ -47,8 +48,7 @@ def calls(subject: Subject, backend: Backend) -> Iterator[tuple[str, Callable[[]
     yield "forward", lambda: forward(*arguments)
     if "backward" not in has:
         return
-    outputs = forward(*arguments)
-    outputs = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
+    outputs = several(forward(*arguments))
     names = [out.name for out in op.outputs]
     saved = [outputs[names.index(name)] for name in op.saved]
     gradients = [torch.empty_like(x) for out, x in zip(op.outputs, outputs) if out.grad]

@@ -10,6 +10,7 @@ constants: gradients go to the query and to a float mask.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,11 +24,15 @@ _places: dict[str, list[int]] = {}  # name of a twin -> which arguments may be c
 def compressed(op: Op, **scales: str) -> Op:
     """The twin of ``op`` whose arguments named in ``scales`` are compressed; argument -> name of its scale."""
     args = [replace(a, dtype="slots") if a.name in scales else a for a in op.args]
-    args += [Arg(name, "N", "memory", "scale", optional=True) for name in scales.values()]
+    args += [Arg(scale, "N", "memory", "scale", optional=True, of=name) for name, scale in scales.items()]
     lead = next(i for i, a in enumerate(op.args) if a.dtype == "lead")
     rows = [(op.index(name), len(op.args) + i) for i, name in enumerate(scales)]
     twin = f"{op.name}_compressed"
     _places[twin] = [place for place, _ in rows]
+
+    def over_floats(function: Any) -> Any:
+        """``function`` of the arguments of ``op``, as one of those of the twin."""
+        return function and (lambda *inputs: function(*multiplied_out(inputs)))
 
     def multiplied_out(inputs) -> list:
         exact = stats_dtype(inputs[lead].dtype)
@@ -37,13 +42,13 @@ def compressed(op: Op, **scales: str) -> Op:
                 inputs[at] = inputs[at].to(exact) * inputs[scale].to(exact).unsqueeze(-1)
         return [*inputs[: len(op.args)], *inputs[len(args) :]]
 
-    selected = op.selected
     return replace(
         op,
         name=twin,
         args=tuple(args),
-        reference=lambda *inputs: op.reference(*multiplied_out(inputs)),
-        selected=selected and (lambda *inputs: selected(*multiplied_out(inputs))),
+        outputs=tuple(replace(out, judge=over_floats(out.judge)) for out in op.outputs),
+        reference=over_floats(op.reference),
+        selected=over_floats(op.selected),
         autocast=tuple(name for name in op.autocast if name not in scales),
         twin_of=op.name,
     )

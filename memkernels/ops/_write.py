@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..spec import fold_tokens, shaped, stats_dtype
-from ._options import fraction, single, stays_tensor
+from ..registration import call
+from ..spec import Op, fold_tokens, shaped, stats_dtype
+from ._formula import stretch
+from ._options import fraction, scaled, single, stays_tensor
 
 
 def fold(memory: tuple[int, ...], token_mask: Tensor | None, *tensors: Tensor | None):
@@ -50,6 +52,22 @@ def write_scores(values, keys, query, write, erase, slot_mask, token_mask, erase
         a = a.masked_fill(silent, 0)
     a = a.expand(*memory, *a.shape[-2:])
     return write_tokens(values, a, w, e, erase_scale).to(values.dtype), torch.prod(1 - a, dim=-2)
+
+
+def write_by_scores(op: Op, name: str, tensors, scale: float | Tensor | None, backend: str | None):
+    """The call ``name`` of a write whose gates come from scores; in place where the name ends with an underscore.
+
+    tensors: values, keys, query, write, erase (or a number), slot_mask, token_mask.
+    Returns the new values and retained.
+    """
+    values, keys, query, write, erase, slot_mask, token_mask = tensors
+    vector, amount = erase_options(name, erase, values, write)
+    given = [values, keys, query, write, vector, stretch(slot_mask, keys), token_mask]
+    given, factor = scaled(op, given, scale, name)
+    if not name.endswith("_"):
+        return call(op, given, (factor, amount), backend)
+    check_in_place(name, given, values, (("keys", keys, 2), ("slot_mask", slot_mask, 1)))
+    return values, call(op, given, (factor, amount), backend, inplace=True)
 
 
 ERASE = "a number or a tensor [..., T, V]"

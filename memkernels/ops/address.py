@@ -77,8 +77,4 @@ def address(
     if not isinstance(gate, str) or gate not in GATES:
         raise ValueError(f"address: gate must be one of {', '.join(GATES)}, got {gate!r}")
     tensors, factor = scaled(OP, [query, keys, stretch(slot_mask, keys)], scale, "address")
-    return _only(call(OP, tensors, (factor, gate == "sigmoid"), backend))
-
-
-def _only(result):
-    return result[0] if isinstance(result, tuple) else result
+    return call(OP, tensors, (factor, gate == "sigmoid"), backend)

@@ -46,8 +46,8 @@ OP = register(
         args=(
             Arg("logits", "T W", "tokens", "lead"),
             Arg("cache_scores", "T N", "tokens", "content"),
-            Arg("cache_tokens", "T N", "tokens", "index"),
-            Arg("mix", "T", "tokens", "stats"),
+            Arg("cache_tokens", "T N", "tokens", "index", of="W"),
+            Arg("mix", "T", "tokens", "stats", fill="uniform"),
         ),
         outputs=(Out("logprobs", "T W", dtype="stats"), Out("lse", "T", dtype="stats", grad=False), LSE_REST),
         saved=("lse", "lse_rest"),

@@ -29,10 +29,10 @@ OP = register(
         name="cache_nll",
         args=(
             Arg("logits", "T W", "tokens", "lead"),
-            Arg("targets", "T", "tokens", "index"),
+            Arg("targets", "T", "tokens", "index", of="W"),
             Arg("cache_scores", "T N", "tokens", "content"),
-            Arg("cache_tokens", "T N", "tokens", "index"),
-            Arg("mix", "T", "tokens", "stats"),
+            Arg("cache_tokens", "T N", "tokens", "index", of="W"),
+            Arg("mix", "T", "tokens", "stats", fill="uniform"),
         ),
         outputs=(Out("nll", "T", dtype="stats"), Out("lse", "T", dtype="stats", grad=False), LSE_REST),
         saved=("lse", "lse_rest"),

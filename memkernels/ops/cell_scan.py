@@ -33,7 +33,7 @@ OP = register(
         name="cell_scan",
         args=(
             Arg("inputs", "T 3D", "tokens", "lead"),
-            Arg("weight", "3D D", "memory"),
+            Arg("weight", "3D D", "memory", fill="recurrent"),
             Arg("initial", "D", "tokens", "same", optional=True),
         ),
         outputs=(Out("states", "T D"),),
@@ -74,5 +74,4 @@ def cell_scan(
 
     Source: Hochreiter and Schmidhuber 1997, Long Short-Term Memory; Gers et al. 2000, Learning to Forget.
     """
-    result = call(OP, [inputs, weight, initial], (), backend)
-    return result[0] if isinstance(result, tuple) else result
+    return call(OP, [inputs, weight, initial], (), backend)

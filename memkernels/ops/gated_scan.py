@@ -30,7 +30,7 @@ OP = register(
     Op(
         name="gated_scan",
         args=(
-            Arg("forget", "T D", "tokens", "lead"),
+            Arg("forget", "T D", "tokens", "lead", fill="uniform"),
             Arg("update", "T D", "tokens", "content"),
             Arg("initial", "D", "tokens", "content", optional=True),
         ),
@@ -68,5 +68,4 @@ def gated_scan(
 
     Source: Martin and Cundy 2018, Parallelizing Linear Recurrent Neural Nets Over Sequence Length.
     """
-    result = call(OP, [forget, update, initial], (), backend)
-    return result[0] if isinstance(result, tuple) else result
+    return call(OP, [forget, update, initial], (), backend)

@@ -14,11 +14,10 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from ..registration import call, register
+from ..registration import register
 from ..spec import Arg, Op, Out
-from ._formula import scores, stretch
-from ._options import scaled
-from ._write import check_in_place, erase_options, write_scores
+from ._formula import scores
+from ._write import write_by_scores, write_scores
 
 
 def reference(
@@ -48,7 +47,7 @@ OP = register(
             Arg("write", "T V", "tokens", "content"),
             Arg("erase", "T V", "tokens", "content", optional=True),
             Arg("slot_mask", "N", "memory", "mask", optional=True, stretch=True),
-            Arg("token_mask", "T", "tokens", "bool", optional=True),
+            Arg("token_mask", "T", "tokens", "bool", optional=True, hides=True),
         ),
         params=(("scale", "float"), ("erase_scale", "float")),
         outputs=(
@@ -62,6 +61,7 @@ OP = register(
         backward_flops=lambda s: 2 * s["T"] * s["N"] * (3 * s["K"] + 2 * s["V"]),
         autocast=("keys", "query"),
         inplace="values",
+        traits=("gates",),
         equation="v_i <- v_i (1 - a[t, i] e_t) + a[t, i] w_t, a = sigmoid(scale q_t.k_i + mask_i), t = 1..T in order",
     )
 )
@@ -155,8 +155,8 @@ def gated_write(
 
     Source: Graves et al. 2014, Neural Turing Machines; Zhang et al. 2024, Gated Slot Attention.
     """
-    tensors, params = _arguments("gated_write", values, keys, query, write, erase, scale, slot_mask, token_mask)
-    new, retained = call(OP, tensors, params, backend)
+    tensors = (values, keys, query, write, erase, slot_mask, token_mask)
+    new, retained = write_by_scores(OP, "gated_write", tensors, scale, backend)
     return (new, retained) if return_retained else new
 
 
@@ -229,14 +229,6 @@ def gated_write_(
     Raises:
         RuntimeError: a gradient is required. ValueError, TypeError: a shape, dtype or device does not fit.
     """
-    tensors, params = _arguments("gated_write_", values, keys, query, write, erase, scale, slot_mask, token_mask)
-    check_in_place("gated_write_", tensors, values, (("keys", keys, 2), ("slot_mask", slot_mask, 1)))
-    retained = call(OP, tensors, params, backend, inplace=True)
-    return (values, retained) if return_retained else values
-
-
-def _arguments(op, values, keys, query, write, erase, scale, slot_mask, token_mask):
-    vector, amount = erase_options(op, erase, values, write)
-    tensors = [values, keys, query, write, vector, stretch(slot_mask, keys), token_mask]
-    tensors, factor = scaled(OP, tensors, scale, op)
-    return tensors, (factor, amount)
+    tensors = (values, keys, query, write, erase, slot_mask, token_mask)
+    new, retained = write_by_scores(OP, "gated_write_", tensors, scale, backend)
+    return (new, retained) if return_retained else new

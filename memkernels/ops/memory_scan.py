@@ -67,7 +67,7 @@ OP = register(
             Arg("write_query", "T K", "tokens"),
             Arg("write", "T V", "tokens", "content"),
             Arg("slot_mask", "N", "memory", "mask", optional=True, stretch=True),
-            Arg("token_mask", "T", "tokens", "bool", optional=True),
+            Arg("token_mask", "T", "tokens", "bool", optional=True, hides=True),
         ),
         params=(("scale", "float"), ("read_first", "bool")),
         outputs=(

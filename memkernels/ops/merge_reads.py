@@ -28,7 +28,7 @@ def reference(reads: Tensor, lses: Tensor):
 OP = register(
     Op(
         name="merge_reads",
-        args=(Arg("reads", "S T V", "tokens", "lead"), Arg("lses", "S T", "tokens", "stats")),
+        args=(Arg("reads", "S T V", "tokens", "lead"), Arg("lses", "S T", "tokens", "stats", hides=True)),
         outputs=(Out("read", "T V"), Out("lse", "T", dtype="stats")),
         reference=reference,
         flops=lambda s: 2 * s["S"] * s["T"] * s["V"],

@@ -20,6 +20,10 @@ from .topk_read import read_chosen
 from .topk_search import best
 
 
+def ranking(query: Tensor, subkeys: Tensor, values: Tensor, k: int, scale: float) -> Tensor:
+    return product_scores(query, subkeys, scale)
+
+
 def reference(query: Tensor, subkeys: Tensor, values: Tensor, k: int, scale: float):
     _, indices = best(product_scores(query, subkeys, scale), k)
     return selected(query, subkeys, values, k, scale, indices)
@@ -40,7 +44,7 @@ OP = register(
         params=(("k", "int"), ("scale", "float")),
         outputs=(
             Out("read", "T V"),
-            Out("indices", "T k", dtype="index", grad=False),
+            Out("indices", "T k", dtype="index", grad=False, of="nn", judge=ranking),
             Out("weights", "T k", dtype="stats", positive=True),
         ),
         saved=("indices", "weights"),

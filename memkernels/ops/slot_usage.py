@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..registration import call, register
 from ..spec import Arg, Op, Out, fold_tokens
-from ._formula import scores, stretch
+from ._formula import scores, softmax, stretch
 from ._options import scaled
 
 
@@ -24,13 +24,19 @@ def reference(query: Tensor, keys: Tensor, lse: Tensor, slot_mask: Tensor | None
     return (fold_tokens(weights, memory, weights.shape[:-2], tail=1).sum(-2),)
 
 
+def lse_of(query: Tensor, keys: Tensor, lse: Tensor, slot_mask: Tensor | None, scale: float) -> Tensor:
+    """The lse of the reads themselves. Beside any other the weights exp(s - lse) are not weights."""
+    mask = slot_mask.double() if slot_mask is not None and slot_mask.is_floating_point() else slot_mask
+    return softmax(scores(query.double(), keys.double(), mask, scale))[1].to(lse.dtype)
+
+
 OP = register(
     Op(
         name="slot_usage",
         args=(
             Arg("query", "T K", "tokens", "lead"),
             Arg("keys", "N K", "memory"),
-            Arg("lse", "T", "tokens", "stats"),
+            Arg("lse", "T", "tokens", "stats", fill=lse_of),
             Arg("slot_mask", "N", "memory", "mask", optional=True, stretch=True),
         ),
         params=(("scale", "float"),),
@@ -75,5 +81,4 @@ def slot_usage(
     Source: Graves et al. 2016, Hybrid computing using a neural network with dynamic external memory.
     """
     tensors, factor = scaled(OP, [query, keys, lse, stretch(slot_mask, keys)], scale, "slot_usage")
-    result = call(OP, tensors, (factor,), backend)
-    return result[0] if isinstance(result, tuple) else result
+    return call(OP, tensors, (factor,), backend)

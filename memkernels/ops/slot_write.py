@@ -34,10 +34,10 @@ OP = register(
         name="slot_write",
         args=(
             Arg("values", "N V", "memory", "content"),
-            Arg("weights", "T N", "tokens", "lead"),
+            Arg("weights", "T N", "tokens", "lead", fill="uniform"),
             Arg("write", "T V", "tokens", "content"),
             Arg("erase", "T V", "tokens", "content", optional=True),
-            Arg("token_mask", "T", "tokens", "bool", optional=True),
+            Arg("token_mask", "T", "tokens", "bool", optional=True, hides=True),
         ),
         params=(("erase_scale", "float"),),
         outputs=(Out("values", "N V", lead="memory", dtype="values"),),
@@ -83,8 +83,7 @@ def slot_write(
     Source: Graves et al. 2014, Neural Turing Machines.
     """
     tensors, params = _arguments("slot_write", values, weights, write, erase, token_mask)
-    result = call(OP, tensors, params, backend)
-    return result[0] if isinstance(result, tuple) else result
+    return call(OP, tensors, params, backend)
 
 
 def slot_write_(

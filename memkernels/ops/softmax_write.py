@@ -12,11 +12,10 @@ from typing import Literal, overload
 
 from torch import Tensor
 
-from ..registration import call, register
+from ..registration import register
 from ..spec import Arg, Op, Out
-from ._formula import scores, softmax, stretch
-from ._options import scaled
-from ._write import check_in_place, erase_options, write_scores
+from ._formula import scores, softmax
+from ._write import write_by_scores, write_scores
 
 
 def reference(
@@ -46,7 +45,7 @@ OP = register(
             Arg("write", "T V", "tokens", "content"),
             Arg("erase", "T V", "tokens", "content", optional=True),
             Arg("slot_mask", "N", "memory", "mask", optional=True, stretch=True),
-            Arg("token_mask", "T", "tokens", "bool", optional=True),
+            Arg("token_mask", "T", "tokens", "bool", optional=True, hides=True),
         ),
         params=(("scale", "float"), ("erase_scale", "float")),
         outputs=(
@@ -153,8 +152,8 @@ def softmax_write(
 
     Source: Graves et al. 2014, Neural Turing Machines.
     """
-    tensors, params = _arguments("softmax_write", values, keys, query, write, erase, scale, slot_mask, token_mask)
-    new, retained = call(OP, tensors, params, backend)
+    tensors = (values, keys, query, write, erase, slot_mask, token_mask)
+    new, retained = write_by_scores(OP, "softmax_write", tensors, scale, backend)
     return (new, retained) if return_retained else new
 
 
@@ -227,14 +226,6 @@ def softmax_write_(
     Raises:
         RuntimeError: a gradient is required. ValueError, TypeError: a shape, dtype or device does not fit.
     """
-    tensors, params = _arguments("softmax_write_", values, keys, query, write, erase, scale, slot_mask, token_mask)
-    check_in_place("softmax_write_", tensors, values, (("keys", keys, 2), ("slot_mask", slot_mask, 1)))
-    retained = call(OP, tensors, params, backend, inplace=True)
-    return (values, retained) if return_retained else values
-
-
-def _arguments(op, values, keys, query, write, erase, scale, slot_mask, token_mask):
-    vector, amount = erase_options(op, erase, values, write)
-    tensors = [values, keys, query, write, vector, stretch(slot_mask, keys), token_mask]
-    tensors, factor = scaled(OP, tensors, scale, op)
-    return tensors, (factor, amount)
+    tensors = (values, keys, query, write, erase, slot_mask, token_mask)
+    new, retained = write_by_scores(OP, "softmax_write_", tensors, scale, backend)
+    return (new, retained) if return_retained else new

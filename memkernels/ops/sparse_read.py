@@ -82,5 +82,4 @@ def sparse_read(
     Source: Rae et al. 2016, Scaling Memory-Augmented Neural Networks with Sparse Reads and Writes.
     """
     op, tensors = choose(OP, COMPRESSED, [values, indices, weights], {"values": value_scale})
-    result = call(op, tensors, (), backend)
-    return result[0] if isinstance(result, tuple) else result
+    return call(op, tensors, (), backend)

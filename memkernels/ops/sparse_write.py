@@ -49,7 +49,7 @@ OP = register(
         args=(
             Arg("values", "N V", "memory", "content"),
             Arg("indices", "T k", "tokens", "index"),
-            Arg("weights", "T k", "tokens", "lead"),
+            Arg("weights", "T k", "tokens", "lead", fill="uniform"),
             Arg("write", "T V", "tokens", "content"),
             Arg("erase", "T V", "tokens", "content", optional=True),
         ),
@@ -97,8 +97,7 @@ def sparse_write(
     Source: Rae et al. 2016, Scaling Memory-Augmented Neural Networks with Sparse Reads and Writes.
     """
     tensors, params = _arguments("sparse_write", values, indices, weights, write, erase)
-    result = call(OP, tensors, params, backend)
-    return result[0] if isinstance(result, tuple) else result
+    return call(OP, tensors, params, backend)
 
 
 def sparse_write_(

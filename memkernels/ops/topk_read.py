@@ -22,6 +22,10 @@ from .sparse_read import gather_rows
 from .topk_search import at, best
 
 
+def ranking(query: Tensor, keys: Tensor, values: Tensor, slot_mask: Tensor | None, k: int, scale: float) -> Tensor:
+    return scores(query, keys, slot_mask, scale)
+
+
 def reference(query: Tensor, keys: Tensor, values: Tensor, slot_mask: Tensor | None, k: int, scale: float):
     _, indices = best(scores(query, keys, slot_mask, scale), k)
     return selected(query, keys, values, slot_mask, k, scale, indices)
@@ -54,7 +58,7 @@ OP = register(
         params=(("k", "int"), ("scale", "float")),
         outputs=(
             Out("read", "T V"),
-            Out("indices", "T k", dtype="index", grad=False),
+            Out("indices", "T k", dtype="index", grad=False, judge=ranking),
             Out("weights", "T k", dtype="stats", positive=True),
         ),
         saved=("indices", "weights"),

@@ -28,6 +28,10 @@ def best(s: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return chosen, indices.masked_fill(torch.isneginf(chosen), -1)
 
 
+def ranking(query: Tensor, keys: Tensor, slot_mask: Tensor | None, k: int, scale: float) -> Tensor:
+    return scores(query, keys, slot_mask, scale)
+
+
 def reference(query: Tensor, keys: Tensor, slot_mask: Tensor | None, k: int, scale: float):
     chosen, indices = best(scores(query, keys, slot_mask, scale), k)
     return chosen.to(query.dtype), indices
@@ -55,7 +59,7 @@ OP = register(
             Arg("slot_mask", "N", "memory", "mask", optional=True, stretch=True),
         ),
         params=(("k", "int"), ("scale", "float")),
-        outputs=(Out("scores", "T k"), Out("indices", "T k", dtype="index", grad=False)),
+        outputs=(Out("scores", "T k"), Out("indices", "T k", dtype="index", grad=False, judge=ranking)),
         saved=("indices",),
         reference=reference,
         flops=lambda s: 2 * s["T"] * s["N"] * s["K"],

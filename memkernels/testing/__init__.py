@@ -17,7 +17,7 @@ import torch
 
 from .. import backends
 from ..registration import OPS
-from ..spec import FLOATS
+from ..spec import FLOATS, Op
 from .cases import CASES, Case, cases
 from .compare import TOLERANCE
 from .grid import DIRECTIONS, Row, Subject, find_backends, find_device, find_dtype, find_op, nan_in_new_memory, subjects
@@ -77,11 +77,11 @@ def check(
                 continue
             if (key := (one.name, name, kind)) not in seen:
                 seen.add(key)
-                rows += _gaps(one.name, name, kind, where, named=backend is not None)
+                rows += _gaps(one, name, kind, where, named=backend is not None)
             if _why_not(one.name, name, kind, where, "forward") is None:
                 subject = subject or Subject(one, case, kind, where)
-                forward_only = _why_not(one.name, name, kind, where, "backward") is not None
-                rows += subject.rows(name, [d for d in subject.directions() if not (forward_only and d == "backward")])
+                has = [d for d in subject.directions() if _why_not(one.name, name, kind, where, d) is None]
+                rows += subject.rows(name, has)
         if progress is not None:
             progress(done + 1, len(work))
     return rows
@@ -95,11 +95,12 @@ def _claims(name: str, dtype: torch.dtype) -> bool:
 def _why_not(op: str, name: str, dtype: torch.dtype, device: str, direction: str) -> str | None:
     if name == "reference":
         return None
-    return next(b for b in backends.BACKENDS if b.name == name).gap(op, device, dtype, direction)
+    return next(b for b in backends.BACKENDS if b.name == name).gap(op, device, dtype, direction.replace(" ", "-"))
 
 
-def _gaps(op: str, name: str, dtype: torch.dtype, device: str, named: bool) -> list[Row]:
+def _gaps(op: Op, name: str, dtype: torch.dtype, device: str, named: bool) -> list[Row]:
     kind = str(dtype).removeprefix("torch.")
-    whys = {direction: _why_not(op, name, dtype, device, direction) for direction in backends.DIRECTIONS}
+    directions = DIRECTIONS if op.inplace else backends.DIRECTIONS
+    whys = {direction: _why_not(op.name, name, dtype, device, direction) for direction in directions}
     gap = not named and all(b.missing() is None for b in backends.BACKENDS if b.name == name)
-    return [Row(op, name, kind, device, "-", d, math.nan, 0.0, gap, why, gap) for d, why in whys.items() if why]
+    return [Row(op.name, name, kind, device, "-", d, math.nan, 0.0, gap, why, gap) for d, why in whys.items() if why]

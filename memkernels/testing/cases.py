@@ -13,12 +13,13 @@ from types import MappingProxyType
 from ..spec import Op, letters
 
 SIZES = MappingProxyType({"T": 7, "N": 33, "K": 16, "V": 24, "k": 4, "S": 3, "D": 20, "W": 50, "n": 6, "h": 8})
+UNMET = 5  # size of an axis that no case knows
 
 
 @dataclass(frozen=True)
 class Case:
-    """One situation. An op takes it when it has all of ``needs``: axes, arguments, options, results (as ``"-> read"``),
-    or is itself named.
+    """One situation. An op takes it when it has all of ``needs``: axes, arguments, options, results (``"-> read"``),
+    traits.
 
     sizes: axis -> size. tokens, memory: leading dimensions of the two sides; ``leads`` overrides them by argument.
     give: argument -> how it is filled where that is not the usual way (a function name of ``inputs.py``); optional
@@ -50,9 +51,7 @@ class Case:
 
 
 def _names(op: Op) -> set[str]:
-    names = (
-        {op.name} | {a.name for a in op.args} | {f"-> {o.name}" for o in op.outputs} | {name for name, _ in op.params}
-    )
+    names = {*op.traits, *(a.name for a in op.args), *(f"-> {o.name}" for o in op.outputs), *(n for n, _ in op.params)}
     names = names.union(*(letters(a.axes) for a in op.args), *(letters(o.axes) for o in op.outputs))
     return names | ({"mixed"} if any(a.dtype == "content" for a in op.args) else set())
 
@@ -113,8 +112,8 @@ LEADS = (
     Case("keys per stream, values shared", ("keys", "values"), leads={"values": ()}),
     Case("mask broadcasts", ("slot_mask",), leads={"slot_mask": (1,)}, give={"slot_mask": "mask_float"}),
     Case("write shared", ("write",), leads={"write": ()}),
-    Case("weight shared by streams", ("cell_scan",), tokens=(2, 3), memory=()),
-    Case("weight shared across the batch", ("cell_scan",), tokens=(2, 3), memory=(3,), give={"initial": "normal"}),
+    Case("weight shared by streams", ("weight",), tokens=(2, 3), memory=()),
+    Case("weight shared across the batch", ("weight",), tokens=(2, 3), memory=(3,), give={"initial": "normal"}),
     Case("initial shared", ("initial",), leads={"initial": ()}, give={"initial": "normal"}),
     Case(
         "initial per stream, inputs shared",
@@ -187,7 +186,7 @@ VALUES = (
     ),
     Case(  # not for a softmax: scores of thousands leave it no digits for what slots that tie share
         "gates at 0 and 1",
-        ("gated_write",),
+        ("gates",),
         _sizes(K=15),
         give={"query": "signs", "keys": "signs"},
         params={"scale": 200.0},
@@ -302,7 +301,9 @@ VALUES = (
     Case("mix 0", ("mix",), give={"mix": "zeros"}, quick=True),
     Case("mix 1", ("mix",), give={"mix": "ones"}, quick=True),
     Case("mix 0 and 1", ("mix",), give={"mix": "bits", "cache_scores": "lse_empty"}),
-    Case("one word in the whole cache", ("cache_tokens",), give={"cache_tokens": "word_same", "targets": "word_same"}),
+    Case(
+        "one word in the whole cache", ("cache_tokens",), give={"cache_tokens": "index_same", "targets": "index_same"}
+    ),
     Case("every index -1", ("indices", "weights", "T", "N"), give={"indices": "index_none"}),
     Case(
         "every index the same",

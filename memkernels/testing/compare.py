@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..ops._formula import scores
-from ..ops.product_key_search import product_scores
 from ..spec import Op, stats_dtype
 
 # Largest error of a result, by the dtype of the call (of the result, where that is a float32 statistic of a 16-bit
@@ -111,24 +108,18 @@ def special_values(got: Tensor, wanted: Tensor, *, nan_must_stay: bool) -> str:
 
 
 def wrong_choice(op: Op, tensors: Sequence[Tensor | None], params: Sequence, indices: Tensor, exact: bool) -> str:
-    """What is wrong with the slots that ``op`` chose, judged by scores recomputed in float64; empty when nothing is.
+    """What is wrong with the slots that ``op`` chose, judged by the declared scores in float64; empty when nothing is.
 
     Slots whose scores differ by less than float32 rounding may be ranked either way, unless ``exact``: then arithmetic
     is exact and the indices must be those of the reference, ties to the smaller one.
     """
-    named: dict[str, Any] = {a.name: t for a, t in zip(op.args, tensors)}
-    named |= {name: value for (name, _), value in zip(op.params, params)}
-    if "subkeys" in named:
-        s = product_scores(named["query"], named["subkeys"], named["scale"])
-    else:
-        keys, key_scale = named["keys"], named.get("key_scale")
-        keys = keys if key_scale is None else keys.double() * key_scale.unsqueeze(-1)
-        s = scores(named["query"], keys, named["slot_mask"], named["scale"])
+    assert op.choice is not None and op.choice.judge is not None
+    s = op.choice.judge(*tensors, *params)
     slots = s.shape[-1]
     if bool(((indices < -1) | (indices >= slots)).any()):
         return f"an index outside [-1, {slots})"
     if exact:
-        wanted = next(r for r, o in zip(op.reference(*tensors, *params), op.outputs) if o.dtype == "index")
+        wanted = op.reference(*tensors, *params)[op.outputs.index(op.choice)]
         return "" if torch.equal(indices, wanted) else "ties are not broken to the smaller index"
     if not slots or not indices.numel():
         return ""

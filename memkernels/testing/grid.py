@@ -25,7 +25,7 @@ DIRECTIONS = (*backends.DIRECTIONS, "in place")
 
 @contextlib.contextmanager
 def _threads(n: int) -> Iterator[None]:
-    """Run on ``n`` threads. All but the kernel under test runs on one: that is faster for small formulas in a row."""
+    """Run on ``n`` threads. Only the kernel under test uses several: small formulas run faster on one."""
     before = torch.get_num_threads()
     torch.set_num_threads(n)
     try:
@@ -60,7 +60,7 @@ class Row:
 
 @contextlib.contextmanager
 def nan_in_new_memory() -> Iterator[None]:
-    """New memory is NaN here (the largest integer for indices), so a number that a kernel forgets to write shows."""
+    """Fills new memory with NaN (the largest integer for indices): numbers that a kernel does not write show."""
     was, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     switch: Any = torch.utils.deterministic
     fill = switch.fill_uninitialized_memory
@@ -94,7 +94,7 @@ class Run:
         self._leaves = [tensors[i].requires_grad_() for i in wanting]
         with torch.set_grad_enabled(bool(wanting)):
             results = formula(*tensors, *params)
-        self._live = list(results) if isinstance(results, (tuple, list)) else [results]
+        self._live = list(spec.several(results))
         self._cotangents = cotangents
         self.outputs = [o.detach() for o in self._live]
 
@@ -200,14 +200,20 @@ class Subject:
             if tuple(tensor.shape) != shape or tensor.dtype != dtype:
                 wanted, found = f"{list(shape)} {dtype}", f"{list(tensor.shape)} {tensor.dtype}"
                 return Verdict(math.nan, 0.0, f"{out.name} must be {wanted}, got {found}")
-        indices = next((t for t, o in zip(got.outputs, op.outputs) if o.dtype == "index"), None)
-        if indices is not None and (
-            problem := wrong_choice(op, self.inputs.doubled(), self.inputs.params, indices, self.case.exact)
-        ):
-            return Verdict(math.nan, 0.0, problem)
+        for i, (out, tensor) in enumerate(zip(op.outputs, got.outputs)):
+            if out.dtype == "index" and (problem := self._wrong_index(i, tensor)):
+                return Verdict(math.nan, 0.0, problem)
         if "wanted" not in shared:
-            shared["wanted"] = self.wanted(indices)
+            chosen = None if op.choice is None else got.outputs[op.outputs.index(op.choice)]
+            shared["wanted"] = self.wanted(chosen)
         return self._compare(got, shared["wanted"], direction, backend)
+
+    def _wrong_index(self, i: int, indices: Tensor) -> str:
+        """What is wrong with result ``i``, which is an index; empty when nothing is."""
+        if self.op.outputs[i].judge is not None:
+            return wrong_choice(self.op, self.inputs.doubled(), self.inputs.params, indices, self.case.exact)
+        same = torch.equal(indices, self._doubled.outputs[i])
+        return "" if same else f"{self.op.outputs[i].name} differs from that of the reference"
 
     def _compare(self, got: Run, wanted: Run, direction: str, backend: str) -> Verdict:
         backward = direction == "backward"
@@ -251,7 +257,7 @@ def _call(op: Op, backend: str, target: int | None, *inputs):
     results = call(op, tensors, params, backend, inplace=target is not None)
     if target is None:
         return results
-    rest = iter(results if isinstance(results, (tuple, list)) else (results,))
+    rest = iter(spec.several(results))
     return [tensors[target] if o.name == op.inplace else next(rest) for o in op.outputs]
 
 

@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops._formula import scores, softmax
-from ..spec import COMPRESSED, Arg, Op, sizes, stats_dtype
-from .cases import SIZES, Case
+from ..spec import COMPRESSED, Arg, Axis, Op, letters, sizes, stats_dtype
+from .cases import SIZES, UNMET, Case
 
 SIXTEEN_BIT = (torch.bfloat16, torch.float16)
 
@@ -46,7 +45,7 @@ def make(op: Op, case: Case, dtype: torch.dtype, device: str = "cpu") -> Inputs:
     """The tensors and options of ``case``, the same on every device and in every run."""
     seed = zlib.crc32(f"{op.name}/{case.name}".encode())
     random = torch.Generator().manual_seed(seed)
-    axes = {**SIZES, **case.sizes}
+    axes = {**_unmet(op), **SIZES, **case.sizes}
     tensors: list[Tensor | None] = []
     for arg in op.args:
         compressed = any(t is not None and t.dtype in COMPRESSED for t in _scaled(op, arg, tensors))
@@ -55,29 +54,37 @@ def make(op: Op, case: Case, dtype: torch.dtype, device: str = "cpu") -> Inputs:
             continue
         lead = case.leads.get(arg.name, case.memory if arg.side == "memory" else case.tokens)
         shape = (*lead, *sizes(arg.axes, axes))
-        kind = case.give.get(arg.name) or _usual(op, arg)
-        tensors.append(FILL[kind](shape, _dtype(arg, dtype, case), random, axes))
+        places = Axis.parse(arg.of).size(axes) if arg.dtype == "index" else 0
+        tensors.append(FILL[_kind(arg, case)](shape, _dtype(arg, dtype, case), random, places))
     _poison(op, case, tensors)
-    params = tuple(_param(name, case, axes) for name, _ in op.params)
+    params = tuple(case.params.get(name, op.usual_option(name, axes)) for name, _ in op.params)
     tensors = [t if t is None else LAYOUT[case.layout](t.to(device), a) for a, t in zip(op.args, tensors)]
     for i, arg in enumerate(op.args):
-        if arg.name == "lse":  # must belong to the query and keys, or the weights exp(s - lse) would mean nothing
-            tensors[i] = _lse(op, tensors, dict(zip((n for n, _ in op.params), params)))
+        if callable(arg.fill) and tensors[i] is not None and arg.name not in case.give:
+            tensors[i] = arg.fill(*tensors, *params)
     return Inputs(tensors, params, seed)
 
 
+def _unmet(op: Op) -> dict[str, int]:
+    """Sizes of the axes and int options of ``op`` that ``SIZES`` does not have."""
+    declared: list[Any] = [*op.args, *op.outputs]
+    axes = set().union(*(letters(x.axes) for x in declared))
+    return dict.fromkeys(axes | {name for name, kind in op.params if kind == "int"}, UNMET)
+
+
 def _scaled(op: Op, arg: Arg, tensors: list[Tensor | None]) -> list[Tensor | None]:
-    """The slots that ``arg`` multiplies, if it is a scale: ``keys`` for ``key_scale``."""
-    return [tensors[op.index(arg.name.replace("_scale", "s"))]] if arg.dtype == "scale" else []
+    """The slots whose rows ``arg`` multiplies, if it is a scale."""
+    return [tensors[op.index(arg.of)]] if arg.dtype == "scale" else []
 
 
-def _usual(op: Op, arg: Arg) -> str:
-    """How an argument is filled where the case does not say."""
-    if arg.name == "mix" or (arg.name == "weights" and op.inplace):  # those of a write are shares
-        return "uniform"
-    own = {"forget": "uniform", "weight": "recurrent", "cache_tokens": "word", "targets": "word"}
+def _kind(arg: Arg, case: Case) -> str:
+    """How an argument is filled: as the case says, as its declaration says, or as its dtype asks for."""
+    if arg.name in case.give:
+        return case.give[arg.name]
+    if arg.fill and not callable(arg.fill):
+        return arg.fill
     kinds = {"bool": "token_mask", "index": "index", "stats": "stats", "slots": "int8", "scale": "row_scale"}
-    return own.get(arg.name) or kinds.get(arg.dtype, "normal")
+    return kinds.get(arg.dtype, "normal")
 
 
 def _dtype(arg: Arg, dtype: torch.dtype, case: Case) -> torch.dtype:
@@ -92,51 +99,30 @@ def _dtype(arg: Arg, dtype: torch.dtype, case: Case) -> torch.dtype:
     return dtype
 
 
-def _param(name: str, case: Case, axes: dict[str, int]):
-    if name in case.params:
-        return case.params[name]
-    if name == "k":
-        return axes["k"]
-    defaults = {"scale": max(axes["K"], 1) ** -0.5, "sigmoid": False, "erase_scale": 1.0, "read_first": False}
-    return defaults[name]
-
-
-def _lse(op: Op, tensors: list[Tensor | None], params: dict) -> Tensor:
-    named: dict[str, Any] = {a.name: t for a, t in zip(op.args, tensors)}
-    mask = named.get("slot_mask")
-    mask = mask.double() if mask is not None and mask.is_floating_point() else mask
-    _, lse, _ = softmax(scores(named["query"].double(), named["keys"].double(), mask, params["scale"]))
-    return lse.to(stats_dtype(named["query"].dtype))
-
-
 def _poison(op: Op, case: Case, tensors: list[Tensor | None]) -> None:
     """What must never be looked at is NaN: rows of empty slots, tokens that write nothing, parts with lse -inf."""
-    named: dict[str, Any] = {a.name: t for a, t in zip(op.args, tensors)}
-    mask, tokens, lses = named.get("slot_mask"), named.get("token_mask"), named.get("lses")
-    if mask is not None and mask.shape[-1] and "empty" in case.give.get("slot_mask", ""):
-        empty = ~mask if mask.dtype == torch.bool else torch.isneginf(mask)
-        for arg, tensor in zip(op.args, tensors):
-            if tensor is None or arg.side != "memory" or op.inplace == arg.name:
+    for arg, hiding in zip(op.args, tensors):
+        if hiding is None or not arg.hides or _kind(arg, case) not in EMPTYING:
+            continue
+        own = arg.axes.split()
+        hidden = ~hiding if hiding.dtype == torch.bool else torch.isneginf(hiding)
+        for other, tensor in zip(op.args, tensors):
+            if tensor is None or not tensor.is_floating_point() or tensor.dtype in COMPRESSED:
                 continue
-            rows = len(arg.axes.split()) == 2 and tensor.dtype not in COMPRESSED
-            if rows or arg.dtype == "scale":
-                tensor[empty.expand(tensor.shape[: tensor.dim() - rows])] = torch.nan
-    if tokens is not None:
-        for arg, tensor in zip(op.args, tensors):
-            if arg.side == "tokens" and tensor is not None and tensor.is_floating_point():
-                tensor[~tokens.expand(tensor.shape[:-1])] = torch.nan
-    if lses is not None:
-        named["reads"][torch.isneginf(lses)] = torch.nan
+            axes = other.axes.split()
+            apart = other is arg or other.side != arg.side or other.name == op.inplace  # what is written keeps the rest
+            if not apart and axes[: len(own)] == own:
+                tensor[hidden.expand(tensor.shape[: tensor.dim() - len(axes) + len(own)])] = torch.nan
 
 
-# --- how a tensor is filled: (shape, dtype, generator, sizes) -> tensor ---
+# --- how a tensor is filled: (shape, dtype, generator, places that an index has) -> tensor ---
 
 
-def _normal(shape, dtype, random, axes):
+def _normal(shape, dtype, random, places):
     return torch.randn(shape, generator=random, dtype=stats_dtype(dtype)).to(dtype)
 
 
-def _recurrent(shape, dtype, random, axes):
+def _recurrent(shape, dtype, random, places):
     """A weight that keeps states small: they do not amplify what rounding leaves."""
     return (0.3 * shape[-1] ** -0.5 * torch.randn(shape, generator=random, dtype=stats_dtype(dtype))).to(dtype)
 
@@ -144,14 +130,14 @@ def _recurrent(shape, dtype, random, axes):
 def _rounded(factor: float, steps: float) -> Callable:
     """Multiples of 1 / steps: sums of their products have no rounding error in float32."""
 
-    def fill(shape, dtype, random, axes):
+    def fill(shape, dtype, random, places):
         return (torch.randn(shape, generator=random) * factor * steps).round().div(steps).to(dtype)
 
     return fill
 
 
-def _nan_token(shape, dtype, random, axes):
-    x = _normal(shape, dtype, random, axes)
+def _nan_token(shape, dtype, random, places):
+    x = _normal(shape, dtype, random, places)
     stream = x[0] if x.dim() > 2 else x  # one token of one stream: what others read or write must stay clean
     stream[..., 1, x.shape[-1] // 2] = torch.nan
     return x
@@ -160,7 +146,7 @@ def _nan_token(shape, dtype, random, axes):
 def _mask(floats: bool = True, keep: str = "some") -> Callable:
     """A mask with empty slots; ``keep``: which slots stay open."""
 
-    def fill(shape, dtype, random, axes):
+    def fill(shape, dtype, random, places):
         keeps = torch.rand(shape, generator=random) > 0.3
         if keep == "none":
             keeps = torch.zeros_like(keeps)
@@ -177,44 +163,44 @@ def _mask(floats: bool = True, keep: str = "some") -> Callable:
     return fill
 
 
-def _mask_infinite(shape, dtype, random, axes):
-    mask = _mask()(shape, dtype, random, axes)
+def _mask_infinite(shape, dtype, random, places):
+    mask = _mask()(shape, dtype, random, places)
     mask[..., ::5] = torch.inf
     return mask
 
 
-def _mask_offset(shape, dtype, random, axes):
+def _mask_offset(shape, dtype, random, places):
     return torch.randint(100, 104, shape, generator=random).to(dtype)
 
 
 def _lses(share: float) -> Callable:
-    def fill(shape, dtype, random, axes):
-        x = 3 * _normal(shape, dtype, random, axes)
+    def fill(shape, dtype, random, places):
+        x = 3 * _normal(shape, dtype, random, places)
         return x.masked_fill(torch.rand(shape, generator=random) < share, -torch.inf)
 
     return fill
 
 
-def _ascending(shape, dtype, random, axes):
+def _ascending(shape, dtype, random, places):
     return torch.linspace(-4, 4, shape[-2]).unsqueeze(-1).expand(shape).clone().to(dtype)
 
 
 FILL: dict[str, Callable[..., Tensor]] = {
     "normal": _normal,
     "recurrent": _recurrent,
-    "uniform": lambda shape, dtype, random, axes: torch.rand(shape, generator=random).to(dtype),
-    "int8": lambda shape, dtype, random, axes: torch.randint(-127, 128, shape, generator=random).to(torch.int8),
-    "float8": lambda shape, dtype, random, axes: (100 * torch.randn(shape, generator=random)).to(dtype),
-    "row_scale": lambda shape, dtype, random, axes: torch.rand(shape, generator=random).to(dtype) / 64,
-    "zeros": lambda shape, dtype, random, axes: torch.zeros(shape, dtype=dtype),
-    "ones": lambda shape, dtype, random, axes: torch.ones(shape, dtype=dtype),
-    "bits": lambda shape, dtype, random, axes: torch.randint(0, 2, shape, generator=random).to(dtype),
-    "signs": lambda shape, dtype, random, axes: (torch.randint(0, 2, shape, generator=random) * 2 - 1).to(dtype),
+    "uniform": lambda shape, dtype, random, places: torch.rand(shape, generator=random).to(dtype),
+    "int8": lambda shape, dtype, random, places: torch.randint(-127, 128, shape, generator=random).to(torch.int8),
+    "float8": lambda shape, dtype, random, places: (100 * torch.randn(shape, generator=random)).to(dtype),
+    "row_scale": lambda shape, dtype, random, places: torch.rand(shape, generator=random).to(dtype) / 64,
+    "zeros": lambda shape, dtype, random, places: torch.zeros(shape, dtype=dtype),
+    "ones": lambda shape, dtype, random, places: torch.ones(shape, dtype=dtype),
+    "bits": lambda shape, dtype, random, places: torch.randint(0, 2, shape, generator=random).to(dtype),
+    "signs": lambda shape, dtype, random, places: (torch.randint(0, 2, shape, generator=random) * 2 - 1).to(dtype),
     "integers": _rounded(1.0, 1.0),
     "grid": _rounded(1.0, 4.0),
     "ascending": _ascending,
     "nan_token": _nan_token,
-    "stats": lambda shape, dtype, random, axes: 3 * _normal(shape, dtype, random, axes),
+    "stats": lambda shape, dtype, random, places: 3 * _normal(shape, dtype, random, places),
     "lse_empty": _lses(0.4),
     "lse_all_empty": _lses(2.0),
     "mask_bool": _mask(floats=False),
@@ -228,23 +214,26 @@ FILL: dict[str, Callable[..., Tensor]] = {
     "mask_two_open": _mask(keep="two"),
     "mask_offset": _mask_offset,
     "mask_infinite": _mask_infinite,
-    "token_mask": lambda shape, dtype, random, axes: torch.rand(shape, generator=random) > 0.3,
-    "token_mask_none": lambda shape, dtype, random, axes: torch.zeros(shape, dtype=torch.bool),
-    "index": lambda shape, dtype, random, axes: (
-        torch.randint(-1, max(axes["N"], 0), shape, generator=random) if axes["N"] else torch.full(shape, -1)
+    "token_mask": lambda shape, dtype, random, places: torch.rand(shape, generator=random) > 0.3,
+    "token_mask_none": lambda shape, dtype, random, places: torch.zeros(shape, dtype=torch.bool),
+    "index": lambda shape, dtype, random, places: (
+        torch.randint(-1, places, shape, generator=random) if places else torch.full(shape, -1)
     ),
-    "word": lambda shape, dtype, random, axes: torch.randint(-1, axes["W"], shape, generator=random),
-    "word_same": lambda shape, dtype, random, axes: torch.full(shape, axes["W"] // 2),
-    "index_none": lambda shape, dtype, random, axes: torch.full(shape, -1),
-    "index_same": lambda shape, dtype, random, axes: torch.full(shape, axes["N"] // 2),
+    "index_none": lambda shape, dtype, random, places: torch.full(shape, -1),
+    "index_same": lambda shape, dtype, random, places: torch.full(shape, places // 2),
 }
+# Ways to fill an argument that hides others so that some of it does.
+EMPTYING = frozenset(
+    ("mask_empty", "mask_bool_empty", "mask_all_empty", "mask_first_empty", "token_mask", "token_mask_none")
+    + ("lse_empty", "lse_all_empty")
+)
 
 
 # --- how it lies in memory: (tensor, argument) -> the same numbers in other strides ---
 
 
 def _blank(x: Tensor, shape) -> Tensor:
-    """Memory around a view: NaN, True or a wild index, so that a read outside the view shows."""
+    """Memory around a view, filled with NaN, True or an index out of range: a read outside the view shows."""
     fills = {torch.bool: True, torch.int64: 2**40, torch.int8: 127}
     fill = fills.get(x.dtype, torch.nan)
     return torch.full(tuple(shape), fill, dtype=x.dtype, device=x.device)

@@ -1,0 +1,41 @@
+"""The operations that are promised, and how each is called.
+
+An op that is not here is in the making: it may have its formula alone, or a kernel for one direction. Tests of the
+contract grid and of native operators take it as far as its kernels go. From the line that it gets here on, tests demand
+the rest: no gap on the CPU, docstring, page, cost, derivatives, types.
+"""
+
+from __future__ import annotations
+
+from memkernels.registration import OPS
+
+SIGNATURES = {
+    "address": "(query, keys, *, scale=None, slot_mask=None, gate='softmax')",
+    "softmax_read": "(query, keys, values, *, scale=None, slot_mask=None, key_scale=None, value_scale=None, "
+    "return_lse=False)",
+    "merge_reads": "(reads, lses)",
+    "slot_usage": "(query, keys, lse, *, scale=None, slot_mask=None)",
+    "topk_search": "(query, keys, k, *, scale=None, slot_mask=None, key_scale=None)",
+    "sparse_read": "(values, indices, weights, *, value_scale=None)",
+    "topk_read": "(query, keys, values, k, *, scale=None, slot_mask=None, key_scale=None, value_scale=None, "
+    "return_slots=False)",
+    "gated_write": "(values, keys, query, write, *, erase=1.0, scale=None, slot_mask=None, token_mask=None, "
+    "return_retained=False)",
+    "slot_write": "(values, weights, write, *, erase=1.0, token_mask=None)",
+}
+SIGNATURES["gated_write_"] = SIGNATURES["gated_write"]
+SIGNATURES["softmax_write"] = SIGNATURES["softmax_write_"] = SIGNATURES["gated_write"]
+SIGNATURES["sparse_write"] = "(values, indices, weights, write, *, erase=1.0)"
+SIGNATURES["sparse_write_"] = SIGNATURES["sparse_write"]
+SIGNATURES["slot_write_"] = SIGNATURES["slot_write"]
+SIGNATURES["gated_scan"] = "(forget, update, initial=None)"
+SIGNATURES["cell_scan"] = "(inputs, weight, initial=None)"
+SIGNATURES["memory_scan"] = "(values, keys, read_query, write_query, write, *, scale=None, slot_mask=None, "
+SIGNATURES["memory_scan"] += "token_mask=None, read_first=False)"
+SIGNATURES["product_key_search"] = "(query, subkeys, k, *, scale=None)"
+SIGNATURES["product_key_read"] = "(query, subkeys, values, k, *, scale=None, return_slots=False)"
+SIGNATURES["additive_read"] = "(query, keys, values, score_vector, *, slot_mask=None, return_lse=False)"
+SIGNATURES["cache_logprobs"] = "(logits, cache_scores, cache_tokens, mix)"
+SIGNATURES["cache_nll"] = "(logits, targets, cache_scores, cache_tokens, mix)"
+
+PROMISED = tuple(name for name, op in OPS.items() if (op.twin_of or name) in SIGNATURES)
