@@ -81,7 +81,7 @@ write_slots(MK_PARAM(Tiling) r) {
   auto key_row = [&](int i) -> const char* {
     return block.added[i] == -kInfinity ? nullptr : block.bases.of[kKeys] + (block.first + i) * p.keys.row;
   };
-  if (r.held) ask_rows<X>(tid, kRows, r.views, r.keys, 0, p.K, held_keys, r.key_pitch, key_row);
+  if (r.held) start_rows<X>(tid, kRows, r.views, r.keys, 0, p.K, held_keys, r.key_pitch, key_row);
   // Rows alternate between the buffers: the parts of the queries of a tile, then the rows that its tokens write. Each
   // copy starts one step ahead.
   int turn = 0;
@@ -92,10 +92,10 @@ write_slots(MK_PARAM(Tiling) r) {
     char* buffer = buffers + turn * r.buffer_bytes;
     turn ^= 1;
     const int64_t at = !scored ? block.column0 : given ? block.first : int64_t(part) * kPart;
-    ask_rows<X>(tid, S, r.views, scored ? r.query : r.write, at, scored ? r.part : r.width, buffer,
-                scored ? r.part_pitch : r.write_pitch, [&](int i) { return rows[i]; });
+    start_rows<X>(tid, S, r.views, scored ? r.query : r.write, at, scored ? r.part : r.width, buffer,
+                  scored ? r.part_pitch : r.write_pitch, [&](int i) { return rows[i]; });
     if (scored && !r.held) {
-      ask_rows<X>(tid, kRows, r.views, r.keys, at, kPart, buffer + S * r.part_pitch, r.part_pitch, key_row);
+      start_rows<X>(tid, kRows, r.views, r.keys, at, kPart, buffer + S * r.part_pitch, r.part_pitch, key_row);
     }
     commit_copies();
   };

@@ -136,7 +136,7 @@ SortedEntries sort_entries(const Device& device, const char* name, const Choice&
   if (e.count >= int64_t(1) << 32 || rows >= int64_t(1) << 32) {
     throw std::runtime_error(std::string(name) + ": 2^32 or more chosen slots, or rows, have no CUDA kernel");
   }
-  e.chunk = most(2048, round_up(div_up(e.count, device.processors * 2), kThreads));
+  e.chunk = most(2048, round_up(div_up(e.count, device.sms * 2), kThreads));
   e.blocks = div_up(e.count, e.chunk);
   e.keys = device.scratch<uint32_t>(e.count), e.keys_after = device.scratch<uint32_t>(e.count);
   e.places = device.scratch<uint32_t>(e.count), e.places_after = device.scratch<uint32_t>(e.count);

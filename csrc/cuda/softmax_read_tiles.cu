@@ -366,10 +366,10 @@ template <class M, class W, bool held>
 void read(const Device& device, Layout& a) {
   Tiling& r = a.r;
   const SoftmaxRead& p = r.p;
-  constexpr int64_t kLeastTiles = 4, kBlocksPerProcessor = 2;  // as for streams
+  constexpr int64_t kLeastTiles = 4, kBlocksPerSm = 2;  // as for streams
   r.tiles = div_up(p.lead.folded() * p.T, kTokens);
   const int64_t units = p.lead.batches() * r.tiles * r.value_blocks;
-  const int64_t wanted = div_up(device.processors * kBlocksPerProcessor, most(units, 1));
+  const int64_t wanted = div_up(device.sms * kBlocksPerSm, most(units, 1));
   const int64_t tiles = most(1, div_up(p.N, kSlots<W>));
   r.ranges.split_rows = div_up(tiles, most(1, least(wanted, tiles / kLeastTiles))) * kSlots<W>;
   r.ranges.splits = most(1, div_up(p.N, r.ranges.split_rows));

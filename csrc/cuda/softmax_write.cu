@@ -78,7 +78,7 @@ const SoftmaxRow<float>* softmax_rows(const Device& device, const char* name, co
   const int64_t tokens = p.lead.folded() * p.T, all = p.lead.batches() * tokens;
   Ranges r{};
   r.token_tiles = div_up(tokens, kTile);
-  const int64_t wanted = most(1, div_up(device.processors * 2, most(1, p.lead.batches() * r.token_tiles)));
+  const int64_t wanted = most(1, div_up(device.sms * 2, most(1, p.lead.batches() * r.token_tiles)));
   r.slots = most(1, round_up(div_up(p.N, wanted), kTile));
   r.count = div_up(p.N, r.slots);
   r.parts = device.scratch<Seen>(all * r.count);

@@ -278,9 +278,9 @@ void run(const Device& device, const char* name, Layout& a, int list) {
   Tiling& r = a.r;
   const TopkSearch& p = r.p;
   constexpr int S = kSlots<Stored<M>>;
-  constexpr int64_t kLeastTiles = 4, kBlocksPerProcessor = 2;  // as in stream_plan.h
+  constexpr int64_t kLeastTiles = 4, kBlocksPerSm = 2;  // as in stream_plan.h
   const int64_t units = p.lead.batches() * r.tiles, tiles = most(1, div_up(p.N, S));
-  const int64_t wanted = div_up(device.processors * kBlocksPerProcessor, most(units, 1));
+  const int64_t wanted = div_up(device.sms * kBlocksPerSm, most(units, 1));
   r.split_rows = div_up(tiles, most(1, least(wanted, tiles / kLeastTiles))) * S;
   r.lists.length = list;
   r.lists.splits = most(1, div_up(p.N, r.split_rows));

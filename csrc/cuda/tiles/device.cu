@@ -8,7 +8,7 @@ void check(cudaError_t status, const char* what) {
 
 void describe(int index, Device& device) {
   int shared = 0;
-  check(cudaDeviceGetAttribute(&device.processors, cudaDevAttrMultiProcessorCount, index), "multiprocessors");
+  check(cudaDeviceGetAttribute(&device.sms, cudaDevAttrMultiProcessorCount, index), "multiprocessors");
   check(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, index), "shared memory");
   device.shared = shared;
 }

@@ -17,7 +17,7 @@ namespace mk::cuda {
 
 struct Device {
   cudaStream_t stream = nullptr;
-  int processors = 4;                  // SMs
+  int sms = 4;                         // multiprocessors
   int64_t shared = int64_t(96) << 10;  // bytes of shared memory that one block may have
   void* owner = nullptr;
   void* (*allocate)(void* owner, int64_t bytes) = nullptr;

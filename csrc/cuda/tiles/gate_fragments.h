@@ -51,8 +51,8 @@ inline Rows rows_of(const Views& views, Tensor of, const Lead& lead, int64_t wid
 
 // All threads: starts copies of columns [at, at + columns) of rows to a tile, zeros where row_of(row) is null.
 template <class X, class Row>
-MK_DEVICE void ask_rows(int tid, int rows, const Views& views, const Rows& from, int64_t at, int64_t columns,
-                        char* tile, int pitch, Row&& row_of) {
+MK_DEVICE void start_rows(int tid, int rows, const Views& views, const Rows& from, int64_t at, int64_t columns,
+                          char* tile, int pitch, Row&& row_of) {
   const DType type = views.of[from.of].dtype;
   auto part_of = [&](int i) -> const char* {
     const char* row = row_of(i);

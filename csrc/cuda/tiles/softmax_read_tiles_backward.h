@@ -37,14 +37,14 @@ Layout lay_out(const SoftmaxReadBackward& b) {
 
 template <class M, class W, Of of>
 void sum(const Device& device, const SoftmaxReadBackward& b, const float* terms) {
-  constexpr int64_t kLeastTiles = 4, kBlocksPerProcessor = 2;  // as in stream_plan.h
+  constexpr int64_t kLeastTiles = 4, kBlocksPerSm = 2;  // as in stream_plan.h
   constexpr int S = kTile<Stored<M>, W, of>;
   const SoftmaxRead& p = b.forward;
   Layout a = lay_out<M, W, of>(b);
   Tiling& g = a.g;
   g.terms = terms;
   const int64_t batches = p.lead.batches(), units = batches * g.tiles * g.blocks;
-  const int64_t wanted = div_up(device.processors * kBlocksPerProcessor, most(units, 1)), tiles = div_up(g.others, S);
+  const int64_t wanted = div_up(device.sms * kBlocksPerSm, most(units, 1)), tiles = div_up(g.others, S);
   g.split_rows = div_up(tiles, most(1, least(wanted, tiles / kLeastTiles))) * S;
   g.splits = div_up(g.others, g.split_rows);
   const int64_t numbers = (of == Of::values ? p.V : p.K) + (of == Of::keys ? 1 : 0);

@@ -18,7 +18,7 @@ struct StreamShape {
 
 // Splits the slots for about two blocks per SM, each split with at least `kLeastTiles` tiles.
 inline StreamPlan plan_stream(const Device& device, const StreamShape& s) {
-  constexpr int64_t kLeastTiles = 4, kBlocksPerProcessor = 2;
+  constexpr int64_t kLeastTiles = 4, kBlocksPerSm = 2;
   StreamPlan p{};
   const int64_t item = size_of(s.keys.dtype);
   const int64_t columns = least(s.K, kPart);
@@ -31,7 +31,7 @@ inline StreamPlan plan_stream(const Device& device, const StreamShape& s) {
   p.key_packs = in_packs(s.keys, s.lead, s.K);
   p.tiles = div_up(s.lead.folded() * s.T, s.queries);
   const int64_t units = s.lead.batches() * p.tiles * s.blocks_per_tile;
-  const int64_t wanted = div_up(device.processors * kBlocksPerProcessor, most(units, 1));
+  const int64_t wanted = div_up(device.sms * kBlocksPerSm, most(units, 1));
   const int64_t tiles = most(1, div_up(s.N, p.slots));
   const int64_t splits = most(1, least(wanted, tiles / kLeastTiles));
   p.split_rows = div_up(tiles, splits) * p.slots;

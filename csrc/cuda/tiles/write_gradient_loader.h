@@ -78,9 +78,9 @@ struct Loader {
     const Pairs& p = r.w.pairs;
     for (int v = 0; v < 2; ++v) {
       if (v == 0 ? given : before == 0) continue;
-      ask_rows<X>(int(threadIdx.x), kRows, r.views, v == 0 ? r.own_keyed : r.own_valued, 0, v == 0 ? p.K : p.V,
-                  v == 0 ? keyed : valued, v == 0 ? r.key_pitch : r.value_pitch,
-                  [&](int i) { return own_row(v != 0, i); });
+      start_rows<X>(int(threadIdx.x), kRows, r.views, v == 0 ? r.own_keyed : r.own_valued, 0, v == 0 ? p.K : p.V,
+                    v == 0 ? keyed : valued, v == 0 ? r.key_pitch : r.value_pitch,
+                    [&](int i) { return own_row(v != 0, i); });
     }
   }
 
@@ -94,20 +94,21 @@ struct Loader {
     const int step = values ? r.value_step : r.key_step;
     if (given && !values) {
       if constexpr (by_slots) {
-        ask_rows<X>(tid, S, r.views, r.gates, block.row0, kRows, buffer, r.gate_step,
-                    [&](int i) { return block.tokens[n].query[i]; });
+        start_rows<X>(tid, S, r.views, r.gates, block.row0, kRows, buffer, r.gate_step,
+                      [&](int i) { return block.tokens[n].query[i]; });
       } else {
-        ask_rows<X>(tid, kRows, r.views, r.gates, other, S, buffer, r.gate_step,
-                    [&](int i) { return block.tokens[0].query[i]; });
+        start_rows<X>(tid, kRows, r.views, r.gates, other, S, buffer, r.gate_step,
+                      [&](int i) { return block.tokens[0].query[i]; });
       }
     } else {
-      ask_rows<X>(tid, S, r.views, values ? r.valued : r.keyed, at, kColumns, buffer, step, [&](int i) -> const char* {
-        if constexpr (by_slots) return values ? block.tokens[n].write[i] : block.tokens[n].query[i];
-        else return values ? block.slots[n].upper[i] : block.slots[n].keys[i];
-      });
+      start_rows<X>(tid, S, r.views, values ? r.valued : r.keyed, at, kColumns, buffer, step,
+                    [&](int i) -> const char* {
+                      if constexpr (by_slots) return values ? block.tokens[n].write[i] : block.tokens[n].query[i];
+                      else return values ? block.slots[n].upper[i] : block.slots[n].keys[i];
+                    });
       if (!r.held) {
-        ask_rows<X>(tid, kRows, r.views, values ? r.own_valued : r.own_keyed, at, kColumns, buffer + S * step, step,
-                    [&](int i) { return own_row(values, i); });
+        start_rows<X>(tid, kRows, r.views, values ? r.own_valued : r.own_keyed, at, kColumns, buffer + S * step, step,
+                      [&](int i) { return own_row(values, i); });
       }
     }
     commit_copies();

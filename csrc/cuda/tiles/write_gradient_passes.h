@@ -36,7 +36,7 @@ template <class M, bool by_slots>
 void sum(const Device& device, const char* name, Tiling& r) {
   using X = Stored<M>;
   constexpr int S = kOthers<X>;
-  constexpr int64_t kLeastTiles = 4, kBlocksPerProcessor = 2;  // as for streams
+  constexpr int64_t kLeastTiles = 4, kBlocksPerSm = 2;  // as for streams
 
   const Pairs& p = r.w.pairs;
   const int64_t all = p.lead.batches() * r.rows;
@@ -55,7 +55,7 @@ void sum(const Device& device, const char* name, Tiling& r) {
   r.held = shared(true) <= device.shared;
   r.key_pitch = r.held ? int(key_pitch) : 0, r.value_pitch = r.held ? int(value_pitch) : 0;
   const int64_t units = p.lead.batches() * r.tiles * r.blocks;
-  const int64_t wanted = div_up(device.processors * kBlocksPerProcessor, most(units, 1)), tiles = div_up(r.others, S);
+  const int64_t wanted = div_up(device.sms * kBlocksPerSm, most(units, 1)), tiles = div_up(r.others, S);
   r.split_rows = most(1, div_up(tiles, most(1, least(wanted, tiles / kLeastTiles)))) * S;
   r.splits = most(1, div_up(r.others, r.split_rows));
   const bool merged = r.splits > 1 && r.of != Of::maps && r.of != Of::weights;
