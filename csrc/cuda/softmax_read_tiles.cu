@@ -22,7 +22,7 @@ namespace mk::cuda {
 namespace {
 
 constexpr int kThreads = 128, kTokens = 64, kColumns = 128;
-constexpr int kSteps = 4;  // of the depth of the second product
+constexpr int kSteps = 4;  // depth steps of the second product
 
 struct Tiling {
   SoftmaxRead p;
@@ -123,9 +123,9 @@ struct Loader {
 // The queries of a warp [16, K]: rows in shared memory or, if `held`, their fragments in registers.
 template <class M, bool held>
 struct Queries {
-  static constexpr int kSteps = kColumns * int(sizeof(Stored<M>)) / 32;  // of one part
+  static constexpr int kKeySteps = kColumns * int(sizeof(Stored<M>)) / 32;  // depth steps of the first product per part
   const char* rows;
-  Left<M> fragments[held ? kSteps : 1];
+  Left<M> fragments[held ? kKeySteps : 1];
 };
 
 // Loads the queries of a block [64, K] into `tile`. If `held`, the tile is free afterwards; else the queries arrive
@@ -146,7 +146,7 @@ MK_DEVICE void load_queries(Queries<M, held>& q, const Tiling& r, const Shared<S
     wait_copies<0>();
     __syncthreads();
 #pragma unroll
-    for (int step = 0; step < q.kSteps; ++step) {
+    for (int step = 0; step < q.kKeySteps; ++step) {
       if (step * 32 < r.query_pitch - 16) load_left(q.fragments[step].x, q.rows, r.query_pitch, step * 32, lane);
     }
     __syncthreads();
@@ -160,7 +160,7 @@ MK_DEVICE void add_part(Sums<M> (&sums)[S / 8], const Queries<M, held>& q, const
   const int size = int(sizeof(Stored<M>)), bytes = int(least(kColumns, r.p.K - part * kColumns)) * size;
   if constexpr (held) {
 #pragma unroll
-    for (int step = 0; step < q.kSteps; ++step) {
+    for (int step = 0; step < q.kKeySteps; ++step) {
       if (step * 32 < bytes) add_step<M, S>(sums, q.fragments[step], keys, r.key_pitch, step, int(threadIdx.x) % 32);
     }
   } else {

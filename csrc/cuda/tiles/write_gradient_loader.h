@@ -27,8 +27,8 @@ struct Loader {
   int64_t other = 0, following = 0;  // where this tile and the next one begin; from the end of the range on: no tile
   int n = 0;                         // which of two places in shared memory this tile has
 
-  // The first tile from `from` on in which a token of this block leaves a trace in a slot; the end of the range if
-  // there is none. All warps get the same result.
+  // The first tile from `from` on with a suffix product above 0 for a row of this block, or the end of the range.
+  // Of::maps computes them, so it takes every tile. All warps get the same result.
   MK_DEVICE int64_t next(int64_t from) const {
     if (r.of == Of::maps) return from;
     const int64_t N = r.w.pairs.N;
