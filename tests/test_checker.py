@@ -229,7 +229,7 @@ def test_poisoned_memory_reaches_the_native_allocator(op, backend):
     """What the native library allocates through torch is filled too, else unwritten outputs would go unseen."""
     s = subject(op, "usual", torch.float32)
     run = operator(backend, op)
-    made = sum(out.judged for out in OPS[op].outputs)  # what only the backward reads is allocated without the dispatcher
+    made = sum(out.judged for out in OPS[op].outputs)  # others are made without the dispatcher
     with testing.nan_in_new_memory(), torch.profiler.profile() as profile:
         run(*s.inputs.tensors, *s.inputs.params)
     names = [e.name for e in profile.events()]
