@@ -228,10 +228,7 @@ def test_poisoned_memory_reaches_the_native_allocator(op, backend):
     """What the native library allocates through torch is filled too, else unwritten outputs would go unseen."""
     s = subject(op, "usual", torch.float32)
     run = operator(backend, op)
-    # What only the backward pass reads is allocated without the dispatcher.
-    made = sum(
-        out.judged for out in OPS[op].outputs
-    )
+    made = sum(out.judged for out in OPS[op].outputs)  # others are allocated without the dispatcher
     with testing.nan_in_new_memory(), torch.profiler.profile() as profile:
         run(*s.inputs.tensors, *s.inputs.params)
     names = [e.name for e in profile.events()]

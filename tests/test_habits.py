@@ -100,17 +100,6 @@ def test_make_lint_formats_every_file_of_cpp():
     assert {str(path.relative_to(ROOT)) for path in CPP} <= set(said)
 
 
-def test_lines_of_cpp_are_at_most_120_characters():
-    """In comments too, which clang-format leaves alone: they hold formulas and tables."""
-    long = [
-        f"{path.relative_to(ROOT)}:{number}: {len(line)}"
-        for path in CPP
-        for number, line in enumerate(path.read_text().splitlines(), 1)
-        if len(line) > 120
-    ]
-    assert not long, "\n".join(long)
-
-
 # --- workflows ---
 
 
