@@ -24,7 +24,7 @@ SOURCES += tests/native/torch_stand_in/torch/csrc/stable/ops.h
 SIDE_BY_SIDE := -n auto --maxprocesses=8 --dist loadfile
 PYTEST = $(PY) -m pytest $$($(PY) -c "import xdist" 2>/dev/null && printf '%s ' $(SIDE_BY_SIDE))
 
-.PHONY: dev demo test test-quick test-torch lint format docs bench sanitize cuda gpu-check gpu-rehearsal clean
+.PHONY: dev demo test test-quick test-torch lint format docs bench sanitize cuda gpu-check gpu-rehearsal wheel wheel-test clean
 
 dev: .build/native
 
@@ -62,7 +62,6 @@ bench: .build/native
 	$(PY) -m pytest bench --benchmark-enable --benchmark-only
 
 # The sdist, and the wheel that is built from it, in dist/.
-.PHONY: wheel wheel-test
 wheel: $(READY)
 	$(PY) -m build --no-isolation
 

@@ -15,6 +15,8 @@ import quick
 import torch
 from support import BACKENDS, NATIVE
 
+from memkernels import registration
+
 # derandomize: the same examples on every run, so a red build is red again when it is looked at.
 hypothesis.settings.register_profile("memkernels", deadline=None, max_examples=40, derandomize=True, database=None)
 hypothesis.settings.load_profile("memkernels")
@@ -46,6 +48,17 @@ def backend(request) -> str:
 def native(request) -> str:
     """Every backend that is compared with the reference."""
     return request.param
+
+
+@pytest.fixture(autouse=True)
+def plans(request):
+    """What a test puts in place of a backend's kernels chooses for no call of another test."""
+    patched = "monkeypatch" in request.fixturenames
+    if patched:
+        registration._plans.clear()
+    yield
+    if patched:
+        registration._plans.clear()
 
 
 @pytest.fixture

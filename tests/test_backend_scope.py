@@ -293,9 +293,6 @@ def forward_only(monkeypatch):
     """The kernels of the cpu backend without those of the backward passes and of the in-place twins."""
     kept = {(name, device) for name, device in backends._kernels if not name.endswith(("_backward", "_"))}
     monkeypatch.setattr(backends, "_kernels", kept)
-    registration._plans.clear()
-    yield
-    registration._plans.clear()
 
 
 @pytest.mark.parametrize("op", READY)

@@ -32,7 +32,7 @@ from memkernels import _triton
 package = _triton.kernels()
 from memkernels.triton_kernels.launch import LONGEST, Plan
 from memkernels.triton_kernels import configs
-plan = Plan(next(iter(configs.table().values())), 132)
+plan = Plan(*next(iter(configs.table().items())), 132)
 for programs in (1, 131, 132, 10**4):
     for size in (0, 1, 1000, LONGEST, LONGEST + 1, 2**25, 2**31 - 2**16):
         for block in (16, 128):
