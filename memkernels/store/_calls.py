@@ -1,0 +1,45 @@
+"""How a method of a store is called: one at a time, on the latest commit, as one commit."""
+
+from __future__ import annotations
+
+import functools
+
+from ._engine import TornPage
+
+READ_AGAIN = 3  # times that a reader looks at the table again where a page is not what it says
+
+
+def reading(method):
+    """A call that reads: sees what others committed, and reads again where a page changed under it."""
+
+    @functools.wraps(method)
+    def call(self, *args, **options):
+        engine = self._engine
+        with engine.lock:
+            self._ready(method.__name__)
+            engine.refresh()
+            for _ in range(READ_AGAIN):
+                try:
+                    return method(self, *args, **options)
+                except TornPage as torn:
+                    engine.refresh(force=True)
+                    if int(engine.tables[torn.column][torn.page]["extent"]) == torn.extent:
+                        raise
+            return method(self, *args, **options)
+
+    return call
+
+
+def writing(method):
+    """A call that writes: one commit, or a part of the open transaction."""
+
+    @functools.wraps(method)
+    def call(self, *args, **options):
+        with self._engine.lock:
+            self._ready(method.__name__, write=True)
+            if self._engine.staged is not None:
+                return method(self, *args, **options)
+            with self.transaction():
+                return method(self, *args, **options)
+
+    return call
