@@ -19,7 +19,7 @@ def _parser() -> argparse.ArgumentParser:
     info = commands.add_parser("info", help="sizes, dtypes, generation, snapshots and index")
     info.add_argument("--json", action="store_true", help="print the same as JSON")
     verify = commands.add_parser(
-        "verify", help="read everything and compare it with its checksums; exit status 1 on a fault"
+        "verify", help="read everything and compare it with its checksums; status 1 on a fault"
     )
     compact = commands.add_parser("compact", help="give back the space and the numbers of deleted slots")
     export = commands.add_parser("export", help="write the live slots to a file of the safetensors format")

@@ -112,7 +112,8 @@ class File:
         try:
             header = json.loads(self._bytes(8, length))
             about = header.pop("__metadata__", {})
-            self.start, self.tensors = 8 + length, {name: self._tensor(one) for name, one in header.items()}
+            self.start = 8 + length
+            self.tensors = {name: self._tensor(one) for name, one in header.items()}
             self.page_slots, self.capacity = int(about["page_slots"]), int(about["capacity"])
             known = about["format"] == FORMAT
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
