@@ -56,13 +56,15 @@ class Bitmap:
         return found[(found >= first) & (found < (len(self.bytes) * 8 if stop is None else stop))]
 
     def block(self, block: int) -> bytes:
-        return self.bytes[block * BLOCK_BYTES : (block + 1) * BLOCK_BYTES].tobytes()
+        """Its bytes; a single one where all are alike."""
+        here = self.bytes[block * BLOCK_BYTES : (block + 1) * BLOCK_BYTES]
+        return here[:1].tobytes() if (here == here[0]).all() else here.tobytes()
 
     def load_block(self, block: int, blob: bytes) -> None:
         self.grow((block + 1) * MAP_BLOCK)
         here = self.bytes[block * BLOCK_BYTES : (block + 1) * BLOCK_BYTES]
         new = np.frombuffer(blob, dtype=np.uint8)
-        self.count += ones(new) - ones(here)
+        self.count += ones(new) * (BLOCK_BYTES // len(new)) - ones(here)
         here[:] = new
 
     def clear(self) -> None:

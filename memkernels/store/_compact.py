@@ -20,7 +20,7 @@ def compact(engine: Writer) -> int:
     with translated():
         before += (engine.path / FILE).stat().st_size
         engine.db.execute("VACUUM")
-        engine.db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        engine.db.checkpoint()
         after = (engine.path / FILE).stat().st_size
     return before - after - sum(engine.files[name].end * engine.files[name].size for name in COLUMNS)
 

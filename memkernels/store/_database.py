@@ -2,7 +2,7 @@
 
     state         one row of JSON: format, sizes, counters
     page_table    a blob per 1,024 pages of a column: extent uint32, crc32c uint32, generation uint64, little endian
-    maps          a blob per 65,536 slots of a bitmap: live, free, changed
+    maps          a blob per 65,536 slots of a bitmap: live, free, changed; one byte where all its bytes are that
     log           a row per commit that the pages do not hold yet
     meta          a JSON document per slot that has metadata
     snapshots     state of a snapshot; its blobs and documents are in snapshot_blobs, snapshot_meta
@@ -127,6 +127,11 @@ class Database:
     def commit(self) -> None:
         with translated():
             self.execute("COMMIT")
+
+    def checkpoint(self) -> bool:
+        """Bring the write-ahead log into the file; is it empty now?"""
+        with translated():
+            return self.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0] == 0
 
     def rollback(self) -> None:
         """Undo the open transaction, which a failed commit may have closed already."""

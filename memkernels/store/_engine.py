@@ -8,7 +8,6 @@ what changed in one consistent view.
 from __future__ import annotations
 
 import os
-import struct
 import threading
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -17,17 +16,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from . import _io, _log
+from . import _io, _log, _mark
 from ._bitmap import Bitmap
 from ._columns import DTYPES, Column, Pages
-from ._crc import crc32c
 from ._database import ABSENT, BLOCK, COLUMNS, ENTRY, MAP_BLOCK, MAPS, Database
 from ._errors import StoreDamaged, StoreError
 from ._extents import PageFile, Pin, oldest_pin
 from ._log import ALIVE, DEAD, KEYS, VALUES, Change, Pending
 from ._tiers import Tier, frames_for
 
-MARK = "generation.mark"  # generation uint64, crc32c uint32 of the 8 bytes; never later than what is durable
 READERS = 4  # threads that read pages
 
 
@@ -71,7 +68,9 @@ class Engine:
         try:
             if mode == "r":
                 self.pin = Pin(path)
-            marked = self._open_mark()
+            marked = _mark.check(path)
+            if mode == "w":
+                self.mark_fd = _mark.open_for_writing(path, marked)
             self.db = Database(path, mode, durability)
             with self.db.reading():
                 self.snapshot, self.state = self.db.state(snapshot)
@@ -129,24 +128,8 @@ class Engine:
 
     # --- generations ---
 
-    def _open_mark(self) -> int:
-        """The generation that was acknowledged last, as far as the mark tells: 0 where there is none."""
-        path = self.path / MARK
-        flags = os.O_RDWR | os.O_CREAT if self.mode == "w" else os.O_RDONLY
-        try:
-            self.mark_fd = os.open(path, flags | os.O_CLOEXEC, 0o644)
-        except FileNotFoundError:
-            return 0
-        word = os.pread(self.mark_fd, 13, 0)
-        if not word:
-            return 0
-        if len(word) != 12 or struct.unpack("<I", word[8:])[0] != crc32c(word[:8]):
-            raise StoreDamaged(f"{MARK}: its crc32c is wrong; where index.db is known to be good, remove {path}")
-        return struct.unpack("<Q", word[:8])[0]
-
     def mark(self) -> None:
-        word = struct.pack("<Q", self.generation)
-        os.pwrite(self.mark_fd, word + struct.pack("<I", crc32c(word)), 0)
+        os.pwrite(self.mark_fd, _mark.Mark(self.generation).pack(), 0)
 
     def refresh(self, force: bool = False) -> None:
         """See what other processes committed."""
@@ -193,7 +176,7 @@ class Engine:
         for kind, name in enumerate(MAPS):
             found = 0
             for block, blob in self.db.blobs("maps", kind, self.version, self.snapshot):
-                if len(blob) != MAP_BLOCK // 8 or block >= len(self.maps[name].bytes) * 8 // MAP_BLOCK:
+                if len(blob) not in (1, MAP_BLOCK // 8) or block >= len(self.maps[name].bytes) * 8 // MAP_BLOCK:
                     raise StoreDamaged(f"index.db: maps, block {block} of {name}: its size is wrong")
                 self.maps[name].load_block(block, blob)
                 found += 1

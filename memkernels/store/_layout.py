@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import operator
 import os
-import struct
 from pathlib import Path
 
 import torch
 
-from . import _database, _io
+from . import _database, _io, _mark
 from ._columns import DTYPES, dtype_name
-from ._crc import crc32c
 from ._database import COLUMNS
-from ._engine import MARK
 
 WIDEST = 1 << 20  # numbers in a row
 MOST_SLOTS = 1 << 20  # in a page
@@ -43,13 +40,10 @@ def lay_out(directory: Path, key_dim, value_dim, key_dtype, value_dtype, page_sl
         "map_blocks": 0,
     }
     (directory / "readers").mkdir()
-    word = struct.pack("<Q", 0)
-    for name in (*(f"{column}.pages" for column in COLUMNS), MARK, "writer.lock"):
+    for name in (*(f"{column}.pages" for column in COLUMNS), "writer.lock"):
         with open(directory / name, "wb") as file:
-            if name == MARK:
-                file.write(word + struct.pack("<I", crc32c(word)))
-            file.flush()
             os.fsync(file.fileno())
+    _mark.write(directory, _mark.Mark())
     _database.create(directory, state)
     _io.sync_directory(directory)
     return state

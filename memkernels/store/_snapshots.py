@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
-from . import _database, _io
+from . import _database, _io, _mark
 from ._columns import Pages
 from ._database import ABSENT, COLUMNS, ENTRY, text_crc, translated
-from ._engine import MARK, Engine, named
+from ._engine import Engine, named
 from ._errors import StoreDamaged
 from ._writer import Writer
 
@@ -86,8 +86,8 @@ def backup(engine: Engine, other: Path) -> None:
                 copy.execute("PRAGMA wal_checkpoint(TRUNCATE)")
             finally:
                 copy.close()
-        for name in (MARK, "writer.lock"):
-            (making / name).touch()
+        _mark.write(making, _mark.Mark(engine.generation, *_mark.file_crc(making / _database.FILE)))
+        (making / "writer.lock").touch()
         # The reader's pin is from before the copy of the table, so no extent that the copy names is used again.
         db = _database.Database(making, "r")
         try:

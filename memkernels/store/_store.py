@@ -110,8 +110,7 @@ class MemoryStore(Maintenance):
                 if isinstance(engine, Writer):
                     if engine.staged is not None:
                         raise StoreError("close: a transaction is open; end its block first")
-                    engine.fold_all()
-                    engine.mark()
+                    engine.close_files()
             finally:
                 if not isinstance(engine, Writer) or engine.staged is None:
                     engine.closed = True
@@ -175,7 +174,8 @@ class MemoryStore(Maintenance):
         engine = self._engine
         with engine.lock:
             self._ready("transaction", write=True)
-            self._outside("transaction")
+            if engine.staged is not None:
+                raise StoreError("transaction: one is open; they do not nest")
             engine.begin()
             try:
                 yield

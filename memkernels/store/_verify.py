@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from . import _index
+from . import _index, _mark
 from ._columns import Pages
 from ._database import ABSENT, COLUMNS, ENTRY, FILE, blob_crc, text_crc
 from ._engine import Engine
@@ -43,6 +43,11 @@ def document(engine: Engine, slot: int) -> str | None:
 def verify(engine: Engine) -> list[Fault]:
     faults: list[Fault] = []
     tables: dict[int, dict[str, dict[int, np.ndarray]]] = {}
+    try:
+        _mark.check(engine.path)
+    except StoreDamaged as error:
+        file, _, why = str(error).partition(": ")
+        faults.append(Fault(file, None, why))
     with engine.db.reading():
         try:
             for (text,) in engine.db.execute("PRAGMA integrity_check").fetchall():

@@ -19,7 +19,7 @@ WORDS = {"AND", "OR", "NOT", "IN", "IS", "NULL", "LIKE", "GLOB", "BETWEEN", "ESC
 FUNCTIONS = {"abs", "coalesce", "ifnull", "instr", "length", "lower", "round", "substr", "trim", "upper"}
 TOKEN = re.compile(
     r"\s*(?:(?P<name>[A-Za-z_][A-Za-z0-9_]*)|(?P<text>'(?:[^']|'')*')|(?P<number>\d+(?:\.\d*)?(?:[eE][+-]?\d+)?)"
-    r"|(?P<mark>\?)|(?P<sign><=|>=|<>|!=|==|\|\||[-+*/%<>=(),]))"
+    r"|(?P<mark>\?)|(?P<sign><=|>=|<>|!=|==|\|\||-(?!-)|[+*/%<>=(),]))"
 )
 REFUSED = re.compile(r"syntax|incomplete|misuse|arguments|unrecognized|ESCAPE|row value|too (many|large|long)")
 LONGEST = 10_000  # characters of a condition

@@ -10,14 +10,15 @@ its own writes, and is undone where the commit fails.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 
 import numpy as np
 
-from . import _io, _log
+from . import _io, _log, _mark
 from ._columns import Pages
-from ._database import ABSENT, BLOCK, COLUMNS, ENTRY, MAP_BLOCK, MAPS, text_crc, translated
+from ._database import ABSENT, BLOCK, COLUMNS, ENTRY, FILE, MAP_BLOCK, MAPS, text_crc, translated
 from ._engine import Engine
 from ._errors import StoreError
 from ._log import ALIVE, DEAD, Change
@@ -151,7 +152,8 @@ class Writer(Engine):
                     taken[name] = self.files[name].allocate(len(numbers), self.oldest)
                     entries[name] = self._write_pages(name, numbers, taken[name], generation)
                     if gone := (absent or {}).get(name):
-                        nothing = np.full(len(gone), (ABSENT, 0, generation), ENTRY)
+                        nothing = np.zeros(len(gone), ENTRY)
+                        nothing["extent"], nothing["generation"] = ABSENT, generation
                         entries[name] = np.concatenate([entries[name], nothing])
                 for name, numbers in pages.items():
                     if numbers:
@@ -224,6 +226,15 @@ class Writer(Engine):
         self.state, self.version = state, state["version"]
         while self.log_sizes and self.log_sizes[0][0] < state["log_from"]:
             self.log_bytes -= self.log_sizes.popleft()[1]
+
+    def close_files(self) -> None:
+        """Bring everything into pages and index.db, and say what that must be when it is opened again."""
+        self.fold_all()
+        whole = self.db.checkpoint()
+        size, crc = _mark.file_crc(self.path / FILE) if whole else (0, 0)
+        with _io.writing(_mark.FILE):
+            os.pwrite(self.mark_fd, _mark.Mark(self.generation, size, crc).pack(), 0)
+            os.fdatasync(self.mark_fd)
 
     # --- folding ---
 
