@@ -93,7 +93,8 @@ def test_compact_gives_numbers_back_and_keeps_those_of_live_slots(tmp_path):
     with new(tmp_path / "s", 50) as store:
         store.delete(list(range(10, 20)))
         store.delete(list(range(45, 50)))
-        assert store.compact() > 0 and store.capacity == 45 and len(store) == 35
+        store.compact()
+        assert store.capacity == 45 and len(store) == 35
         live = [*range(10), *range(20, 45)]
         assert torch.equal(store.gather(live), values[live])
         with pytest.raises(KeyError):

@@ -5,24 +5,26 @@ from __future__ import annotations
 import numpy as np
 
 from ._bitmap import pages_with_bits
-from ._database import ABSENT, COLUMNS, FILE, translated
+from ._database import ABSENT, COLUMNS, translated
 from ._writer import STEP, Writer
 
 
 def compact(engine: Writer) -> int:
+    before = _size(engine)
     engine.fold_all()
     _give_numbers_back(engine)
-    before = sum(engine.files[name].end * engine.files[name].size for name in COLUMNS)
     for name in COLUMNS:
         _move_down(engine, name)
     for name in COLUMNS:
         engine.files[name].shrink(engine.oldest)
     with translated():
-        before += (engine.path / FILE).stat().st_size
         engine.db.execute("VACUUM")
-        engine.db.checkpoint()
-        after = (engine.path / FILE).stat().st_size
-    return before - after - sum(engine.files[name].end * engine.files[name].size for name in COLUMNS)
+    engine.db.checkpoint()
+    return before - _size(engine)
+
+
+def _size(engine: Writer) -> int:
+    return sum(file.stat().st_size for file in engine.path.iterdir() if file.is_file())
 
 
 def _give_numbers_back(engine: Writer) -> None:

@@ -376,7 +376,7 @@ class MemoryStore(Maintenance):
     def stats(self) -> dict:
         """Counters since :meth:`reset_stats`, in slots, bytes and calls, and the bytes in memory now."""
         now = self._counters()
-        counted = {k: now[k] - self._base[k] for k in now}
+        counted = {k: now[k] - self._base.get(k, 0) for k in now}
         engine = self._engine
         tiers = {"ram": engine.tiers, **({"device": engine.device_tiers} if engine.device_tiers else {})}
         result = {name: counted[name] for name in ("reads", "commits", "bytes_read", "bytes_written")}
