@@ -30,8 +30,9 @@ def two_pages(page_slots: int = PAGE, bytes_of_slot: int = 4 * (K + V)) -> int:
 
 def abandon(store: MemoryStore) -> None:
     """What the end of its process does to a store: nothing more is written, and its files and locks go."""
-    store._engine.closed = True
-    store._engine.release()
+    if not store._engine.closed:
+        store._engine.closed = True
+        store._engine.release()
 
 
 def scores(query: Tensor, keys: Tensor, scale=None) -> Tensor:

@@ -27,10 +27,10 @@ def pages(request) -> int:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("page_slots", [16, 13])
-def test_searches_and_reads_equal_the_formulas(tmp_path, dtype, page_slots, pages):
+def test_searches_and_reads_equal_the_formulas(memory_path, dtype, page_slots, pages):
     count, eight = 333, dtype.itemsize == 1
     keys, values = rows(count, dtype=torch.float32 if eight else dtype)
-    store = new(tmp_path / "s", key_dtype=dtype, value_dtype=dtype, page_slots=page_slots)
+    store = new(memory_path / "s", key_dtype=dtype, value_dtype=dtype, page_slots=page_slots)
     store.append(keys[:200], values[:200])
     store.append(keys[200:], values[200:])
     store = reopened(store, pages)
@@ -66,9 +66,9 @@ def test_searches_and_reads_equal_the_formulas(tmp_path, dtype, page_slots, page
     store.close()
 
 
-def test_a_scale_per_token(tmp_path, pages):
+def test_a_scale_per_token(memory_path, pages):
     keys, values = rows(100)
-    store = reopened(new(tmp_path / "s", 100), pages)
+    store = reopened(new(memory_path / "s", 100), pages)
     query, scale = torch.randn(2, 4, K), torch.rand(2, 4) + 0.5
     s = scores(query, keys, scale.unsqueeze(-1).double())
     assert torch.equal(store.topk_search(query, 5, scale=scale)[1], best(s, torch.arange(100), 5)[1])
@@ -77,9 +77,9 @@ def test_a_scale_per_token(tmp_path, pages):
     store.close()
 
 
-def test_ties_go_to_the_smaller_slot_however_pages_lie(tmp_path):
+def test_ties_go_to_the_smaller_slot_however_pages_lie(memory_path):
     """Equal keys everywhere, and frames in an order of their own."""
-    with new(tmp_path / "s") as store:
+    with new(memory_path / "s") as store:
         keys = torch.ones(10 * PAGE, K)
         keys[::7] = 2
         store.append(keys, torch.zeros(10 * PAGE, V))
@@ -94,9 +94,9 @@ def test_ties_go_to_the_smaller_slot_however_pages_lie(tmp_path):
                 assert torch.equal(store.topk_search(torch.ones(1, K), k)[1], wanted[:, :k]), (order, k)
 
 
-def test_k_results_whenever_k_slots_match(tmp_path, pages):
+def test_k_results_whenever_k_slots_match(memory_path, pages):
     keys, values = rows(200)
-    store = new(tmp_path / "s")
+    store = new(memory_path / "s")
     store.append(keys, values, [{"rare": i % 40 == 3} for i in range(200)])
     store = reopened(store, pages)
     query = torch.randn(6, K)
@@ -110,9 +110,9 @@ def test_k_results_whenever_k_slots_match(tmp_path, pages):
     store.close()
 
 
-def test_sparse_read_ignores_minus_one_and_counts_duplicates(tmp_path, pages):
+def test_sparse_read_ignores_minus_one_and_counts_duplicates(memory_path, pages):
     _, values = rows(200)
-    store = reopened(new(tmp_path / "s", 200), pages)
+    store = reopened(new(memory_path / "s", 200), pages)
     slots = torch.randint(0, 200, (2, 5, 30))
     slots[..., 3] = -1
     slots[..., 4] = slots[..., 5]
@@ -128,9 +128,9 @@ def test_sparse_read_ignores_minus_one_and_counts_duplicates(tmp_path, pages):
 
 
 @pytest.mark.parametrize("scaled", [False, True])
-def test_gradients_reach_query_and_scale(tmp_path, pages, scaled):
+def test_gradients_reach_query_and_scale(memory_path, pages, scaled):
     keys, values = rows(150, dtype=torch.float64)
-    store = new(tmp_path / "s", key_dtype=torch.float64, value_dtype=torch.float64)
+    store = new(memory_path / "s", key_dtype=torch.float64, value_dtype=torch.float64)
     store.append(keys, values)
     store = reopened(store, pages)
     query = torch.randn(3, K, dtype=torch.float64, requires_grad=True)
@@ -155,8 +155,8 @@ def test_gradients_reach_query_and_scale(tmp_path, pages, scaled):
     store.close()
 
 
-def test_backward_after_a_commit_says_that_the_slots_changed(tmp_path):
-    with new(tmp_path / "s", 50) as store:
+def test_backward_after_a_commit_says_that_the_slots_changed(memory_path):
+    with new(memory_path / "s", 50) as store:
         query = torch.randn(2, K, requires_grad=True)
         read = store.softmax_read(query)
         store.write([0], values=torch.zeros(1, V))
@@ -167,10 +167,10 @@ def test_backward_after_a_commit_says_that_the_slots_changed(tmp_path):
         assert rows_.grad is not None
 
 
-def test_infinite_scores_and_nan_queries(tmp_path, pages):
+def test_infinite_scores_and_nan_queries(memory_path, pages):
     keys, values = rows(100)
     keys[50] = torch.inf
-    store = new(tmp_path / "s")
+    store = new(memory_path / "s")
     store.append(keys, values)
     store = reopened(store, pages)
     assert store.topk_search(torch.ones(1, K), 1)[1].tolist() == [[50]]
@@ -182,10 +182,10 @@ def test_infinite_scores_and_nan_queries(tmp_path, pages):
     store.close()
 
 
-def test_values_of_deleted_slots_reach_nothing(tmp_path, pages):
+def test_values_of_deleted_slots_reach_nothing(memory_path, pages):
     keys, values = rows(100)
     values[10:20] = torch.nan
-    store = new(tmp_path / "s")
+    store = new(memory_path / "s")
     store.append(keys, values)
     store.delete(list(range(10, 20)))
     store = reopened(store, pages)
@@ -194,10 +194,10 @@ def test_values_of_deleted_slots_reach_nothing(tmp_path, pages):
 
 
 @pytest.mark.parametrize("frames", [2, 5])
-def test_small_tiers_give_the_same_rows(tmp_path, frames):
+def test_small_tiers_give_the_same_rows(memory_path, frames):
     """Gathers of many pages through few frames, with writes between them."""
     keys, values = rows(160)
-    store = reopened(new(tmp_path / "s", 160), frames)
+    store = reopened(new(memory_path / "s", 160), frames)
     values = values.clone()
     generator = torch.Generator().manual_seed(1)
     for step in range(30):
@@ -213,9 +213,9 @@ def test_small_tiers_give_the_same_rows(tmp_path, frames):
     store.close()
 
 
-def test_hot_pages_stay_in_memory(tmp_path):
+def test_hot_pages_stay_in_memory(memory_path):
     """CLOCK keeps a page that is read again and again from many that are read once."""
-    store = reopened(new(tmp_path / "s", 64 * PAGE), 8)
+    store = reopened(new(memory_path / "s", 64 * PAGE), 8)
     store.gather([0])
     for page in range(1, 64):
         store.gather([1, page * PAGE])
@@ -223,9 +223,9 @@ def test_hot_pages_stay_in_memory(tmp_path):
     store.close()
 
 
-def test_a_device_tier_is_the_same_class(tmp_path):
+def test_a_device_tier_is_the_same_class(memory_path):
     _, values = rows(160)
-    store = reopened(new(tmp_path / "s", 160), 3, device="cpu", device_bytes=2 * two_pages())
+    store = reopened(new(memory_path / "s", 160), 3, device="cpu", device_bytes=2 * two_pages())
     values = values.clone()
     for step in range(8):
         slots = torch.randint(0, 160, (25,))
@@ -239,7 +239,7 @@ def test_a_device_tier_is_the_same_class(tmp_path):
         MemoryStore.open(store.path, device_bytes=1 << 20)
 
 
-def test_no_more_memory_than_the_budget_and_two_runs(tmp_path):
+def test_no_more_memory_than_the_budget_and_two_runs(memory_path):
     """A scan of data 4 times the budget; the peak of the process that makes it."""
     from support import run_python
 
@@ -257,9 +257,9 @@ def test_no_more_memory_than_the_budget_and_two_runs(tmp_path):
         store.softmax_read(query)
         print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
     """
-    with MemoryStore.create(tmp_path / "s", 64, 64) as store:
+    with MemoryStore.create(memory_path / "s", 64, 64) as store:
         for seed in range(8):
             store.append(*rows(16384, seed, k=64, v=64))
-    result = run_python(code, str(tmp_path / "s"))
+    result = run_python(code, str(memory_path / "s"))
     assert result.returncode == 0, result.stderr
     assert float(result.stdout) <= 16 + 64, result.stdout

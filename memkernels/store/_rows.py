@@ -93,7 +93,7 @@ def bring_in(engine: Engine, name: str, pages: np.ndarray) -> None:
     step = max(1, RUN_BYTES // engine.columns[name].extent_bytes)
     first = 0
     while tier.free and first < len(missing):
-        chunk = missing[first : first + min(step, len(tier.free))]
+        chunk = missing[first : first + min(step, tier.free)]
         engine.resident(name, chunk.tolist())
         first += len(chunk)
 

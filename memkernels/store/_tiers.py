@@ -21,9 +21,10 @@ class Tier:
     def __init__(self, column: Column, frames: int, device: torch.device | None = None):
         self.pages = Pages(column, frames, device)
         self.frame_of = np.full(0, -1, dtype=np.int32)  # [pages]
-        self.page_of = np.full(frames, -1, dtype=np.int64)  # [frames]
-        self.count = np.zeros(frames, dtype=np.uint8)
-        self.free = list(range(frames))  # a heap: low frames first, so that pages read in order lie in order
+        self.page_of = np.full(0, -1, dtype=np.int64)  # [at least the frames that were ever used]
+        self.count = np.zeros(0, dtype=np.uint8)
+        self.used = 0  # frames that were ever used: those below
+        self.dropped: list[int] = []  # a heap: low frames first, so that pages read in order lie in order
         self.hand = 0
         self.hits = self.misses = 0
 
@@ -32,8 +33,13 @@ class Tier:
         return self.pages.count
 
     @property
+    def free(self) -> int:
+        """Frames that hold no page."""
+        return self.frames - self.resident
+
+    @property
     def resident(self) -> int:
-        return self.frames - len(self.free)
+        return self.used - len(self.dropped)
 
     @property
     def page_bytes(self) -> int:
@@ -49,17 +55,26 @@ class Tier:
 
     def take(self, pages: list[int]) -> list[int]:
         """A frame for each of ``pages``, which are not here; at most as many as there are frames."""
-        taken: set[int] = set()
-        for page in pages:
-            frame = heapq.heappop(self.free) if self.free else self._evict(taken)
-            taken.add(frame)
+        fresh = max(0, min(self.frames - self.used, len(pages) - len(self.dropped)))
+        frames = [heapq.heappop(self.dropped) for _ in range(min(len(pages), len(self.dropped)))]
+        frames += range(self.used, self.used + fresh)
+        self.used += fresh
+        if self.used > len(self.page_of):
+            more = max(self.used, min(2 * self.used, self.frames)) - len(self.page_of)
+            self.page_of = np.append(self.page_of, np.full(more, -1))
+            self.count = np.append(self.count, np.zeros(more, np.uint8))
+        taken = set(frames)
+        while len(frames) < len(pages):
+            frames.append(self._evict(taken))
+            taken.add(frames[-1])
+        for page, frame in zip(pages, frames):
             self.page_of[frame], self.frame_of[page], self.count[frame] = page, frame, 0
-        return [int(self.frame_of[page]) for page in pages]
+        return frames
 
     def _evict(self, kept: set[int]) -> int:
         while True:
             frame = self.hand
-            self.hand = (frame + 1) % self.frames
+            self.hand = (frame + 1) % self.used
             if frame in kept:
                 continue
             if self.count[frame] == 0:
@@ -71,11 +86,7 @@ class Tier:
         """Forget what the page held."""
         if page < len(self.frame_of) and (frame := int(self.frame_of[page])) >= 0:
             self.frame_of[page] = self.page_of[frame] = -1
-            heapq.heappush(self.free, frame)
-
-    def drop_all(self) -> None:
-        for page in self.page_of[self.page_of >= 0].tolist():
-            self.drop(page)
+            heapq.heappush(self.dropped, frame)
 
 
 def frames_for(columns: list[Column], budget: int | None, name: str = "ram_bytes") -> int:

@@ -106,11 +106,13 @@ class Writer(Engine):
     def put_meta(self, slots: np.ndarray, docs: list[str]) -> None:
         self.touched = True
         rows = [(slot, doc, text_crc(slot, doc)) for slot, doc in zip(slots.tolist(), docs)]
-        self.db.sql.executemany("INSERT OR REPLACE INTO meta VALUES(?, ?, ?)", rows)
+        with translated():
+            self.db.sql.executemany("INSERT OR REPLACE INTO meta VALUES(?, ?, ?)", rows)
 
     def drop_meta(self, slots: np.ndarray) -> None:
-        if self.db.execute("SELECT EXISTS(SELECT 1 FROM meta)").fetchone()[0]:
-            self.db.sql.executemany("DELETE FROM meta WHERE slot = ?", [(slot,) for slot in slots.tolist()])
+        with translated():
+            if self.db.execute("SELECT EXISTS(SELECT 1 FROM meta)").fetchone()[0]:
+                self.db.sql.executemany("DELETE FROM meta WHERE slot = ?", [(slot,) for slot in slots.tolist()])
 
     # --- pages ---
 
