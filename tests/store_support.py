@@ -29,7 +29,7 @@ def two_pages(page_slots: int = PAGE, bytes_of_slot: int = 4 * (K + V)) -> int:
 
 
 def abandon(store: MemoryStore) -> None:
-    """What the end of its process does to a store: nothing more is written, and its files and locks go."""
+    """Leave a store as an object that nobody closes: nothing is folded, and its files and locks go."""
     if not store._engine.closed:
         store._engine.closed = True
         store._engine.release()

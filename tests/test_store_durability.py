@@ -277,6 +277,31 @@ def test_the_limit_of_file_sizes_is_a_full_disk(memory_path):
         assert store.verify() == [] and len(store) == 60_100
 
 
+def test_pages_are_durable_before_a_table_names_them(memory_path, monkeypatch):
+    """The order of what reaches the system: every page, a sync of each file, then the commit of the database."""
+    monkeypatch.setattr(_writer, "SMALL", 1000)
+    store = new(memory_path / "s", 100)
+    store.write([0], *rows(1))
+    files, told = {store._engine.files[name].fd: name for name in ("keys", "values")}, []
+    for name in ("pwrite", "fdatasync"):
+
+        def call(fd, *args, name=name, real=getattr(os, name)):
+            told.append((name, files.get(fd)))
+            return real(fd, *args)
+
+        monkeypatch.setattr(os, name, call)
+    store._engine.db.sql.set_trace_callback(lambda text: told.append((text, None)) if text == "COMMIT" else None)
+    for work in (lambda: store.write(torch.arange(100), *rows(100, seed=1)), lambda: store._engine.fold(10)):
+        store.write([1], *rows(1))  # something to fold
+        told.clear()
+        work()
+        commit = told.index(("COMMIT", None))
+        for column in ("keys", "values"):
+            written = [i for i, one in enumerate(told) if one == ("pwrite", column)]
+            assert written and max(written) < told.index(("fdatasync", column)) < commit
+    store.close()
+
+
 def test_the_log_is_folded_in_the_background_and_under_pressure(memory_path, monkeypatch):
     monkeypatch.setattr(_writer, "FOLD_COMMITS", 5)
     with new(memory_path / "s", 100) as store:

@@ -70,7 +70,7 @@ def _verify(store: MemoryStore, options: argparse.Namespace) -> int:
     faults = store.verify()
     for fault in faults:
         print(fault)
-    print(f"{len(faults)} faults" if faults else "sound")
+    print(f"{len(faults)} fault{'s' * (len(faults) > 1)}" if faults else "sound")
     return 1 if faults else 0
 
 
