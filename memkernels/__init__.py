@@ -3,7 +3,8 @@
     import memkernels as mk
     read = mk.softmax_read(query, keys, values)
 
-Operations are in :mod:`memkernels.ops`, modules in :mod:`memkernels.nn`, models in :mod:`memkernels.models`.
+Operations are in :mod:`memkernels.ops`, modules in :mod:`memkernels.nn`, models in :mod:`memkernels.models`, a memory
+on disk in :mod:`memkernels.store`.
 """
 
 from typing import TYPE_CHECKING

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import random
 import shutil
@@ -285,11 +286,11 @@ def test_pages_are_durable_before_a_table_names_them(memory_path, monkeypatch):
     files, told = {store._engine.files[name].fd: name for name in ("keys", "values")}, []
     for name in ("pwrite", "fdatasync"):
 
-        def call(fd, *args, name=name, real=getattr(os, name)):
+        def call(fd, *args, name, real):
             told.append((name, files.get(fd)))
             return real(fd, *args)
 
-        monkeypatch.setattr(os, name, call)
+        monkeypatch.setattr(os, name, functools.partial(call, name=name, real=getattr(os, name)))
     store._engine.db.sql.set_trace_callback(lambda text: told.append((text, None)) if text == "COMMIT" else None)
     for work in (lambda: store.write(torch.arange(100), *rows(100, seed=1)), lambda: store._engine.fold(10)):
         store.write([1], *rows(1))  # something to fold

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from ._engine import TornPage
 
+S = TypeVar("S", bound=Any)
+P = ParamSpec("P")
+R = TypeVar("R")
 READ_AGAIN = 3  # times that a reader looks at the table again where a page is not what it says
 
 
-def reading(method):
+def reading(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P], R]:
     """A call that reads: sees what others committed, and reads again where a page changed under it."""
 
     @functools.wraps(method)
-    def call(self, *args, **options):
+    def call(self: S, *args: P.args, **options: P.kwargs) -> R:
         engine = self._engine
         with engine.lock:
             self._ready(method.__name__)
@@ -30,11 +35,11 @@ def reading(method):
     return call
 
 
-def writing(method):
+def writing(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P], R]:
     """A call that writes: one commit, or a part of the open transaction."""
 
     @functools.wraps(method)
-    def call(self, *args, **options):
+    def call(self: S, *args: P.args, **options: P.kwargs) -> R:
         with self._engine.lock:
             self._ready(method.__name__, write=True)
             if self._engine.staged is not None:

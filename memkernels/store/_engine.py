@@ -44,7 +44,7 @@ def columns_of(state: dict) -> dict[str, Column]:
 
 
 class Engine:
-    staged = None  # what the open transaction of a writer has done
+    staged: list[Change] | None = None  # what the open transaction of a writer has done
 
     def __init__(self, path: Path, mode: str, ram_bytes: int | None, snapshot: str | None, durability: str):
         self.path, self.mode, self.durability = path, mode, durability

@@ -1,9 +1,10 @@
-"""The rest of MemoryStore: snapshots, copies, checks, compaction, export and the approximate index."""
+"""The rest of MemoryStore: snapshots, copies, checks, compaction, export, the approximate index, counters."""
 
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from . import _compact, _export, _index, _layout, _snapshots, _verify
 from ._calls import reading
@@ -14,6 +15,11 @@ if TYPE_CHECKING:
 
 
 class Maintenance:
+    _engine: Any  # an Engine, a Writer where the store is open for writing
+    _base: dict
+    _ready: Callable[..., None]
+    open: Callable[..., MemoryStore]
+
     def _outside(self, op: str, write: bool = False):
         """The engine, ready, with no transaction open."""
         self._ready(op, write)
@@ -83,3 +89,37 @@ class Maintenance:
         """Forget the index."""
         with self._engine.lock:
             _index.drop(self._outside("drop_index", write=True))
+
+    # --- counters ---
+
+    def stats(self) -> dict:
+        """Counters since :meth:`reset_stats`, in slots, bytes and calls, and the bytes in memory now."""
+        now = self._counters()
+        counted = {k: now[k] - self._base.get(k, 0) for k in now}
+        engine = self._engine
+        tiers = {"ram": engine.tiers, **({"device": engine.device_tiers} if engine.device_tiers else {})}
+        result = {name: counted[name] for name in ("reads", "commits", "bytes_read", "bytes_written")}
+        for tier, columns in tiers.items():
+            result[tier] = {
+                "hits": sum(counted[tier, name, "hits"] for name in columns),
+                "misses": sum(counted[tier, name, "misses"] for name in columns),
+                "resident_bytes": sum(t.resident * t.page_bytes for t in columns.values()),
+                "budget_bytes": sum(t.frames * t.page_bytes for t in columns.values()),
+            }
+        result["hits"] = sum(result[tier]["hits"] for tier in tiers)
+        result["misses"] = result["ram"]["misses"]
+        result["resident_bytes"] = sum(result[tier]["resident_bytes"] for tier in tiers)
+        return result
+
+    def reset_stats(self) -> None:
+        self._base = self._counters()
+
+    def _counters(self) -> dict:
+        engine = self._engine
+        found: dict = {"reads": engine.reads, "commits": engine.commits}
+        found["bytes_read"] = sum(f.bytes_read for f in engine.files.values())
+        found["bytes_written"] = sum(f.bytes_written for f in engine.files.values()) + engine.log_written
+        for tier, columns in (("ram", engine.tiers), ("device", engine.device_tiers)):
+            for name, t in columns.items():
+                found[tier, name, "hits"], found[tier, name, "misses"] = t.hits, t.misses
+        return found

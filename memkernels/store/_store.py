@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +33,7 @@ class MemoryStore(Maintenance):
     """
 
     def __init__(self, engine: Engine):
-        self._engine = engine
+        self._engine: Any = engine
         self._base: dict = {}
         self.reset_stats()
 
@@ -370,37 +371,3 @@ class MemoryStore(Maintenance):
                 missing = pages[tier.frame_of[pages] < 0][: tier.frames]
                 if len(missing):
                     bring(name, missing.tolist())
-
-    # --- counters ---
-
-    def stats(self) -> dict:
-        """Counters since :meth:`reset_stats`, in slots, bytes and calls, and the bytes in memory now."""
-        now = self._counters()
-        counted = {k: now[k] - self._base.get(k, 0) for k in now}
-        engine = self._engine
-        tiers = {"ram": engine.tiers, **({"device": engine.device_tiers} if engine.device_tiers else {})}
-        result = {name: counted[name] for name in ("reads", "commits", "bytes_read", "bytes_written")}
-        for tier, columns in tiers.items():
-            result[tier] = {
-                "hits": sum(counted[tier, name, "hits"] for name in columns),
-                "misses": sum(counted[tier, name, "misses"] for name in columns),
-                "resident_bytes": sum(t.resident * t.page_bytes for t in columns.values()),
-                "budget_bytes": sum(t.frames * t.page_bytes for t in columns.values()),
-            }
-        result["hits"] = sum(result[tier]["hits"] for tier in tiers)
-        result["misses"] = result["ram"]["misses"]
-        result["resident_bytes"] = sum(result[tier]["resident_bytes"] for tier in tiers)
-        return result
-
-    def reset_stats(self) -> None:
-        self._base = self._counters()
-
-    def _counters(self) -> dict:
-        engine = self._engine
-        found: dict = {"reads": engine.reads, "commits": engine.commits}
-        found["bytes_read"] = sum(f.bytes_read for f in engine.files.values())
-        found["bytes_written"] = sum(f.bytes_written for f in engine.files.values()) + engine.log_written
-        for tier, columns in (("ram", engine.tiers), ("device", engine.device_tiers)):
-            for name, t in columns.items():
-                found[tier, name, "hits"], found[tier, name, "misses"] = t.hits, t.misses
-        return found

@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -31,7 +32,8 @@ PRESSURE = 4  # times as much log, and a commit folds before it begins
 
 
 class Writer(Engine):
-    staged: list[Change] | None = None
+    staged: Any  # typed in Engine; a list in all that runs within a transaction
+    undo: list[tuple[Change, np.ndarray, int]]  # change, numbers that it took from those given back, capacity before
 
     def __init__(self, *args) -> None:
         self.folder: threading.Thread | None = None
