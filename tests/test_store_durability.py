@@ -17,6 +17,7 @@ import torch
 from store_support import PAGE, K, V, abandon, new, rows
 
 from memkernels.store import MemoryStore, StoreDamaged, StoreError, StoreFull, _crc, _writer
+from memkernels.store._database import ABSENT
 
 SLOTS = 200
 
@@ -238,6 +239,10 @@ def test_a_refused_write_leaves_the_store_as_it_was(memory_path, monkeypatch, na
     store.write(torch.arange(100), *rows(100, seed=2))  # without reopening
     store.append(*rows(50, seed=3))
     assert store.generation == 3 and torch.equal(store.gather(torch.arange(100)), rows(100, seed=2)[1])
+    for column, file in store._engine.files.items():  # and no extent is lost
+        parts = [*file.free, *(e for _, extents in file.waiting for e in extents.tolist())]
+        table = store._engine.tables[column]["extent"]
+        assert sorted([*parts, *table[table != ABSENT].tolist()]) == list(range(file.end))
     abandon(store)
     with MemoryStore.open(memory_path / "s", mode="w") as store:
         assert torch.equal(store.read(torch.arange(100))[0], rows(100, seed=2)[0]) and store.verify() == []
@@ -301,6 +306,22 @@ def test_pages_are_durable_before_a_table_names_them(memory_path, monkeypatch):
             written = [i for i, one in enumerate(told) if one == ("pwrite", column)]
             assert written and max(written) < told.index(("fdatasync", column)) < commit
     store.close()
+
+
+def test_an_old_row_of_the_log_does_not_hide_a_newer_page(memory_path, monkeypatch):
+    """A commit in the log waits for one of its pages, while another was rewritten by a large commit after it."""
+    monkeypatch.setattr(_writer, "SMALL", 2000)
+    store = new(memory_path / "s", 3 * PAGE)
+    store._engine.fold_all()
+    store.write([0, 2 * PAGE], values=torch.ones(2, V))
+    keys, values = rows(2 * PAGE, seed=1)
+    store.write(torch.arange(2 * PAGE), keys, values)
+    assert len(store._engine.log_sizes) == 2
+    abandon(store)
+    with MemoryStore.open(memory_path / "s") as store:
+        assert (
+            torch.equal(store.gather(torch.arange(2 * PAGE)), values) and store.gather(2 * PAGE).tolist() == [1.0] * V
+        )
 
 
 def test_the_log_is_folded_in_the_background_and_under_pressure(memory_path, monkeypatch):

@@ -59,13 +59,11 @@ def drop(engine: Writer, name: str) -> None:
             for table in ("snapshot_blobs", "snapshot_meta"):
                 engine.db.execute(f"DELETE FROM {table} WHERE snapshot = ?", (number,))
             engine.db.execute("DELETE FROM snapshots WHERE id = ?", (number,))
-            # Readers of the snapshot hold an earlier version: what only it names waits for them.
-            engine.db.put_state(state := {**engine.state, "version": engine.version + 1})
         engine.db.commit()
     except BaseException:
         engine.db.rollback()
         raise
-    engine.state, engine.version = state, state["version"]
+    # What only the snapshot named was rewritten since, so its readers hold an earlier version, and are waited for.
     for column, pinned in engine.pinned().items():
         file = engine.files[column]
         gone = np.setdiff1d(file.pinned, np.union1d(pinned, named(engine.tables[column])))
