@@ -35,8 +35,8 @@ def live(op: str, engine: Engine, slots: np.ndarray) -> None:
     """IndexError or KeyError where a number is none of a live slot."""
     if len(slots) == 0:
         return
-    outside = (slots < 0) | (slots >= engine.capacity)
-    if outside.any():
+    if slots.min() < 0 or slots.max() >= engine.capacity:
+        outside = (slots < 0) | (slots >= engine.capacity)
         raise IndexError(f"{op}: slot {slots[outside][0]} is out of range, the capacity is {engine.capacity}")
     dead = ~engine.maps["live"].has(slots)
     if dead.any():

@@ -7,6 +7,7 @@ import numpy as np
 from ._database import MAP_BLOCK
 
 BLOCK_BYTES = MAP_BLOCK // 8
+BIT = np.left_shift(1, np.arange(8)).astype(np.uint8)
 ONES = np.array([bin(i).count("1") for i in range(256)], dtype=np.uint8)
 
 
@@ -33,7 +34,7 @@ class Bitmap:
             self.bytes = np.concatenate([self.bytes, np.zeros(blocks * BLOCK_BYTES - len(self.bytes), np.uint8)])
 
     def has(self, slots: np.ndarray) -> np.ndarray:
-        return (self.bytes[slots >> 3] >> (slots & 7).astype(np.uint8)) & 1 != 0
+        return (self.bytes[slots >> 3] & BIT[slots & 7]) != 0
 
     def set(self, slots: np.ndarray, to: bool = True) -> np.ndarray:
         """Set or clear bits; returns the slots whose bit changed."""

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from ._engine import TornPage
+from ._errors import StoreError
 
 S = TypeVar("S", bound=Any)
 P = ParamSpec("P")
@@ -43,7 +44,11 @@ def writing(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P
         with self._engine.lock:
             self._ready(method.__name__, write=True)
             if self._engine.staged is not None:
-                return method(self, *args, **options)
+                try:
+                    return method(self, *args, **options)
+                except StoreError:
+                    self._engine.doomed = True  # a part of the call may be done: the transaction cannot be whole
+                    raise
             with self.transaction():
                 return method(self, *args, **options)
 

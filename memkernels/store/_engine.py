@@ -58,6 +58,7 @@ class Engine:
         self.tiers: dict[str, Tier] = {}
         self.device_tiers: dict[str, Tier] = {}
         self.reads = self.commits = self.log_written = 0
+        self.buffers: dict[str, list[Pages]] = {}  # of scans: two runs of each column
         self.index: tuple | None = None  # file and contents of the approximate index
         self.indexed: set[str] = set()  # fields of metadata that have an index
         self.seen = -1  # data_version of what is loaded
@@ -282,19 +283,29 @@ class Engine:
 
     def fill(self, name: str, page: int, pages: Pages, at: int) -> None:
         """Put the present rows of a page into memory, checked."""
-        entry = self.tables[name][page]
-        extent = int(entry["extent"])
-        if extent == ABSENT:
-            pages.clear(at)
-        else:
-            file = self.files[name]
-            got, crc = file.read(extent, pages, at)
-            if got != file.size or crc != entry["crc"]:
-                why = f"ends after {got} bytes" if got != file.size else f"crc32c is {crc:08x}, not {entry['crc']:08x}"
-                sentence = f"{file.name}: page {page} (extent {extent}): {why}; restore a backup"
-                raise TornPage(sentence, name, page, extent)
-        for _, offsets, rows in self.pending[name].pages.get(page, ()):
-            pages.patch(at, offsets, rows)
+        self.fill_run(name, [page], pages, at)
+
+    def fill_run(self, name: str, numbers: list[int], pages: Pages, at: int) -> None:
+        """:meth:`fill` of several into pages in a row; extents in a row are one read."""
+        file, entries = self.files[name], self.tables[name][numbers]
+        extents = entries["extent"].astype(np.int64)
+        cuts = np.flatnonzero((np.diff(extents) != 1) | (extents[1:] == ABSENT) | (extents[:-1] == ABSENT)) + 1
+        for first, stop in zip([0, *cuts.tolist()], [*cuts.tolist(), len(numbers)]):
+            if extents[first] == ABSENT:
+                pages.clear(at + first)
+                continue
+            found = file.read_run(int(extents[first]), stop - first, pages, at + first)
+            for i, (got, crc) in enumerate(found, first):
+                if got != file.size or crc != entries[i]["crc"]:
+                    raise self._torn(name, numbers[i], entries[i], got, crc)
+        for i, page in enumerate(numbers):
+            for _, offsets, rows in self.pending[name].pages.get(page, ()):
+                pages.patch(at + i, offsets, rows)
+
+    def _torn(self, name: str, page: int, entry: np.void, got: int, crc: int) -> TornPage:
+        file, extent = self.files[name], int(entry["extent"])
+        why = f"ends after {got} bytes" if got != file.size else f"crc32c is {crc:08x}, not {entry['crc']:08x}"
+        return TornPage(f"{file.name}: page {page} (extent {extent}): {why}; restore a backup", name, page, extent)
 
     def fill_many(self, name: str, numbers: list[int], pages: Pages, ats: list[int]) -> None:
         """:meth:`fill` by several threads."""

@@ -40,6 +40,15 @@ class PageFile:
 
     # --- pages ---
 
+    def read_run(self, extent: int, count: int, pages: Pages, at: int) -> list[tuple[int, int]]:
+        """:meth:`read` of extents in a row into pages in a row."""
+        if pages.bytes is None or self.size != self.column.slots * self.column.row_bytes:
+            return [self.read(extent + i, pages, at + i) for i in range(count)]
+        fd = self.fd if self.direct is None else self.direct
+        got = _io.read_into(fd, [pages.bytes[at : at + count].reshape(-1)], extent * self.size)
+        self.bytes_read += got
+        return [(min(max(got - i * self.size, 0), self.size), pages.crc(at + i, b"")) for i in range(count)]
+
     def read(self, extent: int, pages: Pages, at: int) -> tuple[int, int]:
         """Fill page ``at`` of ``pages``: bytes that the file had, and the crc32c of the whole extent."""
         buffers = pages.parts(at)

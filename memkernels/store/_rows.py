@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ._bitmap import page_bits
 from ._columns import Pages
-from ._engine import Engine
+from ._engine import READERS, Engine
 from ._tiers import Tier
 
 RUN_BYTES = 8 << 20  # of a column; two runs of each are in memory
@@ -57,6 +57,28 @@ def _through(engine: Engine, tier: Tier, bring, slots: np.ndarray) -> Tensor:
         wanted = np.isin(pages, chunk)
         out[torch.from_numpy(wanted)] = _picked(tier, tier.frame_of[pages[wanted]], slots[wanted] % size)
     return out
+
+
+def places(engine: Engine, slots: np.ndarray) -> np.ndarray | None:
+    """Where the values of slots lie in the arena, -1 for slot -1; None where not all of them are in memory."""
+    tier, size = engine.tiers["values"], engine.page_slots
+    if tier.resident == 0 or len(slots) == 0:
+        return None
+    pages = slots // size
+    frames = tier.frame_of[pages]  # of page -1, the last: replaced below
+    none = slots < 0
+    some = bool(none.any())
+    if some:
+        frames[none] = 0
+    if frames.min() < 0:
+        return None
+    tier.hits += len(slots)
+    tier.touch(frames)
+    engine.reads += 1
+    at = frames.astype(np.int64) * size + (slots - pages * size)
+    if some:
+        at[none] = -1
+    return at
 
 
 def _picked(tier: Tier, frames: np.ndarray, offsets: np.ndarray) -> Tensor:
@@ -127,17 +149,21 @@ def stretches(engine: Engine, names: tuple[str, ...], pages: np.ndarray) -> Iter
 def stream(engine: Engine, names: tuple[str, ...], pages: np.ndarray) -> Iterator[Run]:
     """Runs of pages off the disk, the next one read while one is used. A run is valid until the next is asked for."""
     size = engine.page_slots
-    step = max(1, RUN_BYTES // max(engine.columns[name].extent_bytes for name in names))
+    steps = {name: max(1, RUN_BYTES // engine.columns[name].extent_bytes) for name in names}
+    step = min(steps.values())
     chunks = [pages[i : i + step] for i in range(0, len(pages), step)]
-    buffers = [{name: Pages(engine.columns[name], min(step, len(pages))) for name in names} for _ in chunks[:2]]
-    jobs: list[list] = [[] for _ in buffers]
+    for name in names:
+        if chunks and name not in engine.buffers:
+            engine.buffers[name] = [Pages(engine.columns[name], steps[name]) for _ in range(2)]
+    jobs: list[list] = [[], []]
 
     def read_ahead(i: int) -> None:
         if i < len(chunks):
-            chunk = chunks[i].tolist()
             for name in names:
-                memory = buffers[i % 2][name]
-                jobs[i % 2] += [engine.threads().submit(_load, engine, name, p, memory, j) for j, p in enumerate(chunk)]
+                memory, at = engine.buffers[name][i % 2], 0
+                for part in np.array_split(chunks[i], READERS):
+                    jobs[i % 2].append(engine.threads().submit(_load, engine, name, part, memory, at))
+                    at += len(part)
 
     try:
         read_ahead(0)
@@ -147,17 +173,21 @@ def stream(engine: Engine, names: tuple[str, ...], pages: np.ndarray) -> Iterato
                 job.result()
             jobs[i % 2] = []
             slots = len(chunk) * size
-            memory = buffers[i % 2]
-            scales = {n: None if memory[n].scales is None else memory[n].scales[:slots] for n in names}
-            yield Run(chunk, {n: memory[n].rows[:slots] for n in names}, scales)
+            memory = {name: engine.buffers[name][i % 2] for name in names}
+            scales = {n: None if m.scales is None else m.scales[:slots] for n, m in memory.items()}
+            yield Run(chunk, {n: m.rows[:slots] for n, m in memory.items()}, scales)
     finally:
         for part in jobs:
             wait(part)
 
 
-def _load(engine: Engine, name: str, page: int, memory: Pages, at: int) -> None:
-    """A page from the tier where it is there, else from disk."""
-    if (frame := int(engine.tiers[name].frame_of[page])) >= 0:
-        memory.copy(at, engine.tiers[name].pages, frame)
-    else:
-        engine.fill(name, page, memory, at)
+def _load(engine: Engine, name: str, pages: np.ndarray, memory: Pages, at: int) -> None:
+    """Pages from the tier where they are there, else from disk, into pages in a row."""
+    tier = engine.tiers[name]
+    frames = tier.frame_of[pages]
+    cuts = np.flatnonzero((frames[1:] >= 0) | (frames[:-1] >= 0)) + 1
+    for part in np.split(np.arange(len(pages)), cuts):
+        if len(part) and frames[part[0]] >= 0:
+            memory.copy(at + int(part[0]), tier.pages, int(frames[part[0]]))
+        elif len(part):
+            engine.fill_run(name, pages[part].tolist(), memory, at + int(part[0]))

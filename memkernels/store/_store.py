@@ -183,6 +183,9 @@ class MemoryStore(Maintenance):
             except BaseException:
                 engine.abort()
                 raise
+            if engine.doomed:
+                engine.abort()
+                raise StoreError("transaction: a call in it failed, so nothing of it was written; do all of it again")
             engine.commit()
 
     @writing
@@ -284,7 +287,7 @@ class MemoryStore(Maintenance):
     @reading
     def topk_read(
         self, query: Tensor, k: int, *, scale=None, where=None, index=None, return_slots=False, return_lse=False
-    ):
+    ) -> Any:
         """Softmax over the k best slots and the weighted sum of their values ``[..., T, V]``.
 
         With ``return_slots`` also slots and weights ``[..., T, k]``; with ``return_lse`` also lse ``[..., T]``.
@@ -302,7 +305,7 @@ class MemoryStore(Maintenance):
         return results[0] if len(results) == 1 else tuple(results)
 
     @reading
-    def softmax_read(self, query: Tensor, *, scale=None, where=None, return_lse=False):
+    def softmax_read(self, query: Tensor, *, scale=None, where=None, return_lse=False) -> Any:
         """Softmax over all live slots and the weighted sum of their values ``[..., T, V]``; lse ``[..., T]``."""
         engine = self._engine
         _arguments.query("softmax_read", engine.columns["keys"], query)
@@ -328,6 +331,17 @@ class MemoryStore(Maintenance):
         return read.to(weights.dtype).view(*shape[:-1], -1).to(weights.device)
 
     def _sparse_read(self, slots: Tensor, weights: Tensor) -> Tensor:
+        engine = self._engine
+        # Rows in the arena may change before a backward, so they are read in place only where there is none.
+        if not (torch.is_grad_enabled() and weights.requires_grad):
+            memory = engine.tiers["values"].pages
+            rows, scales, dtype = memory.rows, memory.scales, weights.dtype
+            fits = (
+                scales is not None or rows.dtype == dtype or (rows.dtype == torch.float32 and dtype in _search.SIXTEEN)
+            )
+            if fits and (place := _rows.places(engine, slots.reshape(-1).numpy())) is not None:
+                scales = None if scales is None else scales.to(_search.exact(dtype))
+                return ops.sparse_read(rows, torch.from_numpy(place).view(slots.shape), weights, value_scale=scales)
         used, at = torch.unique(slots, return_inverse=True)
         missing = int((used < 0).sum())
         rows = _rows.gather(self._engine, "values", used[missing:].numpy())

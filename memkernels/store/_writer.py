@@ -37,16 +37,27 @@ class Writer(Engine):
 
     def __init__(self, *args) -> None:
         self.folder: threading.Thread | None = None
+        self.settled = -1  # version of the page table that is known to be durable
         super().__init__(*args)
+        self.settled = self.version
 
     # --- transactions ---
 
     def begin(self) -> None:
         while self._ahead(PRESSURE):
             self.fold(STEP)
+        self.settle()
         self.db.begin()
-        self.staged, self.undo, self.touched = [], [], False
+        self.staged, self.undo, self.touched, self.doomed = [], [], False, False
         self.seq = self.generation + 1
+
+    def settle(self) -> None:
+        """With durability="batch": make the last table durable, before extents that it freed are used again."""
+        if self.durability == "batch" and self.settled < self.version and self.db.checkpoint():
+            self.settled = self.version
+
+    def oldest(self) -> int:
+        return super().oldest() if self.durability == "commit" else min(super().oldest(), self.settled)
 
     def stage(self, change: Change) -> None:
         slots = change.slots
@@ -248,6 +259,7 @@ class Writer(Engine):
 
     def fold(self, step: int) -> None:
         """Rewrite the pages that have waited longest, ``step`` of each column."""
+        self.settle()
         pages = {name: list(self.pending[name].pages)[:step] for name in COLUMNS}
         self.publish(pages, self.generation)
 
