@@ -77,6 +77,19 @@ def test_a_scale_per_token(memory_path, pages):
     store.close()
 
 
+def test_under_autocast_a_search_stays_exact(memory_path, pages):
+    keys, values = rows(100)
+    store = reopened(new(memory_path / "s", 100), pages)
+    query, numbers = torch.randn(3, K), torch.arange(100)
+    for one in (query, query.bfloat16()):
+        s = scores(one, keys)
+        with torch.autocast("cpu", torch.bfloat16):
+            found, read = store.topk_search(one, 20), store.softmax_read(one)
+        assert torch.equal(found[1], best(s, numbers, 20)[1]) and found[0].dtype == read.dtype == one.dtype
+        close(read.double(), s.softmax(-1) @ values.double(), 1e-5 if one.dtype == torch.float32 else 2e-2)
+    store.close()
+
+
 def test_ties_go_to_the_smaller_slot_however_pages_lie(memory_path):
     """Equal keys everywhere, and frames in an order of their own."""
     with new(memory_path / "s") as store:

@@ -73,13 +73,16 @@ def _document(op: str, i: int, one: object) -> str:
 LONGEST = 1 << 24
 
 
-def query(op: str, column: Column, x: object) -> Tensor:
-    """A query ``[..., T, K]`` of the dtype that the keys want."""
+def query(op: str, engine: Engine, x: object) -> Tensor:
+    """A query ``[..., T, K]`` of the dtype that the keys want; under autocast made of any float."""
+    column = engine.columns["keys"]
     wanted = f"[..., T, K={column.dim}]"
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: query must be a tensor {wanted}, got {type(x).__name__}")
     if x.dim() < 2 or x.shape[-1] != column.dim:
         raise ValueError(f"{op}: query must be {wanted}, got {list(x.shape)}")
+    if engine.autocast and x.dtype in FLOATS:
+        return x.to(column.read_dtype)
     allowed = FLOATS if column.scaled else (column.dtype,)
     if x.dtype not in allowed:
         names = " or ".join(dtype_name(d) for d in allowed)

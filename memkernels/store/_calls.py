@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
-from ._engine import TornPage
+import torch
+
+from ._engine import Engine, TornPage
 from ._errors import StoreError
 
 S = TypeVar("S", bound=Any)
@@ -15,13 +18,19 @@ R = TypeVar("R")
 READ_AGAIN = 3  # times that a reader looks at the table again where a page is not what it says
 
 
+def exact(engine: Engine) -> contextlib.AbstractContextManager:
+    """No autocast: scores in 16 bits are too coarse to merge by. Searches take a query of any float dtype under it."""
+    engine.autocast = torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
+    return torch.autocast("cpu", enabled=False) if engine.autocast else contextlib.nullcontext()
+
+
 def reading(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P], R]:
     """A call that reads: sees what others committed, and reads again where a page changed under it."""
 
     @functools.wraps(method)
     def call(self: S, *args: P.args, **options: P.kwargs) -> R:
         engine = self._engine
-        with engine.lock:
+        with engine.lock, exact(engine):
             self._ready(method.__name__)
             engine.refresh()
             for _ in range(READ_AGAIN):

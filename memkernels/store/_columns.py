@@ -28,6 +28,7 @@ DTYPES = {
     "float8_e4m3fn": torch.float8_e4m3fn,
 }
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -162,5 +163,5 @@ class Pages:
 
 def _aligned(size: int) -> Tensor:
     """uint8 [size] that begins a page of memory; the system gives it when it is first touched."""
-    memory = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory = mmap.mmap(-1, max(size, 1), flags=PRIVATE)
     return torch.frombuffer(memory, dtype=torch.uint8)[:size]

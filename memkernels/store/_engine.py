@@ -44,6 +44,7 @@ def columns_of(state: dict) -> dict[str, Column]:
 
 
 class Engine:
+    autocast = False  # was it on where the call came from?
     staged: list[Change] | None = None  # what the open transaction of a writer has done
 
     def __init__(self, path: Path, mode: str, ram_bytes: int | None, snapshot: str | None, durability: str):
@@ -67,6 +68,7 @@ class Engine:
                 path / "writer.lock", f"{path}: is open for writing elsewhere; close that, or open with mode='r'"
             )
         try:
+            (path / "readers").mkdir(exist_ok=True)  # an empty folder is easily lost in a copy
             if mode == "r":
                 self.pin = Pin(path)
             marked = _mark.check(path)

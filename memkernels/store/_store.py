@@ -308,11 +308,11 @@ class MemoryStore(Maintenance):
     def softmax_read(self, query: Tensor, *, scale=None, where=None, return_lse=False) -> Any:
         """Softmax over all live slots and the weighted sum of their values ``[..., T, V]``; lse ``[..., T]``."""
         engine = self._engine
-        _arguments.query("softmax_read", engine.columns["keys"], query)
+        taken = _arguments.query("softmax_read", engine, query)
         factor = _arguments.scaling("softmax_read", scale, query)
-        flat = query.cpu().reshape(-1, query.shape[-1])
+        flat = taken.cpu().reshape(-1, query.shape[-1])
         read, lse = _search.softmax(engine, flat, factor, self._candidates("softmax_read", where))
-        read = read.view(*query.shape[:-1], -1).to(query.device)
+        read = read.view(*query.shape[:-1], -1).to(query.device, query.dtype)
         return (read, lse.view(query.shape[:-1]).to(query.device)) if return_lse else read
 
     @reading
@@ -353,11 +353,11 @@ class MemoryStore(Maintenance):
 
     def _topk(self, op: str, query: Tensor, k: int, scale, where, index) -> tuple[Tensor, Tensor]:
         engine = self._engine
-        _arguments.query(op, engine.columns["keys"], query)
+        taken = _arguments.query(op, engine, query)
         k, factor = _arguments.neighbours(op, k), _arguments.scaling(op, scale, query)
         if index not in (None, "approximate"):
             raise ValueError(f"{op}: index must be None or 'approximate', got {index!r}")
-        flat = query.cpu().reshape(-1, query.shape[-1])
+        flat = taken.cpu().reshape(-1, query.shape[-1])
         packed = self._candidates(op, where)
         with torch.no_grad():
             if index is None:
