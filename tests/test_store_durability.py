@@ -329,6 +329,21 @@ def test_an_old_row_of_the_log_does_not_hide_a_newer_page(memory_path, monkeypat
         )
 
 
+def test_an_old_row_of_the_log_does_not_bring_a_deleted_slot_back(memory_path, monkeypatch):
+    """Its slot was deleted by a large commit, which is in the bitmaps and not in the log."""
+    monkeypatch.setattr(_writer, "SMALL", 1000)
+    store = new(memory_path / "s", 2 * PAGE)
+    slots = store.append(*rows(3, seed=1))
+    with store.transaction():
+        store.write(torch.arange(2 * PAGE), *rows(2 * PAGE, seed=2))
+        store.delete(slots[:1])
+    abandon(store)
+    with MemoryStore.open(memory_path / "s") as store:
+        assert len(store) == 2 * PAGE + 2 and torch.equal(store.gather(slots[1:]), rows(3, seed=1)[1][1:])
+        with pytest.raises(KeyError):
+            store.gather(slots)
+
+
 def test_the_log_is_folded_in_the_background_and_under_pressure(memory_path, monkeypatch):
     monkeypatch.setattr(_writer, "FOLD_COMMITS", 5)
     with new(memory_path / "s", 100) as store:

@@ -10,7 +10,17 @@ import pytest
 import torch
 from store_support import PAGE, K, V, abandon, new, rows, two_pages
 
-from memkernels.store import MemoryStore, StoreDamaged, StoreError, StoreFormat, _extents, _io, _writer
+from memkernels.store import (
+    MemoryStore,
+    StoreDamaged,
+    StoreError,
+    StoreFormat,
+    _database,
+    _engine,
+    _extents,
+    _io,
+    _writer,
+)
 
 SLOTS = 10 * PAGE
 
@@ -154,6 +164,33 @@ def test_a_reader_follows_deletions_compaction_and_new_numbers(memory_path):
     assert store.append(*rows(1, seed=2)).tolist() == [0] and torch.equal(reader.gather([0]), rows(1, seed=2)[1])
     assert torch.equal(reader.read(slots)[0], rows(30, seed=1)[0]) and reader.verify() == []
     reader.close()
+    store.close()
+
+
+def test_a_reader_of_a_store_that_became_empty(memory_path):
+    store = new(memory_path / "s", 60)
+    store.delete(list(range(60)))
+    store.compact()
+    for _ in range(2):
+        with MemoryStore.open(memory_path / "s") as reader:
+            assert len(reader) == reader.capacity == 0 and reader.verify() == []
+        store.append(*rows(3))
+        store.delete([0, 1, 2])
+        store.compact()
+    store.close()
+
+
+def test_a_table_may_have_blocks_ahead(memory_path, monkeypatch):
+    """A writer's table grows by a quarter at a time."""
+    for module in (_database, _engine, _writer):
+        monkeypatch.setattr(module, "BLOCK", 2, raising=False)
+    store = new(memory_path / "s")
+    for seed in range(30):
+        store.append(*rows(PAGE, seed))
+        store._engine.fold_all()
+    assert store._engine.state["table_blocks"] > -(-30 // 2)
+    with MemoryStore.open(memory_path / "s") as reader:
+        assert torch.equal(reader.gather(range(29 * PAGE, 30 * PAGE)), rows(PAGE, 29)[1]) and reader.verify() == []
     store.close()
 
 

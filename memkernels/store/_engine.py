@@ -149,7 +149,7 @@ class Engine:
             if not self.snapshot:
                 _, self.state = self.db.state()
             state, known = self.state, self.generation
-            self._grow(state["capacity"])
+            self._grow(state["capacity"], state["table_blocks"], state["map_blocks"])
             if state["version"] != self.version:
                 self._load_maps(state)
                 self._load_tables(state, known)
@@ -161,9 +161,9 @@ class Engine:
         if self.pin is not None:
             self.pin.set(self.version)
 
-    def _grow(self, capacity: int) -> None:
-        """Room for that many slots in tables and maps."""
-        pages = -(-capacity // self.page_slots)
+    def _grow(self, capacity: int, table_blocks: int = 0, map_blocks: int = 0) -> None:
+        """Room for that many slots and blocks. A writer has blocks ahead, or from before a compaction."""
+        pages = max(-(-capacity // self.page_slots), table_blocks * BLOCK)
         for name, table in self.tables.items():
             if pages > len(table):
                 size = -(-max(pages, len(table) * 5 // 4) // BLOCK) * BLOCK
@@ -173,7 +173,7 @@ class Engine:
                 if name in tiers:
                     tiers[name].grow(len(self.tables[name]))
         for bitmap in self.maps.values():
-            bitmap.grow(capacity)
+            bitmap.grow(max(capacity, map_blocks * MAP_BLOCK))
 
     def _load_maps(self, state: dict) -> None:
         for kind, name in enumerate(MAPS):

@@ -183,13 +183,19 @@ class _SoftmaxRead(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_read, d_lse):
+        engine, generation = ctx.call[0], ctx.call[-1]
+        with engine.lock, torch.autocast("cpu", enabled=False):
+            engine.check_process()
+            if engine.closed or engine.generation != generation:
+                now = "closed" if engine.closed else f"at {engine.generation}"
+                wanted = f"the slots that were read, of generation {generation}"
+                raise RuntimeError(f"softmax_read: backward needs {wanted}; the store is {now}")
+            return _SoftmaxRead.again(ctx, d_read, d_lse)
+
+    @staticmethod
+    def again(ctx, d_read, d_lse):
         query, tensor, read, lse = ctx.saved_tensors
-        engine, number, scaled, packed, generation = ctx.call
-        if engine.generation != generation:
-            raise RuntimeError(
-                f"softmax_read: backward needs the slots that were read, of generation {generation}; "
-                f"the store is at {engine.generation}"
-            )
+        engine, number, scaled, packed, _ = ctx.call
         dtype = exact(query.dtype)
         d_read, read = d_read.to(dtype), read.to(dtype)
         d_lse = torch.zeros_like(lse) if d_lse is None else d_lse.to(dtype)
