@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -92,7 +93,7 @@ def query(op: str, engine: Engine, x: object) -> Tensor:
     return x
 
 
-def scaling(op: str, scale: object, x: Tensor) -> float | Tensor:
+def scaling(op: str, scale: Any, x: Tensor) -> float | Tensor:
     """The scale of a query: a number, or a tensor [T] beside the flattened queries."""
     if scale is None:
         return x.shape[-1] ** -0.5

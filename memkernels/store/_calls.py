@@ -28,7 +28,7 @@ def reading(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P
     """A call that reads: sees what others committed, and reads again where a page changed under it."""
 
     @functools.wraps(method)
-    def call(self: S, *args: P.args, **options: P.kwargs) -> R:
+    def call(self: S, /, *args: P.args, **options: P.kwargs) -> R:
         engine = self._engine
         with engine.lock, exact(engine):
             self._ready(method.__name__)
@@ -49,7 +49,7 @@ def writing(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P
     """A call that writes: one commit, or a part of the open transaction."""
 
     @functools.wraps(method)
-    def call(self: S, *args: P.args, **options: P.kwargs) -> R:
+    def call(self: S, /, *args: P.args, **options: P.kwargs) -> R:
         with self._engine.lock:
             self._ready(method.__name__, write=True)
             if self._engine.staged is not None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import mmap
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -115,7 +116,8 @@ class Pages:
 
     def __init__(self, column: Column, count: int, device: torch.device | None = None):
         self.column, self.count = column, count
-        self.bytes = self.scale_numbers = None
+        self.bytes: Any = None  # of memory that numpy sees
+        self.scale_numbers: Any = None
         slots = count * column.slots
         if device is None or device.type == "cpu":
             rows = _aligned(slots * column.row_bytes)
@@ -157,7 +159,7 @@ class Pages:
         size = self.column.slots
         here, there = slice(at * size, (at + 1) * size), slice(from_ * size, (from_ + 1) * size)
         self.rows[here].copy_(other.rows[there])
-        if self.scales is not None:
+        if self.scales is not None and other.scales is not None:
             self.scales[here].copy_(other.scales[there])
 
 

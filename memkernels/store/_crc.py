@@ -9,6 +9,7 @@ package is absent numpy computes the same numbers, at about the speed of a disk:
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import numpy as np
 
@@ -63,8 +64,10 @@ def by_numpy(data, crc: int = 0) -> int:
 
 
 try:
-    from crc32c import crc32c
+    from crc32c import crc32c as by_processor
 except ImportError:
-    crc32c = by_numpy
-
-SOURCE = "numpy" if crc32c is by_numpy else "the crc32c package"
+    SOURCE = "numpy"
+    crc32c: Callable[..., int] = by_numpy
+else:
+    SOURCE = "the crc32c package"
+    crc32c = by_processor

@@ -47,7 +47,8 @@ def export(engine: Engine, path: Path) -> None:
     shapes["slots"] = "I64", [len(live)]
     shapes["meta"] = "U8", [sum(len(line) for line in _lines(engine, live))]
     about = {"format": FORMAT, "page_slots": str(engine.page_slots), "capacity": str(engine.capacity)}
-    header, at, offsets = {"__metadata__": about}, 0, {}
+    header: dict[str, dict] = {"__metadata__": about}
+    at, offsets = 0, {}
     for name, (dtype, shape) in shapes.items():
         size = DTYPES[dtype].itemsize * int(np.prod(shape))
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, at + size]}
@@ -82,8 +83,8 @@ def _write_rows(engine: Engine, fd: int, offsets: dict[str, int]) -> None:
         for name in COLUMNS:
             rows = _rows.take(run.rows[name], at).view(torch.uint8).numpy()
             offsets[name] += _io.write_all(fd, np.ascontiguousarray(rows), offsets[name])
-            if run.scales[name] is not None:
-                offsets[SCALE[name]] += _io.write_all(fd, run.scales[name][at].numpy(), offsets[SCALE[name]])
+            if (scales := run.scales[name]) is not None:
+                offsets[SCALE[name]] += _io.write_all(fd, scales[at].numpy(), offsets[SCALE[name]])
 
 
 def _lines(engine: Engine, live: np.ndarray) -> Iterator[bytes]:

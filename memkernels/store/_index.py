@@ -14,6 +14,7 @@ import json
 import os
 import sqlite3
 import warnings
+from typing import Any
 
 import numpy as np
 import torch
@@ -80,7 +81,12 @@ def build(engine: Writer, description: str) -> dict:
         index.add_with_ids(keys.float().numpy(), run.numbers(at, engine.page_slots).numpy())
     data = faiss.serialize_index(index)
     name = f"index-{engine.generation}-{os.urandom(4).hex()}.faiss"
-    found = {"file": name, "description": description, "generation": engine.generation, "slots": len(live)}
+    found: dict[str, Any] = {
+        "file": name,
+        "description": description,
+        "generation": engine.generation,
+        "slots": len(live),
+    }
     found |= {"bytes": len(data), "crc": crc32c(data.data), "recall": _recall(engine, index, sample)}
     _write(engine, name, data)
     old = record(engine)
@@ -184,7 +190,7 @@ def drop(engine: Writer) -> None:
     found = record(engine)
     if found is None:
         raise StoreError("drop_index: there is no index")
-    empty = {column: [] for column in COLUMNS}
+    empty: dict[str, list[int]] = {column: [] for column in COLUMNS}
     engine.publish(empty, engine.generation, also=lambda: engine.db.execute("DELETE FROM accelerator"))
     engine.index = None
     (engine.path / found["file"]).unlink(missing_ok=True)

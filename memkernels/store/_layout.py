@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -49,7 +50,7 @@ def lay_out(directory: Path, key_dim, value_dim, key_dtype, value_dtype, page_sl
     return state
 
 
-def _size(name: str, value: object, most: int) -> int:
+def _size(name: str, value: Any, most: int) -> int:
     if isinstance(value, bool):
         raise TypeError(f"create: {name} must be an int, got bool")
     try:

@@ -28,11 +28,8 @@ class Fault(NamedTuple):
 
 def document(engine: Engine, slot: int) -> str | None:
     """The JSON text of a slot, checked; None where it has none."""
-    if engine.snapshot:
-        sql, values = "SELECT doc, crc FROM snapshot_meta WHERE snapshot = ? AND slot = ?", (engine.snapshot, slot)
-    else:
-        sql, values = "SELECT doc, crc FROM meta WHERE slot = ?", (slot,)
-    row = engine.db.execute(sql, values).fetchone()
+    table, which = ("snapshot_meta", f"snapshot = {int(engine.snapshot)} AND") if engine.snapshot else ("meta", "")
+    row = engine.db.execute(f"SELECT doc, crc FROM {table} WHERE {which} slot = ?", (slot,)).fetchone()
     if row is None:
         return None
     if not isinstance(row[0], str) or text_crc(slot, row[0]) != row[1]:
