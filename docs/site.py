@@ -26,7 +26,7 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 ELSEWHERE = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 ELSEWHERE |= {f"examples/{script.name}": f"examples/{script.stem}.md" for script in EXAMPLES}
 API = {"memkernels": "api/memkernels.md"}
-API |= {f"memkernels.{module}": f"api/{module}.md" for module in ("nn", "models", "testing")}
+API |= {f"memkernels.{module}": f"api/{module}.md" for module in ("nn", "models", "store", "testing")}
 LINK = re.compile(r"\]\((?![a-z]+:)([^)#\s]+)(#[^)\s]*)?\)")
 ROLE = re.compile(r":(?:func|class|meth|mod|attr):`~?([\w.]+)`")
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import tempfile
+from pathlib import Path
 
 # Files of tests run side by side, a worker for each processor. A second thread of each would only wait for the first;
 # what depends on the number of threads sets it.
@@ -59,6 +61,14 @@ def plans(request):
     yield
     if patched:
         registration._plans.clear()
+
+
+@pytest.fixture
+def memory_path():
+    """A folder in memory where the machine has one: for what needs files, and no disk behind them."""
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None) as folder:
+        yield Path(folder)
 
 
 @pytest.fixture

@@ -107,6 +107,6 @@ def test_dir_names_what_there_is():
     """Before anything of it was used, and without loading it."""
     code = "import sys, memkernels as mk; print(*dir(mk)); print('memkernels.nn' in sys.modules)"
     names, loaded = run_python(code).stdout.splitlines()
-    assert {*mk.__all__, "nn", "models", "testing", "ops", "__version__"} <= set(names.split())
+    assert {*mk.__all__, "nn", "models", "store", "testing", "ops", "__version__"} <= set(names.split())
     assert loaded == "False"
     assert all(hasattr(mk, name) for name in names.split())

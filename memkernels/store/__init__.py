@@ -1,0 +1,12 @@
+"""A memory larger than RAM: slots on disk, durable, shared between processes, read by the library's operations.
+
+store = MemoryStore.create("facts", key_dim=64, value_dim=64)
+slots = store.append(keys, values)
+read = store.topk_read(query, k=32)
+"""
+
+from ._errors import StoreBusy, StoreDamaged, StoreError, StoreFormat, StoreFull
+from ._store import MemoryStore
+from ._verify import Fault
+
+__all__ = ["Fault", "MemoryStore", "StoreBusy", "StoreDamaged", "StoreError", "StoreFormat", "StoreFull"]

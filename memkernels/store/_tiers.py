@@ -1,0 +1,101 @@
+"""A tier: one arena per column, and the table that says in which frame of it a page lies.
+
+Replacement is CLOCK with two bits: a hit raises a frame's count to at most 3, the hand lowers counts as it passes, and
+the first frame at 0 gives way. A page comes in at 0, so one that is read once is the first to go.
+"""
+
+from __future__ import annotations
+
+import heapq
+import os
+
+import numpy as np
+import torch
+
+from ._columns import Column, Pages
+
+MOST = 3
+
+
+class Tier:
+    def __init__(self, column: Column, frames: int, device: torch.device | None = None):
+        self.pages = Pages(column, frames, device)
+        self.frame_of = np.full(0, -1, dtype=np.int32)  # [pages]
+        self.page_of = np.full(0, -1, dtype=np.int64)  # [at least the frames that were ever used]
+        self.count = np.zeros(0, dtype=np.uint8)
+        self.used = 0  # frames that were ever used: those below
+        self.dropped: list[int] = []  # a heap: low frames first, so that pages read in order lie in order
+        self.hand = 0
+        self.hits = self.misses = 0
+
+    @property
+    def frames(self) -> int:
+        return self.pages.count
+
+    @property
+    def free(self) -> int:
+        """Frames that hold no page."""
+        return self.frames - self.resident
+
+    @property
+    def resident(self) -> int:
+        return self.used - len(self.dropped)
+
+    @property
+    def page_bytes(self) -> int:
+        return self.pages.column.slots * self.pages.column.stored_bytes
+
+    def grow(self, pages: int) -> None:
+        if pages > len(self.frame_of):
+            more = np.full(max(pages, 2 * len(self.frame_of)) - len(self.frame_of), -1, dtype=np.int32)
+            self.frame_of = np.concatenate([self.frame_of, more])
+
+    def touch(self, frames: np.ndarray) -> None:
+        self.count[frames] = np.minimum(self.count[frames], MOST - 1) + 1
+
+    def take(self, pages: list[int]) -> list[int]:
+        """A frame for each of ``pages``, which are not here; at most as many as there are frames."""
+        fresh = max(0, min(self.frames - self.used, len(pages) - len(self.dropped)))
+        frames = [heapq.heappop(self.dropped) for _ in range(min(len(pages), len(self.dropped)))]
+        frames += range(self.used, self.used + fresh)
+        self.used += fresh
+        if self.used > len(self.page_of):
+            more = max(self.used, min(2 * self.used, self.frames)) - len(self.page_of)
+            self.page_of = np.append(self.page_of, np.full(more, -1))
+            self.count = np.append(self.count, np.zeros(more, np.uint8))
+        taken = set(frames)
+        while len(frames) < len(pages):
+            frames.append(self._evict(taken))
+            taken.add(frames[-1])
+        for page, frame in zip(pages, frames):
+            self.page_of[frame], self.frame_of[page], self.count[frame] = page, frame, 0
+        return frames
+
+    def _evict(self, kept: set[int]) -> int:
+        while True:
+            frame = self.hand
+            self.hand = (frame + 1) % self.used
+            if frame in kept:
+                continue
+            if self.count[frame] == 0:
+                self.frame_of[self.page_of[frame]] = -1
+                return frame
+            self.count[frame] -= 1
+
+    def drop(self, page: int) -> None:
+        """Forget what the page held."""
+        if page < len(self.frame_of) and (frame := int(self.frame_of[page])) >= 0:
+            self.frame_of[page] = self.page_of[frame] = -1
+            heapq.heappush(self.dropped, frame)
+
+
+def frames_for(columns: list[Column], budget: int | None, name: str = "ram_bytes") -> int:
+    """How many pages of each column ``budget`` bytes hold, at least two. None: a quarter of the machine's memory."""
+    page = sum(c.slots * c.stored_bytes for c in columns)
+    if budget is None:
+        budget = max(2 * page, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4)
+    if isinstance(budget, bool) or not isinstance(budget, int):
+        raise TypeError(f"open: {name} must be an int, got {type(budget).__name__}")
+    if budget < 2 * page:
+        raise ValueError(f"open: {name} must hold two pages of each column, {2 * page} bytes, got {budget}")
+    return budget // page
