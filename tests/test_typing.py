@@ -58,12 +58,18 @@ def checker(request):
     return request.param
 
 
-def test_a_users_script_is_clean(checker, tmp_path):
-    assert checker(DATA / "typed_user.py", tmp_path) == {}
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """What a checker learnt of torch, which takes most of its time, is there for the next test."""
+    return tmp_path_factory.mktemp("types")
 
 
-def test_a_users_mistakes_are_found(checker, tmp_path):
-    assert set(checker(DATA / "mistyped_user.py", tmp_path)) == MISTAKES
+def test_a_users_script_is_clean(checker, cache):
+    assert checker(DATA / "typed_user.py", cache) == {}
+
+
+def test_a_users_mistakes_are_found(checker, cache):
+    assert set(checker(DATA / "mistyped_user.py", cache)) == MISTAKES
 
 
 def test_the_script_calls_every_public_function():
