@@ -20,6 +20,7 @@ NAME = "libmemkernels_simt.so"
 # Where the CUDA build is asked for (make cuda), tests are larger, seed faults, and build under the address sanitizer.
 WHOLE = os.environ.get("MEMKERNELS_CUDA") == "1"
 whole = pytest.mark.skipif(not WHOLE, reason="make cuda seeds faults and builds under the address sanitizer")
+ONE_IN = int(os.environ.get("MEMKERNELS_FAULTS") or 1)  # CI seeds one fault in so many (make cuda FAULTS=)
 can_run = [
     pytest.mark.skipif(platform.machine() != "x86_64", reason="the SIMT machine switches fibers on x86-64 only"),
     pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler here"),
@@ -50,6 +51,11 @@ for case in json.loads(sys.argv[2]):
 print(json.dumps([str(r) for r in rows if not r.passed]))
 """
 DTYPES = ("float32", "bfloat16", "float16")
+
+
+def seeded(faults: dict) -> list[str]:
+    """The faults that this run seeds: each compiles a kernel again and runs its cases."""
+    return list(faults)[::ONE_IN]
 
 
 def ops() -> list[str]:

@@ -7,7 +7,7 @@ import subprocess
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from cuda_support import WHOLE, asan_environment, broken, can_run, failures, grid, library, ops, whole
+from cuda_support import WHOLE, asan_environment, broken, can_run, failures, grid, library, ops, seeded, whole
 
 pytestmark = can_run
 DTYPES = "float32,bfloat16,float16"
@@ -140,7 +140,7 @@ OP = {
 
 
 @whole
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", seeded(FAULTS))
 def test_a_seeded_fault_is_noticed(fault, tmp_path):
     """Under one order of the threads or another: a missing barrier need not show in each."""
     *change, kernel = FAULTS[fault]

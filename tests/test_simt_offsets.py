@@ -13,7 +13,7 @@ from functools import partial
 
 import pytest
 import torch
-from cuda_support import broken, can_run, library, on_host, whole
+from cuda_support import broken, can_run, library, on_host, seeded, whole
 from support import operator, randn
 
 import memkernels as mk
@@ -328,7 +328,7 @@ FAULTS = {
 
 
 @whole
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", seeded(FAULTS))
 def test_a_seeded_fault_is_noticed(fault, tmp_path):
     op, *change = FAULTS[fault]
     assert wrong_in(broken(tmp_path, *change), op), fault

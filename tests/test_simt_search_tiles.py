@@ -7,7 +7,19 @@ are the sizes and situations in which tiles, queues and lists have edges.
 from __future__ import annotations
 
 import pytest
-from cuda_support import WHOLE, asan_environment, broken, can_run, is_noticed, library, on_host, run_cases, whole, wrong
+from cuda_support import (
+    WHOLE,
+    asan_environment,
+    broken,
+    can_run,
+    is_noticed,
+    library,
+    on_host,
+    run_cases,
+    seeded,
+    whole,
+    wrong,
+)
 
 pytestmark = can_run
 OP = "topk_search"
@@ -142,7 +154,7 @@ FAULTS = {
 
 
 @whole
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", seeded(FAULTS))
 def test_a_seeded_fault_is_noticed(fault, tmp_path):
     kernel = "topk_search_tiles.cu"
     built = broken(tmp_path, kernel, *FAULTS[fault], kernel)

@@ -8,7 +8,19 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cuda_support import WHOLE, asan_environment, broken, can_run, is_noticed, library, on_host, run_cases, whole, wrong
+from cuda_support import (
+    WHOLE,
+    asan_environment,
+    broken,
+    can_run,
+    is_noticed,
+    library,
+    on_host,
+    run_cases,
+    seeded,
+    whole,
+    wrong,
+)
 
 from memkernels.testing.compare import TOLERANCE
 
@@ -261,7 +273,7 @@ def run_for(fault: str) -> tuple[str, list[dict], tuple[str]]:
 
 
 @whole
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", seeded(FAULTS))
 def test_a_seeded_fault_is_noticed(fault, tmp_path):
     kernel, *what = run_for(fault)
     built = broken(tmp_path, *FAULTS[fault], kernel)

@@ -9,7 +9,7 @@ import json
 
 import pytest
 import torch
-from cuda_support import WHOLE, asan_environment, broken, can_run, library, on_host, run_cases, whole, wrong
+from cuda_support import WHOLE, asan_environment, broken, can_run, library, on_host, run_cases, seeded, whole, wrong
 
 from memkernels.testing.compare import TOLERANCE
 
@@ -243,7 +243,7 @@ GRADIENT_CASES = [CASES[0], CASES[-1], {"sizes": (33, 70, 136, 136)}, {"sizes": 
 
 
 @whole
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", seeded(FAULTS))
 def test_a_seeded_fault_is_noticed(fault, tmp_path):
     backward = fault.startswith("gradients")
     built = broken(tmp_path, *FAULTS[fault], "write_gradients_by_slots.cu" if backward else "gated_write_tiles.cu")
@@ -287,7 +287,7 @@ MORE_FAULTS = {
 
 
 @whole
-@pytest.mark.parametrize("fault", MORE_FAULTS)
+@pytest.mark.parametrize("fault", seeded(MORE_FAULTS))
 def test_a_fault_where_slots_forget_is_noticed(fault, tmp_path):
     *change, kernel, script = MORE_FAULTS[fault]
     done = on_host(broken(tmp_path, *change, kernel), script)
