@@ -1,5 +1,6 @@
 # Each target sets up .venv when it is missing, or uses the interpreter given as PYTHON= without touching the network.
-#   make demo | test | test-quick | test-torch | lint | docs | bench | sanitize | cuda | gpu-check | gpu-rehearsal | dev | clean
+#   make demo | test | test-quick | test-torch | lint | docs | bench | sanitize | cuda | gpu-check | gpu-rehearsal | wheel
+#   make dev | format | wheel-test | clean
 
 ifdef PYTHON
   PY := $(PYTHON)
@@ -72,7 +73,7 @@ wheel-test:
 	cd .build/wheel && bin/python -m memkernels check --quick --backend cpu
 
 # C++ kernels without torch or Python, under AddressSanitizer + UBSan and under ThreadSanitizer; then the operators, called with
-# arguments that nobody would pass, for half a minute (LONG=1: ten).
+# arguments that nobody would pass, for half a minute (LONG=1: ten, and every case).
 sanitize: .build/native
 	PYTHON=$(PY) LONG=$(LONG) tests/native/run
 

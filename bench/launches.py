@@ -16,7 +16,7 @@ from torch import Tensor
 
 from memkernels import _triton
 from memkernels.registration import OPS
-from memkernels.spec import Op
+from memkernels.spec import Op, several
 
 
 def plain(operator: str) -> Callable:
@@ -55,10 +55,9 @@ def _run(launcher: Callable, one) -> None:
     """An example, forward and backward."""
     op = OPS[one.operator]
     tensors, params = one.arguments[: len(op.args)], one.arguments[len(op.args) :]
-    outputs = launcher(op.name)(*one.arguments)
+    outputs = several(launcher(op.name)(*one.arguments))
     backward = f"{op.name}_backward"
     if one.gradients != () and backward in _triton.kernels().operators():
-        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         wants = [True for arg in op.args if arg.is_float]
         launcher(backward)(*backward_tensors(op, tensors, outputs, one.gradients), *params, wants)
 

@@ -300,10 +300,8 @@ def test_first_derivative(backend, name):
 
 @pytest.mark.parametrize("name", CASES)
 def test_second_derivative(backend, name):
-    """Every number of the reference's; of a backend, which has that formula at its own results, along random lines."""
     function, tensors = CASES[name]
-    inputs, fast = leaves(*tensors), backend != "reference"
-    assert gradgradcheck(lambda *x: function(backend, *x), inputs, atol=1e-6, rtol=1e-4, fast_mode=fast)
+    assert gradgradcheck(lambda *x: function(backend, *x), leaves(*tensors), atol=1e-6, rtol=1e-4)
 
 
 def test_every_op_is_here():

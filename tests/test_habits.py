@@ -1,4 +1,4 @@
-"""What surrounds the code agrees with it: versions, workflows, forms, metadata of the project, lines of C++."""
+"""What surrounds the code agrees with it: versions, workflows, forms, metadata of the project."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ CASES = {
     "twenty tokens search": lambda: _search(20),
     "seventy tokens search": lambda: _search(70),
     "four tokens write": lambda: _write(4),
-    "many tokens write": lambda: _write(70),
+    "many tokens write": lambda: _write(150),
     "gated_scan": _scan,
     "cache_nll": lambda: _words(mk.cache_nll),
     "cache_logprobs": lambda: _words(mk.cache_logprobs),

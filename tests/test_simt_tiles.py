@@ -204,9 +204,9 @@ def test_float32_is_multiplied_as_torch_is_told_to():
     assert done.returncode == 0 and done.stdout.split() == ["DONE"], done.stdout + done.stderr[-4000:]
 
 
-# file, text, text with the fault
 REMOVED_BARRIER = ("buffers.h", "wait_copies<0>();\n    __syncthreads();", "wait_copies<0>();")
 NO_WAIT = ("buffers.h", "wait_copies<0>();", "wait_copies<1>();")
+# file, text, text with the fault
 FAULTS = {
     "removed barrier": REMOVED_BARRIER,
     "no wait for copies": NO_WAIT,

@@ -1,6 +1,6 @@
 #include "params/softmax_read.h"
 
-#include "binding/binding.h"
+#include "binding/saved_read.h"
 
 namespace mk {
 namespace {
@@ -60,18 +60,9 @@ Four run_backward(const Tensor& query, const Tensor& keys, const Tensor& values,
   SoftmaxRead& f = p.forward;
   Inputs in("softmax_read_backward", query, keys, values, slot_mask, scales, scale, f);
   in.args.require(wants.size() == 4, "wants must have 4 entries");
-  // A missing gradient is zero.
-  const Tensor zeros = d_read.has_value() ? *d_read : zeros_like(read);
-  const Tensor* r = &in.args.add("read", read, Side::tokens, {f.T, f.V});
-  const Tensor* dr = &in.args.add("d_read", zeros, Side::tokens, {f.T, f.V});
-  const Tensor* l = &in.args.add("lse", lse, Side::tokens, {f.T});
-  const Tensor* lr = &in.args.add("lse_rest", lse_rest, Side::tokens, {f.T});
-  const Tensor* dl = in.args.add("d_lse", d_lse, Side::tokens, {f.T});
-  in.args.floats({in.query, r, dr, l, lr, dl});
-  in.args.stats({l, lr, dl}, query);
+  const SavedRead saved(in.args, *in.query, f.T, f.V, read, lse, lse_rest, d_read, d_lse);
   in.fill(f);
-  f.read = in.args.view(r, 2), f.lse = in.args.view(l, 1), f.lse_rest = in.args.view(lr, 1);
-  p.d_read = in.args.view(dr, 2), p.d_lse = in.args.view(dl, 1);
+  saved.fill(in.args, p);
   Gradient d_query(in.args, in.query, wants[0], Side::tokens, 2);
   Gradient d_keys(in.args, in.keys, wants[1], Side::memory, 2);
   Gradient d_values(in.args, in.values, wants[2], Side::memory, 2);

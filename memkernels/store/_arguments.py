@@ -13,6 +13,7 @@ from torch import Tensor
 from ._columns import FLOATS, Column, dtype_name
 from ._engine import Engine
 
+LONGEST = 1 << 24  # bytes of the metadata of a slot as JSON
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 
 
@@ -69,9 +70,6 @@ def _document(op: str, i: int, one: object) -> str:
     if len(text) > LONGEST:
         raise ValueError(f"{op}: meta[{i}] must have at most {LONGEST} bytes as JSON, got {len(text)}")
     return text
-
-
-LONGEST = 1 << 24
 
 
 def query(op: str, engine: Engine, x: object) -> Tensor:

@@ -147,7 +147,7 @@ def stretches(engine: Engine, names: tuple[str, ...], pages: np.ndarray) -> Iter
 
 
 def stream(engine: Engine, names: tuple[str, ...], pages: np.ndarray) -> Iterator[Run]:
-    """Runs of pages off the disk, the next one read while one is used. A run is valid until the next is asked for."""
+    """Runs of pages off the disk, the next one read while one is used. A run is valid until the next one is taken."""
     size = engine.page_slots
     steps = {name: max(1, RUN_BYTES // engine.columns[name].extent_bytes) for name in names}
     step = min(steps.values())

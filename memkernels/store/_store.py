@@ -106,7 +106,7 @@ class MemoryStore(Maintenance):
             if engine.closed:
                 return
             if engine.process != os.getpid():
-                return
+                return  # files and locks are those of the process that opened it, before a fork
             try:
                 if isinstance(engine, Writer):
                     if engine.staged is not None:

@@ -83,7 +83,7 @@ def _rows(engine: Engine, tables: dict) -> list[Fault]:
     _, state = db.state()
     states = {0: state}
     for (name,) in db.execute("SELECT name FROM snapshots").fetchall():
-        number, states[number] = _snapshot_state(db, name)
+        number, states[number] = db.state(name)
     for snapshot, one in states.items():
         for table, wanted, kinds in (("page_table", one["table_blocks"], 2), ("maps", one["map_blocks"], 3)):
             for kind in range(kinds):
@@ -101,10 +101,6 @@ def _rows(engine: Engine, tables: dict) -> list[Fault]:
             if not isinstance(doc, str) or text_crc(slot, doc) != crc:
                 faults.append(Fault(FILE, None, f"{table}, slot {slot}: crc32c is wrong"))
     return faults
-
-
-def _snapshot_state(db, name: str) -> tuple[int, dict]:
-    return db.state(name)
 
 
 def _pages(engine: Engine, name: str, blocks: dict[int, np.ndarray], seen: set) -> list[Fault]:

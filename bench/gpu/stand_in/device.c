@@ -141,8 +141,7 @@ Capture* stream_capture(const void* stream) {
   return capture != NULL && capture->active ? capture : NULL;
 }
 
-// --- memory: every block is a mapping of its own, so that it begins as zeros and use after free is a fault
-// ------------
+// --- memory: every block is a mapping of its own, so that it begins as zeros and use after free is a fault -----------
 
 static Block* blocks;  // ordered by address
 static size_t count, room, taken;
