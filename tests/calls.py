@@ -65,6 +65,7 @@ def arguments(op: str, dtype: torch.dtype = torch.float32, masks: bool = False) 
         },
         "product_key_read": {**pairs, "values": floats(N * N, V), "k": k},
         "product_key_search": {**pairs, "k": k},
+        "paged_topk_search": {"query": query, "keys": floats(2, N, K), "pages": torch.tensor([1, 0]), "k": k},
         "slot_usage": {"query": query, "keys": keys, "lse": (10 + randn(B, T)).to(exact)},
         "slot_write": {"values": values, "weights": weights, "write": write},
         "softmax_read": read,

@@ -18,6 +18,7 @@ SHARES, WEIGHTS, GATE = (torch.sigmoid(randn(*shape)) for shape in ((T, k), (T, 
 LOGITS, CACHE, WORDS, MIX = randn(T, 11), randn(T, N), torch.arange(T * N).view(T, N) % 11, torch.sigmoid(randn(T))
 KEYS8, ROW = (20 * KEYS).to(torch.int8), torch.sigmoid(randn(N))
 SUBKEYS, LIST, TABLE, PARTS = randn(2, 3, 2), randn(9, 2), randn(9, V), randn(9, T, V)
+PAGES, FOUND = torch.arange(N).flip(0), 100 + torch.arange(T * k).view(T, k)
 CELL, RECURRENT = randn(T, 6), randn(6, 2)
 TOKENS, TARGETS = torch.arange(T) % 3 > 0, torch.arange(T)
 
@@ -96,6 +97,14 @@ CASES = {
         lambda c, b, a: mk.sparse_read(KEYS8, INDICES[c], a[c], value_scale=ROW, backend=b),
         (SHARES,),
     ),
+    "paged_topk_search F": (
+        lambda c, b, q, x, m: mk.paged_topk_search(q, x[c], PAGES[c], k, slot_mask=m[c], backend=b),
+        (QUERY, randn(N, 2, K), randn(N, 2)),
+    ),
+    "paged_topk_search T": (
+        lambda c, b, q, x, s: mk.paged_topk_search(q[c], x, PAGES[:2], k, best=(s[c], FOUND[c]), backend=b),
+        (QUERY, randn(2, 3, K), randn(T, k)),
+    ),
     "product_key_search T": (lambda c, b, q, x: mk.product_key_search(q[c], x, k, backend=b), (QUERY, SUBKEYS)),
     "product_key_search n": (
         lambda c, b, q, x: mk.product_key_search(q, x[c].expand(2, -1, -1), k, backend=b),
@@ -171,7 +180,7 @@ CASES = {
         (LOGITS, CACHE, MIX),
     ),
 }
-COUNT = {"N": N, "T": T, "B": B, "S": 9, "n": 9}
+COUNT = {"N": N, "T": T, "B": B, "S": 9, "n": 9, "F": N}
 # The formula of these is a loop over the tokens, which the compiler unrolls: their number must be known.
 LOOPS = ("write T", "write B, shared", "scan T")
 

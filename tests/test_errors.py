@@ -14,6 +14,7 @@ from memkernels.spec import Arg, Op, Out, check
 Q, KEYS, VALUES = randn(2, 5, 8).float(), randn(2, 9, 8).float(), randn(2, 9, 6).float()
 WRITE, LSE = randn(2, 5, 6).float(), randn(2, 5).float()
 SHARES = torch.rand(2, 5, 9, generator=torch.Generator().manual_seed(0))
+PAGES = torch.arange(2)
 SUBKEYS, LOGITS = randn(2, 3, 4).float(), randn(2, 5, 11).float()
 CACHE, WORDS = randn(2, 5, 7).float(), torch.zeros(2, 5, 7, dtype=torch.int64)
 INDICES, WEIGHTS = torch.zeros(2, 5, 3, dtype=torch.int64), randn(2, 5, 3).float()
@@ -114,6 +115,12 @@ WRONG = [
      "product_key_search: subkeys must be [..., 2, n, h=4], got [2, 3, 3]"),
     (lambda b: mk.product_key_search(Q, SUBKEYS[:1], 2, backend=b), ValueError,
      "product_key_search: subkeys must be [..., 2, n, h=4], got [1, 3, 4]"),
+    (lambda b: mk.paged_topk_search(Q, KEYS, PAGES, 0, backend=b), ValueError,
+     "paged_topk_search: k must be at least 1, got 0"),
+    (lambda b: mk.paged_topk_search(Q, KEYS, PAGES[:1], 2, backend=b), ValueError,
+     "paged_topk_search: pages must be [..., F=2], got [1]"),
+    (lambda b: mk.paged_topk_search(Q, KEYS, PAGES.int(), 2, backend=b), TypeError,
+     "paged_topk_search: pages must be int64, got torch.int32"),
     (lambda b: mk.product_key_search(Q, SUBKEYS, 0, backend=b), ValueError,
      "product_key_search: k must be at least 1, got 0"),
     (lambda b: mk.product_key_read(Q, SUBKEYS, VALUES[..., :5, :], 2, backend=b), ValueError,

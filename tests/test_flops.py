@@ -14,7 +14,7 @@ from memkernels.registration import OPS
 from memkernels.spec import several
 
 # Multiply-adds of one stream at the sizes below, by hand: (forward, backward).
-T, N, K, V, k, S, D, W, n, h = 7, 33, 16, 24, 4, 3, 20, 50, 6, 8
+T, N, K, V, k, S, D, W, n, h, F = 7, 33, 16, 24, 4, 3, 20, 50, 6, 8, 6
 HAND = {
     "address": (T * N * K, 2 * T * N * K),
     "additive_read": (T * N * (2 * K + V), 3 * T * N * (2 * K + V)),
@@ -23,6 +23,7 @@ HAND = {
     "topk_search": (T * N * K, 2 * T * k * K),
     "topk_read": (T * N * K + T * k * V, 2 * T * k * (K + V)),
     "sparse_read": (T * k * V, 2 * T * k * V),
+    "paged_topk_search": (T * F * S * K, 2 * T * k * K),
     "product_key_search": (2 * T * n * h, 4 * T * k * h),
     "product_key_read": (2 * T * n * h + T * k * V, 2 * T * k * (2 * h + V)),
     "merge_reads": (S * T * V, 2 * S * T * V),

@@ -44,6 +44,7 @@ SCAN = (VALUES, KEYS, QUERY, randn(B, T, K, seed=12), WRITE)
 
 VECTOR, SUBKEYS, TABLE = randn(K, seed=8), randn(2, 4, 2, seed=9), randn(16, V, seed=13)
 LOGITS, CACHE, MIX = randn(B, T, 6, seed=10), randn(B, T, N, seed=11), torch.sigmoid(randn(B, T, seed=12))
+PAGED, PAGES, FOUND = randn(B, 3, 2, K, seed=14), torch.tensor([4, -1, 2]), 100 + torch.arange(k).expand(T, k)
 WORDS = torch.randint(-1, 6, (B, T, N), generator=torch.Generator().manual_seed(4))
 TARGETS = torch.tensor([[5, 1, 0, 2], [-1, 3, 3, 4]])
 
@@ -84,6 +85,14 @@ CASES = {
     "cache_nll, shared logits and cache": (
         lambda b, z, c, m: mk.cache_nll(z, TARGETS, c, WORDS[0], m, backend=b),
         (LOGITS[0], CACHE[:1], MIX),
+    ),
+    "paged_topk_search": (
+        lambda b, q, x: mk.paged_topk_search(q, x, PAGES, k, backend=b)[0],
+        (QUERY, PAGED),
+    ),
+    "paged_topk_search, float mask and what was found before": (
+        lambda b, q, x, m, s: mk.paged_topk_search(q, x, PAGES, k, slot_mask=m, best=(s, FOUND), backend=b)[0],
+        (QUERY, PAGED, randn(B, 3, 2, seed=15), randn(B, T, k, seed=16)),
     ),
     "product_key_search": (
         lambda b, q, x: mk.product_key_search(q, x, k, backend=b)[0],

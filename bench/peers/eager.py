@@ -64,6 +64,16 @@ def topk_search(query, keys, k):
     return lambda: torch.topk(scale * query @ keys.mT, k)[0]
 
 
+def paged_topk_search(query, keys, pages, k):
+    scale, size = query.shape[-1] ** -0.5, keys.shape[-2]
+
+    def run():
+        scores, at = torch.topk(scale * query @ keys.flatten(-3, -2).mT, k)
+        return scores, pages[at // size] * size + at % size
+
+    return lambda: run()[0]
+
+
 def topk_read(query, keys, values, k):
     scale = query.shape[-1] ** -0.5
 

@@ -9,6 +9,7 @@ from .gated_scan import gated_scan
 from .gated_write import gated_write, gated_write_
 from .memory_scan import memory_scan
 from .merge_reads import merge_reads
+from .paged_topk_search import paged_topk_search
 from .product_key_read import product_key_read
 from .product_key_search import product_key_search
 from .slot_usage import slot_usage
@@ -31,6 +32,7 @@ __all__ = [
     "gated_write_",
     "memory_scan",
     "merge_reads",
+    "paged_topk_search",
     "product_key_read",
     "product_key_search",
     "slot_usage",

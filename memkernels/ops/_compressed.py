@@ -24,7 +24,8 @@ _places: dict[str, list[int]] = {}  # name of a twin -> which arguments may be c
 def compressed(op: Op, **scales: str) -> Op:
     """The twin of ``op`` whose arguments named in ``scales`` are compressed; argument -> name of its scale."""
     args = [replace(a, dtype="slots") if a.name in scales else a for a in op.args]
-    args += [Arg(scale, "N", "memory", "scale", optional=True, of=name) for name, scale in scales.items()]
+    slots = {a.name: a.axes.rsplit(maxsplit=1)[0] for a in op.args if a.name in scales}
+    args += [Arg(scale, slots[name], "memory", "scale", optional=True, of=name) for name, scale in scales.items()]
     lead = next(i for i, a in enumerate(op.args) if a.dtype == "lead")
     rows = [(op.index(name), len(op.args) + i) for i, name in enumerate(scales)]
     twin = f"{op.name}_compressed"

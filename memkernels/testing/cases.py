@@ -12,7 +12,7 @@ from types import MappingProxyType
 
 from ..spec import Op, letters
 
-SIZES = MappingProxyType({"T": 7, "N": 33, "K": 16, "V": 24, "k": 4, "S": 3, "D": 20, "W": 50, "n": 6, "h": 8})
+SIZES = MappingProxyType({"T": 7, "N": 33, "K": 16, "V": 24, "k": 4, "S": 3, "D": 20, "W": 50, "n": 6, "h": 8, "F": 6})
 UNMET = 5  # size of an axis that no case knows
 
 
@@ -303,6 +303,36 @@ VALUES = (
     Case("mix 0 and 1", ("mix",), give={"mix": "bits", "cache_scores": "lse_empty"}),
     Case(
         "one word in the whole cache", ("cache_tokens",), give={"cache_tokens": "index_same", "targets": "index_same"}
+    ),
+    Case("pages of several blocks", ("pages",), _sizes(T=70, F=7, S=130), tokens=(), memory=(), quick=True),
+    Case(
+        "many pages", ("pages",), _sizes(T=3, F=40, S=128, k=32), tokens=(), memory=(), give={"slot_mask": "mask_bool"}
+    ),
+    Case("no frames", ("pages",), _sizes(F=0), give={"best_scores": "stats", "best_slots": "slots_beyond"}),
+    Case("frames shared, pages per stream", ("pages",), leads={"keys": ()}, give={"slot_mask": "mask_bool"}),
+    Case(
+        "best of an earlier search",
+        ("pages",),
+        _sizes(T=70, F=9, S=50, k=9),
+        give={"best_scores": "stats", "best_slots": "slots_beyond"},
+        quick=True,
+    ),
+    Case(
+        "best of an earlier search, few tokens",
+        ("pages",),
+        _sizes(T=2, F=40, S=128, k=70),
+        tokens=(),
+        memory=(),
+        give={"best_scores": "lse_empty", "best_slots": "slots_beyond", "slot_mask": "mask_two_open"},
+    ),
+    Case(
+        "ties across pages and with an earlier search",
+        ("pages",),
+        _sizes(T=20, F=12, S=40, K=3, k=30),
+        give={"query": "integers", "keys": "integers", "best_scores": "integers", "best_slots": "slots_beyond"},
+        params={"scale": 1.0},
+        exact=True,
+        quick=True,
     ),
     Case("every index -1", ("indices", "weights", "T", "N"), give={"indices": "index_none"}),
     Case(

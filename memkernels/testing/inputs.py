@@ -219,6 +219,11 @@ FILL: dict[str, Callable[..., Tensor]] = {
     "index": lambda shape, dtype, random, places: (
         torch.randint(-1, places, shape, generator=random) if places else torch.full(shape, -1)
     ),
+    "slots_beyond": lambda shape, dtype, random, places: (  # distinct, no page of the usual sizes has them; the last -1
+        (12000 - torch.arange(shape[-1]) * 2)
+        .masked_fill(torch.arange(shape[-1]) == shape[-1] - 1, -1)
+        .repeat(*shape[:-1], 1)
+    ),
     "index_none": lambda shape, dtype, random, places: torch.full(shape, -1),
     "index_same": lambda shape, dtype, random, places: torch.full(shape, places // 2),
 }

@@ -10,7 +10,7 @@ from memkernels.nn import CacheState, MemoryState, SlotUse
 
 q, k, v, lse = torch.randn(2, 3, 4), torch.randn(5, 4), torch.randn(5, 4), torch.randn(2, 3)
 subkeys, index, some = torch.randn(2, 3, 2), torch.zeros(2, 3, 2, dtype=torch.int64), torch.randn(2, 3, 2)
-flag = bool(q.sum() > 0)
+pages, flag = torch.arange(2), bool(q.sum() > 0)
 Pair = tuple[Tensor, Tensor]
 Triple = tuple[Tensor, Tensor, Tensor]
 
@@ -37,6 +37,7 @@ assert_type(mk.slot_usage(q, k, lse), Tensor)
 assert_type(mk.merge_reads([q, q], [lse, lse]), Pair)
 assert_type(mk.topk_search(q, k, 2), Pair)
 assert_type(mk.product_key_search(q, subkeys, 2), Pair)
+assert_type(mk.paged_topk_search(q, subkeys, pages, 2, best=mk.topk_search(q, k, 2)), Pair)
 
 # The same for writes, their forms in place too.
 new_values: Tensor = mk.gated_write(v, k, q, q, erase=0.5)

@@ -1,9 +1,10 @@
-// topk_search and topk_read: ops on k slots per token.
+// topk_search, paged_topk_search and topk_read: ops on k slots per token.
 #include <algorithm>
 #include <cmath>
 #include <numeric>
 
 #include "kernels.h"
+#include "params/paged_topk_search.h"
 #include "params/topk_read.h"
 
 namespace native {
@@ -20,7 +21,8 @@ struct Searched {
   Tensor mask;
   Wide q, k, m, scores, indices;
 
-  explicit Searched(const Case& c)
+  // `numbers`: the slot numbers of the rows, if not 0 .. N - 1; negative where a row is none.
+  explicit Searched(const Case& c, const std::vector<int64_t>& numbers = {})
       : random(c.seed),
         query(quarters(c.dtype, c.of(c.query, c.T, c.K), random, c.gap)),
         keys(c, c.packed_keys, c.keys, c.K, random, true),
@@ -31,17 +33,19 @@ struct Searched {
     keys.poison_empty(m);
     q = query.wide(), k = keys.wide();
     std::vector<int64_t> order(size_t(c.N));
+    const auto number = [&](int64_t i) { return numbers.empty() ? i : numbers[size_t(i)]; };
     for (int64_t place = 0; place < c.places(); ++place) {
-      const std::vector<double> s = native::scores(c, q, k, m, kScale, place);
+      std::vector<double> s = native::scores(c, q, k, m, kScale, place);
+      for (int64_t i = 0; i < c.T * c.N; ++i) s[size_t(i)] = number(i % c.N) < 0 ? -kInfinity : s[size_t(i)];
       for (int64_t t = 0; t < c.T; ++t) {
         const double* x = s.data() + t * c.N;
         std::iota(order.begin(), order.end(), 0);
         const auto end = order.begin() + std::min(c.k, c.N);
         std::partial_sort(order.begin(), end, order.end(),
-                          [x](int64_t i, int64_t j) { return x[i] != x[j] ? x[i] > x[j] : i < j; });
+                          [&](int64_t i, int64_t j) { return x[i] != x[j] ? x[i] > x[j] : number(i) < number(j); });
         for (int64_t j = 0; j < std::min(c.k, c.N) && x[order[size_t(j)]] != -kInfinity; ++j) {
           scores.row(place, t)[j] = x[order[size_t(j)]];
-          indices.row(place, t)[j] = double(order[size_t(j)]);
+          indices.row(place, t)[j] = double(number(order[size_t(j)]));
         }
       }
     }
@@ -98,6 +102,68 @@ void topk_search(const Case& c) {
   verify(c, "topk_search_backward",
          {{"d_query", &d.query, &d.want_query}, {"d_keys", &d.keys, &d.want_keys}, {"d_mask", &d.mask, &d.want_mask}},
          [&] { MK_CALL(topk_search_backward, b); });
+}
+
+// Frames of a divisor of N slots, in reverse order with gaps, one of them without a page. What an earlier search found
+// is worse than all, or better than all: then it is the result.
+void paged_topk_search(const Case& c) {
+  Random random(c.seed + 1);
+  int64_t S = 1 + int64_t(random.below(7));
+  while (c.N % S != 0) --S;
+  const int64_t F = c.N / S;
+  std::vector<int64_t> numbers(size_t(c.N));
+  Wide pages({c.lead, 0, 1, F}, 0);
+  for (int64_t f = 0; f < F; ++f) {
+    const int64_t page = f == 1 ? -1 : 2 * (F - f);
+    pages.row(0, 0)[f] = double(page);
+    for (int64_t j = 0; j < S; ++j) numbers[size_t(f * S + j)] = page < 0 ? -1 : page * S + j;
+  }
+  Searched in(c, numbers);
+  const bool found = random.one_in(2), better = random.one_in(2);
+  const double far = better ? 1e6 : -1e6;
+  Wide earlier_scores(c.tokens(c.k)), earlier_slots(c.tokens(c.k));
+  const int64_t beyond = 4 * c.N + 100;  // no page has such a slot
+  for (int64_t place = 0; found && place < c.places(); ++place) {
+    for (int64_t t = 0; t < c.T; ++t) {
+      double *score = in.scores.row(place, t), *slot = in.indices.row(place, t);
+      const int64_t first = better ? 0 : std::find(slot, slot + c.k, -1.0) - slot;
+      for (int64_t j = 0; j < c.k; ++j) {
+        earlier_scores.row(place, t)[j] = far - double(j), earlier_slots.row(place, t)[j] = double(beyond + j);
+        if (j >= first) score[j] = far - double(j - first), slot[j] = double(beyond + j - first);
+      }
+    }
+  }
+  const Tensor page_numbers(DType::i64, pages);
+  const Tensor best_scores = found ? Tensor(c.stats(), earlier_scores) : Tensor();
+  const Tensor best_slots = found ? Tensor(DType::i64, earlier_slots) : Tensor();
+  const mk::Frames frames{F, S, page_numbers.view(), best_scores.view(), best_slots.view()};
+  Tensor scores(c.stats(), c.tokens(c.k)), slots(DType::i64, c.tokens(c.k));
+  const mk::PagedTopkSearch p{in.search(c, scores, slots), frames};
+  verify(c, "paged_topk_search", {{"scores", &scores, &in.scores}, {"slots", &slots, &in.indices}},
+         [&] { MK_CALL(paged_topk_search, p); });
+
+  const Tensor chosen(DType::i64, in.indices), d_scores = uniform(c.stats(), c.tokens(c.k), in.random, -1, 1);
+  const Wide ds = d_scores.wide();
+  SearchGradients d(c, in);
+  Wide want_best(c.tokens(c.k));
+  for (int64_t place = 0; place < c.places(); ++place) {
+    for (int64_t t = 0; t < c.T; ++t) {
+      for (int64_t j = 0; j < c.k; ++j) {
+        const auto slot = int64_t(in.indices.row(place, t)[j]);
+        const int64_t i = std::find(numbers.begin(), numbers.end(), slot) - numbers.begin();
+        if (slot >= beyond) want_best.row(place, t)[slot - beyond] = ds.row(place, t)[j];
+        else if (slot >= 0) d.add_score(in, place, t, i, ds.row(place, t)[j]);
+      }
+    }
+  }
+  Tensor d_best = found ? Tensor(c.stats(), want_best) : Tensor();
+  const mk::PagedTopkSearchBackward b{d.backward(c, in, {}, d_scores), frames, chosen.view(), d_best.view()};
+  verify(c, "paged_topk_search_backward",
+         {{"d_query", &d.query, &d.want_query},
+          {"d_keys", &d.keys, &d.want_keys},
+          {"d_mask", &d.mask, &d.want_mask},
+          {"d_best", &d_best, &want_best}},
+         [&] { MK_CALL(paged_topk_search_backward, b); });
 }
 
 void topk_read(const Case& c) {
@@ -159,6 +225,7 @@ void topk_read(const Case& c) {
 
 namespace {
 FAMILY(topk_search)
+FAMILY(paged_topk_search)
 FAMILY(topk_read)
 }  // namespace
 

@@ -57,8 +57,9 @@ MK_INLINE uint32_t above(Vec<F> s, Vec<F> threshold) {
 }
 
 // Moves the best of n keys to the front, at least `few` and at most `many` of them, unordered; returns their number. It
-// bisects on the value of the key. Keys are distinct, so a bound exists for every count. It compares whole registers
-// without mispredicted branches, where std::nth_element branches on every key. Requires 1 <= few <= many < n.
+// bisects on the value of the key. It compares whole registers without mispredicted branches, where std::nth_element
+// branches on every key. A bound exists for every count, unless keys are equal: of pages that a caller names twice.
+// Requires 1 <= few <= many < n.
 template <class Key>
 int64_t keep_best(Key* keys, int64_t n, int64_t few, int64_t many) {
   // More than `many` keys are >= `low`. Fewer than `few` are >= `high`, or `high` is the bound.
@@ -68,8 +69,12 @@ int64_t keep_best(Key* keys, int64_t n, int64_t few, int64_t many) {
     int64_t reach = 0;
     for (int64_t i = 0; i < n; ++i) reach += keys[i] >= bound;
     if (reach < few) high = bound;
-    else if (reach > many) low = bound;
-    else {
+    else if (reach > many && bound != low) low = bound;
+    else if (reach > many) {
+      const int64_t above = std::partition(keys, keys + n, [bound](Key key) { return key > bound; }) - keys;
+      if (above < many) std::fill(keys + above, keys + many, bound);
+      return many;
+    } else {
       int64_t kept = 0;
       for (int64_t i = 0; i < n; ++i) {
         keys[kept] = keys[i];

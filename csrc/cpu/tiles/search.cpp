@@ -11,6 +11,9 @@
 // Without a threshold every score passes, and offering a score costs far more than comparing it. So the scores of the
 // first blocks are collected before any is offered. The maxima of groups of slots among them give the first threshold:
 // if k groups reach a bound, k slots do.
+//
+// Slots in frames (paged_topk_search) differ in their numbers alone: a chunk is a frame, and what a block offers is
+// numbered from its page on.
 #include "cpu/tiles/search.h"
 
 #include <numeric>
@@ -31,15 +34,16 @@ struct SearchPlan {
   int64_t first, group;  // of a first look: the number of blocks, and slots per group
   bool few;
 
-  explicit SearchPlan(const TopkSearch& p) {
+  SearchPlan(const TopkSearch& p, const Frames* frames) {
     batches = p.lead.batches();
     tokens = p.lead.folded() * p.T;
-    k = least(p.k, p.N);
+    k = least(p.k, p.N + (frames != nullptr && frames->best_slots ? p.k : 0));
     few = few_tokens<F>(tokens);
     tile = few ? most(tokens, 1) : k > 1024 ? kLanes<F> : kTokenTile<F>;  // candidate buffers stay within the cache
     tiles = div_up(tokens, tile);
     // Slots visited in order: more of them if reading memory is the bound.
     chunk = tokens <= 2 * kLanes<F> ? 4 * kSlotBlock : kSlotBlock;
+    if (frames != nullptr) chunk = most(frames->S, 1);
     const int64_t tasks = most(batches * tiles, 1);
     ranges = most(1, least(div_up(kTasks, tasks), p.N / most(kLeastSlots, 16 * k)));
     range = round_up(div_up(most(p.N, 1), ranges), chunk);
@@ -72,6 +76,7 @@ struct SearchTile {
         buffers(Slots<F>::buffers(arena, kSlotBlock, K, 0)) {}
 };
 
+// `i`: the number of the first slot of the block.
 template <class F, bool wide>
 void offer_columns(SearchTile<F, wide>& tile, const SlotBlock<F>& block, int64_t i, const F* S) {
   constexpr int W = kLanes<F>;
@@ -220,10 +225,45 @@ class FirstLook {
   bool open_;
 };
 
+// The number of the slot at a position; negative if its frame holds no page.
+class Numbers {
+ public:
+  Numbers(const Frames* frames, const Lead& lead, int64_t batch)
+      : pages_(frames == nullptr ? nullptr : reinterpret_cast<const int64_t*>(frames->pages.batch(lead, batch))),
+        S_(frames == nullptr ? 1 : most(frames->S, 1)) {}
+  int64_t at(int64_t position) const {
+    if (pages_ == nullptr) return position;
+    const int64_t page = pages_[position / S_];
+    return page < 0 ? -1 : page * S_ + position % S_;
+  }
+
+ private:
+  const int64_t* pages_;
+  int64_t S_;
+};
+
+// What an earlier search found for the tokens of a tile: the thresholds that it sets, and, once per tile, its slots.
+template <class F, bool wide>
+void carry(const TopkSearch& p, const Frames& frames, int64_t batch, bool offer, SearchTile<F, wide>& tile) {
+  const TokenRows scores(frames.best_scores, p.lead, batch, p.T), slots(frames.best_slots, p.lead, batch, p.T);
+  for (int64_t t = 0; t < tile.n; ++t) {
+    const auto* score = reinterpret_cast<const F*>(scores.row(tile.first + t));
+    const auto* slot = reinterpret_cast<const int64_t*>(slots.row(tile.first + t));
+    Rank<F> worst = ~Rank<F>(0);
+    int64_t n = 0;
+    for (int64_t j = 0; j < p.k; ++j) {
+      if (slot[j] < 0 || score[j] == -kInf<F>) continue;
+      worst = std::min(worst, rank_of<F>(score[j])), ++n;
+      if (offer) tile.board.offer(t, score[j], slot[j]);
+    }
+    if (n == p.k) tile.board.raise(t, score_of<F>(worst));
+  }
+}
+
 // Visits the slots of [lo, hi) for one tile of one batch. Keys are prefetched while earlier ones are multiplied.
 template <class F, bool wide>
-void search_range(const TopkSearch& p, const SearchPlan<F>& s, int64_t batch, int64_t lo, int64_t hi,
-                  SearchTile<F, wide>& tile) {
+void search_range(const TopkSearch& p, const SearchPlan<F>& s, const Numbers& numbers, int64_t batch, int64_t lo,
+                  int64_t hi, SearchTile<F, wide>& tile) {
   const Slots<F> slots(p.keys, View{}, p.mask, p.lead, batch, p.N, p.K, 0, s.few);
   const TokenRows query(p.query, p.lead, batch, p.T);
   const int64_t L = round_up(tile.n, kLanes<F>);
@@ -235,28 +275,30 @@ void search_range(const TopkSearch& p, const SearchPlan<F>& s, int64_t batch, in
   FirstLook<F, wide> look(s, tile);
   for (Visit here(lo, hi, s.chunk), next = here; here.more(); here = next) {
     next.advance();
+    const int64_t number = numbers.at(here.first());
+    if (number < 0) continue;
     const SlotBlock<F> block = columns.load(here.first(), here.count(), tile.buffers);
     if (block.n == 0) continue;
     if (tile.shared != nullptr) tile.board.share(tile.shared, tile.n);
-    tile.board.begin(here.first());
+    tile.board.begin(number);
     if (s.few) {
       score_rows(block, p.K, tile.q, tile.n, tile.S);
-      offer_rows<F, wide>(tile, block, here.first());
+      offer_rows<F, wide>(tile, block, number);
     } else {
       F* S = look.open() ? look.scores() : tile.S;
       columns.scores(block, tile.q, L, S, {2 * kGroup, next.more() ? next.first() - here.first() : 0});
-      if (look.open()) look.add(block, here.first());
-      else offer_columns<F, wide>(tile, block, here.first(), S);
+      if (look.open()) look.add(block, number);
+      else offer_columns<F, wide>(tile, block, number, S);
     }
   }
   if (look.open()) look.close();
 }
 
 template <class F, bool wide>
-void run(const TopkSearch& p, size_t finish_bytes, Finish<F> finish) {
+void run(const TopkSearch& p, const Frames* frames, size_t finish_bytes, Finish<F> finish) {
   using Key = typename Candidate<F, wide>::Key;
   using Shared = std::atomic<Rank<F>>;
-  const SearchPlan<F> s(p);
+  const SearchPlan<F> s(p, frames);
   const int64_t all = s.batches * s.tokens;
   if (all == 0) return;
   const bool merge = s.ranges > 1;
@@ -294,7 +336,10 @@ void run(const TopkSearch& p, size_t finish_bytes, Finish<F> finish) {
     tile.first = task % s.tiles * s.tile, tile.n = least(s.tile, s.tokens - tile.first);
     tile.shared = merge ? shared + batch * s.tokens + tile.first : nullptr;
     tile.board.clear();
-    if (s.k > 0) search_range<F, wide>(p, s, batch, lo, least(p.N, lo + s.range), tile);
+    if (frames != nullptr && frames->best_slots) carry<F, wide>(p, *frames, batch, range == 0, tile);
+    if (s.k > 0) {
+      search_range<F, wide>(p, s, Numbers(frames, p.lead, batch), batch, lo, least(p.N, lo + s.range), tile);
+    }
     for (int64_t t = 0; t < tile.n; t += kSortRows) {
       const int64_t count = least(kSortRows, tile.n - t), at = batch * s.tokens + tile.first + t;
       Key* rows[kSortRows];
@@ -330,14 +375,32 @@ void run(const TopkSearch& p, size_t finish_bytes, Finish<F> finish) {
   });
 }
 
+// Does a slot number need more than 32 bits?
+bool many_slots(const TopkSearch& p, const Frames* frames) {
+  constexpr int64_t kMost = int64_t(1) << 32;
+  if (frames == nullptr) return p.N > kMost - 1;
+  const int64_t S = most(frames->S, 1);
+  const auto reaches = [](const void* numbers, int64_t n, int64_t most) {
+    const auto* x = static_cast<const int64_t*>(numbers);
+    return std::any_of(x, x + n, [most](int64_t number) { return number >= most; });
+  };
+  bool found = false;
+  for (int64_t batch = 0; !found && batch < p.lead.batches(); ++batch) {
+    found = reaches(frames->pages.batch(p.lead, batch), frames->F, kMost / S - 1);
+    const TokenRows best(frames->best_slots, p.lead, batch, p.T);
+    for (int64_t t = 0; best && !found && t < p.lead.folded() * p.T; ++t) found = reaches(best.row(t), p.k, kMost - 1);
+  }
+  return found;
+}
+
 }  // namespace
 
-void search(const TopkSearch& p, size_t finish_bytes, Finish<float> finish) {
-  if (p.N > int64_t(0xffffffff)) run<float, true>(p, finish_bytes, finish);  // the index needs more than 32 bits
-  else run<float, false>(p, finish_bytes, finish);
+void search(const TopkSearch& p, size_t finish_bytes, Finish<float> finish, const Frames* frames) {
+  if (many_slots(p, frames)) run<float, true>(p, frames, finish_bytes, finish);
+  else run<float, false>(p, frames, finish_bytes, finish);
 }
-void search(const TopkSearch& p, size_t finish_bytes, Finish<double> finish) {
-  run<double, true>(p, finish_bytes, finish);
+void search(const TopkSearch& p, size_t finish_bytes, Finish<double> finish, const Frames* frames) {
+  run<double, true>(p, frames, finish_bytes, finish);
 }
 
 }  // namespace mk::MK_ISA

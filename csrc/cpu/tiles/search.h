@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cpu/tiles/parallel.h"
-#include "params/topk_search.h"
+#include "params/paged_topk_search.h"
 
 namespace mk::MK_ISA {
 
@@ -11,7 +11,9 @@ namespace mk::MK_ISA {
 template <class F>
 using Finish = FunctionRef<void(int64_t, int64_t, const F*, const int64_t*, int64_t, Arena)>;
 
-void search(const TopkSearch& p, size_t finish_bytes, Finish<float> finish);
-void search(const TopkSearch& p, size_t finish_bytes, Finish<double> finish);
+// With `frames`, slots are numbered by their pages, frames without a page are not read, and the best slots of an
+// earlier search take part.
+void search(const TopkSearch& p, size_t finish_bytes, Finish<float> finish, const Frames* frames = nullptr);
+void search(const TopkSearch& p, size_t finish_bytes, Finish<double> finish, const Frames* frames = nullptr);
 
 }  // namespace mk::MK_ISA

@@ -1,0 +1,123 @@
+"""paged_topk_search: pages in any order, in one call or in many, are one memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support import close, randn
+
+import memkernels as mk
+
+B, T, F, S, K, k = 2, 9, 7, 12, 5, 6
+
+
+def memory(pages, whole):
+    """The frames that hold ``pages`` of ``whole [.., N, K]``; NaN where a frame holds none."""
+    rows = whole.unflatten(-2, (-1, S))[..., pages.clamp(min=0), :, :]
+    return rows.masked_fill((pages < 0)[:, None, None], torch.nan)
+
+
+def shuffled(pages, seed=0):
+    return torch.randperm(pages, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("tokens", [1, 9, 40, 150])
+@pytest.mark.parametrize("rounded", [False, True])
+def test_the_order_of_pages_does_not_matter(backend, tokens, rounded):
+    """Also where most scores are equal: the smaller slot number wins, not the earlier frame."""
+    query, whole = randn(B, tokens, K), randn(B, F * S, K, seed=1)
+    if rounded:
+        query, whole = query.round(), whole.round()
+    wanted = mk.topk_search(query, whole, k, scale=1.0, backend="reference")
+    for seed in range(4):
+        pages = shuffled(F, seed)
+        scores, slots = mk.paged_topk_search(query, memory(pages, whole), pages, k, scale=1.0, backend=backend)
+        assert torch.equal(slots, wanted[1])
+        close(scores, wanted[0])
+
+
+@pytest.mark.parametrize("tokens", [1, 9, 150])
+@pytest.mark.parametrize("run", [1, 2, 5])
+@pytest.mark.parametrize("rounded", [False, True])
+def test_runs_that_carry_what_was_found_are_one_search(backend, tokens, run, rounded):
+    query, whole = randn(B, tokens, K), randn(B, F * S, K, seed=1)
+    if rounded:
+        query, whole = query.round(), whole.round()
+    pages, best = shuffled(F), None
+    for first in range(0, F, run):
+        part = pages[first : first + run]
+        best = mk.paged_topk_search(query, memory(part, whole), part, 20, scale=1.0, best=best, backend=backend)
+    assert best is not None
+    scores, slots = best
+    wanted = mk.topk_search(query, whole, 20, scale=1.0, backend="reference")
+    assert torch.equal(slots, wanted[1])
+    close(scores, wanted[0])
+
+
+def test_frames_without_a_page_are_not_read(backend):
+    query, whole = randn(B, T, K), randn(B, F * S, K, seed=1)
+    pages = torch.tensor([3, -1, 0, -1, 6])
+    scores, slots = mk.paged_topk_search(query, memory(pages, whole), pages, 40, backend=backend)
+    mask = torch.zeros(F, S, dtype=torch.bool)
+    mask[[3, 0, 6]] = True
+    wanted = mk.topk_search(query, whole, 40, slot_mask=mask.flatten(), backend="reference")
+    assert torch.equal(slots, wanted[1]) and (slots[..., -4:] == -1).all()
+    close(scores, wanted[0])
+
+
+@pytest.mark.parametrize("page", [2**20, 2**32, 2**50])
+@pytest.mark.parametrize("tokens", [1, 30])
+def test_slot_numbers_of_a_large_memory(backend, page, tokens):
+    """Slot numbers beyond 32 bits, on both sides of that border."""
+    query, whole = randn(tokens, K).round(), randn(F * S, K, seed=1).round()
+    pages = shuffled(F)
+    near = page // S - 3 + pages
+    found = mk.paged_topk_search(query, memory(pages, whole), near, k, scale=1.0, backend=backend)
+    wanted = mk.topk_search(query, whole, k, scale=1.0, backend="reference")
+    assert torch.equal(found[1], wanted[1] + (page // S - 3) * S) and torch.equal(found[0], wanted[0].float())
+    again = mk.paged_topk_search(query, memory(pages[:1], whole), pages[:1], k, scale=1.0, best=found, backend=backend)
+    assert (again[0] >= found[0]).all()
+
+
+def test_numbers_of_infinity_and_nan(backend):
+    """NaN ranks first, an infinite score before finite ones, in what was found before too; -inf is nothing."""
+    query, keys = torch.ones(1, 1), torch.tensor([[1.0], [torch.inf], [2.0], [torch.nan]]).view(2, 2, 1)
+    best = torch.tensor([[torch.nan, 3.0, -torch.inf, 9.0, 0.0]]), torch.tensor([[100, 101, 102, -1, 103]])
+    scores, slots = mk.paged_topk_search(query, keys, torch.tensor([5, 3]), 5, scale=1.0, best=best, backend=backend)
+    assert slots.tolist() == [[7, 100, 11, 101, 6]]
+    assert scores[0, :2].isnan().all() and scores[0, 2:].tolist() == [torch.inf, 3.0, 2.0]
+
+
+def test_a_page_that_is_named_twice_ends(backend):
+    """It is against the contract; the result is some slots of the memory, and the call returns."""
+    query, keys = randn(70, K), randn(1, S, K, seed=1).expand(300, S, K)
+    pages = torch.zeros(300, dtype=torch.int64)
+    scores, slots = mk.paged_topk_search(query, keys, pages, 20, backend=backend)
+    assert ((slots >= 0) & (slots < S)).all() and scores.isfinite().all()
+
+
+def test_the_gradient_reaches_chosen_rows_and_earlier_scores(backend):
+    """As if both were one memory, searched at once."""
+    whole = randn(F * S, K, seed=1, dtype=torch.float64)
+    pages, cut = shuffled(F), 4
+    query = randn(T, K, dtype=torch.float64).requires_grad_()
+    keys = memory(pages, whole).requires_grad_()
+    first = mk.paged_topk_search(query, keys[:cut], pages[:cut], k, backend=backend)
+    scores, slots = mk.paged_topk_search(query, keys[cut:], pages[cut:], k, best=first, backend=backend)
+    weights = randn(T, k, seed=3, dtype=torch.float64)
+    got = torch.autograd.grad((scores * weights).sum(), [query, keys])
+    once, at = mk.paged_topk_search(query, keys, pages, k, backend="reference")
+    assert torch.equal(slots, at)
+    for g, w in zip(got, torch.autograd.grad((once * weights).sum(), [query, keys])):
+        close(g, w)
+
+
+def test_best_must_be_whole(backend):
+    query, keys, pages = randn(T, K).float(), randn(F, S, K).float(), torch.arange(F)
+    with pytest.raises(TypeError, match=r"^paged_topk_search: best must be a pair \(scores, slots\), got Tensor$"):
+        mk.paged_topk_search(query, keys, pages, k, best=query, backend=backend)
+    with pytest.raises(ValueError, match=r"^paged_topk_search: best_slots must be \[..., T=9, k=6\], got \[9, 3\]$"):
+        best = torch.zeros(T, k), torch.zeros(T, 3, dtype=torch.int64)
+        mk.paged_topk_search(query, keys, pages, k, best=best, backend=backend)
+    with pytest.raises(TypeError, match="^paged_topk_search: best must have both scores and slots, got None"):
+        mk.paged_topk_search(query, keys, pages, k, best=(torch.zeros(T, k), None), backend=backend)
