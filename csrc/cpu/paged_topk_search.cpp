@@ -1,6 +1,6 @@
 // paged_topk_search:  topk_search over frames of S slots, s[t, f, j] = scale <q_t, k_fj> + mask_fj, where (f, j) is
-// slot S pages[f] + j. The search is in cpu/tiles/search.h: a frame is a run of blocks, and slot numbers take the place of
-// positions, so the cost is that of topk_search. What an earlier call found sets the first thresholds.
+// slot S pages[f] + j. The search is in cpu/tiles/search.h: a frame is a run of blocks, and slot numbers take the place
+// of positions, so the cost is that of topk_search. What an earlier call found sets the first thresholds.
 //
 // Gradient: the position of a slot is found again by bisection among the pages. Then it is that of topk_search over
 // N = F S slots; what came from the earlier call goes back to its scores.

@@ -6,11 +6,13 @@ import functools
 from collections.abc import Iterator
 from concurrent.futures import wait
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .. import _native, _torch
 from ._bitmap import page_bits
 from ._columns import Pages
 from ._engine import READERS, Engine
@@ -59,32 +61,43 @@ def _through(engine: Engine, tier: Tier, bring, slots: np.ndarray) -> Tensor:
     return out
 
 
-def places(engine: Engine, slots: np.ndarray) -> np.ndarray | None:
-    """Where the values of slots lie in the arena, -1 for slot -1; None where not all of them are in memory."""
-    tier, size = engine.tiers["values"], engine.page_slots
-    if tier.resident == 0 or len(slots) == 0:
+_slot_places: Any = None if _native.missing() else _torch.direct(torch.ops.memkernels_cpu.slot_places.default)
+
+
+def places(engine: Engine, name: str, slots: Tensor, none: bool = False) -> Tensor | None:
+    """Where live slots lie among the rows of a tier, all at once. int64 [...] -> [...].
+
+    None where not all of them are live and in memory, or there is no native library: then the long way says what is
+    wrong, or reads them. ``none``: slot -1 stays -1.
+    """
+    tier = engine.tiers[name]
+    if _slot_places is None or slots.dtype != torch.int64 or slots.device.type != "cpu" or slots.numel() == 0:
         return None
-    pages = slots // size
-    frames = tier.frame_of[pages]  # of page -1, the last: replaced below
-    none = slots < 0
-    some = bool(none.any())
-    if some:
-        frames[none] = 0
-    if frames.min() < 0:
+    live, frame_of, count = tier.tables(engine.maps["live"].bytes)
+    at = _slot_places(slots.reshape(-1).contiguous(), live, engine.capacity, frame_of, engine.page_slots, count, none)
+    if at.numel() == 0:
         return None
-    tier.hits += len(slots)
-    tier.touch(frames)
+    tier.hits += at.numel()
     engine.reads += 1
-    at = frames.astype(np.int64) * size + (slots - pages * size)
-    if some:
-        at[none] = -1
-    return at
+    return at.view(slots.shape)
+
+
+def at_places(memory: Pages, at: Tensor) -> Tensor:
+    """Rows as a caller reads them, by place. int64 [...] -> [..., dim]."""
+    flat = at.reshape(-1)
+    rows = memory.rows
+    if rows.dtype.itemsize == 1:
+        rows = rows.view(torch.uint8).index_select(0, flat).view(rows.dtype)
+    else:
+        rows = rows.index_select(0, flat)
+    scales = None if memory.scales is None else memory.scales.index_select(0, flat)
+    return memory.column.decode(rows, scales).view(*at.shape, rows.shape[-1])
 
 
 def _picked(tier: Tier, frames: np.ndarray, offsets: np.ndarray) -> Tensor:
     memory = tier.pages
-    at = torch.from_numpy(frames.astype(np.int64) * memory.column.slots + offsets).to(memory.rows.device)
-    return memory.column.decode(take(memory.rows, at), None if memory.scales is None else memory.scales[at])
+    at = torch.from_numpy(frames.astype(np.int64) * memory.column.slots + offsets)
+    return at_places(memory, at.to(memory.rows.device))
 
 
 @dataclass
@@ -102,9 +115,9 @@ class Run:
 
 
 def mask(packed: np.ndarray, pages: np.ndarray, size: int) -> Tensor | None:
-    """Which slots of a run may be addressed; None: all."""
+    """Which slots of a run may be addressed, where there is a page; None: all."""
     bits = page_bits(packed, np.maximum(pages, 0), size)
-    bits[pages < 0] = False
+    bits[pages < 0] = True
     return None if bits.all() else torch.from_numpy(bits.reshape(-1))
 
 

@@ -1,10 +1,9 @@
 """Searches and reads over all slots of a store: the library's ops on runs of pages, merged exactly.
 
-    topk:     the k best of the k best of every run, ties to the smaller slot
+    topk:     the k best of every run and of those before it, ties to the smaller slot
     softmax:  read = sum_run exp(lse_run - lse) read_run,      lse = logsumexp_run lse_run
 
-Pages in memory are searched in one call, in the order of their frames. That call may prefer the wrong one of two equal
-scores where the k-th is equal to the next; then those pages are searched in their own order.
+All pages in memory are one run, in the order of their frames.
 """
 
 from __future__ import annotations
@@ -35,14 +34,14 @@ def topk(engine: Engine, query: Tensor, k: int, scale, packed: np.ndarray) -> tu
     tier.hits += int(here.sum()) * engine.page_slots
     tier.misses += int((~here).sum()) * engine.page_slots
     engine.reads += 1
-    parts = []
+    best = None
     if here.any():
-        parts.append(_resident(engine, query, k, scale, packed, pages[here]))
+        run = _rows.arena(engine, "keys")
+        run.pages[~np.isin(run.pages, pages[here])] = -1
+        best = _run(engine, query, k, scale, packed, run, best)
     for run in _rows.stream(engine, ("keys",), pages[~here]):
-        parts.append(_run(engine, query, k, scale, packed, run))
-        if len(parts) == 16:
-            parts = [merged(parts, k)]
-    return merged(parts, k) if parts else nothing(query, k)
+        best = _run(engine, query, k, scale, packed, run, best)
+    return best or nothing(query, k)
 
 
 def nothing(query: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -52,30 +51,20 @@ def nothing(query: Tensor, k: int) -> tuple[Tensor, Tensor]:
     )
 
 
-def merged(parts: list[tuple[Tensor, Tensor]], k: int) -> tuple[Tensor, Tensor]:
-    """The k best of several answers, equal scores by smaller slot."""
-    scores, slots = torch.cat([p[0] for p in parts], 1), torch.cat([p[1] for p in parts], 1)
-    order = slots.argsort(dim=1, stable=True)
-    scores, slots = scores.gather(1, order), slots.gather(1, order)
-    order = scores.argsort(dim=1, descending=True, stable=True)[:, :k]
-    return scores.gather(1, order), slots.gather(1, order)
-
-
-def _run(engine: Engine, query: Tensor, k: int, scale, packed: np.ndarray, run: Run) -> tuple[Tensor, Tensor]:
-    """The best of one run, by position in it; equal scores by smaller slot where its pages are in order."""
-    rows, scales = run.rows["keys"], run.scales["keys"]
-    slot_mask = _rows.mask(packed, run.pages, engine.page_slots)
-    key_scale = None if scales is None else scales.to(exact(query.dtype))
-    scores, at = ops.topk_search(query, rows, k, scale=scale, slot_mask=slot_mask, key_scale=key_scale)
-    if query.dtype in SIXTEEN:  # the op rounds scores to 16 bits, too coarse to merge by
-        chosen = engine.columns["keys"].decode(*_chosen(rows, scales, at))
-        scores = rescored(query, chosen, scale).masked_fill(at < 0, -torch.inf)
-    return scores, run.numbers(at, engine.page_slots)
-
-
-def _chosen(rows: Tensor, scales: Tensor | None, at: Tensor) -> tuple[Tensor, Tensor | None]:
-    at = at.clamp(min=0)
-    return _rows.take(rows, at), None if scales is None else scales[at]
+def _run(engine: Engine, query: Tensor, k: int, scale, packed: np.ndarray, run: Run, best) -> tuple[Tensor, Tensor]:
+    """The best of one run and of what was found before."""
+    size = engine.page_slots
+    scales, mask = run.scales["keys"], _rows.mask(packed, run.pages, size)
+    return ops.paged_topk_search(
+        query,
+        run.rows["keys"].unflatten(0, (-1, size)),
+        torch.from_numpy(run.pages),
+        k,
+        scale=scale,
+        slot_mask=None if mask is None else mask.unflatten(0, (-1, size)),
+        key_scale=None if scales is None else scales.to(exact(query.dtype)).unflatten(0, (-1, size)),
+        best=best,
+    )
 
 
 def rescored(query: Tensor, rows: Tensor, scale) -> Tensor:
@@ -83,23 +72,6 @@ def rescored(query: Tensor, rows: Tensor, scale) -> Tensor:
     dtype = exact(query.dtype)
     scores = torch.einsum("tc,tjc->tj", query.to(dtype), rows.to(dtype))
     return scores * (scale.to(dtype).unsqueeze(1) if isinstance(scale, Tensor) else scale)
-
-
-def _resident(engine, query: Tensor, k: int, scale, packed: np.ndarray, pages: np.ndarray) -> tuple[Tensor, Tensor]:
-    run = _rows.arena(engine, "keys")
-    wanted = np.isin(run.pages, pages)
-    run.pages[~wanted] = -1
-    ordered = bool((np.diff(run.pages[wanted]) > 0).all())
-    scores, slots = _run(engine, query, k + (not ordered), scale, packed, run)
-    if ordered:
-        return merged([(scores, slots)], k)
-    scores, slots = merged([(scores, slots)], k + 1)
-    last, next_ = scores[:, k - 1], scores[:, k]
-    tied = (last == next_) & (slots[:, k] >= 0) | (last.isnan() & next_.isnan())
-    if not tied.any():
-        return scores[:, :k], slots[:, :k]
-    parts = [_run(engine, query, k, scale, packed, part) for part in _rows.stretches(engine, ("keys",), pages)]
-    return merged(parts, k)
 
 
 def softmax(engine: Engine, query: Tensor, scale, packed: np.ndarray) -> tuple[Tensor, Tensor]:

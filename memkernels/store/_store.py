@@ -257,6 +257,10 @@ class MemoryStore(Maintenance):
         return self._rows("gather", "values", slots)
 
     def _rows(self, op: str, name: str, slots) -> Tensor:
+        if isinstance(slots, Tensor) and not self._engine.device_tiers:
+            at = _rows.places(self._engine, name, slots)
+            if at is not None:
+                return _rows.at_places(self._engine.tiers[name].pages, at)
         at, shape = _arguments.numbers(op, slots)
         _arguments.live(op, self._engine, at)
         rows = _rows.gather(self._engine, name, at).view(*shape, self._engine.columns[name].dim)
@@ -295,7 +299,8 @@ class MemoryStore(Maintenance):
         scores, slots = self._topk("topk_read", query, k, scale, where, index)
         lse = scores.logsumexp(-1)
         weights = (scores - lse.masked_fill(lse.isneginf(), 0).unsqueeze(-1)).exp()
-        read = self._sparse_read(slots, weights).to(query.dtype)
+        read = self._read_in_place(slots, weights)
+        read = (self._sparse_read(slots, weights) if read is None else read).to(query.dtype)
         lead, home = query.shape[:-1], query.device
         results = [read.view(*lead, -1).to(home)]
         if return_slots:
@@ -320,6 +325,10 @@ class MemoryStore(Maintenance):
         """``r_t = sum_j weights[t, j] * value[slots[t, j]]``, -1 ignored. ``[..., T, k]`` each -> ``[..., T, V]``."""
         if not isinstance(weights, Tensor) or not weights.is_floating_point():
             raise TypeError("sparse_read: weights must be a float tensor like slots")
+        if isinstance(slots, Tensor) and slots.dim() >= 2 and slots.shape == weights.shape:
+            read = self._read_in_place(slots, weights)
+            if read is not None:
+                return read
         at, shape = _arguments.numbers("sparse_read", slots)
         if weights.shape != shape or len(shape) < 2:
             raise ValueError(
@@ -330,18 +339,22 @@ class MemoryStore(Maintenance):
         read = self._sparse_read(flat, weights.cpu().reshape(-1, shape[-1]))
         return read.to(weights.dtype).view(*shape[:-1], -1).to(weights.device)
 
-    def _sparse_read(self, slots: Tensor, weights: Tensor) -> Tensor:
-        engine = self._engine
+    def _read_in_place(self, slots: Tensor, weights: Tensor) -> Tensor | None:
+        """The read where all values are in memory, and lie as the op takes them."""
         # Rows in the arena may change before a backward, so they are read in place only where there is none.
-        if not (torch.is_grad_enabled() and weights.requires_grad):
-            memory = engine.tiers["values"].pages
-            rows, scales, dtype = memory.rows, memory.scales, weights.dtype
-            fits = (
-                scales is not None or rows.dtype == dtype or (rows.dtype == torch.float32 and dtype in _search.SIXTEEN)
-            )
-            if fits and (place := _rows.places(engine, slots.reshape(-1).numpy())) is not None:
-                scales = None if scales is None else scales.to(_search.exact(dtype))
-                return ops.sparse_read(rows, torch.from_numpy(place).view(slots.shape), weights, value_scale=scales)
+        if torch.is_grad_enabled() and weights.requires_grad:
+            return None
+        memory = self._engine.tiers["values"].pages
+        rows, scales, dtype = memory.rows, memory.scales, weights.dtype
+        if scales is None and rows.dtype != dtype and (rows.dtype != torch.float32 or dtype not in _search.SIXTEEN):
+            return None
+        at = _rows.places(self._engine, "values", slots, none=True)
+        if at is None:
+            return None
+        scales = None if scales is None else scales.to(_search.exact(dtype))
+        return ops.sparse_read(rows, at, weights, value_scale=scales)
+
+    def _sparse_read(self, slots: Tensor, weights: Tensor) -> Tensor:
         used, at = torch.unique(slots, return_inverse=True)
         missing = int((used < 0).sum())
         rows = _rows.gather(self._engine, "values", used[missing:].numpy())

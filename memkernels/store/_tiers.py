@@ -11,6 +11,7 @@ import os
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ._columns import Column, Pages
 
@@ -27,6 +28,8 @@ class Tier:
         self.dropped: list[int] = []  # a heap: low frames first, so that pages read in order lie in order
         self.hand = 0
         self.hits = self.misses = 0
+        self._arrays: tuple = (None, None, None)
+        self._tables: tuple[Tensor, ...] = ()
 
     @property
     def frames(self) -> int:
@@ -49,6 +52,14 @@ class Tier:
         if pages > len(self.frame_of):
             more = np.full(max(pages, 2 * len(self.frame_of)) - len(self.frame_of), -1, dtype=np.int32)
             self.frame_of = np.concatenate([self.frame_of, more])
+
+    def tables(self, live: np.ndarray) -> tuple[Tensor, ...]:
+        """``live``, ``frame_of`` and ``count`` as tensors of the same memory, made again where an array is another."""
+        a, b, c = self._arrays
+        if a is not live or b is not self.frame_of or c is not self.count:
+            self._arrays = live, self.frame_of, self.count
+            self._tables = tuple(map(torch.from_numpy, self._arrays))
+        return self._tables
 
     def touch(self, frames: np.ndarray) -> None:
         self.count[frames] = np.minimum(self.count[frames], MOST - 1) + 1

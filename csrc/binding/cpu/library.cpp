@@ -31,6 +31,9 @@ std::string processor() {
 STABLE_TORCH_LIBRARY_FRAGMENT(memkernels_cpu, m) {
   m.def("isa() -> str");
   m.def("processor() -> str");
+  m.def(
+      "slot_places(Tensor slots, Tensor live, int capacity, Tensor frame_of, int page_slots, Tensor(a!) count, "
+      "bool none) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(memkernels_cpu, CompositeExplicitAutograd, m) {
   m.impl("isa", TORCH_BOX(&isa_name));
