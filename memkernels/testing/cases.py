@@ -13,7 +13,7 @@ from types import MappingProxyType
 from ..spec import Op, letters
 
 SIZES = MappingProxyType({"T": 7, "N": 33, "K": 16, "V": 24, "k": 4, "S": 3, "D": 20, "W": 50, "n": 6, "h": 8})
-UNMET = 5  # size of an axis that no case knows
+UNMET = 5  # size of an axis that no case names
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,7 @@ VALUES = (
         give={"query": "signs", "keys": "signs"},
         params={"sigmoid": True, "scale": 200.0},
     ),
-    Case(  # not for a softmax: scores of thousands leave it no digits for what slots that tie share
+    Case(  # not for a softmax: rounding scores of thousands decides how tied slots share the weight
         "gates at 0 and 1",
         ("gates",),
         _sizes(K=15),
