@@ -1,4 +1,4 @@
-"""Reads and searches over compressed slots: what 8-bit rows mean, in float64 from the equation; what is refused."""
+"""Reads and searches over compressed slots against the equation in float64, and the calls that are refused."""
 
 from __future__ import annotations
 

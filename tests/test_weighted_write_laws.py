@@ -113,7 +113,7 @@ def test_weights_of_one_replace_and_of_zero_keep(backend):
 
 @pytest.mark.parametrize("erase", [1.0, "tensor"])
 def test_gates_saturated_for_thousands_of_tokens_stay_exact(backend, erase):
-    """In bfloat16, beside float32 content: finite, and what a slot holds is what was last written with weight 1."""
+    """In bfloat16 with float32 content: finite, and a slot holds what was last written with weight 1."""
     t = 3000
     weights = (torch.rand(t, N, generator=torch.Generator().manual_seed(0)) > 0.5).bfloat16()
     values, write = randn(N, V, dtype=torch.float32), randn(t, V, dtype=torch.float32)
