@@ -148,6 +148,6 @@ def test_in_place_gives_the_same_bits_in_the_same_memory(backend, erase, dtype):
 def test_in_place_refuses_what_has_a_gradient(backend):
     values, keys, query, write = case()
     with pytest.raises(
-        RuntimeError, match="softmax_write_: writes in place and has no gradient; use softmax_write, or"
+        RuntimeError, match="softmax_write_: no argument may require a gradient, got one; use softmax_write, or"
     ):
         mk.softmax_write_(values, keys.requires_grad_(), query, write, backend=backend)

@@ -148,7 +148,9 @@ def test_in_place_writes_views_alone(backend):
 
 def test_in_place_refuses_what_has_a_gradient_or_overlaps_itself(backend):
     values, weights, write = case(B)
-    with pytest.raises(RuntimeError, match="slot_write_: writes in place and has no gradient; use slot_write, or"):
+    with pytest.raises(
+        RuntimeError, match="slot_write_: no argument may require a gradient, got one; use slot_write, or"
+    ):
         mk.slot_write_(values, weights.requires_grad_(), write, backend=backend)
     with pytest.raises((RuntimeError, ValueError)):
         mk.slot_write_(values[:1].expand(B, N, V), weights.detach(), write, backend=backend)

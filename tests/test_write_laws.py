@@ -204,7 +204,7 @@ def test_in_place_writes_views_and_counts_versions(backend):
 
 def test_in_place_refuses_what_has_a_gradient(backend):
     values, keys, query, write = case()
-    with pytest.raises(RuntimeError, match="gated_write_: writes in place and has no gradient"):
+    with pytest.raises(RuntimeError, match="gated_write_: no argument may require a gradient, got one"):
         mk.gated_write_(values, keys.requires_grad_(), query, write, backend=backend)
     with torch.no_grad():
         mk.gated_write_(values, keys, query, write, backend=backend)

@@ -104,7 +104,10 @@ class MemoryTransformerLM(nn.Module):
         return self.memory.initial_state(*streams)
 
     def encode(self, tokens: Tensor, token_mask: Tensor | None = None) -> Tensor:
-        """The last layer's output: tokens int64 ``[B, T]`` -> ``[B, T, d]``. It does not depend on the memory."""
+        """The last layer's output: tokens int64 ``[B, T]`` -> ``[B, T, d]``. It does not depend on the memory.
+
+        token_mask: bool ``[B, T]``, False for padding. Raises ValueError for more than ``max_length`` tokens.
+        """
         longest = len(self.positions)
         if tokens.shape[-1] > longest:
             raise ValueError(f"MemoryTransformerLM: tokens must be [B, T <= {longest}], got {list(tokens.shape)}")
@@ -115,7 +118,7 @@ class MemoryTransformerLM(nn.Module):
         return x
 
     def decode(self, hidden: Tensor, state: MemoryState) -> Tensor:
-        """Log-probabilities of every position: ``[B, T, d]`` -> ``[B, T, vocab]``, reading ``state``."""
+        """Log-probabilities of every position: hidden ``[B, T, d]`` -> ``[B, T, vocab]``, reading ``state``."""
         read = self.read_projection(self.memory.read(hidden, state))
         return F.log_softmax(self.output(hidden + self.dropout(read)), dim=-1)
 
@@ -134,7 +137,7 @@ class MemoryTransformerLM(nn.Module):
             log-probabilities ``[B, T, vocab]`` and hidden ``[B, T, d]``.
 
         Raises:
-            ValueError: ``tokens`` are not ``[B, T]``, or longer than ``max_length``. ValueError, TypeError: as
+            ValueError: ``tokens`` longer than ``max_length``. ValueError, TypeError: as
                 :func:`memkernels.softmax_read`.
         """
         hidden = self.encode(tokens, token_mask)
@@ -142,7 +145,10 @@ class MemoryTransformerLM(nn.Module):
 
     @torch.no_grad()
     def write(self, hidden: Tensor, state: MemoryState, *, token_mask: Tensor | None = None) -> MemoryState:
-        """The state after ``hidden`` ``[B, T, d]`` was written, without gradient. Padding writes nothing."""
+        """The state after ``hidden`` ``[B, T, d]`` was written, without gradient.
+
+        token_mask: bool ``[B, T]``; padding, which is False there, writes nothing.
+        """
         content, address, mask = self._pairs(hidden, token_mask)
         return self.memory.write(content, state, address=address, token_mask=mask)
 

@@ -32,10 +32,10 @@ class CacheState(NamedTuple):
 class NeuralCache(nn.Module):
     """The last ``size`` hidden states of a model, each voting for the token that followed it.
 
-    An entry's weight is ``softmax_j(theta * <h_t, h_j>)``, and the votes are mixed into the model's own distribution
-    with the share ``mix``. Any trained model can be given a cache. ``mix`` in (0, 1) and ``theta`` > 0 are its only
-    parameters and may be trained alone. State is functional: :meth:`nll` and :meth:`append` return the
-    cache that comes next.
+    ``p(w) = (1 - mix) softmax(logits_t)[w] + mix * sum_{j: x_(j+1) = w} softmax_j(theta * <h_t, h_j>)``
+
+    Any trained model can be given a cache. ``mix`` in (0, 1) and ``theta`` > 0 are its only parameters and may be
+    trained alone. State is functional: :meth:`nll` and :meth:`append` return the next cache.
 
     Args:
         size: N, entries. width: K, of the hidden states.

@@ -60,8 +60,8 @@ class SlotUse(NamedTuple):
         return self._after("reads", usage, tokens, decay, threshold)
 
     def after_write(self, retained: Tensor, tokens: int, *, decay: float = 1.0, threshold: float = 0.1) -> SlotUse:
-        """The use after a write that left the share ``retained`` ``[..., N]`` of what every slot held
-        (``return_retained`` of the writes). Arguments and errors as in :meth:`after_read`."""
+        """The use after ``tokens`` tokens wrote and left the share ``retained`` ``[..., N]`` of the content of a slot
+        (``return_retained`` of the writes). ``decay``, ``threshold`` and errors as in :meth:`after_read`."""
         return self._after("writes", 1 - retained, tokens, decay, threshold)
 
     def after_replacement(self, indices: Tensor) -> SlotUse:

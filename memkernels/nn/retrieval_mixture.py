@@ -54,7 +54,7 @@ class RetrievalMixture(nn.Module):
 
     def retrieve(self, query: Tensor, keys: Tensor, *, slot_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """``(weights [..., T, k], indices int64 [..., T, k])``, best first. With fewer than k addressable records,
-        the rest has weight 0 and index -1."""
+        the rest has weight 0 and index -1. Arguments and errors as in :meth:`forward`."""
         log_weights, indices = self._search(query, keys, slot_mask)
         return log_weights.exp() * (indices >= 0), indices
 

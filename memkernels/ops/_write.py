@@ -93,7 +93,7 @@ def check_in_place(op: str, tensors, values: Tensor, others: tuple[tuple[str, Te
     others: (name, tensor, number of trailing axes) of the other tensors of the memory.
     """
     if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors):
-        raise RuntimeError(f"{op}: writes in place and has no gradient; use {op[:-1]}, or torch.no_grad()")
+        raise RuntimeError(f"{op}: no argument may require a gradient, got one; use {op[:-1]}, or torch.no_grad()")
     for name, other, tail in others:
         if other is not None and shaped(other, values):
             lead, own = other.shape[: max(other.dim() - tail, 0)], values.shape[: max(values.dim() - 2, 0)]

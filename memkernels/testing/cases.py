@@ -28,6 +28,7 @@ class Case:
     wants: arguments that require a gradient (default: all float ones). cotangents: results that have a gradient.
     mixed: float32 content beside a 16-bit query (only such dtypes take the case).
     exact: arithmetic has no rounding here, so chosen slots must be those of the reference, ties included.
+    quick: one of the cases that find most mistakes.
     """
 
     name: str
@@ -345,5 +346,5 @@ CASES = (*SHAPES, *LEADS, *LAYOUTS, *MASKS, *VALUES, *GRADIENTS)
 
 
 def cases(op: Op, *, quick: bool = False) -> list[Case]:
-    """The cases that ``op`` takes."""
+    """The cases that ``op`` takes; ``quick``: only those that find most mistakes."""
     return [case for case in CASES if case.fits(op) and (case.quick or not quick)]

@@ -36,9 +36,12 @@ def _threads(n: int) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the grid. ``message`` says what is wrong where ``passed`` is False.
+    """One line of the grid: ``op`` on ``backend`` and ``device`` in ``dtype``, one ``case``.
 
-    ``gap``: nothing ran, because the backend has no such kernel; ``message`` says which.
+    direction: ``"forward"``, ``"backward"`` or ``"in place"``.
+    error, tolerance: of the worst result, relative; it passes where the error is at most the tolerance.
+    message: what is wrong where ``passed`` is False.
+    gap: nothing ran, because the backend has no such kernel; ``message`` says which.
     """
 
     op: str
