@@ -1,6 +1,6 @@
 # Each target sets up .venv when it is missing, or uses the interpreter given as PYTHON= without touching the network.
-#   make demo | test | test-quick | test-torch | lint | docs | bench | sanitize | cuda | gpu-check | gpu-rehearsal | wheel
-#   make dev | format | wheel-test | clean
+#   make dev | demo | test | test-quick | test-torch | lint | format | docs | bench | sanitize | wheel | wheel-test
+#   make cuda | gpu-check | gpu-rehearsal | clean
 
 ifdef PYTHON
   PY := $(PYTHON)
@@ -72,13 +72,13 @@ wheel-test:
 	.build/wheel/bin/python -m pip install --quiet $(filter torch==%,$(file <requirements.txt)) dist/*.whl
 	cd .build/wheel && bin/python -m memkernels check --quick --backend cpu
 
-# C++ kernels without torch or Python, under AddressSanitizer + UBSan and under ThreadSanitizer; then the operators, called
-# with invalid arguments for half a minute (LONG=1: ten minutes, and every case).
+# C++ kernels without torch or Python, under AddressSanitizer + UBSan and under ThreadSanitizer; then the operators,
+# called with invalid arguments for half a minute (LONG=1: ten minutes, and every case).
 sanitize: .build/native
 	PYTHON=$(PY) LONG=$(LONG) tests/native/run
 
-# The CUDA backend: builds and installs its library with nvcc, prints the resources of its kernels, runs them on the CPU.
-# No GPU is needed. FAULTS=3 seeds one fault in three, as CI does, which takes half the time.
+# The CUDA backend: builds and installs its library with nvcc, prints the resources of its kernels, runs them on the
+# CPU. No GPU is needed. FAULTS=3 seeds one fault in three, as CI does, which takes half the time.
 cuda: $(READY)
 	MEMKERNELS_CUDA=1 $(PY) -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) --no-build-isolation --no-deps -e .
 	$(PY) -m bench.cuda_check

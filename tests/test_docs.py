@@ -51,7 +51,7 @@ def test_examples_run_as_written(page, line, code, capsys):
 
 
 def commands(text: str) -> list[str]:
-    """The lines of a page's shell fences, and the commands that stand in its prose."""
+    """The lines of a page's shell fences, and the commands in its prose."""
     fences = "\n".join(re.findall(r"^```(?:ba)?sh\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
     prose = re.findall(r"`((?:make|python) [^`]+)`", FENCE.sub("", text))
     return [line.partition("#")[0].strip() for line in (*fences.splitlines(), *prose)]
