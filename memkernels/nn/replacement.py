@@ -178,6 +178,6 @@ def fade(values: Tensor, rate: float | Tensor, tokens: int = 1) -> Tensor:
     Returns:
         ``[..., N, V]`` in the dtype of ``values``, differentiable in values and a rate that is a tensor.
     """
-    exact = torch.promote_types(values.dtype, torch.float32)  # in 16 bits 1 - rate would round to 1
+    exact = torch.promote_types(values.dtype, torch.float32)  # in 16 bits 1 - rate rounds to 1 for small rates
     kept = (1 - torch.as_tensor(rate, dtype=exact, device=values.device)) ** tokens
     return (values * (kept.unsqueeze(-1) if kept.dim() else kept)).to(values.dtype)

@@ -41,7 +41,7 @@ def softmax(s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Weights and log-sum-exp over the last axis, and the rounding error of the lse; 0, -inf, 0 if all are -inf.
 
     Weights are formed from the largest score and the sum, never from the lse: where scores are large, rounding the lse
-    loses whole units. ``rest`` is what it lost, so that exp((s - lse) - rest) are the weights again.
+    loses whole units. ``rest`` is what it lost, so that exp((s - lse) - rest) gives the weights.
     """
     if known(s.shape[-1] == 0):
         lse = s.new_full(s.shape[:-1], -torch.inf)

@@ -54,7 +54,7 @@ def gated_scan(
     """All states of a linear recurrence: ``h_t = f_t * h_{t-1} + u_t``, channel by channel.
 
     Args:
-        forget: ``f``, ``[..., T, D]``, float32, bfloat16, float16 or float64. Meant to be in [0, 1]; beyond, the
+        forget: ``f``, ``[..., T, D]``, float32, bfloat16, float16 or float64. Meant to be in [0, 1]; outside, the
             states may grow without bound.
         update: ``u``, ``[..., T, D]``, dtype of ``forget``, or float32 beside a 16-bit ``forget``.
         initial: ``h_0``, ``[..., D]``, dtype of ``update``; default 0.

@@ -65,7 +65,7 @@ def slot_write(
 
     Args:
         values: ``[..., N, V]``, the memory: dtype of ``weights``, or float32 beside 16-bit weights. It is not modified.
-        weights: ``a``, ``[..., T, N]``, float32, bfloat16, float16 or float64. Meant to be in [0, 1]; beyond, the
+        weights: ``a``, ``[..., T, N]``, float32, bfloat16, float16 or float64. Meant to be in [0, 1]; outside, the
             result may grow without bound.
         write: ``[..., T, V]``, dtype of ``values``.
         erase: 1.0 interpolates (``v + a (w - v)``), 0.0 adds (``v + a w``), a tensor ``[..., T, V]`` in the dtype of
