@@ -1,6 +1,6 @@
 # Each target sets up .venv when it is missing, or uses the interpreter given as PYTHON= without touching the network.
-#   make demo | test | test-quick | test-torch | lint | docs | bench | sanitize | cuda | gpu-check | gpu-rehearsal | wheel
-#   make dev | format | wheel-test | clean
+#   make dev | demo | test | test-quick | test-torch | lint | format | docs | bench | sanitize | wheel | wheel-test
+#   make cuda | gpu-check | gpu-rehearsal | clean
 
 ifdef PYTHON
   PY := $(PYTHON)
@@ -18,10 +18,10 @@ NATIVE := $(CSRC) $(wildcard csrc/*.cmake csrc/*/*.cmake) CMakeLists.txt setup.p
 
 SOURCES := $(CSRC) $(wildcard tests/*/*.cpp tests/*/*.h bench/gpu/stand_in/*)
 
-# It lies where torch has the header for which it stands.
+# A stand-in for a header of torch, at the path of that header.
 SOURCES += tests/native/torch_stand_in/torch/csrc/stable/ops.h
 
-# Files of tests run side by side where pytest-xdist is installed, the longest first.
+# Test files run in parallel where pytest-xdist is installed, the longest first.
 SIDE_BY_SIDE := -n auto --maxprocesses=8 --dist loadfile
 PYTEST = $(PY) -m pytest $$($(PY) -c "import xdist" 2>/dev/null && printf '%s ' $(SIDE_BY_SIDE))
 
@@ -35,11 +35,11 @@ demo: .build/native
 test: .build/native
 	$(PYTEST) tests/test_triton.py tests/test_install.py tests
 
-# The inner loop: what finds most mistakes (tests/quick.py), in under two minutes on two cores.
+# While you change code: the tests that find most mistakes (tests/quick.py), in under two minutes on two cores.
 test-quick: .build/native
 	$(PYTEST) --quick tests/test_triton.py tests
 
-# The core of the tests under another torch, fetched once, such as VERSION=2.10.0.
+# The core of the tests under another torch, downloaded once, such as VERSION=2.10.0.
 test-torch: .build/native
 	$(PY) -m bench.other_torch $(VERSION)
 
@@ -55,7 +55,7 @@ format: $(READY)
 	$(PY) -m ruff format .
 	$(CLANG_FORMAT) -i $(SOURCES)
 
-# The documentation site, in build/site: pages of docs/ and the API reference, strictly; nothing is fetched. Open index.html.
+# The documentation site: pages of docs/ and the API reference, strictly, without a network. Open build/site/index.html.
 docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --clean --quiet
 
@@ -72,24 +72,24 @@ wheel-test:
 	.build/wheel/bin/python -m pip install --quiet $(filter torch==%,$(file <requirements.txt)) dist/*.whl
 	cd .build/wheel && bin/python -m memkernels check --quick --backend cpu
 
-# C++ kernels without torch or Python, under AddressSanitizer + UBSan and under ThreadSanitizer; then the operators, called with
-# arguments that nobody would pass, for half a minute (LONG=1: ten, and every case).
+# C++ kernels without torch or Python, under AddressSanitizer + UBSan and under ThreadSanitizer; then the operators,
+# called with invalid arguments for half a minute (LONG=1: ten minutes, and every case).
 sanitize: .build/native
 	PYTHON=$(PY) LONG=$(LONG) tests/native/run
 
-# The CUDA backend: builds and installs its library with nvcc, prints what it uses, runs its kernels on the CPU. No GPU is needed.
-# FAULTS=3 seeds one fault in three, as CI does, which takes half the time.
+# The CUDA backend: builds and installs its library with nvcc, prints the resources of its kernels, runs them on the
+# CPU. No GPU is needed. FAULTS=3 seeds one fault in three, as CI does, which takes half the time.
 cuda: $(READY)
 	MEMKERNELS_CUDA=1 $(PY) -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) --no-build-isolation --no-deps -e .
 	$(PY) -m bench.cuda_check
 	MEMKERNELS_CUDA=1 MEMKERNELS_FAULTS=$(FAULTS) $(PYTEST) tests/test_simt.py tests/test_simt_*.py tests/test_cuda.py tests/test_gpu_check.py
 
-# On a machine with a GPU, within minutes and without a network: the interpreter's own torch, build, proof, speed.
+# On a machine with a GPU, within minutes and without a network: build, proof and speed under the installed torch.
 # CHECK holds options, such as CHECK="--out results --resume".
 gpu-check:
 	$(or $(PYTHON),python3) -m bench.gpu_check $(CHECK)
 
-# What that check will meet, without a GPU: the CUDA build of torch, every launch down to a driver that records.
+# A rehearsal of that check without a GPU: the CUDA build of torch, every launch down to a driver that records.
 # REHEARSAL=--quick is what CI runs.
 gpu-rehearsal: $(READY)
 	$(PY) -m bench.gpu.rehearsal $(REHEARSAL)

@@ -27,7 +27,7 @@ class CMakeBuild(build_ext):
 
     def run(self) -> None:
         native.check()
-        self.in_place = self.inplace  # the base class takes its own away while it builds
+        self.in_place = self.inplace  # the base class resets its own while it builds
         super().run()
 
     def build_extension(self, ext: Extension) -> None:
@@ -38,7 +38,7 @@ class CMakeBuild(build_ext):
         configure = ["-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}", f"-DTORCH_DIR={native.torch()}"]
         configure.append(f"-DCMAKE_MAKE_PROGRAM={native.tool('ninja')}")
         configure.append(f"-DMEMKERNELS_CUDA={'ON' if os.environ.get('MEMKERNELS_CUDA') == '1' else 'OFF'}")
-        # The module is of one version of Python, and a wheel is for all.
+        # The module serves one version of Python, a wheel all of them.
         configure.append(f"-DMEMKERNELS_HOST={'ON' if self.in_place else 'OFF'}")
         jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
         native.run([cmake, "-S", ROOT, "-B", build, *configure])
@@ -59,7 +59,7 @@ class Wheel(bdist_wheel):
     """One wheel for every Python: nothing in it is compiled against Python."""
 
     def run(self) -> None:
-        # A wheel takes whatever lies in that folder, also what an earlier build left there.
+        # A wheel takes all files of that folder, also those that an earlier build left there.
         shutil.rmtree(self.get_finalized_command("build").build_lib, ignore_errors=True)
         super().run()
 

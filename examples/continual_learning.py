@@ -1,10 +1,9 @@
 """Domains arrive one after the other and never come back: a memory keeps the old ones, a network forgets them.
 
-Each domain has its own inputs and its own names for five classes. The network is trained on the domain at hand. The
-memory is not trained: an example that it gets wrong is written into the slot that was used least, for there are far
-fewer slots than examples; and an answer is a ``topk_read`` of the labels of the nearest examples. After every domain
-both are tested on all domains so far. Forgetting is the accuracy of a domain when it had just been learnt, less its
-accuracy at the end.
+Each domain has its own inputs and its own names for five classes. The network is trained on the current domain. The
+memory is not trained. An example that it gets wrong is written into the least used slot, because there are far fewer
+slots than examples. An answer is a ``topk_read`` of the labels of the nearest examples. After every domain both are
+tested on all domains so far. Forgetting is the accuracy on a domain right after it was learnt, less that at the end.
 
     python examples/continual_learning.py
 """
@@ -57,7 +56,7 @@ class Network:
 
 
 class Memory:
-    """Examples under their own vectors; sees each once."""
+    """Examples, with their own vectors as keys; sees each example once."""
 
     def __init__(self, slots: int):
         self.keys, self.labels = torch.zeros(slots, WIDTH), torch.zeros(slots, CLASSES)

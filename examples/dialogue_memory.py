@@ -2,8 +2,8 @@
 
     "my pet is a cat" ... small talk ... "no, my pet is a dog" ... small talk ...   "what is my pet?"   "a dog"
 
-Every utterance is one vector. The model attends to the last few, and those before them were written into an
-``ExternalMemory``. Dialogues are generated. Two models are trained, one without the memory, and both are asked about
+Every utterance is one vector. The model attends to the last few; those before them are written into an
+``ExternalMemory``. Dialogues are generated. One model is trained with the memory and one without. Both are asked about
 things said inside and outside the window, and about things that were corrected.
 
     python examples/dialogue_memory.py
@@ -64,7 +64,7 @@ def dialogues(count: int, generator: torch.Generator) -> Dialogues:
 
 
 class Listener(nn.Module):
-    """Answers from the last ``WINDOW`` utterances, and from what it wrote down of those before them."""
+    """Answers from the last ``WINDOW`` utterances, and from a memory of those before them."""
 
     def __init__(self, remembers: bool, width: int = 48):
         super().__init__()

@@ -45,7 +45,7 @@ def contexts(model: SimilarityLM, sentence: str) -> tuple[Tensor, Tensor]:
 
 
 def draw(path: Path, weights: Tensor) -> None:
-    from matplotlib.figure import Figure  # so that --help does without
+    from matplotlib.figure import Figure  # here, so that --help does not need it
 
     figure = Figure(figsize=(11, 9), layout="constrained")
     axes = figure.subplots()

@@ -9,9 +9,9 @@ import torch
 
 from . import _native
 
-# The variable names another build of it, as the rehearsal without a GPU uses (bench/gpu).
+# The variable names another build of the library: the rehearsal without a GPU sets it (bench/gpu).
 LIBRARY = Path(os.environ.get("MEMKERNELS_CUDA_LIBRARY") or _native.FOLDER / "libmemkernels_cuda.so")
-# The same kernels compiled for the CPU by the tests (tests/simt): a path of their library.
+# Path of a library of the same kernels compiled for the CPU, which the tests set (tests/simt).
 ON_HOST = os.environ.get("MEMKERNELS_CUDA_ON_HOST")
 DEVICES = ("cpu",) if ON_HOST else ("cuda",)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -35,19 +35,19 @@ def _load() -> str | None:
 
 
 def _allows_tf32() -> bool:
-    # What torch.set_float32_matmul_precision and allow_tf32 set too.
+    # torch.set_float32_matmul_precision and allow_tf32 set this, too.
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
-# Settled at import: a constant to torch.compile.
+# Evaluated at import, so that torch.compile sees a constant.
 _reason = _load()
 if _reason is None:
-    # What the kernels ask of torch when they run, because its C shim does not tell.
+    # The kernels call this operator at run time, because the C shim of torch has no function for it.
     _questions = torch.library.Library("memkernels_cuda", "FRAGMENT")
     _questions.define("allows_tf32() -> bool")
     _questions.impl("allows_tf32", _allows_tf32, "CompositeExplicitAutograd")
 
 
 def missing() -> str | None:
-    """Why the operators of the ``cuda`` backend are not there, or None when they are."""
+    """Why the operators of the ``cuda`` backend are unavailable, or None when they are available."""
     return _reason

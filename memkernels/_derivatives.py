@@ -1,7 +1,7 @@
 """The derivatives of an op's operators: the first by its backward kernel, those after it by the reference formula.
 
-In terms of the formula ``y = f(x)``: the operator ``f_backward`` gives ``J(x)^T d_y``. Its own derivative is taken of
-what autograd makes of ``f`` for ``J(x)^T d_y``, which is plain PyTorch and has derivatives of any order.
+For the formula ``y = f(x)`` the operator ``f_backward`` computes ``J(x)^T d_y``. To differentiate ``f_backward``,
+autograd computes ``J(x)^T d_y`` again from the formula. That is plain PyTorch and has derivatives of any order.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .spec import Op, several
 
 
 def _alias(x: Tensor | None) -> Tensor | None:
-    """A view of ``x`` to differentiate by: the gradient stops there; its own derivative goes on to what made ``x``."""
+    """A view of ``x`` as a leaf of the inner gradient. Derivatives of that gradient pass through the view to ``x``."""
     if x is None or not x.is_floating_point():
         return x
     x = x.view_as(x)
@@ -26,7 +26,7 @@ def _alias(x: Tensor | None) -> Tensor | None:
 
 
 class Derivatives:
-    """What autograd is told of one op on one backend, whose operator ``f_backward`` is ``backward_op``.
+    """The autograd formulas of one op on one backend. ``backward_op`` is its operator ``f_backward``.
 
     backward, setup_context: of the op. backward_twice, setup_context_twice: of ``f_backward``.
     """
@@ -103,7 +103,7 @@ class Derivatives:
     def _by_formula(self, tensors, d_outputs, params, wants):
         """``(args, d_outputs, gradients of the differentiable args)``, the last in terms of the first two."""
         formula, selected, choice = self.op.reference, self.op.selected, self.op.choice
-        # Equal scores may rank either way: the choice is the one that was made.
+        # Equal scores may rank either way: differentiate the choice that the forward pass made.
         if selected is not None and choice is not None:
             chosen = tensors[self.n + self.op.saved.index(choice.name)]
             formula = functools.partial(_with_choice, selected, chosen)

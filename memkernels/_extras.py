@@ -1,4 +1,4 @@
-"""Packages that only some commands need: their help prints without them, a run that lacks one says so in a sentence."""
+"""Optional packages of some commands: their help needs none of them, a run that lacks one exits with a sentence."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def absent(*packages: str) -> list[str]:
 
 @contextlib.contextmanager
 def optional(*packages: str) -> Iterator[None]:
-    """Imports in this block may fail for want of ``packages``; :func:`require` comes before anything uses them."""
+    """Ignore an ImportError in this block if one of ``packages`` is absent; call :func:`require` before using them."""
     try:
         yield
     except ImportError:

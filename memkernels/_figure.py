@@ -34,7 +34,7 @@ STYLE: dict[Any, Any] = {
 
 
 def draw(folder: Path, training: Training, timings: list[Timing]) -> Path:
-    """Time of each op and, where training came to its end, its curves, as ``folder/demo.png``; returns its path."""
+    """Draw the time of each op and, if training was finished, its curves to ``folder/demo.png``; returns the path."""
     folder.mkdir(parents=True, exist_ok=True)
     path = (folder / "demo.png").resolve()
     with plt.rc_context(STYLE):
@@ -88,7 +88,7 @@ def _bits(ax, training: Training) -> None:
 
 
 def _times(ax, timings: list[Timing]) -> None:
-    """A dot per variant on a line per op; the number is how many times as long as fused."""
+    """A line per op with a dot per variant. The number is its time as a multiple of the fused time."""
     looks = {
         "reference": (REFERENCE, "reference (plain formula)"),
         EAGER: (OTHER, "PyTorch's own operators"),

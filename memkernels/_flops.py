@@ -17,7 +17,7 @@ _operators: list[tuple[Op, str, str]] = []  # (op, namespace, suffix) of every o
 
 
 def count_operator(op: Op, namespace: str, suffix: str) -> None:
-    """Have the operator ``<op><suffix>`` of ``namespace`` counted."""
+    """Count the operator ``<op><suffix>`` of ``namespace``."""
     if (op.backward_flops if suffix == "_backward" else op.flops) is None:
         return
     _operators.append((op, namespace, suffix))
@@ -41,7 +41,7 @@ def _register(op: Op, namespace: str, suffix: str) -> None:
 
 
 class _Late(importlib.abc.MetaPathFinder):
-    """Registers when the counter is imported: importing it here would take as long as all of this package."""
+    """Registers the costs when the counter is imported: importing it here would double the import time."""
 
     def find_spec(self, name, path=None, target=None):
         if name != COUNTER:

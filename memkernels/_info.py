@@ -72,7 +72,7 @@ def _backends() -> dict[str, dict[str, Any]]:
 def _instruction_set() -> str:
     try:
         used = torch.ops.memkernels_cpu.isa()
-    except RuntimeError as error:  # MEMKERNELS_CPU_ISA asks for what there is not
+    except RuntimeError as error:  # MEMKERNELS_CPU_ISA names a set that this processor or library lacks
         return str(error).splitlines()[0]
     forced = os.environ.get("MEMKERNELS_CPU_ISA")
     return f"instruction set {used}" + (" (forced by MEMKERNELS_CPU_ISA)" if forced else "")

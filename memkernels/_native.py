@@ -16,10 +16,10 @@ PACKAGE = Path(__file__).resolve().parent
 
 
 def _find() -> tuple[Path, str | None]:
-    """The folder of the native libraries, and why there is none that can be used.
+    """The folder of the native libraries, and the reason if none can be used.
 
-    A checkout that is not built hides the installed package from what runs in it. Its libraries serve as well, where
-    the checkout has the sources that they are built from.
+    Python that runs in a checkout imports the checkout and not the installed package. If the checkout is not built,
+    the libraries of the installed package are used, provided that they were built from the same sources.
     """
     own = PACKAGE / "_lib"
     checkout = PACKAGE.parent
@@ -49,12 +49,12 @@ def _load() -> str | None:
     return None
 
 
-# Settled at import: a constant to torch.compile, which cannot trace a look at the file system.
+# Evaluated at import: torch.compile sees a constant. It cannot trace access to the file system.
 _reason = _load()
 
 
 def missing() -> str | None:
-    """Why the operators of the ``cpu`` backend are not there, or None when they are."""
+    """Why the operators of the ``cpu`` backend are unavailable, or None when they are available."""
     return _reason
 
 

@@ -1,6 +1,6 @@
 """Time of each op for the demonstration: fused, reference and what PyTorch offers, interleaved in one run.
 
-An impression on this machine, not the benchmark; that is ``python -m bench``.
+A first impression of this machine. The benchmark is ``python -m bench``.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ EAGER = "PyTorch"
 
 @dataclass(frozen=True)
 class Case:
-    """One row: ``fused(backend=...)``, and what a user would write with PyTorch's own operators, if anything else."""
+    """One row: ``fused(backend=...)``, and the same in PyTorch's own operators where that is not the reference."""
 
     name: str
     sizes: str
@@ -41,7 +41,7 @@ class Timing:
 
 
 def eager_gated_write(values: Tensor, keys: Tensor, query: Tensor, write: Tensor) -> Tensor:
-    """The gated write without a loop: what is left of token t after the later ones is a suffix product of 1 - a."""
+    """The gated write without a loop: the suffix product of 1 - a is the share of token t that later tokens leave."""
     s = query @ keys.mT * query.shape[-1] ** -0.5
     kept = F.logsigmoid(-s)
     from_here = kept.flip(-2).cumsum(-2).flip(-2)
@@ -103,7 +103,7 @@ def cases(tokens: int = 1024, slots: int = 2048, many: int = 65536) -> list[Case
 
 
 def measure(fused: str, seconds: float = SECONDS_PER_CASE) -> list[Timing]:
-    """Median time of every variant of every case; variants take turns, so that a busy moment hits all of them."""
+    """Median time of every variant of every case; variants take turns, so that other load slows all of them."""
     from tqdm import tqdm
 
     timings = []
@@ -130,7 +130,7 @@ def measure(fused: str, seconds: float = SECONDS_PER_CASE) -> list[Timing]:
 
 
 def table(timings: list[Timing]) -> str:
-    """Milliseconds, and how many times the fused op is as fast."""
+    """Milliseconds, and the speed-up of the fused op."""
     lines = [f"{'op':24}{'sizes (float32, K = V = 64)':28}{'fused ms':>10}{'reference':>18}{'PyTorch':>18}"]
     for timing in timings:
         fused = timing.ms["fused"]

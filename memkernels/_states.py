@@ -1,6 +1,6 @@
-"""Saved states load with ``torch.load`` as it is by default, which makes only objects of types registered as safe.
+"""Registers the types of states as safe, so that ``torch.load`` loads saved states with its default arguments.
 
-A state is a NamedTuple of tensors. Its module is imported when a file names it, not when this library is.
+A state is a NamedTuple of tensors. Its module is imported when a saved file names it, not with memkernels.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ STATES = (
 
 
 def _stand_in(path: str) -> type:
-    """A type whose objects are made by the one that ``path`` names."""
+    """A type that imports the type at ``path`` when it is called, and makes an object of that one."""
     module, _, name = path.rpartition(".")
 
     def new(cls, *fields):

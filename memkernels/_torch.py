@@ -1,4 +1,4 @@
-"""Every use of what PyTorch does not document, each with what stands in where a version of torch lacks it.
+"""Every use of undocumented PyTorch, each with a substitute for versions of torch that lack it.
 
 Nothing else in the package names ``torch._...`` (tests/test_private_torch.py). ``make test-torch VERSION=2.10.0`` runs
 the core of the tests under another torch.
@@ -48,11 +48,11 @@ def forward_mode() -> bool:
 
 
 def transforms_active() -> bool:
-    """Does a transform of torch.func, or forward-mode differentiation, watch this call?"""
+    """Is a transform of torch.func, or forward-mode differentiation, active?"""
     return _functorch_active() or forward_ad._current_level >= 0
 
 
-# torch.compile opens the levels of the transforms that it traces for real, and guards on those around the call.
+# torch.compile enters the transforms that it traces, and guards on those around the call.
 transforms_active_while_tracing = constant(lambda: HAS_PROBES and transforms_active())
 
 
@@ -76,7 +76,7 @@ def has_kernel(qualified: str, key: str) -> bool:
 
 def known(condition: bool | torch.SymBool) -> bool:
     """``condition`` on sizes; False where a size depends on data, so that no guard is put on it."""
-    if not torch.compiler.is_compiling() and isinstance(condition, bool):  # the compiler takes any condition for a bool
+    if not torch.compiler.is_compiling() and isinstance(condition, bool):  # while compiling, a SymBool passes too
         return condition
     from torch.fx.experimental import symbolic_shapes
 
@@ -104,7 +104,7 @@ def can_guard() -> bool:
 
 @constant
 def guarded(module: str, function: str) -> str:
-    """What ``function()`` of ``module`` returns, while torch.compile traces. A change compiles the code anew."""
+    """``function()`` of ``module`` while torch.compile traces, with a guard: another result recompiles the code."""
     equal, install_guard, attribute, called, translator = _guard_tools()
     source = called(attribute(translator.current_tx().import_source(module), function))
     install_guard(source.make_guard(equal))

@@ -16,7 +16,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _beside() -> None:
-    """In a checkout the kernels lie beside this package, not in it: it gets them at their first use."""
+    """In a checkout the kernels are beside this package, not in it: make them a lazily imported submodule."""
     name = f"{__package__}.triton_kernels"
     folder = Path(__file__).resolve().parent.parent / "triton_kernels"
     if importlib.util.find_spec(name) is not None or not folder.is_dir():
@@ -27,7 +27,7 @@ def _beside() -> None:
     found.loader = importlib.util.LazyLoader(found.loader)
     package = sys.modules[name] = importlib.util.module_from_spec(found)
     found.loader.exec_module(package)
-    vars(sys.modules[__package__])["triton_kernels"] = package  # as an import does
+    vars(sys.modules[__package__])["triton_kernels"] = package  # as an import statement does
 
 
 _beside()
@@ -47,11 +47,11 @@ def _load() -> str | None:
     return None
 
 
-_libraries: list[torch.library.Library] = []  # kernels live as long as this
-# Settled at import: a constant to torch.compile.
+_libraries: list[torch.library.Library] = []  # keeps the registered kernels alive
+# Evaluated at import, so that torch.compile sees a constant.
 _reason = _load()
 
 
 def missing() -> str | None:
-    """Why the operators of the ``triton`` backend are not there, or None when they are."""
+    """Why the operators of the ``triton`` backend are unavailable, or None when they are available."""
     return _reason

@@ -66,7 +66,7 @@ def note_kernels(qualified: str) -> None:
             _kernels.add((qualified, device))
 
 
-# In order of preference; on a GPU see ``_order``. "reference" is not a row: it is the formula itself, runs anywhere.
+# In order of preference; on a GPU see ``_order``. "reference" is not a row: it is the formula and runs anywhere.
 BACKENDS: tuple[Backend, ...] = (
     Backend("cpu", ("cpu",), _native.missing),
     Backend("triton", _triton.DEVICES, _triton.missing, _triton.DTYPES),
@@ -77,7 +77,7 @@ _BY_NAME = {b.name: b for b in BACKENDS}
 NAMES = ("auto", "reference", *_BY_NAME)
 
 FASTEST = Path(__file__).with_name("fastest.json")  # written by python -m bench.fastest
-FEW = 16  # tokens that share a memory: up to so many, a call is bound by latency and bandwidth
+FEW = 16  # with at most this many tokens per memory, a call is bound by latency or bandwidth
 
 
 @functools.cache
@@ -88,10 +88,10 @@ def measured() -> dict[tuple[str, str, int, bool], str]:
 
 @_torch.constant
 def _first(op: str, bits: int, few: bool) -> str:
-    """The backend to ask first on this GPU.
+    """The backend to try first on this GPU.
 
-    Where nothing was measured: few tokens go to ``cuda``, whose kernels stream a memory and need no compilation at the
-    first call; many to ``triton``, which compiles for the matrix unit of the very GPU.
+    Where nothing was measured, few tokens go to ``cuda``, whose kernels stream a memory and need no compilation at the
+    first call. Many tokens go to ``triton``, which compiles for the matrix unit of this GPU.
     """
     capability = ".".join(map(str, torch.cuda.get_device_capability()))
     return measured().get((op, capability, bits, few), "cuda" if few else "triton")
@@ -116,7 +116,7 @@ _DEFAULT = _named(os.environ.get("MEMKERNELS_BACKEND") or "auto")
 
 
 class _Block:
-    """One ``with use_backend(...)`` block: the frame that it stands in, and whether that is a generator's."""
+    """One ``with use_backend(...)`` block: the frame that contains it, and whether that frame is of a generator."""
 
     __slots__ = ("name", "frame", "in_generator")
 
@@ -132,13 +132,13 @@ def _is_generator(frame) -> bool:
 
 
 def _is_driver(frame) -> bool:
-    """Does the frame make a context manager or a fixture of a generator? Its blocks belong to who enters that."""
+    """Does the frame run a generator as a context manager or fixture? Its blocks belong to whoever enters that."""
     return frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("contextlib", "_pytest")
 
 
-# The blocks that this thread or task is in, the last entered last.
+# The blocks that this thread or task is in, the innermost last.
 _blocks: ContextVar[tuple[_Block, ...]] = ContextVar("memkernels_backend", default=())
-_traced: list[str] = []  # the blocks in the code that torch.compile is tracing: it follows a list, and no ContextVar
+_traced: list[str] = []  # blocks in code that torch.compile traces, which it can do for a list and not for a ContextVar
 
 
 @contextlib.contextmanager
@@ -161,7 +161,7 @@ def use_backend(name: str) -> Iterator[None]:
             _traced.pop()
         return
     block = _Block(_named(name))
-    # A block whose generator was closed in another context stays behind there without a frame.
+    # A generator that was closed in another context leaves a block without a frame: drop it.
     _blocks.set((*(b for b in _blocks.get() if b.frame), block))
     try:
         yield
@@ -185,7 +185,7 @@ def requested() -> str:
 
 
 def _nearest(blocks: tuple[_Block, ...]) -> str:
-    """The block of the innermost frame that has one. A suspended generator is no such frame."""
+    """The block of the innermost frame that has one. A suspended generator is not among the frames."""
     frame: Any = sys._getframe(2)
     while frame is not None:
         for block in reversed(blocks):
@@ -198,10 +198,10 @@ def _nearest(blocks: tuple[_Block, ...]) -> str:
 def select(
     op: str, device: str, dtype: torch.dtype, name: str, few: bool = False, direction: str = "forward"
 ) -> Backend | None:
-    """The backend for one call, of a few tokens per memory or more; None is the reference. A named backend that cannot
-    run it raises its reason.
+    """The backend for one call; None is the reference. A named backend that cannot run the call raises its reason.
 
-    direction: ``"forward"``; ``"backward"`` for a call that is to be differentiated, which takes both; ``"in-place"``.
+    few: at most ``FEW`` tokens share a memory. direction: ``"forward"``; ``"backward"`` for a call that needs a
+    gradient, and so both kernels; ``"in-place"``.
     """
     if _named(name) == "reference":
         return None

@@ -28,7 +28,7 @@ FUSED = "cpu"
 # Largest relative difference of the two loss curves that rounding may cause: float32 sums in another order differ by
 # 1e-7, and training amplifies that step by step.
 CURVE_TOLERANCE = 1e-2
-FEWEST_TIMED = 5  # steps from which on their median is a speed: the first ones allocate and warm up
+FEWEST_TIMED = 5  # fewest steps whose median is reported as a speed: the first steps allocate and warm up
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Settings:
     streams: int = 32
     window: int = 32
     steps: int = 400
-    compared_steps: int = 50  # of them also taken on the reference backend, which loops over tokens in Python
+    compared_steps: int = 50  # of these steps, also run on the reference backend, which loops over tokens in Python
     learning_rate: float = 4e-3
     warm_up: int = 50
     held_out: float = 0.1
@@ -52,7 +52,7 @@ class Settings:
             "dropout": 0.05,
             "mem_size": 1024,
             "mem_dim": 64,
-            "gate_bias": -7.0,  # a token rewrites a thousandth of a slot whose key it is orthogonal to
+            "gate_bias": -7.0,  # a token overwrites a thousandth of a slot whose key is orthogonal to its query
         }
     )
 
@@ -60,7 +60,7 @@ class Settings:
 class Trainee:
     """A model, its optimizer, the memory of each stream, and what training cost.
 
-    One that does not remember never keeps what was written: it reads an empty memory, which is zero.
+    With ``remembers=False`` what was written is dropped, so every read is of an empty memory and returns zero.
     """
 
     def __init__(self, settings: Settings, backend: str, *, remembers: bool = True):
@@ -110,8 +110,8 @@ class Trainee:
 
 @dataclass
 class Training:
-    """What step 2 measured. Bits per byte are of held-out text; there are none where time was over before the last
-    step: a model that is hardly trained says nothing of memory."""
+    """What step 2 measured. Bits per byte are of held-out text. There are none if time ran out before the last step,
+    because a model that is hardly trained says nothing about memory."""
 
     reference: Trainee
     fused: Trainee

@@ -26,7 +26,7 @@ from .backends import BACKENDS, FEW, NAMES, Backend, note_kernels, requested, se
 from .spec import Op, bare, several
 
 OPS: dict[str, Op] = {}
-# A backend that is not here has no operators: defining them is most of the time that the import takes.
+# Only available backends get operators, because defining them takes most of the import time.
 _libraries = {b: torch.library.Library(b.namespace, "DEF") for b in BACKENDS if b.missing() is None}
 _recorded: dict[str, Callable[..., Any]] = {}  # qualified name -> the op as one node of the autograd graph
 _plans: dict[tuple, Callable[..., Any]] = {}
@@ -58,7 +58,7 @@ def _schema(inputs: list[str], results: int) -> str:
 
 
 def register(op: Op) -> Op:
-    """Define ``op`` for every backend that is here. Called once, at the foot of the op's module."""
+    """Define ``op`` for every available backend. Each op's module calls it once."""
     OPS[op.name] = op
     for backend, library in _libraries.items():
         _define(op, backend.namespace, library)
@@ -136,10 +136,11 @@ def _fake_backward(op: Op) -> Callable[..., Any]:
 
 
 def autocast(op: Op, tensors: list[Tensor | None]) -> list[Tensor | None]:
-    """``tensors`` in dtypes that fit each other, where autocast is on: what plain PyTorch would promote, ``op`` runs.
+    """``tensors``, where autocast is on, in dtypes that fit each other: mixtures that plain PyTorch promotes must run.
 
-    Arguments that ``op`` names go to the dtype of autocast. A memory keeps its own: what is written follows it, and so
-    do 16-bit queries or weights where the memory is not in float32. Contents that belong to tokens are promoted.
+    Arguments that ``op.autocast`` names are cast to the dtype of autocast. A memory keeps its dtype. What is written is
+    cast to it, and so are the queries or weights where it is neither theirs nor float32. Contents that belong to tokens
+    are promoted.
     """
     if not _torch.autocast_enabled() or not all(t is None or isinstance(t, Tensor) for t in tensors):
         return tensors
@@ -149,7 +150,7 @@ def autocast(op: Op, tensors: list[Tensor | None]) -> list[Tensor | None]:
     floats = {a.name: t.dtype for a, t in zip(op.args, tensors) if t is not None and t.dtype in spec.FLOATS}
     lead = next((a.name for a in op.args if a.dtype == "lead"), None)
     if lead not in floats:
-        return tensors  # the check of the call says what is wrong
+        return tensors  # the check of the call raises
     low, cast = torch.get_autocast_dtype(device), [name for name in op.autocast if floats.get(name) != torch.float64]
     dtype = low if lead in cast else floats[lead]
     contents = [a for a in op.args if a.dtype == "content" and a.name in floats and a.name not in cast]
@@ -181,8 +182,8 @@ def _eager(
 ):
     """``operator`` without the autograd layer of torch.library, which in eager mode costs more than a small call.
 
-    Transforms of torch.func and forward-mode derivatives, which that layer refuses or drops, are those of ``formula``.
-    ``differentiable`` runs a call of which a gradient is wanted.
+    Under transforms of torch.func and forward-mode differentiation, which that layer refuses or ignores, ``formula``
+    runs. ``differentiable`` runs a call that needs a gradient.
     """
     if not _torch.HAS_PROBES:
         return operator
@@ -229,7 +230,7 @@ def _operator(op: Op, backend: Backend, inplace: bool) -> Callable[..., Any]:
 
 
 def _differentiable(op: Op, chosen: Callable[[str], Backend | None]) -> Callable[..., Any]:
-    """What runs a call of which a gradient is wanted: a backend may have the forward kernel and not the backward."""
+    """What runs a call that needs a gradient: a backend may have the forward kernel and lack the backward one."""
     try:
         backend = chosen("backward")
     except NotImplementedError as error:
@@ -269,7 +270,7 @@ def call(op: Op, tensors: list[Tensor | None], params: tuple, backend: str | Non
                 return _run(op, tensors, params, name, inplace)
         return _run(op, tensors, params, name, inplace)
     except Exception as error:
-        # Looked for here, so that a call that succeeds does not pay for it.
+        # Checked after a failure only, so that a call that succeeds does not pay for it.
         if not isinstance(name, str):
             raise TypeError(f"backend must be one of {', '.join(NAMES)}, got {type(name).__name__}") from error
         if (sentence := spec.unusual(op, tensors)) is not None:

@@ -2,8 +2,8 @@
 
 An op module declares an :class:`Op`. Everything that can be derived from the declaration is derived here or in
 ``registration.py``: shape and dtype checks, result shapes, the schema of its torch operators, fake kernels, the
-contract grid of ``testing/`` and the op table of the documentation. What the tests need to know stands here too: how an
-argument is filled, what a mask hides, what judges a result.
+contract grid of ``testing/`` and the op table of the documentation. A declaration also has what the tests need: how an
+argument is filled, what a mask hides, how a result is judged.
 
 Axes, the same letters everywhere: ``T`` tokens, ``N`` slots, ``K`` key width, ``V`` value width, ``k`` neighbours,
 ``S`` parts to merge, ``D`` channels of a state, ``n`` half keys of a list. A number (``2``) is a fixed size, a number
@@ -39,7 +39,7 @@ def stats_dtype(dtype: torch.dtype) -> torch.dtype:
 class Axis:
     """One axis of a declaration, ``"N"``, ``"2"``, ``"3D"`` or ``"nn"``: ``factor`` times a power of ``letter``.
 
-    A power is of a letter that an argument before it binds.
+    The letter of a square must be bound by an earlier argument.
     """
 
     factor: int
@@ -102,7 +102,7 @@ class Arg:
     of: str = "N"
     fill: str | Callable[..., Tensor] = ""
     hides: bool = False
-    parsed: tuple[Axis, ...] = field(init=False, repr=False)  # ``axes``, read once: every call checks them
+    parsed: tuple[Axis, ...] = field(init=False, repr=False)  # ``axes``, parsed once, because every call checks them
 
     def __post_init__(self):
         object.__setattr__(self, "parsed", tuple(map(Axis.parse, self.axes.split())))
@@ -122,8 +122,8 @@ class Out:
     dtype: ``"lead"``, ``"stats"``, ``"index"``, or the name of the argument whose dtype it has.
     grad: may it have a gradient?
     of: for an index the axis that it points into.
-    positive: a sum of positive terms, of which each number is right to its last digits, however small.
-    judged: False for what is kept for the backward kernel alone and has no right value of its own.
+    positive: a sum of positive terms. Nothing cancels, so each number must be accurate, however small it is.
+    judged: False for a result that only the backward kernel uses and that has no unique right value.
     judge: for the slots that an op chose, the scores that rank them, ``[..., T, slots]``, as a function of all tensors
         and options. Slots whose scores differ by rounding may rank either way. Without a judge an index must be that
         of the reference.
@@ -140,8 +140,8 @@ class Out:
     judge: Callable[..., Tensor] | None = None
 
 
-# What the rounding of a log-sum-exp left out: lse is an exact maximum plus the logarithm of a sum. Where the maximum is
-# large its rounding is as large as that logarithm. The backward pass forms weights as exp((s - lse) - lse_rest).
+# The rounding error of a log-sum-exp. lse is an exact maximum plus the logarithm of a sum; where the maximum is large,
+# the error is as large as that logarithm. The backward pass forms weights as exp((s - lse) - lse_rest).
 LSE_REST = Out("lse_rest", "T", dtype="stats", grad=False, judged=False)
 
 
@@ -167,8 +167,8 @@ class Op:
     params: (name, schema type) of the options that are not tensors, e.g. ``("scale", "float")``. An int is the size of
         the axis of its name.
     usual: option -> its value in tests that do not say; see :meth:`usual_option`.
-    traits: what a case of the grid may need that no axis, argument, option or result tells, such as ``"gates"``.
-    saved: results that the backward kernel wants to see again.
+    traits: what else a case of the grid may need beside axes, arguments, options and results, such as ``"gates"``.
+    saved: results that the backward kernel takes as inputs.
     autocast: arguments cast to the autocast dtype while autocast is on.
     twin_of: for an op over compressed slots, the op over float ones; it is called through that one's function.
     inplace: name of the argument that a twin operator ``<name>_`` overwrites with the result of the same name.
@@ -191,7 +191,7 @@ class Op:
     twin_of: str = ""
     usual: Mapping[str, object] = field(default_factory=dict, hash=False)
     traits: tuple[str, ...] = ()
-    queries: tuple[int, ...] = field(init=False, repr=False)  # places of the arguments that ``scale`` multiplies
+    queries: tuple[int, ...] = field(init=False, repr=False)  # positions of the arguments that ``scale`` multiplies
 
     def __post_init__(self):
         places = tuple(i for i, a in enumerate(self.args) if a.name.endswith("query"))
@@ -225,7 +225,7 @@ class Op:
 
 @dataclass(frozen=True)
 class Layout:
-    """What the shapes of one call bind: axis sizes, leading dimensions of everything and of the memory alone."""
+    """What the shapes of one call bind: axis sizes, leading dimensions of the call and of the memory alone."""
 
     axes: dict[str, int]
     lead: tuple[int, ...]
@@ -234,7 +234,7 @@ class Layout:
 
     @property
     def tokens(self) -> int:
-        """How many share one memory."""
+        """How many tokens share one memory."""
         streams = math.prod(self.memory)
         return 0 if _torch.known(streams == 0) else self.axes.get("T", 1) * math.prod(self.lead) // streams
 
@@ -265,7 +265,7 @@ def _broadcast(op: Op, shapes: list[tuple[str, tuple[int, ...]]]) -> tuple[int, 
 
 
 def _check_masks(op: Op, shapes: list[tuple[Arg, tuple[int, ...]]], lead: tuple[int, ...]) -> None:
-    """A mask with leading dimensions that the other arguments lack was meant as ``[T, N]``, which no mask is."""
+    """Refuse leading dimensions that only a mask has: it was meant as ``[T, N]``, and masks are ``[..., N]``."""
     for arg, shape in shapes:
         own = lead[len(lead) - len(shape) :]
         if len(shape) > len(lead) or any(size != whole and size != 1 for size, whole in zip(shape, own)):
@@ -276,12 +276,12 @@ def _check_masks(op: Op, shapes: list[tuple[Arg, tuple[int, ...]]], lead: tuple[
 
 
 def shaped(*tensors: object) -> bool:
-    """Are all of them tensors with sizes? A nested tensor has none. Where one is not, the check of the call says so."""
+    """Are all of them tensors with sizes? A nested tensor has none. If one is not, the check of the call raises."""
     return all(isinstance(t, Tensor) and not t.is_nested for t in tensors)
 
 
 def _kind(tensor: Tensor) -> str | None:
-    """What a tensor is that has no plain strided memory."""
+    """The kind of a tensor without plain strided memory, None for others."""
     if tensor.is_nested:
         return "a nested tensor"
     if tensor.layout != torch.strided:
@@ -348,7 +348,7 @@ def check(op: Op, tensors: Sequence[Tensor | None], params: Sequence[Any] = ()) 
     axes: dict[str, int] = {name: value for (name, kind), value in zip(op.params, params) if kind == "int"}
     leader, lead = next(((a, t) for a, t in zip(op.args, tensors) if a.dtype == "lead"), (None, None))
     lead = lead if isinstance(lead, Tensor) else None
-    if leader is not None and lead is not None:  # first, for the others are measured against it
+    if leader is not None and lead is not None:  # first, because the others are checked against it
         _check_dtype(op, leader, lead, lead, None)
     content = next((t for a, t in zip(op.args, tensors) if a.dtype == "content" and isinstance(t, Tensor)), None)
     leads: list[tuple[str, tuple[int, ...]]] = []

@@ -1,4 +1,4 @@
-"""One small call of every public operation, by the names of its arguments, for tests that change one of them."""
+"""One small call of every public operation, with arguments by name, for tests that change one of them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _share(*shape: int, dtype) -> torch.Tensor:
 
 
 def _declared(op: str, dtype: torch.dtype) -> dict:
-    """Arguments of an op without a table of its own, as its declaration has them filled."""
+    """Arguments of an op that has no entry in the table below, filled as its declaration says."""
     declared = OPS[op]
     sizes = {"T": T, "N": N, "K": K, "V": V, "k": k, "W": W}
     inputs = make(declared, Case("small", sizes=sizes, tokens=(B,), memory=(B,)), dtype)
@@ -37,7 +37,7 @@ def _declared(op: str, dtype: torch.dtype) -> dict:
 
 
 def arguments(op: str, dtype: torch.dtype = torch.float32, masks: bool = False) -> dict:
-    """Arguments of ``op`` by name, all with the leading dimensions ``[B]``; with ``masks`` those that it takes too."""
+    """Arguments of ``op`` by name, with leading dimensions ``[B]``; ``masks``: include the masks that it takes."""
     exact = torch.float64 if dtype == torch.float64 else torch.float32
 
     def floats(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -97,5 +97,5 @@ SLOT_MASKED, TOKEN_MASKED = map(_taking, ("slot_mask", "token_mask"))
 
 
 def run(op: str, backend: str | None = None, **given) -> list[torch.Tensor]:
-    """The results of the operation, floats and indices alike."""
+    """All results of the operation, indices included."""
     return list(several(getattr(mk, op)(**given, backend=backend)))

@@ -6,8 +6,8 @@ import os
 import tempfile
 from pathlib import Path
 
-# Files of tests run side by side, a worker for each processor. A second thread of each would only wait for the first;
-# what depends on the number of threads sets it.
+# Test files run in parallel, one worker per processor, so more threads per worker would only compete. A test that
+# depends on the number of threads sets it.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -19,7 +19,7 @@ from support import BACKENDS, NATIVE
 
 from memkernels import registration
 
-# derandomize: the same examples on every run, so a red build is red again when it is looked at.
+# derandomize: the same examples on every run, so that a failure is reproducible.
 hypothesis.settings.register_profile("memkernels", deadline=None, max_examples=40, derandomize=True, database=None)
 hypothesis.settings.load_profile("memkernels")
 
@@ -54,7 +54,7 @@ def native(request) -> str:
 
 @pytest.fixture(autouse=True)
 def plans(request):
-    """What a test puts in place of a backend's kernels chooses for no call of another test."""
+    """Clear the plans of calls around a test that patches something, so that no plan outlives the patch."""
     patched = "monkeypatch" in request.fixturenames
     if patched:
         registration._plans.clear()
@@ -65,7 +65,7 @@ def plans(request):
 
 @pytest.fixture
 def memory_path():
-    """A folder in memory where the machine has one: for what needs files, and no disk behind them."""
+    """A folder in memory, where the machine has one, for tests that need files but not a disk."""
     memory = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None) as folder:
         yield Path(folder)

@@ -17,7 +17,7 @@ from support import ROOT, run_python
 from bench.cuda_check import cmake, tool
 
 NAME = "libmemkernels_simt.so"
-# Where the CUDA build is asked for (make cuda), tests are larger, seed faults, and build under the address sanitizer.
+# In the CUDA build (make cuda), tests are larger, seed faults, and build under the address sanitizer.
 WHOLE = os.environ.get("MEMKERNELS_CUDA") == "1"
 whole = pytest.mark.skipif(not WHOLE, reason="make cuda seeds faults and builds under the address sanitizer")
 ONE_IN = int(os.environ.get("MEMKERNELS_FAULTS") or 1)  # CI seeds one fault in so many (make cuda FAULTS=)
@@ -89,7 +89,7 @@ def broken(folder: Path, file: str, old: str, new: str, kernel: str, sanitize: s
     compile_one = next(c for c in commands if c.endswith(f"/{kernel}"))
     intact, part = compile_one.split(" -o ")[1].split()[0], folder / "broken.o"
     compile_one = compile_one.split(" -MD ")[0].replace(str(ROOT / "csrc"), str(folder / "csrc"))
-    # First among the objects: of an inline function that several sources have, the linker keeps the first.
+    # First among the objects, because the linker keeps the first copy of an inline function.
     link = commands[-1].replace(intact, "").replace(f"-o {NAME}", f"-o {folder / NAME} {part}")
     (source,) = (folder / "csrc" / "cuda").rglob(kernel)
     for command in (f"{compile_one} -o {part} -c {source}", link):
@@ -104,14 +104,14 @@ def grid(built: Path, op: str, dtypes: str = "float32", extent: str = "quick", *
 
 def asan_environment() -> dict[str, str]:
     """What a process needs that loads a library built under the address sanitizer."""
-    # With the C++ runtime, or the sanitizer has no throw to pass an exception on to.
+    # With the C++ runtime, because the sanitizer must find its function that throws.
     paths = []
     for name in ("libasan.so", "libstdc++.so"):
         command = [os.environ.get("CXX", "c++"), f"-print-file-name={name}"]
         paths.append(subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip())
     return {
         "LD_PRELOAD": " ".join(paths),
-        # An allocation too large to have fails as it does without the sanitizer: torch raises.
+        # An allocation that is too large fails as without the sanitizer: torch raises.
         "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0:allocator_may_return_null=1",
     }
 
@@ -130,7 +130,7 @@ def failures(done) -> list[str]:
 
 
 def run_cases(built: Path, op: str, cases: list[dict], dtypes=DTYPES, directions=(), **environment: str):
-    """Runs ``op`` in cases like those of the contract grid; ``sizes`` are those of T, N, K, V and k, in order."""
+    """Runs ``op`` in cases of the contract grid's form; ``sizes`` are T, N, K, V and k, in this order."""
     return on_host(built, CASES, op, json.dumps(cases), ",".join(dtypes), *directions, **environment)
 
 
@@ -142,7 +142,7 @@ def wrong(built: Path, op: str, cases: list[dict], **environment: str) -> list[s
 
 
 def is_noticed(done) -> bool:
-    """Whether a run of cases over a library with a fault says so: by a result, or as the machine itself refuses."""
+    """Does a run over a library with a fault fail: by a wrong result, or by an error of the SIMT runtime?"""
     if done.returncode != 0:
         assert "simt: block" in done.stderr, done.stderr[-4000:]
         return True

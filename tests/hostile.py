@@ -17,7 +17,7 @@ from memkernels.spec import Axis, check, letters, several
 name, backend, direction = sys.argv[1:4]
 op = OPS[name]
 INT_MIN, HUGE = -(2**63), 2**62
-# A GPU would have to be waited for to look at indices. There they must do no harm: test_simt_contract.py.
+# Checking indices would make the host wait for a GPU. There they must do no harm: test_simt_contract.py.
 LOOKS_AT_INDICES = backend != "cuda"
 
 
@@ -41,7 +41,7 @@ axes = [a.axes.split() for a in op.args]
 params = list(inputs.params)
 masks = {a.name for a in op.args if a.dtype == "mask"}
 bound = check(op, tensors, params).axes
-# How many places the indices have of each argument, and of each result that the backward pass sees again.
+# How many slots the indices of each argument, and of each result that the backward pass takes, may name.
 places = {a.name: Axis.parse(a.of).size(bound) for a in op.args if a.dtype == "index"}
 places |= {f"saved {o.name}": Axis.parse(o.of).size(bound) for o in op.outputs if o.dtype == "index"}
 run = operator(backend, name)
@@ -68,13 +68,13 @@ def put(i: int, tensor) -> list:
     return [*tensors[:i], tensor, *tensors[i + 1 :], *params]
 
 
-run(*[t if t is None else t.clone() for t in tensors], *params)  # the arguments as they are must be fine
+run(*[t if t is None else t.clone() for t in tensors], *params)  # unchanged, the arguments must be accepted
 
 for i, (label, own, t) in enumerate(zip(names, axes, tensors)):
     if t is None:
         continue
     others = set().union(*(letters(" ".join(b)) for j, b in enumerate(axes) if j != i and tensors[j] is not None))
-    for d in (d for d, a in enumerate(own) if letters(a) <= others):  # known from another argument, or a number
+    for d in (d for d, a in enumerate(own) if letters(a) <= others):  # bound by another argument, or a fixed size
         dim = t.dim() - len(own) + d
         attempt(f"{label}: axis {own[d]} shorter", put(i, t.narrow(dim, 0, t.shape[dim] - 1)))
         attempt(f"{label}: axis {own[d]} longer", put(i, torch.cat([t, t.narrow(dim, 0, 1)], dim)))

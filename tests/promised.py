@@ -1,8 +1,8 @@
 """The operations that are promised, and how each is called.
 
-An op that is not here is in the making: it may have its formula alone, or a kernel for one direction. Tests of the
-contract grid and of native operators take it as far as its kernels go. From the line that it gets here on, tests demand
-the rest: no gap on the CPU, docstring, page, cost, derivatives, types.
+An op that is not listed here is unfinished: it may have only its formula, or a kernel for one direction. Tests of the
+contract grid and of native operators cover the kernels that it has. Once it is listed here, tests demand the rest: no
+gap on the CPU, docstring, page, cost, derivatives, types.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What ``make test-quick`` runs: the inner loop of a change, within two minutes on two cores."""
+"""The tests that ``make test-quick`` runs while code is changed, within two minutes on two cores."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from memkernels.testing import CASES
 
-# What an implementation must obey, what a caller is told, what the house asks for.
+# Laws of implementations, errors, rules of the repository.
 WHOLE = {
     "test_abi",
     "test_additive_laws",

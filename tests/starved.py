@@ -1,7 +1,7 @@
-"""Calls one native operator while the address space is limited more and more widely, until it succeeds.
+"""Calls one native operator under a limit on the address space that is raised until the call succeeds.
 
 test_out_of_memory.py runs it as a process. Every failure must name the op and the bytes, a memory that is written in
-place must stay as it was, and what succeeds in between and in the end must be right.
+place must stay unchanged, and every call that succeeds must be right.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def gated_write_(B: int, V: int):
 
 
 def limit_to(margin: int | None) -> None:
-    """Leave the process ``margin`` bytes of address space more than it has; None: no limit."""
+    """Limit the address space to ``margin`` bytes more than the process uses; None: no limit."""
     with open("/proc/self/statm") as f:
         now = int(f.read().split()[0]) * resource.getpagesize()
     soft = resource.RLIM_INFINITY if margin is None else now + margin
@@ -85,7 +85,7 @@ def limit_to(margin: int | None) -> None:
 
 make = globals()[name]
 few, call_few = make(2, 5)
-small = call_few(*few)  # starts threads and loads what is loaded at the first call
+small = call_few(*few)  # starts threads and loads libraries before the limit
 inputs, call = make(B, V)
 with mk.use_backend("reference"):
     wanted = call(*(x.detach().double().requires_grad_(x.requires_grad) for x in inputs))
@@ -100,7 +100,7 @@ while True:
     limit_to(None)
     if results is not None:
         break
-    # Before and behind the operator torch allocates too, and says so in its own words.
+    # Around the operator torch allocates too, with its own error text.
     ours = re.fullmatch(rf"{name}(_backward)?: out of memory, could not allocate [1-9]\d* bytes", told)
     assert ours or "DefaultCPUAllocator: can't allocate memory" in told, told
     errors += bool(ours)

@@ -23,7 +23,7 @@ CASE = {case.name: case for case in CASES}
 
 
 def has(op: str, backend: str, direction: str = "forward") -> bool:
-    """Is there a kernel, or must there be one? The reference has all directions."""
+    """Is there a kernel, or must there be one, because the op is promised? The reference has all directions."""
     row = next((b for b in ROWS if b.name == backend), None)
     return row is None or op in PROMISED or row.gap(op, "cpu", direction=direction) is None
 
@@ -52,7 +52,7 @@ def close(got: torch.Tensor, wanted: torch.Tensor, tolerance: float = 1e-10) -> 
 def operator(backend: str, name: str):
     """The raw torch operator of a backend, without the checks of the public function."""
     row = next(b for b in ROWS if b.name == backend)
-    assert row.missing() is None, row.missing()  # asking loads its library
+    assert row.missing() is None, row.missing()  # missing() loads its library
     return getattr(getattr(torch.ops, row.namespace), name).default
 
 
@@ -66,7 +66,7 @@ def subject(op: str, case: str, dtype: torch.dtype = torch.float64) -> Subject:
 
 
 def run_python(code: str, *args: str, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess:
-    """Run ``code`` in a fresh interpreter that imports this memkernels and the helpers of the tests."""
+    """Run ``code`` in a fresh interpreter that can import this memkernels and the helpers of the tests."""
     path = os.pathsep.join([str(ROOT), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     env = {**os.environ, "PYTHONPATH": path, **environment}
     command = [sys.executable, "-c", code, *args]

@@ -1,4 +1,4 @@
-"""The native library uses PyTorch's stable ABI only: what it takes from torch are functions of the C shim."""
+"""The native library uses PyTorch's stable ABI only: its undefined symbols of torch are those of the C shim."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from memkernels import _native
 
 SHIM = re.compile(r"^(aoti_torch|torch)_\w+$")
-RUNTIME = re.compile(r"@(GLIBC|GLIBCXX|CXXABI|GCC)_")  # of the C and C++ runtime, which carry versions
+RUNTIME = re.compile(r"@(GLIBC|GLIBCXX|CXXABI|GCC)_")  # symbols of the C and C++ runtime, which carry versions
 LINKER = re.compile(r"^(_ITM_\w+|__gmon_start__|__cxa_finalize)$")
 
 

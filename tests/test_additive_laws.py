@@ -28,7 +28,7 @@ def test_equals_the_written_out_definition(backend, sizes):
 
 
 def test_gradients_are_those_of_the_formula(native):
-    """Against derivatives that are written out by hand: 1 - tanh^2, and the softmax's share less its mean."""
+    """Against derivatives written by hand: 1 - tanh^2, and the softmax's weight times deviation from the mean."""
     query, keys, values, u = (x.requires_grad_() for x in case())
     mask = randn(N, seed=5).requires_grad_()
     dr, dl = randn(T, V, seed=6), randn(T, seed=7)
@@ -115,7 +115,7 @@ def test_heads_have_their_own_score_vectors(backend):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_saturated_units_are_exactly_one(backend, dtype):
-    """tanh far out is 1 and its derivative 0: no overflow, no NaN."""
+    """tanh of a large number is 1 and its derivative 0: no overflow, no NaN."""
     query, keys, values, u = (x.to(dtype) for x in case())
     query = (1e4 * torch.sign(query)).requires_grad_()
     read, lse = mk.additive_read(query, keys, values, u, return_lse=True, backend=backend)

@@ -1,4 +1,4 @@
-"""Autocast: whatever dtypes the results of other operations bring, an operation runs, and a memory keeps its own."""
+"""Autocast: an operation runs with any dtypes that results of others have, and a memory keeps its dtype."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _check(op: str, backend: str, given: dict, low: torch.dtype) -> None:
         results = run(op, backend, **given)
     if op in NEW_VALUES:
         assert results[NEW_VALUES[op]].dtype == given["values"].dtype
-    # The scores of what is chosen hardly move where rounding ranks slots anew; which slots are read does.
+    # Where rounding changes the ranking, the chosen scores change little, but the indices may be others.
     searches = ("topk_search", "paged_topk_search", "product_key_search")
     compared = {**dict.fromkeys(searches, 1), "topk_read": 0, "product_key_read": 0}.get(op)
     for got, want in list(zip(results, _exact(op, given)))[:compared]:
@@ -72,7 +72,7 @@ def test_a_memory_in_the_other_16_bit_type_keeps_it(backend, op):
 
 
 def _fitted(x: torch.Tensor, like: torch.Tensor, share: bool) -> torch.Tensor:
-    """The numbers of ``x``, over and over, in the shape of ``like``; in [0, 1] where they are shares."""
+    """The numbers of ``x``, repeated, in the shape of ``like``; in [0, 1] where they are shares."""
     flat = x.masked_fill(x.isinf(), 0).flatten()
     x = flat.repeat(-(-like.numel() // flat.numel()))[: like.numel()].reshape(like.shape)
     return torch.sigmoid(x) if share else torch.tanh(x)
@@ -83,7 +83,7 @@ def _fitted(x: torch.Tensor, like: torch.Tensor, share: bool) -> torch.Tensor:
 def test_the_results_of_every_op_go_into_every_other(backend, first, low):
     with torch.autocast("cpu", low):
         results = [r for r in run(first, backend, **_given(first)) if r.is_floating_point()]
-        kinds = {r.dtype: r for r in results}.values()  # what differs for the next op is the dtype
+        kinds = {r.dtype: r for r in results}.values()  # one result per dtype: only the dtype matters to the next op
     for second in ORDINARY:
         for name in _floats(_given(second)):
             for result in kinds:

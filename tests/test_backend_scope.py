@@ -1,4 +1,4 @@
-"""Which backend a call gets: each block its own, per thread and task; and one that has what the call needs."""
+"""Which backend a call gets: that of its own thread's or task's block, and one with the kernels it needs."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_overlapping_blocks_of_tasks():
 
     found, inherited, thread, after = asyncio.run(run())
     assert found == ["cpu", "reference"]
-    assert inherited == "triton"  # a task keeps what it was created in
+    assert inherited == "triton"  # a task keeps the block that it was created in
     assert thread == after == "auto"  # to_thread copies the context when it is awaited
 
 

@@ -1,4 +1,4 @@
-"""The benchmark: no speed for a wrong number, complete rows, a report from a file, and a case for every goal."""
+"""The benchmark: no time for a wrong result, complete rows, a report from a file, and a case for every goal."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class FlatCeilings:
 
 @pytest.fixture(scope="module")
 def small_rows():
-    """Rows with a stand-in for the library, so that they do not depend on the kernels: one right, one wrong."""
+    """Two rows of the reference instead of the kernels, on which they then do not depend: one right, one wrong."""
     case = find("softmax_read")
     where = results.environment("cpu", torch.get_num_threads())
     variants = ({OWN: reference("softmax_read")}, {OWN: reference("softmax_read", lambda read: read * 1.01)})
@@ -136,7 +136,7 @@ def test_a_wrong_result_has_no_speed(spoil):
     row = run_case(find("softmax_read"), QUICK, extra={OWN: reference("softmax_read", spoil)})
     assert row["median"] is None and row["low"] is None and row["high"] is None
     assert "error" in row["why"] or "other bits" in row["why"]
-    assert all(peer["median"] is None for peer in row["peers"].values())  # nothing is timed beside it
+    assert all(peer["median"] is None for peer in row["peers"].values())  # no peer is timed either
 
 
 def test_a_wrong_peer_has_no_speed_and_is_not_the_best():
@@ -209,7 +209,7 @@ def test_a_goal_beyond_the_ceiling_is_called_that():
     assert beyond(1.1e-3) == ["2.2x SDPA would be 170% of the ceiling"]  # SDPA itself: 77%
     assert beyond(2e-3) == []  # 94%: no kernel was good enough, but one could be
     assert beyond(3e-3) == []  # reached
-    assert beyond(1.1e-3, flops=120_000_000) == []  # left work out
+    assert beyond(1.1e-3, flops=120_000_000) == []  # the kernel skips work
 
 
 def test_wrong_rows_show_the_reason_instead_of_a_time(small_rows):
@@ -257,7 +257,7 @@ def test_interleaving_rotates_inputs_and_takes_every_variant():
     assert set(spreads) == {"a", "b"}
     for name in seen:
         assert spreads[name].samples >= LEAST_SAMPLES
-        assert seen[name][:6] == [0, 1, 2, 0, 1, 2]  # consecutive calls never take the same set
+        assert seen[name][:6] == [0, 1, 2, 0, 1, 2]  # consecutive calls use different inputs
 
 
 def test_a_ratio_is_to_the_best_named_peer_that_runs():
@@ -277,7 +277,7 @@ def test_a_ratio_is_to_the_best_named_peer_that_runs():
     assert nobody["goals"][0]["why"] == "not judged, no peer ran: flash (No available kernel.), cuDNN, flex"
     assert "(not judged, no peer ran: flash" in text.goal_words(nobody["goals"][0])
     wrong = results.complete({**row, "median": None, "peers": {"flash": refused}}, case, FlatCeilings(), {})
-    assert wrong["reached"] is False  # ours has no speed: that is not for want of a peer
+    assert wrong["reached"] is False  # our op has no time, although a peer ran
 
 
 def test_words():

@@ -65,7 +65,7 @@ def test_every_goal_has_a_case():
 @pytest.mark.parametrize("case", GPU_CASES, ids=[" ".join(identity(case)) for case in GPU_CASES])
 @pytest.mark.filterwarnings("ignore:Flash attention")
 def test_a_case_for_a_gpu_can_be_checked(case):
-    """At its quick sizes on the CPU: what is right passes, the peers too, and what is 5% off does not."""
+    """At its quick sizes on the CPU: the op and its peers pass, and a result that is 5% off fails."""
     inputs = case.make(case.quick, case.torch_dtype, "cpu", seed=0)
     d_out = d_output(case, inputs)
     exact = Exact(case, inputs, d_out)
@@ -236,7 +236,7 @@ def test_a_graph_holds_the_call_on_every_input_set():
     assert sorted(captured) == [0, 1, 2]
     eager = len(cuda.seen)
     assert timer.seconds(7) == cuda.taking and cuda.replayed == 7
-    assert len(cuda.seen) == eager  # what is timed is the replay
+    assert len(cuda.seen) == eager  # the replay is timed, not the eager call
     spread = take_turns({"a": timer}, seconds=0.01)["a"]
     assert spread.median == pytest.approx(cuda.taking / (5 * 3))  # 5 replays fill the shortest sample
     assert spread.timed == "graph" and spread.host > 0
@@ -257,7 +257,7 @@ def test_what_cannot_be_captured_is_timed_by_events(refuses, capsys):
     assert "timed by events: " in capsys.readouterr().err
     del cuda.seen[:]
     assert timer.seconds(6) == cuda.taking
-    assert sorted(cuda.seen) == [0, 0, 1, 1, 2, 2]  # every call on the next set
+    assert sorted(cuda.seen) == [0, 0, 1, 1, 2, 2]  # every call uses the next inputs
     assert take_turns({"a": timer}, seconds=0.01)["a"].timed == "events"
 
 
@@ -267,7 +267,7 @@ def test_host_time_is_that_of_calls_into_an_empty_queue(monkeypatch):
     in_a_row, issue = [], timer.issue
     monkeypatch.setattr(timers.time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(timer, "issue", lambda count: (in_a_row.append(count), issue(count)))
-    monkeypatch.setattr(cuda, "wait", lambda: now.__setitem__(0, now[0] + 1.0))  # the device's time is not the host's
+    monkeypatch.setattr(cuda, "wait", lambda: now.__setitem__(0, now[0] + 1.0))  # host time must exclude this
     assert timer.host() == pytest.approx(1e-4)
     assert in_a_row == [1] + [timers.HOST_CALLS] * timers.HOST_SAMPLES
     assert timers.HOST_CALLS * 40 < 1000  # launches that the queue of a device holds

@@ -35,7 +35,7 @@ def dense(logits, scores, tokens, mix):
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (T, W, N), (3, 1000, 200), (40, 7, 3)])
 def test_equals_the_dense_formula(backend, sizes):
     logits, _, scores, tokens, mix = case(t=sizes[0], w=sizes[1], n=sizes[2])
-    tokens[:, 0] = 0  # no row without an entry
+    tokens[:, 0] = 0  # every row has an entry
     got = mk.cache_logprobs(logits, scores, tokens, mix, backend=backend)
     close(got.exp(), dense(logits, scores, tokens, mix), 1e-12)
     close(got.exp().sum(-1), torch.ones(sizes[0]).double(), 1e-12)
@@ -53,7 +53,7 @@ def test_the_loss_is_the_log_probability_of_the_target(backend, mix):
 
 
 def test_gradients_of_the_loss_are_those_of_the_log_probability(native):
-    """By two kernels, and by the derivatives written out: a share of the model and a share of the cache."""
+    """Of both kernels, against derivatives written by hand: the model's share and the cache's share."""
     logits, targets, scores, tokens, mix = case(B)
     tokens[..., 0], targets[:, ::2] = 1, tokens[:, ::2, 3].clamp(min=0)
     leaves = [x.requires_grad_() for x in (logits, scores, mix)]
@@ -205,7 +205,7 @@ def test_a_masked_word_has_no_probability_and_no_gradient(backend):
 
 @pytest.mark.parametrize("w", [32_000, 32_003])
 def test_a_large_gradient_is_the_same_wherever_its_memory_comes_from(w):
-    """Non-temporal stores where rows end on borders of registers; on fresh pages and on those that come back."""
+    """Non-temporal stores where rows end at register boundaries; on fresh pages and on reused ones."""
     t, n = 140, 5
     logits, targets, scores, tokens, mix = case(t=t, w=w, n=n)
     leaves = [logits.float().requires_grad_(), scores.float().requires_grad_(), mix.float().requires_grad_()]
@@ -217,7 +217,7 @@ def test_a_large_gradient_is_the_same_wherever_its_memory_comes_from(w):
 
     wanted = gradients(*exact, "reference")
     first = [x.clone() for x in gradients(*leaves, "cpu")]
-    for _ in range(3):  # what is freed here comes back in the next round
+    for _ in range(3):  # memory freed here is reused in the next round
         again = gradients(*leaves, "cpu")
         assert all(torch.equal(a, b) for a, b in zip(again, first))
         del again

@@ -42,7 +42,7 @@ def _small(x: torch.Tensor, share: float) -> torch.Tensor:
     return chosen
 
 
-# Weights of every op that returns some, each number wrong in a way that the largest of them hides.
+# The weights that each op returns, with an error that is small beside the largest weight.
 WEIGHTS = {
     "small weights half a percent off": lambda x: torch.where(_small(x, 1e-2), x * 1.005, x),
     "small weights missing": lambda x: x.masked_fill(_small(x, 1e-2), 0),
@@ -79,7 +79,7 @@ def test_wrong_small_weights_fail(monkeypatch, op, mutant):
 
 
 def _smallest_row(x: torch.Tensor) -> torch.Tensor:
-    """Which numbers are in the row with the smallest largest number."""
+    """Mask of the row whose largest number is the smallest."""
     largest = x.detach().abs().amax(-1, keepdim=True)
     return (largest == largest.min()).expand_as(x)
 
@@ -225,7 +225,7 @@ def test_an_op_without_a_kernel_is_a_gap_unless_the_backend_is_asked_for_by_name
 @pytest.mark.parametrize("backend", NATIVE)
 @pytest.mark.parametrize("op", READY)
 def test_poisoned_memory_reaches_the_native_allocator(op, backend):
-    """What the native library allocates through torch is filled too, else unwritten outputs would go unseen."""
+    """Memory that the native library allocates through torch is filled too, so that unwritten outputs are seen."""
     s = subject(op, "usual", torch.float32)
     run = operator(backend, op)
     made = sum(out.judged for out in OPS[op].outputs)  # others are allocated without the dispatcher

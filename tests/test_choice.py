@@ -1,4 +1,4 @@
-"""Which GPU backend `auto` asks first: the one that was the fastest, or the rule where nothing was measured."""
+"""Which GPU backend `auto` tries first: the fastest measured one, or by the rule where nothing was measured."""
 
 from __future__ import annotations
 

@@ -24,13 +24,13 @@ def test_info_names_versions_backends_and_every_op(capsys):
 
 
 def gaps_of(text: str) -> list[str]:
-    """The lines of gaps, without those of ops in the making."""
+    """The lines of gaps, without those of unfinished ops."""
     lines = text.partition("\nGaps\n")[2].splitlines()
     return [line for line in lines if line.split(":")[0].strip() not in set(OPS) - set(PROMISED)]
 
 
 def test_every_gap_is_a_backend_that_is_not_here(capsys):
-    """What a backend does not have is never unexplained: here only for want of a device or a package. A line each."""
+    """Every gap is explained, in one line per backend: here only a device or a package may be missing."""
     cli.main(["info"])
     text = capsys.readouterr().out
     missing = {b.name: b.missing() for b in backends.BACKENDS if b.missing() is not None}

@@ -1,9 +1,9 @@
 """What the compiler makes of every Triton kernel and configuration, for every architecture, on any machine.
 
-The record of ``python -m bench.compile_check`` must have every class of dtype, width and architecture, without a fault,
-and is compared by hash: only what has changed since is compiled here, and a few that have not, to prove the record.
-Where no source has changed since all was compared, only those few are looked at. Under another version of Triton
-nothing can be compared: then every kernel is compiled in bfloat16 with rows of 64.
+The record of ``python -m bench.compile_check`` must have every class of dtype, width and architecture, without a fault.
+Kernels are compared with it by hash: changed ones are compiled here, and a few unchanged ones, to check the record.
+Where no source has changed since the last full comparison, only those few are compiled. Under another version of Triton
+nothing can be compared; then every kernel is compiled in bfloat16 with rows of 64.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ triton = pytest.importorskip("triton")
 LINES = [json.loads(line) for line in (ROOT / "bench" / "results" / "triton-compiled.jsonl").read_text().splitlines()]
 HEAD, ROWS = LINES[0], [dict(zip(LINES[0]["columns"], line)) for line in LINES[1:]]
 RECORDED = HEAD["triton"] == triton.__version__
-SAMPLE = 6  # compiled again, spread over the record
-# What the record may not lose: dtypes, widths of rows, architectures.
+SAMPLE = 6  # unchanged kernels that are compiled, spread over the record
+# What the record must have: dtypes, widths of rows, architectures.
 WHOLE = {
     *itertools.product(("bfloat16", "float16", "float32", "tf32"), (64, 128, 256, 512), ("90",)),
     *itertools.product(("bfloat16",), (128,), ("80", "100")),
@@ -30,7 +30,7 @@ WHOLE = {
 
 
 def finished(*command: str) -> str:
-    """What a process without the interpreter printed; it must succeed."""
+    """Output of a process without Triton's interpreter; it must succeed."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     environment.pop("TRITON_INTERPRET", None)
     command = (sys.executable, *command)

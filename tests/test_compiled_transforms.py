@@ -16,7 +16,7 @@ OPS = [case for case in CASES if "," not in case]
 
 
 def number(case: str, backend: str):
-    """The op as a function of its first tensor, to one number."""
+    """The op as a function from its first tensor to one number."""
     function, tensors = CASES[case]
 
     def run(x):
@@ -39,7 +39,7 @@ TRANSFORMS = {
     "jacrev": lambda run, x: func.jacrev(run)(x),
     "hessian": lambda run, x: func.hessian(run)(x),
 }
-# One forward and one reverse show that an op sees the compiler's transforms; those it has it has for all ops.
+# One forward-mode and one reverse-mode transform per op; the others, which do not depend on the op, for one op.
 PLACES = [(t, case) for t in TRANSFORMS for case in OPS if t in ("jvp", "grad") or case == "softmax_read"]
 
 
@@ -58,7 +58,7 @@ def test_a_transform_inside_compiled_code(native, transform, case):
 
 
 def test_the_kernel_runs_again_beside_a_transform(native):
-    """In one graph: what is transformed is the formula, what is not is the kernel."""
+    """In one graph: the transformed call runs the formula, the other one the kernel."""
     seen = []
 
     def look(graph, inputs):
@@ -88,7 +88,7 @@ def test_forward_mode_inside_compiled_code(native):
 
 @pytest.mark.parametrize("transform", ["grad", "vmap", "jvp"])
 def test_a_transform_around_compiled_code(native, transform):
-    """Whatever torch makes of it: right, or an error. Compiled before without the transform."""
+    """Either right or an error of torch. The code was compiled before without the transform."""
     x, apply = CASES["softmax_read"][1][0], TRANSFORMS[transform]
     compiled = torch.compile(number("softmax_read", native), backend="aot_eager")
     compiled(x)

@@ -1,4 +1,4 @@
-"""Reads and searches over compressed slots: what 8-bit rows mean, in float64 from the equation; what is refused."""
+"""Reads and searches over compressed slots against the equation in float64, and the calls that are refused."""
 
 from __future__ import annotations
 
@@ -102,11 +102,12 @@ def test_gradients_are_those_of_the_rows(backend, slots):
 def test_what_does_not_fit_is_refused(backend, slots):
     keys, values, *_ = slots
     floats = KEYS.float()
-    with pytest.raises(TypeError, match="^softmax_read: key_scale must be given with keys in "):
+    with pytest.raises(TypeError, match="^softmax_read: key_scale must be a tensor, got None beside keys in "):
         mk.softmax_read(QUERY, keys, VALUES.float(), backend=backend)
-    with pytest.raises(TypeError, match="^topk_search: key_scale is for int8 and float8_e4m3fn slots, got keys in "):
+    with pytest.raises(TypeError, match="^topk_search: key_scale is for int8 and float8_e4m3fn, got one beside keys "):
         mk.topk_search(QUERY, floats, 3, key_scale=SCALES["key_scale"], backend=backend)
-    with pytest.raises(RuntimeError, match="^softmax_read: keys beside compressed slots has no gradient"):
+    sentence = "^softmax_read: keys must not require a gradient beside compressed slots, got one$"
+    with pytest.raises(RuntimeError, match=sentence):
         mk.softmax_read(QUERY, floats.requires_grad_(), values, value_scale=SCALES["value_scale"], backend=backend)
     with pytest.raises(ValueError, match="value_scale must be"):
         mk.sparse_read(values, torch.zeros(2, 1, dtype=torch.int64), torch.ones(2, 1), value_scale=torch.ones(3))

@@ -1,7 +1,7 @@
 """Sums of more equal terms than a float32 counts: 2^25 ones. One accumulator stops at 2^24 = 16777216.
 
-On the CPU alone, where so many terms take seconds; the pages of the ops say where a sum that goes through a state one
-token at a time keeps the limit of its dtype.
+On the CPU only, where so many terms take seconds. A state that tokens add to one at a time has the limit of its dtype:
+the pages of the ops say which.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def gradient(run):
     return torch.autograd.grad(run(values).sum(), values)[0][0, 0]
 
 
-OPEN = torch.full((1,), 100.0)  # a mask at which a gate is exactly 1
+OPEN = torch.full((1,), 100.0)  # a mask that makes a gate exactly 1
 SUMS = {
     "softmax_write": lambda: mk.softmax_write(zeros(1, 1), zeros(1, 1), zeros(MANY, 1), ones(MANY, 1), erase=0.0)[0, 0],
     "gated_write": lambda: mk.gated_write(

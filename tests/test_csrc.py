@@ -10,7 +10,7 @@ import pytest
 from support import ROOT
 
 CSRC = ROOT / "csrc"
-# What a folder of csrc may include, beside itself: the folders below it.
+# Folder of csrc -> the layers below it, which it may include beside itself.
 LAYERS = {
     "params": set(),
     "host": set(),
@@ -24,7 +24,7 @@ LAYERS = {
 }
 SUFFIXES = (".h", ".cpp", ".cu")
 INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"', re.MULTILINE)
-OUTSIDE = {"simt.h"}  # the runtime of tests/simt, where it stands in for CUDA's
+OUTSIDE = {"simt.h"}  # the runtime of tests/simt, which replaces that of CUDA
 WIDTH = 120  # clang-format keeps code within it, but not comments, nor CMake
 NATIVE = ("csrc", "tests/native", "tests/simt", "bench/gpu/stand_in")
 
@@ -65,7 +65,7 @@ def test_every_folder_is_a_layer():
 
 
 def test_layers_have_an_order():
-    """No layer includes one that includes it, however long the way."""
+    """No layer includes, directly or not, a layer that includes it."""
     below = {layer: set(allowed) for layer, allowed in LAYERS.items()}
     for _ in LAYERS:
         below = {layer: allowed.union(*(below[a] for a in allowed)) for layer, allowed in below.items()}

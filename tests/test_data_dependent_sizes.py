@@ -181,7 +181,7 @@ CASES = {
     ),
 }
 COUNT = {"N": N, "T": T, "B": B, "S": 9, "n": 9, "F": N}
-# The formula of these is a loop over the tokens, which the compiler unrolls: their number must be known.
+# Their formula loops over the tokens. The compiler unrolls the loop, so the number of tokens must be known.
 LOOPS = ("write T", "write B, shared", "scan T")
 
 
@@ -204,8 +204,8 @@ def test_compiled_as_eager(backend, case):
         pytest.skip("an unrolled loop")
     function, tensors = CASES[case]
     compiled = torch.compile(lambda c, *x: function(c, backend, *x), fullgraph=True, backend="aot_eager")
-    named = case in ("sparse_read N", "sparse_write N")  # by indices that a single slot would not have
-    for few in (False,) if named else (False, True):  # one of them is a size of 1, which a guard would have excluded
+    named = case in ("sparse_read N", "sparse_write N")  # their indices would be out of range for a single slot
+    for few in (False,) if named else (False, True):  # the other size is 1, which a guard would have excluded
         wanted = several(function(chosen(case, few), "reference", *tensors))
         for got, want in zip(several(compiled(chosen(case, few), *tensors)), wanted):
             close(got, want)

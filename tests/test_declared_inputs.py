@@ -1,4 +1,4 @@
-"""What a declaration says of its tests: how arguments are filled, what they hide, what judges an index."""
+"""What a declaration says about its tests: how arguments are filled, what they hide, how an index is judged."""
 
 from __future__ import annotations
 

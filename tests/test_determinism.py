@@ -12,7 +12,7 @@ from memkernels.registration import OPS
 from memkernels.spec import FLOATS, several
 from memkernels.testing import Case, Subject
 
-# Large enough that kernels split tokens, slots and widths over threads, in one direction or the other.
+# Large enough that kernels split tokens, slots and widths over threads, forward or backward.
 LARGE = (
     Case("many tokens", sizes={"T": 700, "N": 600, "K": 40, "V": 72, "k": 9, "S": 5}, tokens=(), memory=()),
     Case("few tokens", sizes={"T": 3, "N": 9001, "K": 40, "V": 72, "k": 9, "S": 5}, tokens=(), memory=()),

@@ -18,7 +18,7 @@ PAGES = [*generate.pages(), ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 CODE = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
-# A ratio, a time, a rate: what a measurement yields. Sizes of tiles and caches are none of these.
+# Results of measurements: ratios, times, rates. Sizes of tiles and caches are not matched.
 FIGURE = re.compile(
     r"\b\d+(\.\d+)?\s?(x|times)\s+(as\s+)?(fast|slow|speed|the speed)"
     r"|\b\d+(\.\d+)?x\b"
@@ -45,13 +45,13 @@ SNIPPETS = [
     "page, line, code", SNIPPETS, ids=lambda x: getattr(x, "name", x if isinstance(x, int) else "")
 )
 def test_examples_run_as_written(page, line, code, capsys):
-    """Each alone, with nothing from the snippets above it: as whoever copies it runs it."""
+    """Each alone, without the snippets above it, as a reader who copies it runs it."""
     torch.manual_seed(0)
     exec(compile("\n" * line + code, str(page), "exec"), {})
 
 
 def commands(text: str) -> list[str]:
-    """The lines of a page's shell fences, and the commands that stand in its prose."""
+    """The lines of a page's shell fences, and the commands in its prose."""
     fences = "\n".join(re.findall(r"^```(?:ba)?sh\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
     prose = re.findall(r"`((?:make|python) [^`]+)`", FENCE.sub("", text))
     return [line.partition("#")[0].strip() for line in (*fences.splitlines(), *prose)]
@@ -79,7 +79,7 @@ def test_commands_exist(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_options_of_commands_exist(page):
-    """Every `--option` of a command of ours stands in the code of that command, or of the parts that it is made of."""
+    """Every `--option` of our commands is in the code of that command, or of the modules that it uses."""
     for line in commands(page.read_text()):
         run = re.search(r"\bpython -m ((?:memkernels|bench|docs)[\w.]*)|\bmake gpu-check\b", line)
         if run is None:
@@ -92,7 +92,7 @@ def test_options_of_commands_exist(page):
 
 
 def test_no_example_is_left_out():
-    """Python stands in fences at the margin that say so, where the test above finds it."""
+    """All Python is in unindented fences marked as Python, where the test above finds it."""
     for page in PAGES:
         text = page.read_text()
         assert len(re.findall(r"```\s*(?:python|py|pycon)\b", text)) == len(CODE.findall(text)), page.name

@@ -1,4 +1,4 @@
-"""The light path of eager calls is invisible to whoever watches or transforms calls."""
+"""The short path of eager calls behaves as the full dispatch for modes, transforms, hooks and subclasses."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def wanted(*tensors):
 
 
 def test_fake_tensors_give_shapes_without_computing(native):
-    mk.softmax_read(QUERY, KEYS, VALUES, backend=native)  # the plan for these shapes is kept
+    mk.softmax_read(QUERY, KEYS, VALUES, backend=native)  # the plan of a call with these shapes is kept
     with FakeTensorMode() as mode:
         fakes = [mode.from_tensor(x) for x in (QUERY, KEYS, VALUES)]
         read = mk.softmax_read(*fakes, backend=native)

@@ -25,12 +25,12 @@ from memkernels.spec import FLOATS
 from memkernels.testing import cases as cases_of
 from memkernels.testing.inputs import takes
 
-# The program is run many times over: the first run is part of every test, the others of `make cuda`.
+# Every test run has the first run of the program; `make cuda` has the others, because each takes long.
 whole = pytest.mark.skipif(
     os.environ.get("MEMKERNELS_CUDA") != "1", reason="make cuda runs the check on a GPU in all ways"
 )
-OP = "slot_write"  # its rows take little, and so do its cases of speed
-# Put on the path of every process, but it acts in workers alone. FAULTS: (case, dtype, direction) -> what the row does.
+OP = "slot_write"  # its rows and speed cases are fast
+# On the path of every process, but active in workers only. FAULTS: (case, dtype, direction) -> what the row does.
 SEEDED = """
 import json, os, sys, time
 
@@ -153,7 +153,7 @@ def test_the_summary_counts_the_rows(spoiled):
 
 @whole
 def test_resume_does_the_rest_alone(spoiled):
-    """What failed is taken out of the file, and one more row, and the file ends within a line, as after a power cut."""
+    """The failed rows and one more are removed, and the file ends within a line, as after a power cut."""
     out, *_ = spoiled
     before = [line for line in (out / "rows.jsonl").read_text().splitlines() if '"failed"' not in line]
     kept, torn = before[:-1], before[-1][:40]
@@ -198,7 +198,7 @@ def test_processes_that_die_again_and_again_are_given_up(tmp_path):
 
 @whole
 def test_time_that_is_over_is_no_failure(tmp_path):
-    """The first row hangs: the budget ends the run, what is there is summed up, and that row is still to be done."""
+    """The first row hangs: the budget ends the run, finished rows are summed up, and that row is not marked done."""
     first = next(iter(FAULTS))
     begun = time.monotonic()
     status, printed = check(tmp_path / "out", "--stage", "smoke", "--minutes", "0.1", faults={first: "hang"})
@@ -297,7 +297,7 @@ def test_help_needs_no_package():
 
 
 def test_results_are_no_page_of_the_docs(tmp_path, monkeypatch):
-    """Result files become tables and pictures of the docs; a folder of a check lies among them."""
+    """The docs are made from result files; the folder of a check is among these and must be ignored."""
     folder = gpu_check._new_folder("NVIDIA H200")
     assert folder.parent == results.DIRECTORY and folder.name.startswith("gpu-check-nvidia-h200-")
     (tmp_path / folder.name).mkdir()
@@ -307,7 +307,7 @@ def test_results_are_no_page_of_the_docs(tmp_path, monkeypatch):
     assert generate.result_files() == [] and results.committed() == []
 
 
-# --- which cases are telling ---
+# --- the choice and order of cases ---
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""The rehearsal of a check on a GPU: what of it needs no CUDA build of torch. ``make gpu-rehearsal`` is the rest."""
+"""The rehearsal of a check on a GPU: its parts that need no CUDA build of torch. ``make gpu-rehearsal`` runs all."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C 
 
 @pytest.fixture
 def torch_with(tmp_path, monkeypatch):
-    """A stand-in for a folder of torch whose libraries define what is asked; compiles libraries."""
+    """Makes a stand-in for the folder of torch, whose libraries define the given symbols."""
     libraries = tmp_path / "torch" / "lib"
     libraries.mkdir(parents=True)
     monkeypatch.setattr(rehearsal, "torch_folder", lambda version: tmp_path)
@@ -49,7 +49,7 @@ def test_a_library_that_takes_nothing_from_torch_proves_nothing(torch_with):
 
 
 def test_telling_cases_compile_few_kernels(monkeypatch):
-    """Each is a second on a core of whoever checks a GPU. What was specialised without need once made it thousands."""
+    """Each kernel takes a second of a core to compile; needless specialisation would make them thousands."""
     totals = rehearsal.counted(2)
     assert 100 < totals[0] < totals[1]
     assert totals[1] <= rehearsal.MOST_BUILDS[1]

@@ -23,7 +23,7 @@ def some(*shape: int):
 
 
 def empty(mask):
-    """A float mask in which some slots are empty, and all slots of the last stream."""
+    """A float mask with some empty slots; all slots of the last stream are empty."""
     holes = ~some(*mask.shape)
     holes[-1] = True
     return mask, holes

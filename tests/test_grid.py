@@ -26,7 +26,7 @@ GRID = [
 ]
 
 
-@functools.lru_cache(maxsize=1)  # backends come one after the other: they share inputs and reference
+@functools.lru_cache(maxsize=1)  # consecutive backends share inputs and reference
 def _subject(op: str, case: str, dtype: torch.dtype) -> Subject:
     return Subject(OPS[op], CASE[case], dtype, "cpu")
 

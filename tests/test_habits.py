@@ -1,4 +1,4 @@
-"""What surrounds the code agrees with it: versions, workflows, forms, metadata of the project."""
+"""Versions, workflows, issue forms and project metadata agree with the code and with each other."""
 
 from __future__ import annotations
 

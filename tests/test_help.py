@@ -1,4 +1,4 @@
-"""Every command prints its help without the packages that only running it needs, and writes nothing."""
+"""Every command prints its help without its optional packages, and writes no file."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def commands() -> list[str]:
     return found
 
 
-# All in one process, because each alone would wait for torch.
+# All in one process, so that torch is imported once.
 RUN = f"""
 import contextlib, io, json, runpy, sys
 for name in {EXTRAS}:

@@ -80,7 +80,7 @@ def test_gradients_of_the_gradient_of_a_result(backend):
 
 
 def test_forward_over_reverse(backend):
-    """A tangent on the gradient of a result that was recorded before, and on the input itself."""
+    """A tangent through the gradient of a result recorded earlier, and through the input itself."""
 
     def outside(name):
         q = QUERY.clone().requires_grad_()

@@ -13,7 +13,7 @@ from memkernels.registration import OPS
 
 CALLS = [(op, d) for op in READY for d in ("forward", "backward", *(["in place"] if OPS[op].inplace else []))]
 CODE = (Path(__file__).parent / "hostile.py").read_text()
-# Every call has a process of its own, which it may take down. They are forked from one that has imported torch.
+# Every call has a process of its own, because it may crash. Processes are forked from one that has imported torch.
 FORK = """
 import json, os, sys, tempfile, traceback
 import memkernels, support

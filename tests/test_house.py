@@ -1,4 +1,4 @@
-"""Rules of the house: which way imports run, how long they take, public signatures, docstrings, length of files."""
+"""Rules of the repository: direction and time of imports, public signatures, docstrings, length of files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import memkernels as mk
 from memkernels.registration import OPS
 
 PACKAGE = ROOT / "memkernels"
-# What a layer may import of memkernels: the layers below it, and itself.
+# Layer -> the layers below it, which it may import beside itself.
 LAYERS = {
     "_native": {"_host", "_stamp"},
     "spec": {"_torch"},
@@ -68,7 +68,7 @@ def test_imports_run_one_way(layer):
 
 def test_every_layer_is_declared():
     layers = {p.stem for p in PACKAGE.iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()}
-    top = {"__init__", "__main__", "demo"}  # may import everything, as may the private parts of the demo
+    top = {"__init__", "__main__", "demo"}  # these, and the private modules of the demo, may import everything
     assert {name for name in layers - top if not name.startswith("_")} <= set(LAYERS)
 
 

@@ -1,4 +1,4 @@
-"""No module of memkernels imports itself by way of others: imports at module level make no circle."""
+"""Imports at module level have no cycles."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MODULES = {
 
 
 def statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
-    """What runs when a module is imported: no function bodies, and nothing that only type checkers read."""
+    """The statements that run at import: no function bodies, and no ``if TYPE_CHECKING`` blocks."""
     for node in body:
         yield node
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
@@ -40,7 +40,7 @@ def imported(module: str, path: Path) -> set[str]:
             name = ".".join([*base, *(node.module or "").split(".")]).strip(".")
             inner = {f"{name}.{alias.name}" for alias in node.names}
             found |= inner & set(MODULES)
-            # A package that is named for its submodules alone is no import of what its __init__ defines.
+            # A package of which only submodules are imported does not count: nothing of its __init__ is used.
             found |= {name} if inner - set(MODULES) else set()
     return {name for name in found if name in MODULES and name != module}
 

@@ -1,7 +1,7 @@
-"""Installing as a user does: sdist, wheel, a fresh environment, the checkout beside it; and what is said when it fails.
+"""Installing as a user does: sdist, wheel, a fresh environment, the checkout beside it; and the errors of a failure.
 
-Without a network: what a build requires is linked from this environment, and torch is seen through a path file. The
-native code is compiled once, without optimisation.
+Without a network: the requirements of a build are linked from this environment, and a path file makes torch visible.
+The native code is compiled once, without optimisation.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from support import ROOT
 pytestmark = pytest.mark.slow
 
 PACKAGES = Path(sysconfig.get_path("purelib"))
-# What pip's isolated build does: the packages of the environment are hidden, those that the build requires stand aside.
+# As pip's isolated build does, hide the packages of the environment; the requirements of the build are elsewhere.
 HIDE = f"import sys; sys.path[:] = [p for p in sys.path if p != {str(PACKAGES)!r} and '/dist-packages' not in p]"
 REQUIRED = ("setuptools", "setuptools-*", "_distutils_hack", "pkg_resources", "cmake", "cmake-*", "ninja", "ninja-*")
 BACKEND = "import sys; sys.path.insert(0, 'build_backend'); import memkernels_build as b; "
@@ -44,7 +44,7 @@ LEFT_OUT = (".*", "build", "dist", "*.egg-info", "__pycache__", "_lib", "*.so", 
 
 
 def say(*command, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
-    # A session of its own has no terminal that a build could write to.
+    # A new session has no terminal that a build could write to.
     how = {"capture_output": True, "text": True, "check": False, "start_new_session": True, "timeout": 1800}
     clean = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "CXX", "TORCH_DIR", "VIRTUAL_ENV")}
     return subprocess.run([*map(str, command)], cwd=cwd, env={**clean, **environment}, **how)
@@ -153,7 +153,7 @@ def test_a_checkout_that_is_not_built_says_so(checkout):
     )
 
 
-# --- what is said when something is missing ---
+# --- errors when something is missing ---
 
 
 @pytest.fixture(scope="module")
@@ -225,7 +225,7 @@ def test_a_build_requires_no_torch(checkout):
 
 
 def test_the_terminal_sees_how_far_the_build_is():
-    """Where the output is caught, as pip does."""
+    """Also where the output is captured, as pip does."""
     code = f"""
 import sys; sys.path.insert(0, {str(ROOT / "build_backend")!r})
 import memkernels_build

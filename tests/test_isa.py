@@ -1,4 +1,4 @@
-"""Every instruction set the library is compiled for: forced by MEMKERNELS_CPU_ISA, proved to have run, and right."""
+"""Every instruction set of the library: MEMKERNELS_CPU_ISA forces it, it is shown to have run, and is right."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ assert mk.softmax_read(q[:, :2].contiguous(), k[:, :2].contiguous(), v, backend=
 
 @pytest.mark.parametrize("isa", [name for name in usable() if name.startswith("avx512")])
 def test_many_queries_of_bfloat16(isa):
-    """With and without products of pairs: odd widths and places, masks, ranges that merge, scores not rounded."""
+    """With and without products of pairs: odd widths and offsets, masks, merged ranges, scores that are not rounded."""
     done = run_python(PAIRS, MEMKERNELS_CPU_ISA=isa)
     assert done.returncode == 0, done.stderr
 

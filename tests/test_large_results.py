@@ -1,5 +1,5 @@
-"""Results of at least 16 MiB, which CPU kernels write with non-temporal stores or, of chosen rows, into zero pages, and
-memories of at least 32 MiB, whose rows they prefetch.
+"""Large results and memories. CPU kernels write results of at least 16 MiB with non-temporal stores, or those of chosen
+rows into zero pages, and prefetch rows of memories of at least 32 MiB.
 
 Against float64, and the same bits for any number of threads.
 """

@@ -58,7 +58,7 @@ def test_softmax_read_equals_scaled_dot_product_attention(backend):
 @pytest.mark.parametrize("tokens", [3, 40])
 def test_ranges_of_slots_merge_though_one_is_empty_and_one_decides(tokens, backend):
     query, keys, values = randn(tokens, K, seed=1), randn(4200, K, seed=2), randn(4200, V, seed=3)
-    keys[3000:] *= 40  # beside these scores the weights of the others vanish
+    keys[3000:] *= 40  # with these scores the weights of all other slots are 0
     query[-1] = torch.nan
     mask = torch.zeros(4200).double()
     mask[:1100] = -torch.inf
@@ -248,7 +248,7 @@ def test_fewer_slots_than_k_end_in_minus_one(backend):
 @pytest.mark.parametrize("slots", [5, 64, 1000, 9001])
 def test_ties_go_to_the_smaller_index_across_blocks(backend, dtype, slots):
     keys = torch.zeros(slots, 8, dtype=dtype)
-    keys[slots // 2 :: 3] = 1  # two levels, so that the best k are the first of many equals, far from the start
+    keys[slots // 2 :: 3] = 1  # two values: the best k are the first of many equal scores, far from the start
     query = torch.ones(3, 8, dtype=dtype)
     indices = mk.topk_search(query, keys, 4, scale=1.0, backend=backend)[1]
     order = [*range(slots // 2, slots, 3), *(i for i in range(slots) if i < slots // 2 or (i - slots // 2) % 3)]
@@ -260,8 +260,8 @@ def test_ties_go_to_the_smaller_index_across_blocks(backend, dtype, slots):
 @pytest.mark.parametrize("k", [1, 7, 64, 200, 600])
 @pytest.mark.parametrize("t", [3, 70])
 def test_search_is_a_stable_sort_whatever_waits_or_passes_first(t, k, open_slots, order):
-    """Whole numbers: scores and their many ties are exact, so the order of all k is known. Sizes about those at which
-    scores wait for a first threshold, buffers of candidates fill, and rows are sorted together."""
+    """Integers: scores and their many ties are exact, so the order of all k is known. Sizes around those at which
+    scores wait for a first threshold, candidate buffers fill, and rows are sorted together."""
     for n in (95, 97, 700, 2100):
         generator = torch.Generator().manual_seed(n)
         query = torch.randint(-2, 3, (t, 3), generator=generator).float()

@@ -1,4 +1,4 @@
-"""A mask fills its place among the leading dimensions that the other arguments have, and adds none."""
+"""A mask broadcasts to the leading dimensions of the other arguments, and adds none."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _refused(backend: str, op: str, given: dict, name: str, lead: list[int], oth
 def test_a_mask_of_another_rank_is_refused(backend, op, name):
     whole = arguments(op)
     flat = {n: x[0] if isinstance(x, torch.Tensor) else x for n, x in whole.items()}
-    in_place = op.endswith("_") and name == "slot_mask"  # there the memory is asked first
+    in_place = op.endswith("_") and name == "slot_mask"  # there the check of the memory comes first
     for lead in ([T], [1], [1, 1]):
         if not in_place:
             _refused(backend, op, flat, name, lead, [])

@@ -1,4 +1,4 @@
-"""Peak extra memory of a fused op, forward and backward: it never forms [T, N]. Read off a fresh process."""
+"""Peak extra memory of a fused op, forward and backward: it never forms [T, N]. Measured in a fresh process."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from support import run_python
 T = N = 8192
 LIMIT = T * N * 4 // 20  # bytes: a twentieth of one [T, N] float32 matrix
 
-# What the peak rises by, less the results themselves, is scratch memory. Threads, library code and pools are warmed up
-# by the same call at small sizes.
+# Scratch memory is the rise of the peak, less the results. The same call at small sizes comes first, so that threads,
+# library code and memory pools do not count.
 CODE = """
 import sys
 import torch
@@ -76,5 +76,5 @@ def test_a_fused_op_never_forms_the_matrix_of_scores(native, call, direction):
 
 
 def test_the_measurement_sees_a_matrix_of_scores():
-    """The reference does form it: a measurement that finds nothing there would prove nothing above."""
+    """The reference does form it, so this shows that the measurement would find one."""
     assert extra("softmax_read", "reference", "forward", t=2048, n=2048) > 2048 * 2048 * 4

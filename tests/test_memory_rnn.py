@@ -72,7 +72,7 @@ def test_it_is_its_equations(backend, addressing):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("addressing", ADDRESSINGS)
 def test_token_by_token_equals_the_whole(backend, addressing):
-    """The state goes from call to call by hand: outputs, last state and all gradients are those of one call."""
+    """The state is passed from call to call: outputs, last state and all gradients equal those of one call."""
     model, x = rnn_of(backend, addressing), randn(B, 9, D).requires_grad_()
     leaves = [x, *model.parameters()]
     whole, end = model(x)
@@ -161,7 +161,7 @@ def both(state: RNNState, model: MemoryRNN) -> RNNState:
     ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_it_learns_to_remember(task, carried, addressing, rate, steps):
-    """What ``carried`` leaves of the state goes from sequence to sequence. Without the memory the answers get worse."""
+    """``carried`` selects the part of the state that is passed on. Without the memory the answers get worse."""
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
     model, output = MemoryRNN(2 * SYMBOLS, 32, 6, addressing=addressing), nn.Linear(32, SYMBOLS)

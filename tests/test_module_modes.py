@@ -95,7 +95,7 @@ def mode(request) -> Mode:
 
 
 def loss_of(results) -> torch.Tensor:
-    """A mean over the streams, so that parts of a batch add up to the batch."""
+    """A mean over the streams, so that the losses of parts of a batch add up to that of the batch."""
     return sum(r.float().square().flatten(1).sum(1).mean() for r in tree_leaves(results))
 
 
@@ -144,7 +144,7 @@ def test_activation_checkpointing(mode):
 
 @pytest.mark.parametrize(
     "mode",
-    [name for name in NAMES if name not in ("ExternalMemory", "MemoryTransformerLM")],  # theirs is with the module
+    [name for name in NAMES if name not in ("ExternalMemory", "MemoryTransformerLM")],  # tested with the module itself
     indirect=True,
 )
 def test_compiles_without_a_graph_break(mode):

@@ -1,4 +1,4 @@
-"""The guards of the native operators, below the checks of Python: what a tensor says of itself need not be true."""
+"""The guards of the native operators, called without the checks of Python, on tensors with false sizes or strides."""
 
 from __future__ import annotations
 

@@ -70,7 +70,7 @@ def test_gradients_of_the_cache():
 
 
 def test_mix_and_theta_are_learnt_over_a_frozen_model():
-    """The model knows nothing; the same 12 contexts return for ever, each with its own token after it."""
+    """The model predicts nothing; the same 12 contexts recur, each followed by its own token."""
     torch.manual_seed(0)
     contexts, following = F.normalize(torch.randn(12, 16), dim=-1), torch.randint(W, (12,))
     cache = NeuralCache(64, 16)

@@ -28,7 +28,7 @@ KERNELS = {
     "kernel.cpp": "csrc/cpu/decay_read.cpp",
     "binding.cpp": "csrc/binding/decay_read.cpp",
 }
-# What a library needs beside the kernels of its ops. The other ops stay in the library of this checkout.
+# Objects that a library needs beside the kernels of its ops. The other ops are in the library of this checkout.
 RUNTIME = {"binding", "choose_isa", "place", "processor", "threads"}
 # Tests that go over all ops in one test.
 OVER_ALL = (
@@ -67,7 +67,7 @@ def _build(copy: Path, without: str = "") -> None:
         kept = [line for line in binding.read_text().splitlines() if f'MK_OPERATOR(m, "{without}"' not in line]
         binding.write_text("\n".join(kept) + "\n")
     torch_dir = Path(torch.__file__).parent
-    flags = f"-Wl,--no-as-needed {_native.LIBRARY}"  # which is loaded with it
+    flags = f"-Wl,--no-as-needed {_native.LIBRARY}"  # loaded together with it
     options = ["-DMEMKERNELS_HOST=OFF", f"-DTORCH_DIR={torch_dir}", f"-DCMAKE_MODULE_LINKER_FLAGS={flags}"]
     cmake(copy, copy / "build", "memkernels_cpu", *options)
     target = copy / "memkernels" / "_lib" / _native.NAME
@@ -77,7 +77,7 @@ def _build(copy: Path, without: str = "") -> None:
 
 
 def _tests(copy: Path, over_all: str) -> set[str]:
-    """Run the tests of the new op, and those that go over all; the names of the former that passed."""
+    """Run the tests of the new op and those that go over all ops; return the names of the former that passed."""
     env = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST", "PYTHONPATH"))}
     options = ["-rA", "--no-header", "-p", "no:cacheprovider", "-k", f"{NAME} or {over_all}"]
     command = [sys.executable, "-m", "pytest", "tests", *options]

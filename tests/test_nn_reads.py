@@ -150,14 +150,14 @@ def test_records_may_be_tokens():
 
 
 def test_retrieval_learns_which_record_predicts():
-    """Records are made anew at every step: a code and a label. The query is the code seen through an unknown rotation,
-    and only the label is ever given, so a right answer means that the retriever learnt to undo the rotation."""
+    """Every step draws new records, a code and a label each. The query is the code under an unknown rotation, and only
+    the label is given, so a right answer means that the retriever learnt to undo the rotation."""
     torch.manual_seed(0)
     labels, count, width = 8, 16, 6
     rotation = torch.linalg.qr(torch.randn(width, width))[0]
     project = nn.Linear(width, width, bias=False)
 
-    def predict(x, record):  # certain of the record's label, up to a tenth
+    def predict(x, record):  # 0.9 on the record's label, 0.1 spread evenly
         return torch.log(0.9 * F.one_hot(record, labels) + 0.1 / labels)
 
     module = RetrievalMixture(predict, 4, log_probs=True, scale=8.0)
@@ -208,7 +208,7 @@ def test_gradients_of_attention():
 
 
 def test_a_decoder_learns_to_reverse():
-    """The decoder's state says only how many tokens it has given out; what they are, it must look up."""
+    """The decoder's state is only the number of tokens emitted so far; it must look up which ones come next."""
     torch.manual_seed(0)
     length, vocab, width = 6, 8, 24
     tokens, places, steps = nn.Embedding(vocab, width), nn.Embedding(length, width), nn.Embedding(length, width)

@@ -1,7 +1,7 @@
-"""Softmax laws where scores are large: weights do not change when every score is moved, and they sum to one.
+"""Softmax laws where scores are large: adding a number to every score changes no weight, and weights sum to one.
 
-The truth is written here in float64, on the very numbers that the op is given; it never passes through the library's
-own softmax. Scores are such that a float32 holds them exactly: only the op's own arithmetic can be at fault.
+The expected results are computed here in float64 from the inputs of the op, without the library's own softmax. float32
+represents the scores exactly, so any error comes from the arithmetic of the op.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ CLOSE = {"rtol": 2e-6, "atol": 1e-7}
 
 
 def moved(c, n):
-    """Float scores c and, where a float32 tells them apart at that size, c - 1 unit for every third slot: [n]."""
+    """Float scores [n]: c, and for every third slot c less 1 or less two float32 spacings, whichever is larger."""
     c = torch.tensor(c, dtype=torch.float32)
     unit = torch.maximum(torch.ones(()), 2 * (torch.nextafter(c.abs(), torch.tensor(torch.inf)) - c.abs()))
     lower = c - unit
@@ -81,7 +81,7 @@ def test_weights_sum_to_one_at_any_offset(c, tokens, slots, backend):
     *_, chosen = mk.topk_read(query, keys, values_of(slots), k, slot_mask=mask, return_slots=True, backend=backend)
     best = mask.sort(descending=True, stable=True).values[:k]
     torch.testing.assert_close(chosen.double(), truth(best).expand(tokens, k), **CLOSE)
-    # What a write leaves of the memory, 1 - weight, once for each token.
+    # The share 1 - weight of the memory that a write leaves, once for each token.
     written = mk.softmax_write(
         torch.ones(slots, 1), keys, query, torch.zeros(tokens, 1), slot_mask=mask, backend=backend
     )
@@ -95,7 +95,7 @@ def test_scan_reads_do_not_see_an_offset(c, backend):
     mask = moved(c, slots)
     zeros = torch.zeros(tokens, 4)
     values = values_of(slots).requires_grad_()
-    # A gate of the write is open where the mask is large; writing the value itself changes nothing.
+    # A large mask opens the gate of the write; writing the value that is there changes nothing.
     reads, _ = mk.memory_scan(
         values,
         torch.zeros(slots, 4),
@@ -131,9 +131,7 @@ def test_losses_do_not_see_an_offset_of_the_logits(c, words, backend):
     one_hot = torch.nn.functional.one_hot(targets, words)
     torch.testing.assert_close(d.double(), -share * (one_hot - own.exp()), rtol=1e-5, atol=1e-6)
     logprobs = mk.cache_logprobs(logits, scores, tokens, mix, backend=backend)
-    log_p = torch.where(
-        cached == 0, own + math.log(1 - mix), p.log()
-    )  # its exponential may be below the smallest number
+    log_p = torch.where(cached == 0, own + math.log(1 - mix), p.log())  # its exponential may underflow
     torch.testing.assert_close(logprobs.double(), log_p, rtol=1e-6, atol=1e-6)
     (d,) = torch.autograd.grad(logprobs[:, 2].sum(), logits)
     torch.testing.assert_close(
@@ -175,7 +173,7 @@ def test_large_scores_of_products(size, scale, tokens, backend):
     torch.testing.assert_close(dv.double()[:, 0], tokens * weights, rtol=1e-5, atol=1e-5)
     got = mk.address(query, keys, scale=scale, backend=backend)
     torch.testing.assert_close(got.double(), weights.expand(tokens, 3), rtol=1e-5, atol=1e-6)
-    # A token whose scores cancel with the mask: what is left decides.
+    # A token whose scores cancel with the mask: the rest after cancellation decides.
     mask = torch.tensor([-float(s[0].float()), -float(s[0].float()), 0.0])
     if abs(float(s[0])) < 1e9:
         left = truth(s + mask.double())

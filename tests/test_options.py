@@ -84,8 +84,7 @@ def test_k_is_any_integer_and_nothing_else(backend, op):
 
 
 def one_by_one(op: str, given: dict, scale: torch.Tensor) -> list[torch.Tensor]:
-    """The results of the reference in float64 with a number as scale: for each stream, and each token where that may
-    be told apart."""
+    """The results of the reference in float64 with numbers as scale: one call for each stream and token."""
     given = {n: x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for n, x in given.items()}
     streams = []
     for b in range(B):
@@ -124,7 +123,7 @@ def test_a_scale_for_each_stream_or_token(backend, op, dtype):
         for kind in dict.fromkeys((dtype, torch.promote_types(dtype, torch.float32))):
             wanted = one_by_one(op, given, scale.to(kind))
             got = run(op, backend, **given, scale=scale.to(kind))
-            if op in CHOOSING and dtype in (torch.bfloat16, torch.float16):  # scores that differ less may rank anyhow
+            if op in CHOOSING and dtype in (torch.bfloat16, torch.float16):  # close scores may rank either way
                 got, wanted = got[:1], wanted[:1]
             for one, want in zip(got, wanted):
                 close(one.double(), want.double(), TOLERANCE[dtype])
@@ -210,7 +209,7 @@ def test_a_scale_beside_compressed_slots(backend, op):
 
 def test_a_scale_that_needs_a_gradient_is_refused_in_place():
     for op in ("gated_write_", "softmax_write_"):
-        with pytest.raises(RuntimeError, match=f"^{op}: writes in place and has no gradient"):
+        with pytest.raises(RuntimeError, match=f"^{op}: no argument may require a gradient, got one"):
             run(op, **arguments(op), scale=torch.ones((), requires_grad=True))
 
 

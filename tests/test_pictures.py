@@ -1,4 +1,4 @@
-"""Pictures: no text over other text, every number there, and nothing drawn of what was not measured."""
+"""Pictures: no overlapping text, every number is there, and nothing is drawn that was not measured."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ROWS = {file.stem: json.loads(file.read_text())["rows"] for file in generate.res
 
 
 class Drawn:
-    """What one saved picture shows: every text that was drawn, with the pixels it took."""
+    """The content of one saved picture: every text, with the pixels that it covers."""
 
     def __init__(self) -> None:
         self.figure: Figure | None = None
@@ -34,7 +34,7 @@ class Drawn:
         return [text for text, _ in self.boxes.values()]
 
     def faults(self) -> list:
-        """Texts that cover each other, and those that the edge of the picture cuts."""
+        """Texts that overlap, and those that the edge of the picture cuts off."""
         boxes = [(text, box.padded(-1)) for text, box in self.boxes.values()]
         over = [(a, b) for (a, x), (b, y) in itertools.combinations(boxes, 2) if x.overlaps(y)]
         width, height = self.size
@@ -94,7 +94,7 @@ def test_the_headline_follows_its_rule():
 
 
 def training(steps: int) -> demo.Training:
-    """As if that many of the steps of the demonstration had been taken."""
+    """A training of the demonstration that took this many steps."""
     settings = demo.Settings()
 
     def trainee(count: int, offset: float) -> demo.Trainee:
@@ -128,7 +128,7 @@ def test_the_demonstration_draws_training_only_when_it_was_finished(steps, drawn
 
 
 def covered(drawn: Drawn) -> list[str]:
-    """Texts that a curve of the picture runs through."""
+    """Texts that a curve of the picture crosses."""
     found = []
     for line in (line for axis in drawn.figure.axes for line in axis.lines if len(line.get_xdata()) > 2):
         scale = drawn.size[0] / drawn.figure.bbox.width  # a picture is saved in more pixels than it is drawn in

@@ -1,4 +1,4 @@
-"""Bounds read from machine code: what is counted, which loop is taken, what binds, and that the page shows the file."""
+"""Bounds read from machine code: what is counted, which loop is the hot one, what binds; and the page of results."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from support import ROOT
 from bench import cuda_check, predict, sass
 from docs import generate
 
-# One page of machine code: an outer loop (0x10-0x90) with a branch over one instruction and a loop inside (0x40-0x60),
-# code that only diverged warps reach (0xb0), and the branch to itself that ends every kernel.
+# An outer loop (0x10-0x90) that contains a branch over one instruction and an inner loop (0x40-0x60), code that only
+# diverged warps reach (0xb0), and the branch to itself that ends every kernel.
 NESTED = """
         Function : nested
     .headerflags    @"EF_CUDA_SM90"
@@ -283,7 +283,7 @@ def test_ptxas_is_caught_when_it_makes_products_wait(between, waits, tmp_path):
 
 @pytest.mark.skipif(cuda_check.cuobjdump() is None, reason="there is no cuobjdump here")
 def test_a_read_multiplies_in_its_hot_loop_what_its_blocks_say():
-    """And ptxas' word on serialised products reaches the row; and the committed file is of today's kernels."""
+    """And a ptxas warning of serialised products reaches the row, and the committed file is of the current kernels."""
     pytest.importorskip("triton")
     code = """
 import dataclasses, json, triton
@@ -315,7 +315,7 @@ print(json.dumps([triton.__version__, triton.knobs.nvidia.ptxas.version, told, f
             if (one.arch, one.dtype, one.width, one.call) == ("90", "bfloat16", 64, "softmax_read")
         ]
         same = {one.kernel: json.loads(json.dumps(dataclasses.asdict(one))) for one in known}
-        # What an earlier call launches too stands under that one.
+        # A kernel that several calls launch is listed under the first of them.
         assert "softmax_read_kernel" in same and same.items() <= rows.items(), "run: python -m bench.predict --write"
 
 

@@ -1,4 +1,4 @@
-"""What PyTorch does not document is used in one file, and each use has something that stands in for it."""
+"""Undocumented PyTorch is used in one file, and each use has a substitute."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import memkernels as mk
 from memkernels import _torch
 
 HOME = "memkernels/_torch.py"
-# triton_kernels never imports memkernels; each name that it uses stands here.
+# triton_kernels never imports memkernels; the undocumented names that it uses are listed here.
 ALSO = {
     ("triton_kernels/sparse_read.py", "torch._assert_async"),
     ("triton_kernels/replay.py", "torch.utils._python_dispatch.TorchDispatchMode"),
@@ -69,7 +69,7 @@ ABSENT = {
 
 @pytest.mark.parametrize("absent", ABSENT)
 def test_what_stands_in_where_a_name_is_absent(absent):
-    """Absent while the file is imported: torch itself uses these too."""
+    """The name is absent only while the file is imported, because torch itself uses it."""
     code = (
         "import importlib.util, sys, torch\n"
         f"owner, name = sys.modules[{ABSENT[absent]!r}], {absent!r}\n"

@@ -22,7 +22,7 @@ def pairs(subkeys):
 
 
 def written_out(query, subkeys, k, scale):
-    """Every score one by one, in order of (score descending, slot ascending)."""
+    """Every score in a loop, ordered by (score descending, slot ascending)."""
     n, h = subkeys.shape[-2:]
     scores, slots = [], []
     for q in query:
@@ -41,7 +41,7 @@ def written_out(query, subkeys, k, scale):
 @pytest.mark.parametrize("k", [1, 5, 20, 300])
 @pytest.mark.parametrize("scale", [None, -1.5, 0.0])
 def test_equals_the_written_out_search(backend, n, k, scale):
-    """k beyond n and beyond n * n too. A scale of 0 makes every pair equal: the first slots in order."""
+    """Also for k > n and k > n * n. With a scale of 0 all pairs are equal: the result is the first slots in order."""
     query, subkeys = randn(T, K), randn(2, n, K // 2, seed=1)
     scores, indices = mk.product_key_search(query, subkeys, k, scale=scale, backend=backend)
     wanted, slots = written_out(query, subkeys, k, K**-0.5 if scale is None else scale)
@@ -123,7 +123,7 @@ def test_an_infinite_score_wins_and_a_negative_one_is_never_chosen(backend, half
 
 @pytest.mark.parametrize(("n", "k"), [(5, 1), (5, 9), (12, 8), (4, 20)])
 def test_the_read_is_that_of_all_pairs(backend, n, k):
-    """Forward and gradients; k beyond n and beyond n * n too."""
+    """Forward and gradients; also for k > n and k > n * n."""
     leaves = (randn(B, T, K, seed=3), randn(2, n, K // 2), randn(n * n, 5))
     query, subkeys, values = (x.requires_grad_() for x in leaves)
     found = mk.product_key_read(query, subkeys, values, k, return_slots=True, backend=backend)
@@ -139,7 +139,7 @@ def test_the_read_is_that_of_all_pairs(backend, n, k):
 
 @pytest.mark.parametrize("scale", [None, 2.0])
 def test_the_read_is_its_formula(backend, scale):
-    """Every score one by one, the best of them, their softmax, their rows."""
+    """Every score in a loop, the best of them, their softmax, their rows."""
     n, k = 6, 7
     query, subkeys, values = randn(T, K), randn(2, n, K // 2, seed=1), randn(n * n, 4)
     read, indices, weights = mk.product_key_read(
@@ -154,7 +154,7 @@ def test_the_read_is_its_formula(backend, scale):
 
 
 def test_the_read_touches_only_rows_that_were_chosen(native):
-    """No other row is looked at, not even one of NaN; none has a gradient, and those that were read have all of it."""
+    """Other rows may be NaN, and have no gradient; the rows that were read have all of it."""
     n, k = 40, 3
     query, subkeys, values = randn(1, K), randn(2, n, K // 2, seed=1), randn(n * n, 4)
     _, slots, weights = mk.product_key_read(query, subkeys, values, k, return_slots=True, backend="reference")

@@ -10,7 +10,7 @@ from support import close
 import memkernels as mk
 from memkernels.spec import several
 
-# The fixture only names a backend; it need not be fresh for every example.
+# The fixture is only a name of a backend, so all examples may share it.
 anew = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 SIZES = st.integers(0, 40) | st.sampled_from([63, 64, 65, 127, 129, 200])
@@ -89,7 +89,7 @@ def agrees(run, tensors, which, backend):
         if g.is_floating_point():
             close(g, w)
         else:
-            assert torch.equal(g, w)  # float64 scores of random numbers have no ties
+            assert torch.equal(g, w)  # random float64 scores have no ties
     for g, w in zip(*(_gradients(lambda x, b=b: run(x, b), tensors, which) for b in (backend, "reference"))):
         close(g, w)
 

@@ -1,4 +1,4 @@
-"""Which slots are given up: use counted as its equations say, the order of the least used, forgetting by time."""
+"""Replacement of slots: the use by its equations, the order of the least used, forgetting by time."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_fading_is_an_exponential_of_the_tokens():
 
 
 def test_what_is_asked_for_survives_under_least_recently_used_and_not_in_turn():
-    """Facts arrive for ever and four of them are asked for again and again; the memory holds 16."""
+    """New facts keep arriving, four of them are read again and again, and the memory holds 16."""
     hot, slots, facts = 4, 16, 64
     codes, content = F.normalize(torch.randn(facts, 32), dim=-1), torch.randn(facts, 8)
 

@@ -1,4 +1,4 @@
-"""Launch plans of the Triton backend: what is recorded once per kind of call is right for every call of that kind."""
+"""Launch plans of the Triton backend: a plan recorded once for a kind of call is right for every call of it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def same(got, *args):
 """
 
 
-# Runs pieces of code that come on standard input, line by line, and says what each printed last or why it failed:
+# Runs snippets from standard input, one per line, and answers with the last line that each printed, or why it failed.
 # torch and Triton are imported once for all of them.
 SERVER = """
 import contextlib, io, json, sys, traceback
@@ -90,7 +90,7 @@ print(json.dumps([ok, len(launch.replays)]))
 
 
 def test_tensors_may_share_memory_in_one_call_and_not_in_the_next(interpreted):
-    """A pointer is that of an argument and an offset: which arguments lie in one storage must not be remembered."""
+    """A plan holds pointers as argument and offset; it must not remember which arguments share a storage."""
     found = interpreted("""
 launch = package.launcher("softmax_read")
 together = randn(2, 40, 48)
@@ -120,7 +120,7 @@ print(json.dumps([ok, len(launch.replays)]))
 
 
 def test_a_launcher_cannot_look_at_a_number(interpreted):
-    """What it does must follow from shapes, or a replay would be wrong for other numbers."""
+    """A launcher may depend on shapes only: a replay would be wrong for other numbers."""
     found = interpreted("""
 def looks(x):
     return x * 2 if x[0] > 0 else x
@@ -135,7 +135,7 @@ except RuntimeError as error:
 
 
 def test_memory_is_let_go_after_the_step_that_needs_it_last(interpreted):
-    """A replay holds no more at once than the launcher did: peak memory is part of what an op promises."""
+    """A replay holds no more memory at once than the launcher did."""
     found = interpreted("""
 import weakref
 alive = []
@@ -274,7 +274,7 @@ print(json.dumps(identities("softmax_read", odd, *args) == identities("softmax_r
 
 
 def test_a_compiled_kernel_gets_addresses_and_strides(answer):
-    """What the C launcher is handed, on memory of the host: nothing runs it here."""
+    """The arguments of the C launcher, with host memory; no kernel runs."""
     found = answer(
         COMPILED
         + """

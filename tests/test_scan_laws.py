@@ -136,7 +136,7 @@ def test_a_memory_shared_across_an_outer_dimension(backend):
         close(new[j], values)
 
 
-# --- causality: what comes later changes not a bit of what came before ---
+# --- causality: later tokens do not change a bit of earlier results ---
 
 
 @pytest.mark.parametrize("t", [7, 300])
@@ -161,7 +161,7 @@ def test_no_token_sees_a_later_one(backend, t, late):
         assert torch.equal(mk.memory_scan(*x, read_first=read_first, backend=backend)[0][:cut], wanted)
 
 
-# --- a scan in parts, with what they leave carried on ---
+# --- a scan in parts, with the state carried on ---
 
 
 @pytest.mark.parametrize("first", [0, 1, 100, 190, 299])
@@ -202,7 +202,7 @@ def test_no_tokens_change_nothing(backend):
     assert reads.shape == (B, 0, V) and torch.equal(new, x[0]) and new.data_ptr() != x[0].data_ptr()
 
 
-# --- gates at their ends, and masks ---
+# --- gates of 0 and 1, and masks ---
 
 
 def test_gates_of_0_and_1_are_exact(backend):

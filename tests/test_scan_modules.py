@@ -146,7 +146,7 @@ def test_gradients_of_the_layer():
 
 
 def test_layer_learns_associative_recall():
-    """Pairs of a key and a value stream by, one a token; the last token is a key, and its value is wanted."""
+    """Each token is a key with its value; the last token is one of the keys, whose value is the answer."""
     torch.manual_seed(0)
     keys, pairs, width = 6, 4, 24
     embed, layer, output = nn.Linear(2 * keys, width), StreamingMemory(width, 12, heads=2), nn.Linear(width, keys)
@@ -201,7 +201,7 @@ def test_similarity_model_is_its_equation(backend, forget):
 
 
 def test_a_cache_lowers_the_bits_of_held_out_text():
-    """Trained on CPython's documentation; what the text that is scored said before is in the cache alone."""
+    """Trained on CPython's documentation. Only the cache holds the earlier part of the scored text."""
     torch.manual_seed(0)
     width, window = 64, 64
     text, held_out = _text.split(_text.documentation(), 0.1)

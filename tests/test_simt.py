@@ -1,4 +1,4 @@
-"""The CUDA kernels without a GPU and without nvcc: their own source on the CPU, over the machine in tests/simt."""
+"""The CUDA kernels without a GPU and without nvcc: their source runs on the CPU, on the SIMT runtime in tests/simt."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ EXTENT = "full" if WHOLE else "quick"
 
 @pytest.fixture(scope="module")
 def runs():
-    """The grid of every op, and of all under every seed, as they run: a process each, as many as processors."""
+    """The running grids of every op, and of all ops under every seed: a process each, as many as processors."""
     built = library()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         whole = {op: pool.submit(grid, built, op, DTYPES, EXTENT) for op in ops()}
@@ -39,7 +39,7 @@ def test_kernels_equal_the_float64_reference(op, runs):
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_no_order_of_threads_changes_the_result(seed, runs):
-    """Threads go on in another order for every seed; what is not ordered by a barrier would show."""
+    """Each seed is another order of the threads, so that a missing barrier changes a result."""
     assert not failures(runs[seed].result())
 
 
@@ -52,7 +52,7 @@ def test_no_address_is_wrong():
     assert not failures(under_address_sanitizer(library("address"), ALL, DTYPES))
 
 
-# file, text, text with the fault, source that sees it
+# file, text, text with the fault, source that is compiled with it
 FAULTS = {
     "removed barrier, read": (
         "softmax_read.cu",
@@ -127,7 +127,7 @@ FAULTS = {
         "topk_search.cu",
     ),
 }
-# The op whose grid notices it: one that the source serves, or the one that the fault names.
+# The op whose grid notices the fault: an op of the source, or the one that the fault names.
 OP = {
     "no delta, gradient of a softmax": "softmax_write",
     "gated_write.cu": "gated_write",
@@ -142,7 +142,7 @@ OP = {
 @whole
 @pytest.mark.parametrize("fault", seeded(FAULTS))
 def test_a_seeded_fault_is_noticed(fault, tmp_path):
-    """Under one order of the threads or another: a missing barrier need not show in each."""
+    """Under at least one order of the threads: a missing barrier need not change the result in each."""
     *change, kernel = FAULTS[fault]
     built = broken(tmp_path, *change, kernel)
     op = OP.get(fault) or OP[kernel]

@@ -1,4 +1,4 @@
-"""The CUDA kernels on the CPU (tests/simt), beyond their results: hostile arguments, the same bits in every order."""
+"""The CUDA kernels on the CPU (tests/simt): hostile arguments, and the same bits in every order of the threads."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cuda_support import WHOLE, asan_environment, can_run, library, on_host, ops
 from memkernels.registration import OPS
 
 pytestmark = can_run
-# Every op where the CUDA build is asked for (make cuda); else one of each kind: tiles of all pairs, segments, a search.
+# Every op in the CUDA build (make cuda), else one of each kind: tiles of all pairs, segments, a search.
 SOME = ops() if WHOLE else ["softmax_write", "sparse_write", "topk_read"]
 HOSTILE = """
 import json, sys
@@ -74,7 +74,7 @@ print("DONE")
 
 @pytest.mark.parametrize("sanitize", ["", pytest.param("address", marks=whole)])
 def test_an_index_that_names_no_slot_does_no_harm(sanitize):
-    """Its read is NaN, it writes nothing and has no gradient; all else has the bits that it has without it."""
+    """Its read is NaN, it writes nothing and has no gradient; all other results keep their bits."""
     done = on_host(library(sanitize), INDICES, **(asan_environment() if sanitize else {}))
     assert done.returncode == 0 and done.stdout.split() == ["DONE"], done.stdout + done.stderr[-4000:]
 

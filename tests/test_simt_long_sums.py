@@ -1,7 +1,7 @@
-"""Sums over many tokens in the CUDA kernels, over the machine in tests/simt.
+"""Sums over many tokens in the CUDA kernels, on the SIMT runtime in tests/simt.
 
-A float that has grown to 2^24 times a term no longer changes by it. So that few tokens show it, the first term to be
-added is that large here. What is left out before sums meet must stay within the table.
+A float32 sum that is 2^24 times a term does not change when the term is added. Here the first term is that large, so
+that few tokens show it. The error of the partial sums must stay within the tolerance table.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def slot_usage():
 
 
 def usage_keys():
-    """A gradient of all pairs: of the keys, from a usage."""
+    """A gradient by all pairs: of the keys, from a usage."""
     keys = torch.zeros(1, 2, requires_grad=True)
     query = ones(4096).unsqueeze(-1).expand(-1, 2)
     usage = mk.slot_usage(query, keys, torch.zeros(4096), scale=1.0, backend="cuda")
@@ -54,14 +54,14 @@ def usage_keys():
 
 
 def softmax_write(last: float = 32 * LARGE):
-    """The last token is the first to be added. Others come in tiles of 32, so it is 32 times as large."""
+    """The last token is added first. The others are added in tiles of 32, so it is 32 times as large."""
     write = ones(16384, last).flip(0).unsqueeze(-1)
     query, keys = torch.zeros(16384, 1), torch.zeros(1, 1)
     return mk.softmax_write(torch.zeros(1, 1), keys, query, write, erase=0.0, backend="cuda")
 
 
 def memory_that_forgets():
-    """5000 tokens write much through gates of 2e-9, 2000 before them overwrite all: long sums end before the first."""
+    """5000 tokens write much through gates of 2e-9; the 2000 before them overwrite all, where long sums end."""
     scores = torch.full((7000,), -20.0)
     scores[:2000] = 60.0
     write = torch.linspace(1, 2, 7000)
@@ -86,7 +86,7 @@ SUMS = {
 
 
 def error(name: str) -> float:
-    """Of the sum, runs where the CUDA kernels run on the host."""
+    """The error of the sum; runs in a process where the CUDA kernels run on the host."""
     run, wanted = SUMS[name]
     return float((run().double() / wanted - 1).abs().max())
 

@@ -1,8 +1,8 @@
-"""Softmaxes of the CUDA kernels where scores are large, over the machine in tests/simt.
+"""Softmaxes of the CUDA kernels where scores are large, on the SIMT runtime in tests/simt.
 
-Adding the same number to all scores of a token changes no weight. The truth here is the float64 formula without that
-number; scores are such that float32 holds each of them exactly, so all that can go wrong is what a kernel makes of
-them. Every direction of every op with a softmax, by streams and pairs (few tokens) and by tiles (many).
+Adding the same number to all scores of a token changes no weight. Expected results are the float64 formula without that
+number. float32 represents the scores exactly, so any error comes from the kernel. Every direction of every op with a
+softmax, by streaming and all pairs (few tokens) and by tiles (many).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ K, V = 8, 3
 
 
 class Scores:
-    """Queries, keys and a mask whose scores are known exactly: ``exact`` [T, N] in float64, less a number per case."""
+    """Queries, keys and a mask with exactly known scores: ``exact`` [T, N] in float64, less one number per case."""
 
     def __init__(self, name: str, query, keys, mask, scale: float, exact):
         self.name, self.query, self.keys, self.mask, self.scale, self.exact = name, query, keys, mask, scale, exact
@@ -39,7 +39,7 @@ def grid(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def cases(tokens: int, slots: int):
-    """All that the docstring of this module promises, in float32; what 16 bits can hold, in those too."""
+    """The cases of this module's docstring in float32, and in 16 bits where these can represent the scores."""
     zeros = torch.zeros(tokens, slots, dtype=torch.float64)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         largest = torch.finfo(dtype).max
@@ -71,7 +71,7 @@ def differ(what: str, found, wanted, dtype=torch.float32) -> list[str]:
 
 
 def gradients(what: str, results, inputs, exact_results, exact_inputs, weights_of_results, dtype) -> list[str]:
-    """Gradients of a sum of results; of each input that is there, against those of its float64 twin."""
+    """Gradients of a weighted sum of results: of each given input, against that of its float64 twin."""
     total = sum((r * w.to(r.dtype)).sum() for r, w in zip(results, weights_of_results))
     exact = sum((r * w).sum() for r, w in zip(exact_results, weights_of_results))
     there = [i for i, x in enumerate(inputs) if x is not None]
@@ -91,7 +91,7 @@ def exact_scores(s: Scores):
     """Float64 twins of query, keys and mask, and scores whose value is ``s.exact`` and whose gradient is theirs."""
     q, k, m = leaves(*(None if x is None else x.double() for x in (s.query, s.keys, s.mask)))
     scores = s.scale * (q @ k.T) + (0 if m is None else m)
-    # The offset is a constant: what float64 would round of a score of 3e38 is left out with it.
+    # Without the offset, a constant, so that float64 does not round scores of 3e38.
     return (q, k, m), s.exact + (scores - scores.detach()).nan_to_num(0.0)
 
 
@@ -139,7 +139,7 @@ def address(s: Scores) -> list[str]:
 
 
 def slot_usage(s: Scores) -> list[str]:
-    """Of the lse that is given, a float32 number: nothing else is rounded at the size of the scores."""
+    """Beside the given float32 lse: nothing else is rounded at the size of the scores."""
     dtype = s.query.dtype
     _, lse = mk.softmax_read(s.query, s.keys, s.keys, scale=s.scale, slot_mask=s.mask, return_lse=True, backend="cuda")
     q, k, m = leaves(s.query, s.keys, s.mask)
@@ -239,7 +239,7 @@ def test_adding_to_all_scores_changes_no_weight(op):
 
 
 def a_weight_is_at_most_one() -> str:
-    """Where a score is not what another kernel found: by as much as rounding makes of scores of 1e9."""
+    """Also where two kernels round a score of about 1e9 to different numbers."""
     wrong = []
     run, back = operator("cuda", "softmax_read"), operator("cuda", "softmax_read_backward")
     for tokens in (ONE, MANY):
@@ -250,7 +250,7 @@ def a_weight_is_at_most_one() -> str:
         lse[0] = math.nan
         d_values = back(q, k, v, None, read, lse, rest, g, None, 1.0, [False, False, True, False])[2]
         wrong += [] if bool(d_values.isnan().all()) else [f"T={tokens}: a NaN is gone"]
-    # Scores of -1e6, equal for all slots, from sums that the two passes of a write round in their own ways.
+    # Scores of -1e6, equal for all slots, which the two passes of a write round differently.
     query, keys = -1e4 * (2 + randn(MANY, 64).float()), (2 + randn(1, 64, seed=1).float()).expand(70, -1)
     weights = mk.softmax_write(
         torch.zeros(70, MANY), keys, query, torch.eye(MANY), erase=0.0, scale=1.0, backend="cuda"
@@ -266,7 +266,7 @@ def test_a_weight_is_at_most_one_and_a_nan_stays():
     assert not json.loads(done.stdout.splitlines()[-1])
 
 
-# op, file, text, text with the fault, source that sees it
+# op, file, text, text with the fault, source that is compiled with it
 FAULTS = {
     "no rest": (
         "softmax_read",

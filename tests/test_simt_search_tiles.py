@@ -1,7 +1,7 @@
-"""topk_search for many tokens, by tiles on the tensor cores: over the machine in tests/simt.
+"""topk_search for many tokens, in tiles on the tensor cores, on the SIMT runtime in tests/simt.
 
-The contract grid reaches the tiles too (its cases of 17 tokens and more, also where a shared memory folds them); these
-are the sizes and situations in which tiles, queues and lists have edges.
+The contract grid covers the tiles too, in its cases of 17 tokens and more. These cases are the sizes and situations at
+the edges of tiles, queues and lists.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from cuda_support import (
 
 pytestmark = can_run
 OP = "topk_search"
-# T, N, K, (V,) and k: around tiles of 16, 32 and 64, parts of 64 and 128 columns, splits
-# of the slots, and lists of 32, 64 and more.
+# T, N, K, (V,) and k: around tiles of 16, 32 and 64, parts of 64 and 128 columns, splits of the slots, and lists of 32,
+# 64 and more.
 SIZES = [(65, 31, 40, 1, 5), (17, 65, 7, 1, 32), (130, 1, 64, 1, 2), (20, 1000, 8, 1, 12), (66, 260, 8, 1, 2)]
 EDGES = [
     (65, 200, 1, 1, 33),
     (33, 129, 130, 1, 64),
     (20, 65, 264, 1, 3),
-    (18, 300, 24, 1, 65),  # lists of 128 do not fit shared memory beside their queues: streamed
+    (18, 300, 24, 1, 65),  # lists of 128 and their queues exceed shared memory: streamed
     (64, 64, 64, 1, 32),
     (66, 130, 128, 1, 1),
     (18, 1500, 65, 1, 16),
@@ -119,7 +119,7 @@ print("DONE")
 
 
 def test_float32_is_multiplied_as_torch_is_told_to():
-    """One tf32 product in place of three where that is allowed: seen by the size of the errors."""
+    """One TF32 product instead of three where that is allowed, which the size of the errors shows."""
     done = on_host(library(), PRECISIONS)
     assert done.returncode == 0 and done.stdout.split() == ["DONE"], done.stdout + done.stderr[-4000:]
 

@@ -1,7 +1,7 @@
-"""softmax_read for many tokens and its gradients, which are tiles on the tensor cores: over the machine in tests/simt.
+"""softmax_read for many tokens and its gradients, in tiles on the tensor cores, on the SIMT runtime in tests/simt.
 
-The contract grid reaches the tiles too (its cases of 17 tokens and more, also where a shared memory folds them); these
-are the sizes and situations in which tiles have edges.
+The contract grid covers the tiles too, in its cases of 17 tokens and more. These cases are the sizes and situations at
+the edges of tiles.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SIZES = [(65, 31, 40, 7), (17, 65, 7, 64), (130, 1, 64, 1), (20, 600, 8, 40)]
 EDGES = [
     (65, 200, 1, 130),
     (33, 65, 130, 40),
-    (20, 65, 264, 264),  # in float32 the rows of the gradients do not fit shared memory: all pairs take them
+    (20, 65, 264, 264),  # float32 rows of the gradients exceed shared memory: all pairs run
     (20, 65, 136, 264),
     (33, 70, 136, 136),
     (64, 64, 64, 64),
@@ -92,7 +92,7 @@ print(*found)
 
 
 def test_same_bits_in_every_order_and_wherever_the_memory_lies():
-    """600 slots are several ranges, which are merged, and for the gradients of few slots 300 tokens are."""
+    """600 slots are several ranges, which are merged; so are 300 tokens in the gradients of few slots."""
     done = [on_host(library(), BITS, MEMKERNELS_SIMT_SEED=seed) for seed in ("1", "2")]
     assert all(d.returncode == 0 for d in done), done[0].stderr[-4000:]
     assert len({d.stdout for d in done}) == 1
@@ -199,7 +199,7 @@ print("DONE")
 
 
 def test_float32_is_multiplied_as_torch_is_told_to():
-    """One tf32 product in place of three where that is allowed: seen by the size of the errors."""
+    """One TF32 product instead of three where that is allowed, which the size of the errors shows."""
     done = on_host(library(), PRECISIONS)
     assert done.returncode == 0 and done.stdout.split() == ["DONE"], done.stdout + done.stderr[-4000:]
 
@@ -266,7 +266,7 @@ GRADIENT_CASES = [CASES[0], *CASES[-2:], {"sizes": (33, 70, 136, 136)}]
 
 
 def run_for(fault: str) -> tuple[str, list[dict], tuple[str]]:
-    """The source that has the fault, and the cases and the direction that are run on it."""
+    """The source that has the fault, and the cases and the direction to run."""
     if fault.startswith("gradients"):
         return "softmax_read_tiles_backward.cu", GRADIENT_CASES, ("backward",)
     return "softmax_read_tiles.cu", CASES, ("forward",)

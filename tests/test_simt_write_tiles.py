@@ -1,6 +1,6 @@
-"""Writes with a number as erase, and their gradients: tiles on the tensor cores, over the machine in tests/simt.
+"""Writes with a number as erase, and their gradients, in tiles on the tensor cores, on the SIMT runtime in tests/simt.
 
-The contract grid reaches the tiles too; these are the sizes and situations in which tiles have edges.
+The contract grid covers the tiles too. These cases are the sizes and situations at the edges of tiles.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ EDGES = [
     (31, 64, 1, 64),
     (33, 130, 130, 40),
     (64, 129, 136, 136),
-    (20, 65, 264, 264),  # in float32 rows do not fit shared memory: those that stay come with every tile
+    (20, 65, 264, 264),  # float32 rows exceed shared memory: resident rows are loaded with every tile
     (18, 66, 1000, 24),  # the same for 16-bit keys
     (600, 3, 8, 24),
     (20, 600, 8, 24),
@@ -116,7 +116,7 @@ print(*found)
 
 
 def test_same_bits_in_every_order_and_wherever_the_memory_lies():
-    """600 slots are several ranges for the gradients of few tokens, and the other way round."""
+    """600 slots are several ranges in the gradients of few tokens, and many tokens in those of few slots."""
     done = [on_host(library(), BITS, MEMKERNELS_SIMT_SEED=seed) for seed in ("1", "2")]
     assert all(d.returncode == 0 for d in done), done[0].stderr[-4000:]
     assert len({d.stdout for d in done}) == 1
@@ -188,7 +188,7 @@ print("DONE")
 
 
 def test_float32_is_multiplied_as_torch_is_told_to():
-    """One tf32 product in place of three where that is allowed: seen by the size of the errors."""
+    """One TF32 product instead of three where that is allowed, which the size of the errors shows."""
     done = on_host(library(), PRECISIONS)
     assert done.returncode == 0 and done.stdout.split() == ["DONE"], done.stdout + done.stderr[-4000:]
 
@@ -252,7 +252,7 @@ def test_a_seeded_fault_is_noticed(fault, tmp_path):
         cases, direction = (GRADIENT_CASES, "backward") if backward else (CASES, "forward")
         dtypes = ("float32", "float16")
         done = run_cases(built, "gated_write", cases, dtypes, (direction,), MEMKERNELS_SIMT_SEED=seed)
-        if done.returncode != 0:  # by a signal: rows that are looked up too late are no addresses
+        if done.returncode != 0:  # killed by a signal: rows that are looked up too late give wild addresses
             assert done.returncode < 0, done.stderr[-4000:]
             return True
         return bool(json.loads(done.stdout.splitlines()[-1]))
@@ -260,7 +260,7 @@ def test_a_seeded_fault_is_noticed(fault, tmp_path):
     assert any(noticed(seed) for seed in ("1", "2", "3", "4")), fault
 
 
-# What the cases above do not see: file, text, text with the fault, source that has it, script that sees it.
+# Faults that the cases above miss: file, text, text with the fault, source that has it, script that notices it.
 MORE_FAULTS = {
     "leaves while a slot remembers": (
         "gated_write_tiles.cu",

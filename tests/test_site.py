@@ -21,14 +21,14 @@ pytest.importorskip("latex2mathml", reason="the site is built with latex2mathml 
 from docs import generate, site
 
 NAV = re.findall(r": ([\w/]+)\.md$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
-# What a page loads by itself, as opposed to what a reader may click.
+# What a page loads by itself. Links that a reader may click are not matched.
 LOADED = re.compile(
     r'<(?:script|img|iframe|source)\b[^>]*\bsrc="([^"]*)"|<link\b[^>]*\brel="stylesheet"[^>]*\bhref="([^"]*)"'
 )
 
 
 def build(folder, *options):
-    """Build the site into ``folder``. Whatever would reach for a network fails: there is no such proxy."""
+    """Build the site into ``folder``. Any access to the network fails, because the proxy does not exist."""
     nowhere = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
     return subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder), *options],
@@ -105,7 +105,7 @@ def test_search_finds_every_operation(built):
     ["[a page](missing.md)", "[a section](read.md#no-such-section)", "[elsewhere](/absolute.md)"],
 )
 def test_a_broken_link_fails_the_build(tmp_path, mistake, monkeypatch):
-    """Strictly: seen on a small site with the configuration of this one."""
+    """On a small site with the configuration of this one."""
     docs = tmp_path / "docs"
     docs.mkdir()
     (docs / "index.md").write_text(f"# Start\n\n{mistake}\n")

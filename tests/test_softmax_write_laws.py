@@ -54,7 +54,7 @@ def test_equals_slot_write_by_the_addresses(backend, erase):
 
 
 def test_erase_0_is_the_additive_store(backend):
-    """What all slots gain together is the sum of the writes: every token hands out one whole share."""
+    """All slots together gain the sum of the writes, because the weights of a token sum to 1."""
     values, keys, query, write = case(B)
     new = mk.softmax_write(values, keys, query, write, erase=0.0, backend=backend)
     close((new - values).sum(-2), write.sum(-2))
@@ -122,7 +122,7 @@ def test_one_slot_that_takes_all_is_replaced_to_the_bit(backend):
 
 
 def test_what_a_dominant_slot_keeps_has_all_its_digits(native):
-    """1 - a of a weight near 1 is the sum of the other weights, not a difference: relative precision in float32."""
+    """For a weight a near 1, 1 - a is computed as the sum of the other weights: accurate in float32."""
     values, keys, query, write = case(dtype=torch.float32, t=1)
     mask = torch.zeros(N)
     mask[7] = 30.0
@@ -148,6 +148,6 @@ def test_in_place_gives_the_same_bits_in_the_same_memory(backend, erase, dtype):
 def test_in_place_refuses_what_has_a_gradient(backend):
     values, keys, query, write = case()
     with pytest.raises(
-        RuntimeError, match="softmax_write_: writes in place and has no gradient; use softmax_write, or"
+        RuntimeError, match="softmax_write_: no argument may require a gradient, got one; use softmax_write, or"
     ):
         mk.softmax_write_(values, keys.requires_grad_(), query, write, backend=backend)

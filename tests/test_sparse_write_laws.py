@@ -34,7 +34,7 @@ def erase_of(erase, write):
 @pytest.mark.parametrize("erase", ERASE)
 @pytest.mark.parametrize("t", [T, 900])
 def test_equals_the_written_out_definition(native, erase, t):
-    """Many tokens name each slot often: more entries than the backward keeps between two checkpoints."""
+    """With many tokens each slot has more entries than lie between two checkpoints of the backward pass."""
     values, indices, weights, write = case(B, t=t, n=7)
     e = erase_of(erase, write)
     wanted = values.clone()
@@ -144,7 +144,7 @@ def test_in_place_gives_the_same_bits_in_the_same_memory(backend, erase, dtype):
 
 
 def test_in_place_costs_the_same_for_any_number_of_slots(native):
-    """64 times the slots may cost more for misses of the cache, but nothing like 64 times."""
+    """64 times the slots may cost more through cache misses, but far less than 64 times."""
     seconds = {}
     for n in (1 << 12, 1 << 18):
         values = torch.zeros(n, V)
@@ -170,7 +170,9 @@ def test_an_index_out_of_range_is_refused_and_nothing_is_written(backend, wild, 
 
 def test_in_place_refuses_what_has_a_gradient(backend):
     values, indices, weights, write = case(B)
-    with pytest.raises(RuntimeError, match="sparse_write_: writes in place and has no gradient; use sparse_write, or"):
+    with pytest.raises(
+        RuntimeError, match="sparse_write_: no argument may require a gradient, got one; use sparse_write, or"
+    ):
         mk.sparse_write_(values, indices, weights.requires_grad_(), write, backend=backend)
     with pytest.raises((RuntimeError, ValueError)):
         mk.sparse_write_(values[:1].expand(B, N, V), indices, weights.detach(), write, backend=backend)

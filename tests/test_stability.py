@@ -1,7 +1,7 @@
-"""A hundred thousand tokens through gates that stand at exactly 0 and 1 for thousands of them, against float64.
+"""A hundred thousand tokens with gates of exactly 0 and 1 for thousands of tokens in a row, against float64.
 
-bfloat16 tokens beside a memory in float32. The formulas are written here in a form that takes seconds: the references
-of the library build a graph of every token.
+bfloat16 tokens and a float32 memory. The formulas are written here in a form that takes seconds, because the references
+of the library build a graph node per token.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ LOW = torch.bfloat16
 def recurrence(keep, add, first):
     """All h_t = keep_t * h_(t-1) + add_t, with h_0 before them. keep, add: [T, C]; first: [C] -> [T + 1, C].
 
-    Blocks of tokens side by side, each from zero; then what stands before each block, times what the block has kept of
-    it. Every factor is at most 1, so the order of the products costs no digits.
+    Blocks of tokens run in parallel, each from zero. Then the state before each block is added, times the product of
+    the block's factors. Every factor is at most 1, so the order of the products loses no digits.
     """
     length = max(1, round(len(keep) ** 0.5))
     more = -len(keep) % length
@@ -84,7 +84,7 @@ def written(values, a, write, erase):
 
 
 def phases(*levels: float) -> torch.Tensor:
-    """[T]: each level in turn, for thousands of tokens that nothing divides evenly."""
+    """[T]: each level in turn, for thousands of tokens, a number that no block size divides."""
     lengths = (9001, 17, 5003, 12_007, 3, 6007, 1)
     turns = [torch.full((lengths[i % len(lengths)],), levels[i % len(levels)]) for i in range(60)]
     return torch.cat(turns)[:T]
@@ -109,7 +109,7 @@ WEIGHTS[phases(0.0, 1.0, 2.0) == 1] = 1.0
 FORGET = torch.sigmoid(randn(T, V, seed=6))
 FORGET[phases(0.0, 1.0, 2.0, 0.0, 3.0) == 0] = 0.0
 FORGET[phases(0.0, 1.0, 2.0, 3.0, 3.0) == 1] = 1.0
-# The cell holds (f = 1, i = 0), takes in (f = 0, i = 1), is closed to both, or does as its weight says.
+# The cell keeps (f = 1, i = 0), replaces (f = 0, i = 1), clears (f = 0, i = 0), or follows its weight.
 INPUTS = randn(T, 3, D, seed=7)
 INPUTS[:, 0] += phases(200.0, -200.0, -200.0, 0.0, 0.0).unsqueeze(-1)
 INPUTS[:, 1] += phases(-200.0, 200.0, -200.0, 0.0, 0.0).unsqueeze(-1)
@@ -200,7 +200,7 @@ def test_gates_at_0_and_1_for_thousands_of_tokens(name):
 
 
 def test_the_gates_do_stand_at_their_ends():
-    """In float32, where kernels make them: exactly 0, and exactly 1, for thousands of tokens in a row."""
+    """In float32, in which kernels compute gates: exactly 0 and exactly 1, for thousands of tokens in a row."""
     scores = queries(1).float() @ KEYS.float().mT
     gates, shares = torch.sigmoid(scores), torch.softmax(scores, -1)
     cell = torch.sigmoid(INPUTS.float()).flatten(1)

@@ -1,4 +1,4 @@
-"""The operators as citizens of PyTorch: opcheck, torch.compile, torch.export, autocast, inference mode."""
+"""The operators with the tools of PyTorch: opcheck, torch.compile, torch.export, autocast, inference mode."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def agree(compiled, leaves, tolerance=2e-5):
 
 @pytest.fixture
 def fresh_compiler():
-    # A graph that an older version of the library left in the compiler's cache on disk must not stand in for ours.
+    # Do not use a graph of an older version of the library from the compiler's cache on disk.
     import torch.compiler.config
 
     torch._dynamo.reset()
@@ -118,7 +118,7 @@ def test_compile_without_graph_breaks(backend, fresh_compiler):
 
 
 def test_compile_of_product_keys_additive_scores_and_a_cache(backend, fresh_compiler):
-    """With a mix that is a number and tokens that are broadcast: both become tensors inside the graph."""
+    """With a mix that is a number and broadcast tokens, which become tensors inside the graph."""
     subkeys, logits = randn(2, 6, K // 2).float().requires_grad_(), randn(B, T, 40).float().requires_grad_()
     table = randn(36, 5).float().requires_grad_()
     words = torch.arange(k * 2) % 40
@@ -152,7 +152,7 @@ def test_compile_with_dynamic_shapes_compiles_once(native, fresh_compiler):
     with mk.use_backend(native):
         compiled = torch.compile(everything, fullgraph=True, backend=frames, dynamic=True)
         agree(compiled, arguments(T, N))
-        first = frames.frame_count  # may count a restart within the one compilation
+        first = frames.frame_count  # may include a restart within the first compilation
         for t, n in ((5, 40), (17, 64)):
             agree(compiled, arguments(t, n))
     assert frames.frame_count == first

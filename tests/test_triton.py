@@ -1,11 +1,11 @@
 """The Triton backend without a GPU: the contract grid in Triton's interpreter.
 
-The interpreter decides when Triton is imported, so it has processes of its own. It runs float32: it multiplies bfloat16
-as raw bits, so 16-bit kernels are proved by what the compiler makes of them, and on a GPU by ``make gpu-check``.
+Triton reads the interpreter's variable at import, so the interpreter runs in processes of its own. It runs float32: it
+multiplies bfloat16 as raw bits, so 16-bit kernels are tested by compiling them (``test_compiled.py``), and on a GPU by
+``make gpu-check``.
 
-Not here, because it would only repeat: cases that are other cases on larger memories, and for every op but one the
-cases of leading dimensions and layouts that the launchers' common view of a call decides. ``test_compiled.py`` has what
-the compiler makes of the kernels.
+Repetitions are left out: cases that repeat others on larger memories, and, for all ops but one, cases of leading
+dimensions and layouts, which the code that all launchers share handles.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ LONG = (
 # Loops over tokens are cut into parts only when they are long: once where sums over parts are added, once where
 # parts of a write are joined, once where parts of a scan follow one another.
 CUT = {"gated_scan": "many tokens, few channels", "slot_usage": "1000 tokens", "slot_write": "1000 tokens"}
-# Which numbers lie where: settled by the view of a call that all launchers share, so one op stands for all.
+# Layouts, which the code that all launchers share handles: one op is enough.
 VIEWS = (
     "expanded with stride 0",
     "grouped heads",
@@ -57,7 +57,7 @@ VIEWS = (
     "tokens shared by memories",
 )
 VIEWED = "softmax_read"
-# Once more in float16, whose numbers the interpreter does multiply.
+# Also in float16, which the interpreter multiplies correctly.
 HALF = ("every size 3", "float mask", "content in float32")
 
 GRID = """
@@ -100,7 +100,7 @@ def wanted(op: str, config: pytest.Config) -> dict[str, list[str]]:
 
 @pytest.fixture(scope="module")
 def grids(pytestconfig):
-    """op -> the grids of its share of the ops, as they run: one process for each processor."""
+    """op -> the running grid that covers it: one process per processor, each with a share of the ops."""
     processes = os.cpu_count() or 1
     shares = [{op: wanted(op, pytestconfig) for op in CLAIMED[i::processes]} for i in range(processes)]
     with ThreadPoolExecutor(processes) as pool:

@@ -1,4 +1,4 @@
-"""Nothing lists the ops of the Triton backend: what an op's file declares is found by all that need it."""
+"""No list names the ops of the Triton backend: registration, compilation and tuning find what an op's file declares."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 package = _triton.kernels()
 FOLDER = ROOT / "triton_kernels"
 
-# An op with a forward launcher alone.
+# An op with a forward launcher only.
 FILE = """
 from collections.abc import Iterator
 
@@ -116,7 +116,7 @@ print(json.dumps([gaps, torch.equal(result, 2 * x)]))
 
 
 def test_what_is_found_in_the_text_is_what_the_files_mark():
-    """The text is searched, because parsing takes a hundred times as long: no mark may be written another way."""
+    """The text is searched, because parsing takes a hundred times as long; so a mark must have this one form."""
     marked = {}
     for file in FOLDER.glob("*.py"):
         functions = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.FunctionDef)]

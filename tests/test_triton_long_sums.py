@@ -1,4 +1,4 @@
-"""Long sums in the Triton kernels, in Triton's interpreter: what many small terms add to a large one is not lost."""
+"""Long sums in the Triton kernels, in Triton's interpreter: many small terms are not lost beside a large one."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Softmax in the Triton kernels does not know what all scores have in common: laws, in Triton's interpreter.
+"""Softmax in the Triton kernels does not depend on a number added to all scores: laws, in Triton's interpreter.
 
-A number added to every score changes no weight and no gradient. The kernels get scores with that number; the truth is
-the reference in float64 without it, or what anyone can say: equal scores read the mean. What float32 cannot hold beside
-the number, scores that differ by less than its rounding, is left out: there all scores are equal.
+A number added to every score changes no weight and no gradient. The kernels get scores with that number; the expected
+result is the reference in float64 without it, or the mean where all scores are equal. Where float32 rounds away the
+differences of scores beside the number, all scores are equal.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ MISTAKES = {
 
 
 def mypy(script: Path, folder: Path) -> dict[int, str]:
-    """Line -> error. The package is found on the path of the interpreter, as an installed one is: py.typed counts."""
+    """Line -> error. The package is found on the interpreter's path, like an installed one, so py.typed is needed."""
     command = [sys.executable, "-m", "mypy", "--strict", "--hide-error-context", "--no-error-summary", "--no-pretty"]
     command += ["--cache-dir", str(folder), "--output", "json", str(script)]
     done = _run(command)
@@ -60,7 +60,7 @@ def checker(request):
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
-    """What a checker learnt of torch, which takes most of its time, is there for the next test."""
+    """A shared cache of what a checker learnt about torch, which takes most of its time."""
     return tmp_path_factory.mktemp("types")
 
 
@@ -110,7 +110,7 @@ def test_the_marker_of_a_typed_package_is_there_and_is_packaged():
 
 
 def test_dir_names_what_there_is():
-    """Before anything of it was used, and without loading it."""
+    """Before any submodule was used, and without loading one."""
     code = "import sys, memkernels as mk; print(*dir(mk)); print('memkernels.nn' in sys.modules)"
     names, loaded = run_python(code).stdout.splitlines()
     assert {*mk.__all__, "nn", "models", "store", "testing", "ops", "__version__"} <= set(names.split())

@@ -1,4 +1,4 @@
-"""Tensors that no kernel takes, and what is no tensor at all: one sentence that names op, argument, wanted and got."""
+"""Tensors that no kernel takes, and other objects: one sentence that names op, argument, wanted and got."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TENSORS = [
 
 
 class Wrapper(torch.Tensor):
-    """A tensor that hands operations to its own code, which knows a few of torch and none of others."""
+    """A tensor with a dispatch of its own, which has no rule for the operators of memkernels."""
 
     @staticmethod
     def __new__(cls, inner):
@@ -35,7 +35,7 @@ class Wrapper(torch.Tensor):
 
 
 class Named(torch.Tensor):
-    """A tensor with a name and nothing else."""
+    """A subclass of Tensor that changes nothing."""
 
 
 def declared(op: str, name: str) -> Arg:
@@ -60,7 +60,7 @@ def _refused(op: str, name: str, given: dict, value, backend: str | None, kinds=
 @pytest.mark.parametrize(("op", "name"), TENSORS)
 def test_what_is_no_dense_tensor_on_the_same_device_is_refused(backend, op, name):
     given = arguments(op, masks=True)
-    run(op, backend, **given)  # a plan for these shapes is kept: it must not let other kinds of tensors in
+    run(op, backend, **given)  # the plan of these shapes is kept, and must not accept other kinds of tensors
     given = arguments(op, masks=True)
     x = given[name]
     flat = x.reshape(-1, *x.shape[-1:]) if x.dim() < 2 else x
@@ -106,7 +106,7 @@ def test_more_leading_dimensions_than_kernels_have_room_for(backend, op):
 
 @pytest.mark.parametrize(
     ("op", "name"), [t for t in TENSORS if t[1] not in ("slot_mask", "token_mask") and t[0] != "merge_reads"]
-)  # merging stacks, which is up to the tensor
+)  # merge_reads stacks the reads, which the tensor's own dispatch handles
 def test_a_tensor_with_its_own_dispatch_is_refused_by_name(native, op, name):
     given = arguments(op)
     given[name] = Wrapper(given[name])

@@ -113,7 +113,7 @@ def test_weights_of_one_replace_and_of_zero_keep(backend):
 
 @pytest.mark.parametrize("erase", [1.0, "tensor"])
 def test_gates_saturated_for_thousands_of_tokens_stay_exact(backend, erase):
-    """In bfloat16, beside float32 content: finite, and what a slot holds is what was last written with weight 1."""
+    """In bfloat16 with float32 content: finite, and a slot holds what was last written with weight 1."""
     t = 3000
     weights = (torch.rand(t, N, generator=torch.Generator().manual_seed(0)) > 0.5).bfloat16()
     values, write = randn(N, V, dtype=torch.float32), randn(t, V, dtype=torch.float32)
@@ -148,7 +148,9 @@ def test_in_place_writes_views_alone(backend):
 
 def test_in_place_refuses_what_has_a_gradient_or_overlaps_itself(backend):
     values, weights, write = case(B)
-    with pytest.raises(RuntimeError, match="slot_write_: writes in place and has no gradient; use slot_write, or"):
+    with pytest.raises(
+        RuntimeError, match="slot_write_: no argument may require a gradient, got one; use slot_write, or"
+    ):
         mk.slot_write_(values, weights.requires_grad_(), write, backend=backend)
     with pytest.raises((RuntimeError, ValueError)):
         mk.slot_write_(values[:1].expand(B, N, V), weights.detach(), write, backend=backend)

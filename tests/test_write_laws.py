@@ -32,7 +32,7 @@ def part(erase, at):
 
 
 def loop(values, keys, query, write, erase, scale=K**-0.5, mask=None):
-    """The definition, written out: one token after the other, every slot by itself."""
+    """The definition as a loop over the tokens, each slot on its own."""
     values = values.clone()
     retained = torch.ones(values.shape[:-1], dtype=values.dtype)
     for t in range(query.shape[-2]):
@@ -204,7 +204,7 @@ def test_in_place_writes_views_and_counts_versions(backend):
 
 def test_in_place_refuses_what_has_a_gradient(backend):
     values, keys, query, write = case()
-    with pytest.raises(RuntimeError, match="gated_write_: writes in place and has no gradient"):
+    with pytest.raises(RuntimeError, match="gated_write_: no argument may require a gradient, got one"):
         mk.gated_write_(values, keys.requires_grad_(), query, write, backend=backend)
     with torch.no_grad():
         mk.gated_write_(values, keys, query, write, backend=backend)
@@ -221,12 +221,12 @@ def test_in_place_refuses_memory_that_overlaps_itself(backend):
 @pytest.mark.parametrize("erase", [1.0, 0.6])
 @pytest.mark.parametrize("with_retained", [False, True])
 def test_gradients_of_slots_that_forget_all_but_the_last_tokens(backend, erase, with_retained):
-    """Tokens whose every trace is gone may be left out; the first that leaves one needs what was there before it."""
+    """Tokens whose suffix product is zero may be skipped; the first one that is not needs the content before it."""
     tokens, slots = 500, 200
     shapes = [(slots, V), (slots, K), (tokens, K), (tokens, V)]
     inputs = [randn(*shape, seed=i, dtype=torch.float32) for i, shape in enumerate(shapes)]
     mask = torch.zeros(slots)
-    mask[:64], mask[64:70], mask[150:] = 2, -8, -6  # a tile that forgets, one with six that do not, one without any
+    mask[:64], mask[64:70], mask[150:] = 2, -8, -6  # tiles in which all slots forget, all but six, and none
     mask[5], mask[100] = torch.inf, -torch.inf
     live = torch.rand(tokens, generator=torch.Generator().manual_seed(4)) > 0.2
     d_new, d_retained = randn(slots, V, seed=5), randn(slots, seed=6)
@@ -247,11 +247,11 @@ def test_gradients_of_slots_that_forget_all_but_the_last_tokens(backend, erase, 
 @pytest.mark.parametrize("erase", [1.0, 0.5])
 @pytest.mark.parametrize("distance", [20, 64, 100, 192])
 def test_a_token_long_ago_is_left_out_only_where_no_digit_of_the_result_shows_it(backend, erase, distance):
-    """Gates of 1/2: what a token wrote shrinks with every later one; ``at`` writes so much that it still shows."""
+    """Gates of 1/2: each later token shrinks what a token wrote; token ``at`` writes so much that it counts."""
     tokens, slots, at = 300, 70, 299 - distance
     values, write = randn(slots, V, dtype=torch.float32), 1 + randn(tokens, V, seed=1, dtype=torch.float32).abs()
     keys, query = randn(slots, K, seed=2, dtype=torch.float32), torch.zeros(tokens, K)
-    left = 1 - erase / 2  # of what is there, by one token
+    left = 1 - erase / 2  # share of the content that one token leaves
     share = 0.5 * torch.tensor(left, dtype=torch.float64) ** torch.arange(tokens - 1, -1, -1)
     for size in range(-26, 26):
         now = write.clone()
@@ -268,7 +268,7 @@ def test_a_token_long_ago_is_left_out_only_where_no_digit_of_the_result_shows_it
 
 
 def test_the_smallest_share_that_is_retained_has_its_digits(backend):
-    """Of some slots 2^-60 is left, of others 2^-120; each is compared with its own size."""
+    """Some slots retain 2^-60, others 2^-120; each is compared relative to itself."""
     values, keys, query, write = case(t=100, dtype=torch.float32)
     mask = torch.linspace(-1, 0.3, N)
     _, retained = mk.gated_write(

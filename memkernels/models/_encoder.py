@@ -25,14 +25,15 @@ class EncoderLayer(nn.Module):
     """One post-norm layer: ``x <- norm(x + attention(x))``, then ``x <- norm(x + W_2 relu(W_1 x))``, dropout on both
     branches.
 
-    Attention that sees both sides is a softmax read whose slots are the tokens, so it runs on the kernels of this
-    library. Causal attention runs on ``scaled_dot_product_attention``: a read has no order of slots, hence no causal
-    mask.
+    Bidirectional attention is a softmax read whose slots are the tokens, so it runs on the kernels of this library.
+    Causal attention runs on ``scaled_dot_product_attention``: the slots of a read have no order, hence no causal mask.
 
     Args:
-        width: model width, ``heads`` divides it. hidden: width of the feed-forward part. causal: token t sees only s
-            <= t.
-        backend: passed to :func:`memkernels.softmax_read`.
+        width: model width; ``heads`` divides it. hidden: width of the feed-forward part.
+        causal: token t attends to tokens s <= t only. backend: passed to :func:`memkernels.softmax_read`.
+
+    Raises:
+        ValueError: ``heads`` does not divide ``width``.
     """
 
     def __init__(
@@ -52,7 +53,7 @@ class EncoderLayer(nn.Module):
     def attention(self, x: Tensor, token_mask: Tensor | None) -> Tensor:
         """x ``[B, T, width]``; token_mask bool ``[B, T]``: a token at False is not attended to."""
         query, key, value = self.project_in(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # [B, H, T, K]
-        if self.causal:  # padding stands at the end, where no token before it can see it
+        if self.causal:  # padding is at the end, so the causal mask hides it
             read = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         else:
             slot_mask = None if token_mask is None else token_mask.unsqueeze(-2)  # [B, 1, T]

@@ -31,7 +31,7 @@ class RNNState(NamedTuple):
     memory: Tensor
 
     def detach(self) -> RNNState:
-        """The same content, cut from the graph that made it: truncated backpropagation through time."""
+        """The same content, detached from the graph: truncated backpropagation through time."""
         return RNNState(self.hidden.detach(), self.memory.detach())
 
 
@@ -40,9 +40,9 @@ class MemoryRNN(nn.Module):
 
     At every step the hidden state reads the memory, is added to what it read, and is written over the slots it
     addresses: ``y_t = h_t + sum_i w^r_i m_i``, then ``m_i <- m_i + w^w_i (h_t - m_i)``. By *location* the weights are
-    ``softmax(A h_t + b)``: the network learns where a thing goes. By *content* they are ``softmax_i(<A h_t, m_i>)``:
-    it finds a slot by what is in it. Both are one softmax read and one softmax write, whose keys are the rows of ``A``
-    or the slots themselves.
+    ``softmax(A h_t + b)``: the network learns which slot to use. By *content* they are ``softmax_i(<A h_t, m_i>)``:
+    the network finds a slot by what it holds. Both are one softmax read and one softmax write, whose keys are the rows
+    of ``A`` or the slots themselves.
 
     State is functional: it comes in as an argument and goes out as a result. The memory that a stream starts from is
     the parameter ``memory`` ``[N, W]``, random so that slots differ from each other, and trained.
@@ -95,7 +95,7 @@ class MemoryRNN(nn.Module):
             ``(y [B, T, W], state)``; differentiable back into the state that was given.
 
         Raises:
-            ValueError: ``x`` has not three dimensions.
+            ValueError: ``x`` does not have three dimensions.
         """
         if x.dim() != 3:
             raise ValueError(f"MemoryRNN: x must be [B, T, input_size], got {list(x.shape)}")

@@ -34,25 +34,30 @@ class LMOutput(NamedTuple):
 class MemoryTransformerLM(nn.Module):
     """Transformer language model with an :class:`~memkernels.nn.ExternalMemory`.
 
+    ``log P_t = log_softmax(W (h_t + W_r r_t) + b)`` with the encoder's outputs ``h`` and the memory reads ``r``.
+
     Two forms. ``causal=True`` predicts the next token and generates. ``causal=False`` is the encoder, which sees both
-    sides; it is trained to restore tokens that were hidden from it (a share ``mask_rate``), because an encoder that
-    saw its targets would only copy them.
+    sides. It is trained to predict a share ``mask_rate`` of the tokens, which are masked, because an encoder that saw
+    its targets would only copy them.
 
     The memory never shows a prediction its own future: a batch reads the state it is given, which only earlier batches
     wrote, and ``loss`` returns the state that the next batch may read. In the causal form each stored vector is the
-    output *after* a token, addressed by the output before it, so that a read answers what followed contexts like this
-    one. In the encoder form an output is stored under its own address.
+    output *after* a token, addressed by the output before it, so that a read returns what followed similar contexts.
+    In the encoder form an output is stored under its own address.
 
     Args:
         vocab_size: number of tokens. d_model, layers, heads, d_hidden, dropout: of the encoder; d_hidden defaults to 4
             d_model.
         mem_size, mem_dim, scaled, gate_bias: of the memory; mem_dim defaults to d_model.
         max_length: longest sequence (number of positions).
-        causal: the form. mask_rate: share of hidden tokens in the encoder form.
+        causal: the form. mask_rate: share of masked tokens in the encoder form.
         backend: passed to every memkernels operation; None means what :func:`memkernels.use_backend` says.
 
     Raises:
         ValueError: sizes that do not fit, a sequence longer than ``max_length``.
+
+    Source: Vaswani et al. 2017, Attention Is All You Need; Sukhbaatar et al. 2015, End-To-End Memory Networks; Grave et
+    al. 2017, Improving Neural Language Models with a Continuous Cache; Devlin et al. 2019, BERT.
     """
 
     positions: Tensor
@@ -83,7 +88,7 @@ class MemoryTransformerLM(nn.Module):
         self.vocab_size, self.causal, self.mask_rate = vocab_size, causal, mask_rate
         self.embedding = nn.Embedding(
             vocab_size + (not causal), d_model
-        )  # the last row of the encoder form hides a token
+        )  # the last row of the encoder form is the mask symbol
         self.register_buffer("positions", sinusoidal_positions(max_length, d_model), persistent=False)
         self.layers = nn.ModuleList(
             EncoderLayer(d_model, heads, d_hidden, dropout, causal=causal, backend=backend) for _ in range(layers)
@@ -99,7 +104,10 @@ class MemoryTransformerLM(nn.Module):
         return self.memory.initial_state(*streams)
 
     def encode(self, tokens: Tensor, token_mask: Tensor | None = None) -> Tensor:
-        """The last layer's output: tokens int64 ``[B, T]`` -> ``[B, T, d]``. It does not depend on the memory."""
+        """The last layer's output: tokens int64 ``[B, T]`` -> ``[B, T, d]``. It does not depend on the memory.
+
+        token_mask: bool ``[B, T]``, False for padding. Raises ValueError for more than ``max_length`` tokens.
+        """
         longest = len(self.positions)
         if tokens.shape[-1] > longest:
             raise ValueError(f"MemoryTransformerLM: tokens must be [B, T <= {longest}], got {list(tokens.shape)}")
@@ -110,7 +118,7 @@ class MemoryTransformerLM(nn.Module):
         return x
 
     def decode(self, hidden: Tensor, state: MemoryState) -> Tensor:
-        """Log-probabilities of every position: ``[B, T, d]`` -> ``[B, T, vocab]``, reading ``state``."""
+        """Log-probabilities of every position: hidden ``[B, T, d]`` -> ``[B, T, vocab]``, reading ``state``."""
         read = self.read_projection(self.memory.read(hidden, state))
         return F.log_softmax(self.output(hidden + self.dropout(read)), dim=-1)
 
@@ -123,14 +131,24 @@ class MemoryTransformerLM(nn.Module):
             tokens: int64 ``[B, T]``. Causal: ``log_probs[:, t]`` is over the token after ``t``; encoder: over the
                 token at ``t``.
             state: values ``[N, V]`` (shared by all streams) or ``[B, N, V]``; default: the kept memory.
-            token_mask: bool ``[B, T]``, False for padding, which must stand at the end in the causal form.
+            token_mask: bool ``[B, T]``, False for padding, which must be at the end in the causal form.
+
+        Returns:
+            log-probabilities ``[B, T, vocab]`` and hidden ``[B, T, d]``.
+
+        Raises:
+            ValueError: ``tokens`` longer than ``max_length``. ValueError, TypeError: as
+                :func:`memkernels.softmax_read`.
         """
         hidden = self.encode(tokens, token_mask)
         return LMOutput(self.decode(hidden, self.initial_state() if state is None else state), hidden)
 
     @torch.no_grad()
     def write(self, hidden: Tensor, state: MemoryState, *, token_mask: Tensor | None = None) -> MemoryState:
-        """The state after ``hidden`` ``[B, T, d]`` was written, without gradient. Padding writes nothing."""
+        """The state after ``hidden`` ``[B, T, d]`` was written, without gradient.
+
+        token_mask: bool ``[B, T]``; padding, which is False there, writes nothing.
+        """
         content, address, mask = self._pairs(hidden, token_mask)
         return self.memory.write(content, state, address=address, token_mask=mask)
 
@@ -145,14 +163,17 @@ class MemoryTransformerLM(nn.Module):
     ) -> tuple[Tensor, MemoryState]:
         """One step of a text: the mean negative log-likelihood, and the state that the next step reads.
 
-        Causal: ``-mean_t log P(tokens_t+1 | tokens_<=t, state)`` over T - 1 predictions. Encoder: ``-mean log
-        P(tokens_t | the tokens that are not hidden, state)`` over the hidden t.
+        Causal: ``-mean_t log P(tokens_t+1 | tokens_<=t, state)`` over T - 1 predictions. Encoder: ``-mean_t log
+        P(tokens_t | unmasked tokens, state)`` over the masked t.
 
         Args:
             tokens, state, token_mask: as in :meth:`forward`.
 
         Returns:
             ``(loss, state)``, loss in nats per predicted token; the state is new and carries no gradient.
+
+        Raises:
+            ValueError, TypeError: as :meth:`forward`.
         """
         state = self.initial_state() if state is None else state
         if self.causal:

@@ -41,7 +41,7 @@ class SimilarityLM(nn.Module):
 
     Args:
         vocab_size: number of words. width: D, of the embeddings.
-        forget: learn decays, spread at first from forgetting at once to keeping ten words. False is the plain
+        forget: learn the decays; initially they range from forgetting at once to keeping ten words. False is the plain
             sum.
         backend: passed to :func:`memkernels.gated_scan`.
 
@@ -63,7 +63,7 @@ class SimilarityLM(nn.Module):
 
     @property
     def beta(self) -> Tensor:
-        """What similarities are multiplied by, ``[]``."""
+        """The factor of the similarities, ``[]``."""
         return self.log_beta.exp()
 
     def initial_state(self, streams: int) -> Tensor:
@@ -78,6 +78,9 @@ class SimilarityLM(nn.Module):
 
         Returns:
             ``(output, state)``; the log-probabilities are ``log_softmax(output.logits)``.
+
+        Raises:
+            ValueError, TypeError: as :func:`memkernels.gated_scan`.
         """
         state = self.initial_state(len(tokens)) if state is None else state
         words = self.embedding(tokens)

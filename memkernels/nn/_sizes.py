@@ -1,4 +1,4 @@
-"""What the modules check when they are made."""
+"""The check of sizes that module constructors share."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ class MemoryState(NamedTuple):
     values: Tensor
 
     def detach(self) -> MemoryState:
-        """The same content, cut from the graph that wrote it."""
+        """The same content, detached from the graph that wrote it."""
         return MemoryState(self.values.detach())
 
     def clone(self) -> MemoryState:
@@ -52,7 +52,7 @@ class ExternalMemory(nn.Module):
         mem_size: N, slots. mem_dim: width of keys and values. model_dim: width of ``x``.
         scaled: True for ``scale = mem_dim ** -0.5``, False for ``scale = 1``.
         gate_bias: added to the score inside the write gate. 0 is the plain equation, where a token that matches nothing
-            overwrites half of every slot; a negative bias leaves slots alone that do not match.
+            overwrites half of every slot. With a negative bias, slots that do not match keep their content.
         backend: passed to every operation; None means what :func:`memkernels.use_backend` says.
 
     Raises:
@@ -85,7 +85,7 @@ class ExternalMemory(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the parameters, empty the memory. Orthogonal projections keep what is written apart even untrained."""
+        """Draw the parameters, empty the memory. Orthogonal projections keep writes distinct even before training."""
         nn.init.normal_(self.keys)
         nn.init.orthogonal_(self.query_projection.weight)
         nn.init.orthogonal_(self.write_projection.weight)
@@ -98,7 +98,8 @@ class ExternalMemory(nn.Module):
     def keep(self, state: MemoryState) -> None:
         """Make ``state`` ``[N, V]`` the memory that ``state_dict`` saves and new streams start from.
 
-        Raises ValueError for a state with streams of its own: one of them must be chosen (or their mean taken) first.
+        Raises:
+            ValueError: a state with leading dimensions. Choose one of its streams, or take their mean, first.
         """
         if state.values.shape != self.values.shape:
             raise ValueError(
@@ -108,7 +109,11 @@ class ExternalMemory(nn.Module):
             self.values.copy_(state.values)
 
     def read(self, x: Tensor, state: MemoryState) -> Tensor:
-        """x ``[..., T, model_dim]`` -> reads ``[..., T, mem_dim]``, in the dtype of ``x`` or of autocast."""
+        """x ``[..., T, model_dim]`` -> reads ``[..., T, mem_dim]``, in the dtype of ``x`` or of autocast.
+
+        Raises:
+            ValueError, TypeError: a shape, dtype or device does not fit.
+        """
         return softmax_read(self.query_projection(x), self.keys, state.values, scale=self.scale, backend=self.backend)
 
     def write(
@@ -122,13 +127,23 @@ class ExternalMemory(nn.Module):
             state: values ``[..., N, mem_dim]``; not modified.
             address: ``[..., T, model_dim]``, what decides where; default ``x``.
             token_mask: bool ``[..., T]``; a token at False writes nothing.
+
+        Returns:
+            values ``[..., N, mem_dim]`` in their own dtype.
+
+        Raises:
+            ValueError, TypeError: a shape, dtype or device does not fit.
         """
         return MemoryState(gated_write(*self._write_arguments(x, state, address), **self._options(token_mask)))
 
     def write_(
         self, x: Tensor, state: MemoryState, *, address: Tensor | None = None, token_mask: Tensor | None = None
     ) -> MemoryState:
-        """:meth:`write` into ``state`` itself, for inference (RuntimeError where a gradient is required)."""
+        """:meth:`write` into ``state`` itself, for inference. Returns ``state``.
+
+        Raises:
+            RuntimeError: a gradient is required. ValueError, TypeError: a shape, dtype or device does not fit.
+        """
         gated_write_(*self._write_arguments(x, state, address), **self._options(token_mask))
         return state
 

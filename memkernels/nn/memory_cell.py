@@ -1,4 +1,4 @@
-"""MemoryCell: a recurrent state that forgets and takes in, each channel through gates of its own.
+"""MemoryCell: a recurrent state with a forget gate and an input gate for each channel.
 
     f_t = sigmoid(W_f [h_(t-1), x_t] + b_f),   i_t = sigmoid(W_i [h_(t-1), x_t] + b_i)
     h_t = f_t * h_(t-1) + i_t * tanh(W [h_(t-1), x_t] + b)
@@ -21,7 +21,7 @@ class MemoryCell(nn.Module):
     ``h_t = f_t * h_(t-1) + i_t * tanh(W [h_(t-1), x_t] + b)``, with a forget gate and an input gate computed from the
     same pair. What depends on ``x`` is one product for all tokens; only the product with ``h_(t-1)`` goes step by step.
 
-    State is functional: the last state is the ``initial`` of the tokens that follow, ``.detach()`` cuts it.
+    State is functional: the last state is the ``initial`` of the next tokens; ``.detach()`` ends backpropagation there.
 
     Args:
         input_size: width of ``x``. hidden_size: D, width of the state.
@@ -43,7 +43,7 @@ class MemoryCell(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the parameters: recurrent blocks orthogonal, the bias of the forget gate as asked."""
+        """Draw the parameters: recurrent blocks orthogonal, the bias of the forget gate ``forget_bias``."""
         self.input_projection.reset_parameters()
         with torch.no_grad():
             for block in self.weight.split(self.hidden_size):

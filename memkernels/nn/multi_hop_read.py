@@ -18,10 +18,10 @@ from ._sizes import check_sizes
 
 
 class MultiHopRead(nn.Module):
-    """``hops`` softmax reads of one memory; each answers the question that the read before it raised.
+    """``hops`` softmax reads of one memory; the result of each is part of the query of the next.
 
     ``u_(h+1) = W u_h + sum_i softmax_i(scale * <u_h, k_i>) v_i``, from ``u_1 = query``. The map ``W`` is shared by all
-    hops and begins as the identity, so that every hop adds what it found to what was asked. Which slots hop h read is
+    hops and begins as the identity, so that every hop adds its read to its query. Which slots hop h read is
     ``memkernels.address(queries[h], keys, scale=module.scale)``.
 
     Args:
@@ -90,7 +90,7 @@ class MultiHopRead(nn.Module):
         Args:
             query: ``[..., T, width]``. keys, values: ``[..., N, width]``, the memory, the same for every hop.
             slot_mask: ``[..., N]``, as in :func:`memkernels.softmax_read`.
-            return_queries: also return what each hop asked.
+            return_queries: also return the query of each hop.
 
         Returns:
             ``u_(hops + 1)`` ``[..., T, width]``; with ``return_queries`` also ``u_1 .. u_hops`` stacked,

@@ -32,14 +32,14 @@ class CacheState(NamedTuple):
 class NeuralCache(nn.Module):
     """The last ``size`` hidden states of a model, each voting for the token that followed it.
 
-    An entry's weight is ``softmax_j(theta * <h_t, h_j>)``, and the votes are mixed into the model's own distribution
-    with the share ``mix``. Any trained model can be given a cache: ``mix`` and ``theta`` are its only parameters, kept
-    in (0, 1) and above 0, and may be trained alone. State is functional: :meth:`nll` and :meth:`append` return the
-    cache that comes next.
+    ``p(w) = (1 - mix) softmax(logits_t)[w] + mix * sum_{j: x_(j+1) = w} softmax_j(theta * <h_t, h_j>)``
+
+    Any trained model can be given a cache. ``mix`` in (0, 1) and ``theta`` > 0 are its only parameters and may be
+    trained alone. State is functional: :meth:`nll` and :meth:`append` return the next cache.
 
     Args:
         size: N, entries. width: K, of the hidden states.
-        mix, theta: where the parameters begin; theta at ``width ** -0.5`` by default.
+        mix, theta: initial values of the parameters; theta is ``width ** -0.5`` by default.
         backend: passed to :func:`memkernels.cache_nll` and :func:`memkernels.cache_logprobs`.
 
     Raises:
@@ -69,7 +69,7 @@ class NeuralCache(nn.Module):
 
     @property
     def theta(self) -> Tensor:
-        """What the dot products of hidden states are multiplied by, ``[]``."""
+        """The factor of the dot products of hidden states, ``[]``."""
         return self.log_theta.exp()
 
     def initial_state(self, *streams: int) -> CacheState:
@@ -78,7 +78,7 @@ class NeuralCache(nn.Module):
         return CacheState(keys, torch.full(keys.shape[:-1], -1, device=keys.device))
 
     def append(self, hidden: Tensor, tokens: Tensor, state: CacheState) -> CacheState:
-        """The cache after ``hidden`` ``[..., T, K]`` were followed by ``tokens`` ``[..., T]``; the oldest T go.
+        """The cache after ``hidden`` ``[..., T, K]`` were followed by ``tokens`` ``[..., T]``; the oldest T drop out.
 
         Raises:
             ValueError: shapes do not fit each other or the cache.
@@ -94,6 +94,9 @@ class NeuralCache(nn.Module):
 
         Returns:
             ``[..., T, W]``, float32 (float64 for float64). An empty cache has no share.
+
+        Raises:
+            ValueError, TypeError, RuntimeError: as :func:`memkernels.cache_logprobs`.
         """
         scores, mix = self._scores(logits, hidden, state.keys)
         return cache_logprobs(logits, scores, state.tokens.unsqueeze(-2), mix, backend=self.backend)

@@ -1,4 +1,4 @@
-"""Which slots may be given up: how much each slot is used, and when it was used last.
+"""Which slots to replace in a full memory: how much each slot is used, and when it was last used.
 
     reads_i  <- decay^T reads_i  + usage_i             usage_i = sum_t weight[t, i] of the T tokens that read
     writes_i <- decay^T writes_i + (1 - retained_i)    retained_i = prod_t (1 - a[t, i]) of the T tokens that wrote
@@ -21,11 +21,16 @@ from ..ops import sparse_write
 class SlotUse(NamedTuple):
     """How slots were used so far. A pytree of tensors, without gradient; leading dimensions are those of the memory.
 
+    ``reads_i <- decay^T reads_i + usage_i`` and ``writes_i <- decay^T writes_i + 1 - retained_i`` after T tokens.
+
     reads: float64 ``[..., N]``, decayed sum of the weights with which tokens read the slot.
     writes: float64 ``[..., N]``, decayed sum of the shares of the slot that were overwritten. A float32 would stop
         counting at 2^24.
     last_used: int64 ``[..., N]``, the value of ``tokens`` when the slot was last read or written; -1 is never.
-    tokens: int64 ``[]``, tokens that went by so far.
+    tokens: int64 ``[]``, the number of tokens so far.
+
+    Source: Santoro et al. 2016, Meta-Learning with Memory-Augmented Neural Networks; Graves et al. 2016, Hybrid
+    computing using a neural network with dynamic external memory.
     """
 
     reads: Tensor
@@ -35,19 +40,19 @@ class SlotUse(NamedTuple):
 
     @classmethod
     def none(cls, *shape: int, device: torch.device | str | None = None) -> SlotUse:
-        """No slot of a memory ``[*shape]`` = ``[..., N]`` was used yet."""
+        """The use of a new memory with slots ``[*shape]`` = ``[..., N]``: none was read or written yet."""
         zeros = torch.zeros(shape, dtype=torch.float64, device=device)
         never = torch.full(shape, -1, dtype=torch.int64, device=device)
         return cls(zeros, zeros.clone(), never, torch.zeros((), dtype=torch.int64, device=device))
 
     def after_read(self, usage: Tensor, tokens: int, *, decay: float = 1.0, threshold: float = 0.1) -> SlotUse:
-        """The use after a read with the weights that :func:`memkernels.slot_usage` sums.
+        """The use after a read whose weights :func:`memkernels.slot_usage` summed.
 
         Args:
             usage: ``[..., N]``.
-            tokens: how many tokens went by; 0 for a read by tokens that a write has counted already.
+            tokens: how many tokens read; 0 if a write has already counted these tokens.
             decay: factor per token by which earlier use counts less, in (0, 1].
-            threshold: usage from which on a slot counts as used in ``last_used``.
+            threshold: usage from which on ``last_used`` counts a slot as used.
 
         Raises:
             ValueError: ``decay`` outside (0, 1], a shape that is not that of the slots.
@@ -55,8 +60,8 @@ class SlotUse(NamedTuple):
         return self._after("reads", usage, tokens, decay, threshold)
 
     def after_write(self, retained: Tensor, tokens: int, *, decay: float = 1.0, threshold: float = 0.1) -> SlotUse:
-        """The use after a write that left the share ``retained`` ``[..., N]`` of what every slot held
-        (``return_retained`` of the writes). Arguments and errors as in :meth:`after_read`."""
+        """The use after ``tokens`` tokens wrote and left the share ``retained`` ``[..., N]`` of the content of a slot
+        (``return_retained`` of the writes). ``decay``, ``threshold`` and errors as in :meth:`after_read`."""
         return self._after("writes", 1 - retained, tokens, decay, threshold)
 
     def after_replacement(self, indices: Tensor) -> SlotUse:
@@ -89,10 +94,15 @@ def least_used(use: SlotUse, count: int, *, keep: Tensor | None = None) -> Tenso
 
     Args:
         use: of ``[..., N]`` slots. count: at most N.
-        keep: bool ``[..., N]``, slots that are never chosen; fewer than ``count`` others leave index -1.
+        keep: bool ``[..., N]``, slots that are never chosen. With fewer than ``count`` others, the last indices are -1.
 
     Returns:
         int64 ``[..., count]``.
+
+    Raises:
+        ValueError: ``count`` is not between 0 and N.
+
+    Source: Graves et al. 2016, Hybrid computing using a neural network with dynamic external memory.
     """
     return _smallest("least_used", use.reads + use.writes, count, keep)
 
@@ -100,7 +110,9 @@ def least_used(use: SlotUse, count: int, *, keep: Tensor | None = None) -> Tenso
 def least_recently_used(use: SlotUse, count: int, *, keep: Tensor | None = None) -> Tensor:
     """The ``count`` slots that were read or written longest ago, those never used first, ties to the smaller index.
 
-    Arguments and result as :func:`least_used`.
+    Arguments, result and errors as :func:`least_used`.
+
+    Source: Santoro et al. 2016, Meta-Learning with Memory-Augmented Neural Networks.
     """
     return _smallest("least_recently_used", use.last_used, count, keep)
 
@@ -118,19 +130,20 @@ def _smallest(name: str, order: Tensor, count: int, keep: Tensor | None) -> Tens
 
 
 def replace_slots(values: Tensor, indices: Tensor, content: Tensor, *, backend: str | None = None) -> Tensor:
-    """``values`` whose named slots hold ``content``, exactly, whatever they held before.
+    """``values`` with ``v_i = content_j`` where ``i = indices_j``, exactly, and all other slots unchanged.
 
     Args:
         values: ``[..., N, V]``, not modified.
-        indices: int64 ``[..., R]``, different from each other; -1 is no slot.
+        indices: int64 ``[..., R]``, all different; -1 is no slot.
         content: ``[..., R, V]``. Both have the leading dimensions of ``values``, or none: the same for every memory.
         backend: passed to :func:`memkernels.sparse_write`.
 
     Returns:
-        ``[..., N, V]``, differentiable in values and content.
+        ``[..., N, V]`` in the dtype of ``values``, differentiable in values and content.
 
     Raises:
-        ValueError: leading dimensions are others. ValueError, TypeError, RuntimeError: as the operation.
+        ValueError: indices or content have other leading dimensions. ValueError, TypeError, RuntimeError: as
+            :func:`memkernels.sparse_write`.
     """
     lead = values.shape[:-2]
     at = _for_each("replace_slots: indices", indices, lead, 1)
@@ -159,8 +172,12 @@ def fade(values: Tensor, rate: float | Tensor, tokens: int = 1) -> Tensor:
     """Forgetting by time: ``v_i <- (1 - rate_i)^tokens v_i``.
 
     Args:
-        values: ``[..., N, V]``. rate: share lost per token, one for all or ``[..., N]``. tokens: how many went by.
+        values: ``[..., N, V]``, any float dtype. rate: share lost per token, one for all slots or ``[..., N]``.
+        tokens: how many tokens passed.
+
+    Returns:
+        ``[..., N, V]`` in the dtype of ``values``, differentiable in values and a rate that is a tensor.
     """
-    exact = torch.promote_types(values.dtype, torch.float32)  # 16 bits do not tell 1 - rate from 1
+    exact = torch.promote_types(values.dtype, torch.float32)  # in 16 bits 1 - rate rounds to 1 for small rates
     kept = (1 - torch.as_tensor(rate, dtype=exact, device=values.device)) ** tokens
     return (values * (kept.unsqueeze(-1) if kept.dim() else kept)).to(values.dtype)

@@ -1,4 +1,4 @@
-"""RetrievalMixture: a prediction is made once with each of the best records, and mixed by how well each was retrieved.
+"""RetrievalMixture: one prediction with each of the k best records, mixed by the softmax of their scores.
 
     s_j, i_j = the k best records by scale * <query, key_i>,    w = softmax(s)
     M(x, records) = sum_j w_j M(x, record_(i_j)),   or for log-probabilities   log sum_j w_j exp(M(x, record_(i_j)))
@@ -21,12 +21,12 @@ from ._sizes import check_sizes
 class RetrievalMixture(nn.Module):
     """``sum_j w_j model(x, record_j)`` over the k records whose keys score best, ``w`` the softmax of their scores.
 
-    Differentiable through ``w`` into queries and keys, so a retriever learns which record made the prediction right;
-    and through ``model`` into its parameters, ``x`` and the records. Only the k records are touched.
+    Differentiable through ``w`` in queries and keys, so that a retriever learns which records help the prediction, and
+    through ``model`` in its parameters, ``x`` and the records. Only the k records are touched.
 
     Args:
         model: called as ``model(x, record)`` with ``x`` ``[..., T, 1, *X]`` beside ``record`` ``[..., T, k, *R]``;
-            returns ``[..., T, k, *Y]``. Its parameters are those of this module when it is one itself.
+            returns ``[..., T, k, *Y]``. If it is a module, it becomes a submodule.
         neighbours: k, records per prediction.
         log_probs: ``model`` returns log-probabilities. Their probabilities are mixed, and the result is a
             log-probability.
@@ -53,14 +53,14 @@ class RetrievalMixture(nn.Module):
         self.scale, self.backend = scale, backend
 
     def retrieve(self, query: Tensor, keys: Tensor, *, slot_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """``(weights [..., T, k], indices [..., T, k])``, best first; where fewer than k records may be addressed the
-        rest has weight 0 and index -1."""
+        """``(weights [..., T, k], indices int64 [..., T, k])``, best first. With fewer than k addressable records,
+        the rest has weight 0 and index -1. Arguments and errors as in :meth:`forward`."""
         log_weights, indices = self._search(query, keys, slot_mask)
         return log_weights.exp() * (indices >= 0), indices
 
     def _search(self, query: Tensor, keys: Tensor, slot_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Logarithms of the weights, and indices. A query that retrieves nothing has weights that only look like some:
-        without them its gradients would be NaN."""
+        """Logarithms of the weights, and indices. A query that retrieves nothing gets placeholder weights, because
+        the logarithm of 0 would make its gradients NaN."""
         scores, indices = topk_search(
             query, keys, self.neighbours, scale=self.scale, slot_mask=slot_mask, backend=self.backend
         )

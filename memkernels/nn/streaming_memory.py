@@ -20,10 +20,13 @@ from .external_memory import MemoryState
 class StreamingMemory(nn.Module):
     """A layer for streaming language models: the past in a fixed number of slots, whatever its length.
 
+    ``v_i <- v_i (1 - a[t, i]) + a[t, i] W_w x_t`` with ``a[t, i] = sigmoid(scale * <W_p x_t, k_i> + b_i)``, then
+    ``y_t = W_o sum_i softmax_i(scale * <W_q x_t, k_i> + b_i) v_i``, for each token in order and each head.
+
     Every token writes into the slots of its head by sigmoid gates and reads them by a softmax; it sees what the tokens
     before it wrote, and nothing of those after it. The keys ``k_i`` and the bias ``b_i`` of a slot are learned. A slot
-    with a small bias is written rarely and keeps long, one with a large bias follows the last tokens; the biases begin
-    spread, from a gate of a half down to one of ``1 / (2 mem_size)``.
+    with a small bias is rarely written and keeps its content long; one with a large bias follows the last tokens. The
+    initial biases are spread from a gate of 1/2 down to one of ``1 / (2 mem_size)``.
 
     State is functional: :meth:`forward` takes a :class:`MemoryState` and returns the next one, so that a text in pieces
     equals the text at once, and ``state.detach()`` is truncated backpropagation. A new stream starts empty.

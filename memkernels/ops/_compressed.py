@@ -1,10 +1,11 @@
-"""Compressed slots: keys and values of a read in 8 bits, with one number per slot that multiplies its row.
+"""Compressed slots: keys and values of a read in 8 bits, each row with a scale.
 
     k_i = key_scale_i * keys_i,      v_i = value_scale_i * values_i
 
-An op that reads slots has a twin for them, declared from it by :func:`compressed`. Its reference multiplies the rows
-out and is that of the op; a kernel does so as it loads them. The query is not compressed, and compressed slots are
-constants: gradients go to the query and to a float mask.
+An op that reads slots has a twin that reads compressed ones. :func:`compressed` derives its declaration from that of
+the op. The reference of the twin multiplies each row by its scale and calls the reference of the op; a kernel
+multiplies as it loads a row. The query is not compressed. Compressed slots are constants: only the query and a float
+mask have gradients.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from torch import Tensor
 from ..spec import COMPRESSED, Arg, Op, stats_dtype
 
 _EIGHT_BITS = frozenset(COMPRESSED)
-_places: dict[str, list[int]] = {}  # name of a twin -> which arguments may be compressed
+_places: dict[str, list[int]] = {}  # name of a twin -> positions of the arguments that may be compressed
 
 
 def compressed(op: Op, **scales: str) -> Op:
-    """The twin of ``op`` whose arguments named in ``scales`` are compressed; argument -> name of its scale."""
+    """The twin of ``op`` over compressed slots. ``scales``: compressed argument -> name of its scale."""
     args = [replace(a, dtype="slots") if a.name in scales else a for a in op.args]
     slots = {a.name: a.axes.rsplit(maxsplit=1)[0] for a in op.args if a.name in scales}
     args += [Arg(scale, slots[name], "memory", "scale", optional=True, of=name) for name, scale in scales.items()]
@@ -32,7 +33,7 @@ def compressed(op: Op, **scales: str) -> Op:
     _places[twin] = [place for place, _ in rows]
 
     def over_floats(function: Any) -> Any:
-        """``function`` of the arguments of ``op``, as one of those of the twin."""
+        """``function``, which takes the arguments of ``op``, as a function of those of the twin."""
         return function and (lambda *inputs: function(*multiplied_out(inputs)))
 
     def multiplied_out(inputs) -> list:
@@ -56,9 +57,9 @@ def compressed(op: Op, **scales: str) -> Op:
 
 
 def choose(op: Op, twin: Op, tensors: list[Tensor | None], scales: dict[str, Tensor | None]) -> tuple[Op, list]:
-    """``op``, or its twin with the scales where slots are compressed. ``scales``: argument -> what multiplies it."""
+    """The op that a call needs, ``op`` or its twin, with its tensors. ``scales``: argument -> its scale or None."""
     places = _places[twin.name]
-    for place, scale in zip(places, scales.values()):  # a loop: any() over generators would be a tenth of a small call
+    for place, scale in zip(places, scales.values()):  # a loop: any() would take a tenth of a small call
         if scale is not None or getattr(tensors[place], "dtype", None) in _EIGHT_BITS:
             break
     else:
@@ -66,8 +67,8 @@ def choose(op: Op, twin: Op, tensors: list[Tensor | None], scales: dict[str, Ten
     slots = [tensors[place] for place in places]
     for (name, scale), x, arg in zip(scales.items(), slots, twin.args[len(op.args) :]):
         if isinstance(x, Tensor) and (x.dtype in COMPRESSED) != (scale is not None):
-            wanted = "must be given with" if scale is None else "is for int8 and float8_e4m3fn slots, got"
-            raise TypeError(f"{op.name}: {arg.name} {wanted} {name} in {str(x.dtype).removeprefix('torch.')}")
+            wanted = "must be a tensor, got None" if scale is None else "is for int8 and float8_e4m3fn, got one"
+            raise TypeError(f"{op.name}: {arg.name} {wanted} beside {name} in {str(x.dtype).removeprefix('torch.')}")
         if torch.is_grad_enabled() and isinstance(x, Tensor) and x.requires_grad:
-            raise RuntimeError(f"{op.name}: {name} beside compressed slots has no gradient, got one that requires it")
+            raise RuntimeError(f"{op.name}: {name} must not require a gradient beside compressed slots, got one")
     return twin, [*tensors, *scales.values()]

@@ -19,7 +19,7 @@ def additive(slot_mask: Tensor | None, like: Tensor) -> Tensor:
 
 
 def inert(x: Tensor, slot_mask: Tensor | None) -> Tensor:
-    """Rows of empty slots (mask -inf) set to zero: what lies in an empty slot is never seen. x: [..., N, D]."""
+    """x [..., N, D] with the rows of empty slots (mask -inf) set to 0: what they hold, NaN too, reaches no result."""
     if slot_mask is None:
         return x
     empty = torch.isneginf(additive(slot_mask, x.to(stats_dtype(x.dtype))))
@@ -38,23 +38,23 @@ def scores(query: Tensor, keys: Tensor, slot_mask: Tensor | None, scale: float) 
 
 
 def softmax(s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Weights, log-sum-exp over the last axis and what its rounding left out; 0, -inf and 0 where every score is -inf.
+    """Weights and log-sum-exp over the last axis, and the rounding error of the lse; 0, -inf, 0 if all are -inf.
 
-    Weights come from the largest score and the sum, never from the lse: rounded at its own size, that would be wrong
-    by whole units where scores are large. ``lse + rest`` is exact enough to form them again: exp((s - lse) - rest).
+    Weights are formed from the largest score and the sum, never from the lse: where scores are large, rounding the lse
+    loses whole units. ``rest`` is what it lost, so that exp((s - lse) - rest) gives the weights.
     """
     if known(s.shape[-1] == 0):
         lse = s.new_full(s.shape[:-1], -torch.inf)
         return s, lse, torch.zeros_like(lse)
     nothing = torch.isneginf(s).all(-1, keepdim=True)
     s = s.masked_fill(nothing, 0)
-    top = s.detach().amax(-1, keepdim=True)  # a constant: what is subtracted from all scores changes no weight
+    top = s.detach().amax(-1, keepdim=True)  # detached: subtracting one number from all scores changes no weight
     e = torch.exp(s - top)
     total = e.sum(-1, keepdim=True)
     log_total = torch.log(total)
     lse = top + log_total
     rest = (top - lse.detach()) + log_total.detach()
-    infinite = torch.isposinf(top)  # leaves NaN at that score and 0 elsewhere
+    infinite = torch.isposinf(top)  # the weight of such a score is NaN, of all others 0
     lse = lse.masked_fill(nothing, -torch.inf).masked_fill(infinite, torch.inf)
     rest = rest.masked_fill(nothing | infinite, 0)
     return (e / total).masked_fill(nothing | infinite & (s < top), 0), lse.squeeze(-1), rest.squeeze(-1)

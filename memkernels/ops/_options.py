@@ -1,7 +1,7 @@
-"""Options that are numbers: one rule for what is read as one, one sentence for what is not.
+"""Options that are numbers: one rule for what counts as a number, one error for what does not.
 
-A number is what Python or numpy take for one, or a tensor without dimensions. Texts, truth values, NaN and complex
-numbers are none. A tensor that has a gradient stays a tensor, and its gradient comes back.
+Python numbers, numpy numbers and tensors without dimensions count. Strings, bools, NaN and complex numbers do not. A
+tensor that requires a gradient stays a tensor and gets its gradient.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from ..registration import autocast
 from ..spec import FLOATS, Op, check, stats_dtype
 
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)
-LARGEST = 2**63 - 1  # that operators of torch take
+LARGEST = 2**63 - 1  # largest int that an operator of torch takes
 
 
 def number(op: str, name: str, value: object, wanted: str) -> float:
-    """``value`` as a float, or the sentence that says that ``name`` must be ``wanted``."""
+    """``value`` as a float; otherwise an error which says that ``name`` must be ``wanted``."""
     result = _float(op, name, value, wanted)
     if result != result:
         raise ValueError(f"{op}: {name} must be {wanted}, got nan")
@@ -74,7 +74,7 @@ def _counts_as_number(value: object) -> TypeGuard[SupportsFloat]:
     if isinstance(value, Tensor):
         return _is_single(value)
     dtype = getattr(value, "dtype", None)
-    if dtype is not None:  # of numpy, whose texts and complex numbers have __float__ too
+    if dtype is not None:  # numpy: its strings and complex numbers have __float__ too
         return getattr(dtype, "kind", "") in ("i", "u", "f") and getattr(value, "ndim", 1) == 0
     return hasattr(type(value), "__float__")
 
@@ -91,8 +91,8 @@ def _kind(value: object) -> str:
 
 
 def stays_tensor(x: object) -> TypeGuard[Tensor]:
-    """Is ``x`` a tensor whose number must not be looked at? That would wait for a device, or lose a gradient, a
-    tangent, or what a trace or a transform of torch.func follows."""
+    """Is ``x`` a tensor whose number must not be read here? Reading it would wait for a device, or lose a gradient, a
+    tangent, or what a trace or a transform of torch.func records."""
     if not isinstance(x, Tensor):
         return False
     if x.dim() or x.requires_grad or x.device.type != "cpu" or torch.compiler.is_compiling():
@@ -104,26 +104,26 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def single(op: str, name: str, x: Tensor, like: Tensor, dtype: torch.dtype, wanted: str) -> Tensor:
-    """A tensor without dimensions in ``dtype``, where ``like`` is."""
+    """``x``, a tensor without dimensions, in ``dtype`` on the device of ``like``."""
     if not _is_single(x) or (x.is_meta and not like.is_meta):
         raise TypeError(f"{op}: {name} must be {wanted}, got {_kind(x)}{' on meta' if x.is_meta else ''}")
     return x.to(like.device, dtype)
 
 
 def scaled(op: Op, tensors: list, scale: float | Tensor | None, name: str) -> tuple[list, float]:
-    """The tensors of a call and its scale, a number: the default ``K ** -0.5``, or the one that was given.
+    """The tensors of a call, and its scale as a number: the one given, or by default ``K ** -0.5``.
 
-    A scale that is a tensor ``[..., T]``, or broadcasts to it, is multiplied into the queries, and the number is 1:
-    kernels know nothing of it, and no number is looked at. Queries in 16 bits would lose digits to that product. They
-    become two parts, the rounded product and what the rounding left, side by side, each with keys of its own.
+    A scale that is a tensor, ``[..., T]`` or broadcast to it, is multiplied into the queries, and the number is 1.
+    Kernels then do not depend on it, and the host reads no number. 16-bit queries would lose digits to that product.
+    They become the rounded product and its rounding error, concatenated, beside keys concatenated with themselves.
     """
-    if type(scale) is float and scale == scale:  # the rule in short, for small calls
+    if type(scale) is float and scale == scale:  # a shortcut: small calls are bound by Python
         return tensors, scale
     queries = op.queries
     if scale is None:
         try:
             width = tensors[queries[0]].shape[-1]
-        except (AttributeError, IndexError, RuntimeError):  # no tensor with sizes: the check of the call says so
+        except (AttributeError, IndexError, RuntimeError):  # not a tensor with sizes: the check of the call raises
             width = 1
         return tensors, width**-0.5 if width else 1.0
     if not stays_tensor(scale):
@@ -137,7 +137,7 @@ def scaled(op: Op, tensors: list, scale: float | Tensor | None, name: str) -> tu
     tensors = list(cast)
     for i in queries:
         product = (tensors[i].float() * factor).unflatten(-1, halves)
-        rounded = product.detach().to(tensors[i].dtype)  # the other part takes the gradient, the same for both
+        rounded = product.detach().to(tensors[i].dtype)  # detached: the rounding error carries the gradient
         tensors[i] = torch.cat([rounded, (product - rounded).to(tensors[i].dtype)], -1).flatten(-2)
     keys = next(i for i, a in enumerate(op.args) if a.name.endswith("keys"))
     tensors[keys] = torch.cat([tensors[keys], tensors[keys]], -1)
@@ -148,10 +148,10 @@ SCALE = "a number or a tensor that broadcasts to [..., T]"
 
 
 def _factor(op: str, scale: Tensor, query: Tensor, tokens: list[int]) -> Tensor:
-    """``scale`` in the dtype that sums over ``query`` have; ``tokens``: the leading dimensions of the call, and T."""
+    """``scale`` in the accumulation dtype of ``query``. ``tokens``: the leading dimensions of the call, then T."""
     exact = stats_dtype(query.dtype)
     if scale.is_nested or scale.layout != torch.strided:
-        raise TypeError(f"{op}: scale must be {SCALE}, got a {'nested' if scale.is_nested else scale.layout} one")
+        raise TypeError(f"{op}: scale must be {SCALE}, got a {'nested' if scale.is_nested else scale.layout} tensor")
     if not scale.dim():
         return single(op, "scale", scale, query, exact, SCALE)
     wanted = (*FLOATS[:3], exact) if torch.is_autocast_enabled(query.device.type) else (query.dtype, exact)

@@ -1,4 +1,4 @@
-"""What the writes share: the recurrence itself, their options, and what may be written in place."""
+"""Shared by the writes: the recurrence, the options, and the check of what may be written in place."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from ._options import fraction, scaled, single, stays_tensor
 
 
 def fold(memory: tuple[int, ...], token_mask: Tensor | None, *tensors: Tensor | None):
-    """Token tensors ``[..., T, D]`` folded over what shares the memory, 0 for silent tokens, and which those are.
+    """Fold token tensors ``[..., T, D]`` over the dimensions that share a memory; masked tokens become 0.
 
-    Returns ``[*tensors, silent]`` with silent ``[..., T', 1]``, True where a token writes nothing.
+    Returns ``[*tensors, silent]`` with silent ``[..., T', 1]``, True where the mask is False: the token writes nothing.
     """
     leads = [t.shape[:-2] for t in tensors if t is not None]
     leads += [] if token_mask is None else [token_mask.shape[:-1]]
@@ -32,7 +32,7 @@ def write_tokens(values: Tensor, a: Tensor, write: Tensor, erase: Tensor | None,
     values: ``[..., N, V]``, a: ``[..., T, N]``, write and erase: ``[..., T, V]``.
     """
     lead = torch.broadcast_shapes(values.shape[:-2], a.shape[:-2])
-    v = values.to(a.dtype).expand(*lead, *values.shape[-2:]).clone()  # with no tokens too, a result of its own
+    v = values.to(a.dtype).expand(*lead, *values.shape[-2:]).clone()  # never an alias of values, not even for T = 0
     for t in range(a.shape[-2]):
         gate = a[..., t, :].unsqueeze(-1)
         e_t = erase_scale if erase is None else erase[..., t, :].unsqueeze(-2)
@@ -41,7 +41,7 @@ def write_tokens(values: Tensor, a: Tensor, write: Tensor, erase: Tensor | None,
 
 
 def write_scores(values, keys, query, write, erase, slot_mask, token_mask, erase_scale, gates_of):
-    """A write whose gates come from scores: ``gates_of(query, keys, slot_mask)``. Returns new values and retained."""
+    """A write by gates made from scores, ``gates_of(query, keys, slot_mask)``. Returns new values and retained."""
     exact = stats_dtype(query.dtype)
     mask_lead = () if slot_mask is None else slot_mask.shape[:-1]
     memory = torch.broadcast_shapes(values.shape[:-2], keys.shape[:-2], mask_lead)
@@ -55,7 +55,7 @@ def write_scores(values, keys, query, write, erase, slot_mask, token_mask, erase
 
 
 def write_by_scores(op: Op, name: str, tensors, scale: float | Tensor | None, backend: str | None):
-    """The call ``name`` of a write whose gates come from scores; in place where the name ends with an underscore.
+    """Call ``name``, a write by gates made from scores; in place where the name ends with an underscore.
 
     tensors: values, keys, query, write, erase (or a number), slot_mask, token_mask.
     Returns the new values and retained.
@@ -74,9 +74,9 @@ ERASE = "a number or a tensor [..., T, V]"
 
 
 def erase_options(op: str, erase: float | Tensor, values: Tensor, write: Tensor) -> tuple[Tensor | None, float]:
-    """``erase`` as the vector, or None, and the number that stands where there is no vector.
+    """``erase`` as a vector or None, and as the number that holds where there is no vector.
 
-    One number in a tensor that stays one is the same number for every token and channel of ``write``.
+    A tensor without dimensions whose number must not be read (:func:`stays_tensor`) is expanded to a vector.
     """
     if isinstance(erase, Tensor) and (erase.is_nested or erase.dim()):
         return erase, 1.0
@@ -84,7 +84,7 @@ def erase_options(op: str, erase: float | Tensor, values: Tensor, write: Tensor)
         return None, fraction(op, "erase", erase, ERASE)
     if shaped(values, write) and write.dim() > 1:
         erase = single(op, "erase", erase, values, values.dtype, ERASE).expand(write.shape[-2:])
-    return erase, 1.0  # else the check of the call says what is wrong
+    return erase, 1.0  # if nothing could be expanded, the check of the call raises
 
 
 def check_in_place(op: str, tensors, values: Tensor, others: tuple[tuple[str, Tensor | None, int], ...] = ()) -> None:
@@ -93,7 +93,7 @@ def check_in_place(op: str, tensors, values: Tensor, others: tuple[tuple[str, Te
     others: (name, tensor, number of trailing axes) of the other tensors of the memory.
     """
     if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors):
-        raise RuntimeError(f"{op}: writes in place and has no gradient; use {op[:-1]}, or torch.no_grad()")
+        raise RuntimeError(f"{op}: no argument may require a gradient, got one; use {op[:-1]}, or torch.no_grad()")
     for name, other, tail in others:
         if other is not None and shaped(other, values):
             lead, own = other.shape[: max(other.dim() - tail, 0)], values.shape[: max(values.dim() - 2, 0)]

@@ -48,7 +48,7 @@ OP = register(
         outputs=(Out("read", "T V"), Out("lse", "T", dtype="stats"), LSE_REST),
         saved=("read", "lse", "lse_rest"),
         reference=reference,
-        flops=lambda s: 2 * s["T"] * s["N"] * (2 * s["K"] + s["V"]),  # a tangent counts as one multiply-add
+        flops=lambda s: 2 * s["T"] * s["N"] * (2 * s["K"] + s["V"]),  # a tanh counts as one multiply-add
         backward_flops=lambda s: 6 * s["T"] * s["N"] * (2 * s["K"] + s["V"]),
         autocast=("query", "keys", "values", "score_vector"),
         equation="r_t = sum_i softmax_i(u.tanh(q_t + k_i) + mask_i) v_i",
@@ -105,12 +105,13 @@ def additive_read(
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Read a memory by additive scores: query and key are added, squashed, and weighed by one vector.
+    """Read a memory by additive scores: the dot product of a vector with the tanh of query plus key.
 
     ``r_t = sum_i softmax_i(sum_a u_a tanh(query_ta + key_ia) + slot_mask_i) value_i``
 
     Args:
-        query: ``[..., T, K]``. keys: ``[..., N, K]``, same dtype. Both are already projected to the common width K.
+        query: ``[..., T, K]``, float32, bfloat16, float16 or float64. keys: ``[..., N, K]``, same dtype. Both are
+            already projected to the common width K.
         values: ``[..., N, V]``, dtype of ``query``, or float32 beside a 16-bit query.
         score_vector: ``u``, ``[..., K]``, dtype of ``query``.
         slot_mask, return_lse, backend: as in :func:`softmax_read`.
@@ -121,7 +122,8 @@ def additive_read(
         merge by :func:`merge_reads`. Differentiable in every float argument, to any order.
 
     Raises:
-        ValueError, TypeError: a shape, dtype or device does not fit.
+        ValueError, TypeError: a shape, dtype or device does not fit. NotImplementedError: the named backend cannot
+            run the call.
 
     Source: Bahdanau et al. 2015, Neural Machine Translation by Jointly Learning to Align and Translate.
     """

@@ -61,7 +61,7 @@ def address(
     elementwise sigmoid.
 
     Args:
-        query: ``[..., T, K]``. keys: ``[..., N, K]``, same dtype.
+        query: ``[..., T, K]``, float32, bfloat16, float16 or float64. keys: ``[..., N, K]``, same dtype.
         scale: as in :func:`softmax_read`. slot_mask: ``[..., N]``, bool or float; an empty slot (-inf) has weight 0.
         gate: ``"softmax"`` or ``"sigmoid"``. backend: as in :func:`softmax_read`.
 
@@ -70,7 +70,8 @@ def address(
         numbers, which the fused reads and writes never form.
 
     Raises:
-        ValueError: unknown ``gate``, or shapes that do not fit. TypeError: dtypes that do not fit.
+        ValueError: an unknown ``gate``, or a shape or device does not fit. TypeError: a dtype does not fit.
+            NotImplementedError: the named backend cannot run the call.
 
     Source: Vaswani et al. 2017, Attention Is All You Need; Graves et al. 2014, Neural Turing Machines.
     """

@@ -19,13 +19,13 @@ from ._options import fraction, single, stays_tensor
 
 
 def mixture(logits: Tensor, cache_scores: Tensor, cache_tokens: Tensor, mix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """log p [..., T, W], and the log-sum-exp of the logits [..., T] with its rest. No gradient passes where p is 0."""
+    """log p [..., T, W], and lse of the logits [..., T] with its rounding error. No gradient passes where p is 0."""
     lead = torch.broadcast_shapes(*(x.shape[:-1] for x in (logits, cache_scores, cache_tokens)), mix.shape)
     z = logits.to(stats_dtype(logits.dtype)).expand(*lead, -1)
     tokens, c = cache_tokens.expand(*lead, -1), cache_scores.to(z.dtype).expand(*lead, -1)
 
     shares, total, _ = softmax(c.masked_fill(tokens == -1, -torch.inf))
-    mix = mix.expand(lead).masked_fill(torch.isneginf(total), 0).unsqueeze(-1)  # an empty cache has no say
+    mix = mix.expand(lead).masked_fill(torch.isneginf(total), 0).unsqueeze(-1)  # an empty cache has weight 0
     cached = torch.zeros_like(z).scatter_add(-1, tokens.masked_fill(tokens == -1, 0), shares)
 
     log_own = torch.log_softmax(z, -1)
@@ -67,7 +67,7 @@ def cache_logprobs(
     ``log((1 - mix) * softmax(logits)[w] + mix * sum over entries j with token_j = w of softmax(cache_scores)_j)``
 
     Args:
-        logits: ``[..., T, W]`` over a vocabulary of W words.
+        logits: ``[..., T, W]`` over a vocabulary of W words, float32, bfloat16, float16 or float64.
         cache_scores: ``[..., T, N]``, how well each of N entries fits the token; dtype of ``logits``, or float32 beside
             16-bit logits. An entry at -inf is empty.
         cache_tokens: int64 in [-1, W), ``[..., T, N]``, or ``[..., 1, N]`` or ``[N]`` where all tokens see the same
@@ -82,7 +82,7 @@ def cache_logprobs(
 
     Raises:
         ValueError, TypeError: a shape, dtype or device does not fit, or the number mix is not in [0, 1]. RuntimeError:
-            a token outside [-1, W).
+            a token outside [-1, W). NotImplementedError: the named backend cannot run the call.
 
     Source: Grave et al. 2017, Improving Neural Language Models with a Continuous Cache; Khandelwal et al. 2020,
     Generalization through Memorization: Nearest Neighbor Language Models.
@@ -95,7 +95,7 @@ MIX = "a number or a tensor [..., T]"
 
 
 def spread(op: str, logits: Tensor, cache_scores: Tensor, cache_tokens: Tensor, mix: float | Tensor):
-    """The tokens with one row per row of the scores, and the mix as a tensor with one number per token."""
+    """The tokens expanded to one row per row of the scores, and the mix to one number per token."""
     if shaped(cache_tokens, cache_scores) and cache_scores.dim() > 1:
         if cache_tokens.dim() == 1:
             cache_tokens = cache_tokens.unsqueeze(0)

@@ -58,17 +58,17 @@ def cache_nll(
     ``nll_t = -cache_logprobs(logits, cache_scores, cache_tokens, mix)[t, targets_t]``, without that matrix.
 
     Args:
-        logits: ``[..., T, W]`` over a vocabulary of W words.
+        logits: ``[..., T, W]`` over a vocabulary of W words, float32, bfloat16, float16 or float64.
         targets: int64 ``[..., T]`` in [-1, W). A target of -1 is ignored: loss 0 and no gradient.
         cache_scores, cache_tokens, mix, backend: as in :func:`cache_logprobs`.
 
     Returns:
-        nll ``[..., T]`` in float32 (float64 for float64), not reduced. Differentiable in logits, cache_scores and mix,
-        to any order; a target of probability 0 costs +inf and gives no gradient.
+        nll ``[..., T]`` in nats, float32 (float64 for float64), not reduced. Differentiable in logits, cache_scores and
+        mix, to any order; a target of probability 0 costs +inf and gives no gradient.
 
     Raises:
         ValueError, TypeError: a shape, dtype or device does not fit, or the number mix is not in [0, 1]. RuntimeError:
-            a token or a target outside [-1, W).
+            a token or a target outside [-1, W). NotImplementedError: the named backend cannot run the call.
 
     Source: Grave et al. 2017, Improving Neural Language Models with a Continuous Cache; Khandelwal et al. 2020,
     Generalization through Memorization: Nearest Neighbor Language Models.

@@ -60,7 +60,8 @@ def cell_scan(
     (sigmoid) and candidate (tanh).
 
     Args:
-        inputs: ``[..., T, 3D]``: what the tokens contribute, a linear map of them with its bias.
+        inputs: ``[..., T, 3D]``, float32, bfloat16, float16 or float64: what the tokens contribute, a linear map of
+            them with its bias.
         weight: ``[3D, D]``, the recurrent weight, same dtype; with leading dimensions, one for each of them.
         initial: ``h_0``, ``[..., D]``, same dtype; default 0.
         backend: as in :func:`softmax_read`.
@@ -70,7 +71,8 @@ def cell_scan(
         tokens that follow. Leading dimensions broadcast. Differentiable in every argument, to any order.
 
     Raises:
-        ValueError, TypeError: a shape, dtype or device does not fit.
+        ValueError, TypeError: a shape, dtype or device does not fit. NotImplementedError: the named backend cannot
+            run the call.
 
     Source: Hochreiter and Schmidhuber 1997, Long Short-Term Memory; Gers et al. 2000, Learning to Forget.
     """

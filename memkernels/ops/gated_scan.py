@@ -1,4 +1,4 @@
-"""gated_scan: a linear recurrence over tokens, every channel for itself.
+"""gated_scan: a linear recurrence over tokens, each channel on its own.
 
     h_t = f_t * h_{t-1} + u_t                                        for t = 1 .. T, h_0 = initial
 
@@ -54,7 +54,8 @@ def gated_scan(
     """All states of a linear recurrence: ``h_t = f_t * h_{t-1} + u_t``, channel by channel.
 
     Args:
-        forget: ``f``, ``[..., T, D]``, meant to be in [0, 1], though nothing but the size of the states depends on it.
+        forget: ``f``, ``[..., T, D]``, float32, bfloat16, float16 or float64. Meant to be in [0, 1]; outside, the
+            states may grow without bound.
         update: ``u``, ``[..., T, D]``, dtype of ``forget``, or float32 beside a 16-bit ``forget``.
         initial: ``h_0``, ``[..., D]``, dtype of ``update``; default 0.
         backend: as in :func:`softmax_read`.
@@ -64,7 +65,8 @@ def gated_scan(
         tokens that follow. Leading dimensions broadcast. Differentiable in every argument, to any order.
 
     Raises:
-        ValueError, TypeError: a shape, dtype or device does not fit.
+        ValueError, TypeError: a shape, dtype or device does not fit. NotImplementedError: the named backend cannot
+            run the call.
 
     Source: Martin and Cundy 2018, Parallelizing Linear Recurrent Neural Nets Over Sequence Length.
     """

@@ -73,7 +73,7 @@ OP = register(
         outputs=(
             Out("reads", "T V"),
             Out("values", "N V", lead="memory", dtype="values"),
-            Out("lse", "T", dtype="stats", grad=False),  # of the read scores; the backward needs it
+            Out("lse", "T", dtype="stats", grad=False),  # of the read scores, for the backward pass
             LSE_REST,
         ),
         saved=("reads", "lse", "lse_rest"),
@@ -110,7 +110,8 @@ def memory_scan(
 
     Args:
         values: ``[..., N, V]``, the memory: dtype of the queries, or float32 beside 16-bit queries. It is not modified.
-        keys: ``[..., N, K]``. read_query, write_query: ``[..., T, K]``, same dtype.
+        keys: ``[..., N, K]``. read_query, write_query: ``[..., T, K]``, same dtype: float32, bfloat16, float16
+            or float64.
         write: ``w``, ``[..., T, V]``, dtype of ``values``.
         scale: as in :func:`softmax_read`, of both queries.
         slot_mask: ``[..., N]``, bool or float; an empty slot (-inf) is neither written nor read.
@@ -125,7 +126,8 @@ def memory_scan(
         order.
 
     Raises:
-        ValueError, TypeError: a shape, dtype or device does not fit.
+        ValueError, TypeError: a shape, dtype or device does not fit. NotImplementedError: the named backend cannot
+            run the call.
 
     Source: Graves et al. 2014, Neural Turing Machines; Zhang et al. 2024, Gated Slot Attention.
     """

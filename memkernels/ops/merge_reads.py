@@ -46,15 +46,18 @@ def merge_reads(
     ``lse = log sum_s exp(lse_s)`` and ``read = sum_s exp(lse_s - lse) read_s``
 
     Args:
-        reads: sequence of S reads ``[..., T, V]``, or one tensor ``[S, ..., T, V]``.
+        reads: sequence of S reads ``[..., T, V]``, or one tensor ``[S, ..., T, V]``; float32, bfloat16,
+            float16 or float64.
         lses: sequence of S log-sum-exps ``[..., T]``, or one tensor ``[S, ..., T]``; float32 (float64 for float64).
         backend: as in :func:`softmax_read`.
 
     Returns:
-        ``(read [..., T, V], lse [..., T])``, differentiable in both arguments. A part with lse -inf counts for nothing.
+        ``(read [..., T, V], lse [..., T])`` in the dtypes of reads and lses. Differentiable in both arguments, to any
+        order. A part with lse -inf counts for nothing.
 
     Raises:
         ValueError, TypeError: a shape, dtype or device does not fit, or there is nothing to merge.
+            NotImplementedError: the named backend cannot run the call.
 
     Source: Milakov and Gimelshein 2018, Online normalizer calculation for softmax.
     """

@@ -114,7 +114,8 @@ def product_key_read(
     :func:`product_key_search`.
 
     Args:
-        query: ``[..., T, K]``, K even. subkeys: ``[..., 2, n, K/2]``, same dtype.
+        query: ``[..., T, K]``, K even, float32, bfloat16, float16 or float64.
+        subkeys: ``[..., 2, n, K/2]``, dtype of ``query``.
         values: ``[..., n * n, V]``, dtype of ``query``, or float32 beside a 16-bit query. Row ``i * n + j`` belongs to
             the pair of ``subkeys[0, i]`` and ``subkeys[1, j]``.
         k, scale, backend: as in :func:`product_key_search`.
@@ -127,6 +128,7 @@ def product_key_read(
 
     Raises:
         ValueError: k < 1, or a shape or device does not fit. TypeError: a dtype does not fit.
+            NotImplementedError: the named backend cannot run the call.
 
     Source: Lample et al. 2019, Large Memory Layers with Product Keys.
     """

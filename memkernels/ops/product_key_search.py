@@ -63,7 +63,8 @@ def product_key_search(
     ``s[t, i * n + j] = scale * (<query_t[:K/2], subkeys[0, i]> + <query_t[K/2:], subkeys[1, j]>)``
 
     Args:
-        query: ``[..., T, K]``, K even. subkeys: ``[..., 2, n, K/2]``, same dtype.
+        query: ``[..., T, K]``, K even, float32, bfloat16, float16 or float64.
+        subkeys: ``[..., 2, n, K/2]``, dtype of ``query``.
         k: how many; may exceed n * n. scale: as in :func:`softmax_read`. backend: as in :func:`softmax_read`.
 
     Returns:
@@ -74,6 +75,7 @@ def product_key_search(
 
     Raises:
         ValueError: k < 1, or a shape or device does not fit. TypeError: a dtype does not fit.
+            NotImplementedError: the named backend cannot run the call.
 
     Source: Lample et al. 2019, Large Memory Layers with Product Keys.
     """

@@ -25,7 +25,7 @@ def reference(query: Tensor, keys: Tensor, lse: Tensor, slot_mask: Tensor | None
 
 
 def lse_of(query: Tensor, keys: Tensor, lse: Tensor, slot_mask: Tensor | None, scale: float) -> Tensor:
-    """The lse of the reads themselves. Beside any other the weights exp(s - lse) are not weights."""
+    """The lse of these very scores. With any other, the weights exp(s - lse) do not sum to 1."""
     mask = slot_mask.double() if slot_mask is not None and slot_mask.is_floating_point() else slot_mask
     return softmax(scores(query.double(), keys.double(), mask, scale))[1].to(lse.dtype)
 
@@ -65,9 +65,9 @@ def slot_usage(
     ``usage_i = sum_t exp(scale * <query_t, key_i> + slot_mask_i - lse_t)``
 
     Args:
-        query: ``[..., T, K]``. keys: ``[..., N, K]``, same dtype.
-        lse: ``[..., T]``, from :func:`softmax_read` with ``return_lse=True`` (any disjoint memory merged in counts);
-            float32, float64 for float64. A token with lse -inf reads nothing.
+        query: ``[..., T, K]``, float32, bfloat16, float16 or float64. keys: ``[..., N, K]``, same dtype.
+        lse: ``[..., T]``, float32 (float64 for float64), from :func:`softmax_read` with ``return_lse=True``. Where the
+            read was merged with others, the merged lse. A token with lse -inf reads nothing.
         scale, slot_mask, backend: as in :func:`softmax_read`.
 
     Returns:
@@ -76,7 +76,8 @@ def slot_usage(
         the result is off by a factor of at most ``exp(|lse| * 2**-24)``: 6e-5 near scores of 1000, 0.06 near 1e6.
 
     Raises:
-        ValueError, TypeError: a shape, dtype or device does not fit.
+        ValueError, TypeError: a shape, dtype or device does not fit. NotImplementedError: the named backend cannot
+            run the call.
 
     Source: Graves et al. 2016, Hybrid computing using a neural network with dynamic external memory.
     """

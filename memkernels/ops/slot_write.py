@@ -65,7 +65,8 @@ def slot_write(
 
     Args:
         values: ``[..., N, V]``, the memory: dtype of ``weights``, or float32 beside 16-bit weights. It is not modified.
-        weights: ``a``, ``[..., T, N]``, meant to be in [0, 1], though nothing but the size of the result depends on it.
+        weights: ``a``, ``[..., T, N]``, float32, bfloat16, float16 or float64. Meant to be in [0, 1]; outside, the
+            result may grow without bound.
         write: ``[..., T, V]``, dtype of ``values``.
         erase: 1.0 interpolates (``v + a (w - v)``), 0.0 adds (``v + a w``), a tensor ``[..., T, V]`` in the dtype of
             ``values`` is the erase vector of the Neural Turing Machine.
@@ -78,7 +79,8 @@ def slot_write(
         argument, to any order.
 
     Raises:
-        ValueError, TypeError: a shape, dtype or device does not fit.
+        ValueError, TypeError: a shape, dtype or device does not fit. NotImplementedError: the named backend cannot
+            run the call.
 
     Source: Graves et al. 2014, Neural Turing Machines.
     """
@@ -98,7 +100,8 @@ def slot_write_(
     """:func:`slot_write` into ``values`` itself, for inference. Returns ``values``, the same object.
 
     Raises:
-        RuntimeError: a gradient is required. ValueError, TypeError: a shape, dtype or device does not fit.
+        RuntimeError: a gradient is required, or ``values`` overlap themselves. ValueError, TypeError: a shape, dtype or
+            device does not fit. NotImplementedError: the named backend cannot run the call.
     """
     tensors, params = _arguments("slot_write_", values, weights, write, erase, token_mask)
     check_in_place("slot_write_", tensors, values)

@@ -134,8 +134,8 @@ def softmax_read(
     Leading dimensions broadcast. Differentiable in every float argument, to any order.
 
     Raises:
-        ValueError, TypeError: a shape, dtype or device does not fit. NotImplementedError: the named backend cannot
-            run it.
+        ValueError, TypeError: a shape, dtype or device does not fit. RuntimeError: keys or values beside compressed
+            ones require a gradient. NotImplementedError: the named backend cannot run the call.
 
     Source: Vaswani et al. 2017, Attention Is All You Need; Sukhbaatar et al. 2015, End-To-End Memory Networks.
     """

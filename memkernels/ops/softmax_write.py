@@ -1,4 +1,4 @@
-"""softmax_write: every token pulls the slots towards its write vector by weights that sum to one over the slots.
+"""softmax_write: every token moves the slots towards its write vector by weights that sum to one over the slots.
 
     a[t, i] = softmax_i(scale * <query_t, key_i> + slot_mask_i)
     v_i    <- v_i * (1 - a[t, i] * e_t) + a[t, i] * w_t              for t = 1 .. T, one after the other
@@ -132,7 +132,7 @@ def softmax_write(
 
     Args:
         values: ``[..., N, V]``, the memory: dtype of ``query``, or float32 beside a 16-bit query. It is not modified.
-        keys: ``[..., N, K]``. query: ``[..., T, K]``, same dtype.
+        keys: ``[..., N, K]``. query: ``[..., T, K]``, same dtype: float32, bfloat16, float16 or float64.
         write: ``[..., T, V]``, dtype of ``values``.
         erase: 1.0 interpolates (``v + a (w - v)``), 0.0 adds (``v + a w``), a tensor ``[..., T, V]`` in the dtype of
             ``values`` is the erase vector of the Neural Turing Machine.
@@ -148,7 +148,8 @@ def softmax_write(
         not have are written in row-major order. Differentiable in every float argument, to any order.
 
     Raises:
-        ValueError, TypeError: a shape, dtype or device does not fit.
+        ValueError, TypeError: a shape, dtype or device does not fit. NotImplementedError: the named backend cannot
+            run the call.
 
     Source: Graves et al. 2014, Neural Turing Machines.
     """
@@ -224,7 +225,8 @@ def softmax_write_(
     object), with ``return_retained`` also ``retained``.
 
     Raises:
-        RuntimeError: a gradient is required. ValueError, TypeError: a shape, dtype or device does not fit.
+        RuntimeError: a gradient is required, or ``values`` overlap themselves. ValueError, TypeError: a shape, dtype or
+            device does not fit. NotImplementedError: the named backend cannot run the call.
     """
     tensors = (values, keys, query, write, erase, slot_mask, token_mask)
     new, retained = write_by_scores(OP, "softmax_write_", tensors, scale, backend)

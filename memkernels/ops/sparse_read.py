@@ -18,7 +18,7 @@ from ._compressed import choose, compressed
 
 
 def gather_rows(rows: Tensor, indices: Tensor) -> Tensor:
-    """rows[indices] with leading dimensions that broadcast: [..., N, D], [..., T, k] -> [..., T, k, D]; -1: 0."""
+    """rows[indices], and 0 where the index is -1; leading dimensions broadcast. [..., N, D] -> [..., T, k, D]."""
     lead = torch.broadcast_shapes(rows.shape[:-2], indices.shape[:-2])
     rows, indices = rows.expand(*lead, *rows.shape[-2:]), indices.expand(*lead, *indices.shape[-2:])
     if known(rows.shape[-2] == 0):
@@ -69,7 +69,7 @@ def sparse_read(
         values: ``[..., N, V]``, dtype of ``weights``, or float32 beside 16-bit weights, or int8 or float8_e4m3fn with
             ``value_scale``.
         indices: int64 ``[..., T, k]`` in ``[-1, N)``; -1 is ignored, duplicates all count.
-        weights: ``[..., T, k]``.
+        weights: ``[..., T, k]``, float32, bfloat16, float16 or float64.
         value_scale, backend: as in :func:`softmax_read`.
 
     Returns:
@@ -78,6 +78,7 @@ def sparse_read(
 
     Raises:
         ValueError, TypeError: a shape, dtype or device does not fit. RuntimeError: an index outside ``[-1, N)``.
+            NotImplementedError: the named backend cannot run the call.
 
     Source: Rae et al. 2016, Scaling Memory-Augmented Neural Networks with Sparse Reads and Writes.
     """

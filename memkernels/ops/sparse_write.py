@@ -81,7 +81,8 @@ def sparse_write(
     Args:
         values: ``[..., N, V]``, the memory: dtype of ``weights``, or float32 beside 16-bit weights. It is not modified.
         indices: int64 ``[..., T, k]`` in ``[-1, N)``; -1 is ignored, duplicates are applied in order.
-        weights: ``a``, ``[..., T, k]``. write: ``[..., T, V]``, dtype of ``values``.
+        weights: ``a``, ``[..., T, k]``, float32, bfloat16, float16 or float64. write: ``[..., T, V]``, dtype of
+            ``values``.
         erase: 1.0 interpolates (``v + a (w - v)``), 0.0 adds (``v + a w``), a tensor ``[..., T, V]`` in the dtype of
             ``values`` is the erase vector of the Neural Turing Machine.
         backend: as in :func:`softmax_read`.
@@ -93,6 +94,7 @@ def sparse_write(
 
     Raises:
         ValueError, TypeError: a shape, dtype or device does not fit. RuntimeError: an index outside ``[-1, N)``.
+            NotImplementedError: the named backend cannot run the call.
 
     Source: Rae et al. 2016, Scaling Memory-Augmented Neural Networks with Sparse Reads and Writes.
     """
@@ -114,8 +116,9 @@ def sparse_write_(
     Returns ``values``, the same object.
 
     Raises:
-        RuntimeError: a gradient is required, or an index is outside ``[-1, N)``. ValueError, TypeError: a shape, dtype
-            or device does not fit.
+        RuntimeError: a gradient is required, ``values`` overlap themselves, or an index is outside ``[-1, N)``.
+            ValueError, TypeError: a shape, dtype or device does not fit. NotImplementedError: the named backend cannot
+            run the call.
     """
     tensors, params = _arguments("sparse_write_", values, indices, weights, write, erase)
     check_in_place("sparse_write_", tensors, values)

@@ -38,7 +38,7 @@ def selected(
 
 
 def read_chosen(all_scores: Tensor, values: Tensor, indices: Tensor, dtype: torch.dtype):
-    """The softmax of the chosen among all scores, and the sum of their rows: ``(read in dtype, indices, weights)``."""
+    """Softmax over the chosen scores, weighted sum of their rows: ``(read in dtype, indices, weights)``."""
     weights = softmax(at(all_scores, indices))[0]
     rows = gather_rows(values.to(weights.dtype), indices)
     read = torch.einsum("...tk,...tkv->...tv", weights, rows)
@@ -140,7 +140,8 @@ def topk_read(
     ``r_t = sum_j softmax_j(scores[t, j]) * values[indices[t, j]]`` with scores and indices of :func:`topk_search`.
 
     Args:
-        query: ``[..., T, K]``. keys: ``[..., N, K]``, same dtype, or int8 or float8_e4m3fn with ``key_scale``.
+        query: ``[..., T, K]``, float32, bfloat16, float16 or float64.
+        keys: ``[..., N, K]``, dtype of ``query``, or int8 or float8_e4m3fn with ``key_scale``.
         values: ``[..., N, V]``, dtype of ``query``, or float32 beside a 16-bit query, or int8 or float8_e4m3fn with
             ``value_scale``.
         key_scale, value_scale: as in :func:`softmax_read`.
@@ -153,7 +154,9 @@ def topk_read(
         query, keys, values and a float mask; gradients touch only the rows that were read.
 
     Raises:
-        ValueError: k < 1, or a shape or device does not fit. TypeError: a dtype does not fit.
+        ValueError: k < 1, or a shape or device does not fit. TypeError: a dtype does not fit. RuntimeError: keys or
+            values beside compressed ones require a gradient. NotImplementedError: the named backend cannot run the
+            call.
 
     Source: Rae et al. 2016, Scaling Memory-Augmented Neural Networks with Sparse Reads and Writes; Wu et al. 2022,
     Memorizing Transformers.

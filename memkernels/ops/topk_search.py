@@ -87,19 +87,21 @@ def topk_search(
     ``s[t, i] = scale * <query_t, key_i> + slot_mask_i``
 
     Args:
-        query: ``[..., T, K]``. keys: ``[..., N, K]``, same dtype, or int8 or float8_e4m3fn with ``key_scale``.
+        query: ``[..., T, K]``, float32, bfloat16, float16 or float64.
+        keys: ``[..., N, K]``, dtype of ``query``, or int8 or float8_e4m3fn with ``key_scale``.
         key_scale: as in :func:`softmax_read`.
         k: how many; may exceed N. scale: as in :func:`softmax_read`. slot_mask: ``[..., N]``, bool or float.
         backend: as in :func:`softmax_read`.
 
     Returns:
         ``(scores [..., T, k] in the dtype of query, indices [..., T, k] int64)``, best first, equal scores by smaller
-        index.
-        Index -1 and score -inf where fewer than k slots are addressable. Scores are differentiable in query, keys and a
-        float mask; the gradient touches only the chosen rows. A NaN score ranks above all others, as in ``torch.topk``.
+        index. Index -1 and score -inf where fewer than k slots are addressable. Scores are differentiable in query,
+        keys and a float mask; the gradient touches only the chosen rows. A NaN score ranks above all others, as in
+        ``torch.topk``.
 
     Raises:
         ValueError: k < 1, or a shape or device does not fit. TypeError: a dtype does not fit.
+            NotImplementedError: the named backend cannot run the call.
 
     L2 search is ``scale=2, slot_mask=-(keys ** 2).sum(-1)``; cosine search is the same op on unit vectors.
 

@@ -1,7 +1,7 @@
 """keys.pages, values.pages: raw extents of a multiple of 4 KiB, one page each, never changed while anything names them.
 
 Extent e lies at e times the size of an extent. A page is rewritten into another extent; the old one is free again when
-no reader of an earlier version of the page table is left (``Pins``), and no snapshot names it.
+no reader of an earlier version of the page table is left (``Pin``), and no snapshot names it.
 """
 
 from __future__ import annotations

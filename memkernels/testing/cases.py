@@ -13,7 +13,7 @@ from types import MappingProxyType
 from ..spec import Op, letters
 
 SIZES = MappingProxyType({"T": 7, "N": 33, "K": 16, "V": 24, "k": 4, "S": 3, "D": 20, "W": 50, "n": 6, "h": 8, "F": 6})
-UNMET = 5  # size of an axis that no case knows
+UNMET = 5  # size of an axis that no case names
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class Case:
     wants: arguments that require a gradient (default: all float ones). cotangents: results that have a gradient.
     mixed: float32 content beside a 16-bit query (only such dtypes take the case).
     exact: arithmetic has no rounding here, so chosen slots must be those of the reference, ties included.
+    quick: one of the cases that find most mistakes.
     """
 
     name: str
@@ -184,7 +185,7 @@ VALUES = (
         give={"query": "signs", "keys": "signs"},
         params={"sigmoid": True, "scale": 200.0},
     ),
-    Case(  # not for a softmax: scores of thousands leave it no digits for what slots that tie share
+    Case(  # not for a softmax: rounding scores of thousands decides how tied slots share the weight
         "gates at 0 and 1",
         ("gates",),
         _sizes(K=15),
@@ -375,5 +376,5 @@ CASES = (*SHAPES, *LEADS, *LAYOUTS, *MASKS, *VALUES, *GRADIENTS)
 
 
 def cases(op: Op, *, quick: bool = False) -> list[Case]:
-    """The cases that ``op`` takes."""
+    """The cases that ``op`` takes; ``quick``: only those that find most mistakes."""
     return [case for case in CASES if case.fits(op) and (case.quick or not quick)]

@@ -19,7 +19,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3, tor
 # all results (or this much, absolutely): where terms cancel to almost nothing only the size of the terms is meaningful.
 FLOOR = 0.05
 
-# What is left of large terms that cancel, as a share of what the table allows sums in float32 (float64).
+# Error that small rows may keep from large terms that cancel, as a share of the float32 (float64) entry of the table.
 ROUNDING = 0.3
 
 
@@ -58,7 +58,7 @@ def small_ones(got: Tensor, wanted: Tensor, positive: bool, call: torch.dtype, n
     """What is wrong with numbers that are small beside the largest of their result, or an empty string.
 
     positive: each number is a sum of positive terms, as a weight is. Nothing cancels, so each must be right to the
-        digits of its dtype, however small; twice the table, for its exponent carries the rounding of a score too.
+        digits of its dtype, however small. Twice the table is allowed, because the exponent rounds the score too.
     Other results are judged by rows, the last axis: a row by its own largest number, but allowed what rounding leaves
     of terms as large as ``norm``.
     plain: makes the same result by plain PyTorch at the dtype of the call; twice its error is allowed as well.
@@ -68,7 +68,7 @@ def small_ones(got: Tensor, wanted: Tensor, positive: bool, call: torch.dtype, n
     error, size = _finite(got.double() - wanted), _finite(wanted)
     allowed = table(call, got.dtype)
     if positive:
-        least = torch.finfo(torch.float32).tiny if got.dtype != torch.float16 else 2.0**-24  # below, a 0 will do
+        least = torch.finfo(torch.float32).tiny if got.dtype != torch.float16 else 2.0**-24  # below, 0 is right too
         size = size.clamp(min=least)
         limit = 2 * allowed * size + least
         if bool((error > limit).any()):
@@ -88,7 +88,7 @@ def small_ones(got: Tensor, wanted: Tensor, positive: bool, call: torch.dtype, n
 
 
 def _finite(x: Tensor) -> Tensor:
-    """Sizes, 0 for what is not finite."""
+    """Absolute values, and 0 for what is not finite."""
     return torch.where(torch.isfinite(x), x.abs(), 0.0)
 
 

@@ -36,9 +36,12 @@ def _threads(n: int) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the grid. ``message`` says what is wrong where ``passed`` is False.
+    """One line of the grid: ``op`` on ``backend`` and ``device`` in ``dtype``, one ``case``.
 
-    ``gap``: nothing ran, because the backend has no such kernel; ``message`` says which.
+    direction: ``"forward"``, ``"backward"`` or ``"in place"``.
+    error, tolerance: of the worst result, relative; it passes where the error is at most the tolerance.
+    message: what is wrong where ``passed`` is False.
+    gap: nothing ran, because the backend has no such kernel; ``message`` says which.
     """
 
     op: str
@@ -60,12 +63,12 @@ class Row:
 
 @contextlib.contextmanager
 def nan_in_new_memory() -> Iterator[None]:
-    """Fills new memory with NaN (the largest integer for indices): numbers that a kernel does not write show."""
+    """Fill new memory with NaN (indices: the largest integer), so that a number a kernel fails to write is seen."""
     was, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     switch: Any = torch.utils.deterministic
     fill = switch.fill_uninitialized_memory
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of operations that have no deterministic form: irrelevant here
+        warnings.simplefilter("ignore")  # about operations without a deterministic form
         torch.use_deterministic_algorithms(True, warn_only=True)
         switch.fill_uninitialized_memory = True
         try:
@@ -87,7 +90,7 @@ def _cotangents(op: Op, inputs: Inputs, case: Case, outputs: list[Tensor]) -> di
 
 
 class Run:
-    """One evaluation of a formula or a kernel; the gradients are computed when they are asked for."""
+    """One evaluation of a formula or a kernel; the gradients are computed at first access."""
 
     def __init__(self, formula: Callable, tensors, params, wanting: list[int], cotangents: Callable):
         tensors = [t if t is None else t.detach() for t in tensors]
@@ -159,7 +162,7 @@ class Subject:
         shared: dict[str, Run] = {}  # forward and backward look at one run
         threads = torch.get_num_threads()
         directions = directions or self.directions()
-        # A backend without a backward kernel refuses a call of which a gradient is wanted.
+        # A backend without a backward kernel refuses a call that needs a gradient.
         wanting = self.wanting if "backward" in directions else []
         with _threads(1):
             return [self._row(backend, d, shared, threads, wanting) for d in directions]
@@ -237,7 +240,7 @@ class Subject:
             if error > tolerance and backend != "reference":
                 tolerance = max(tolerance, 2 * distance(plain(i), w, norm))
             problem = "" if error <= tolerance else f"{label}: error {error:.1e}, at most {tolerance:.1e}"
-            # Gradients in 16 bits are made of results that were rounded: their small rows hold little else.
+            # 16-bit gradients are computed from rounded results: small rows are mostly rounding error.
             if not problem and backend != "reference" and not (backward and self.dtype in SIXTEEN_BIT):
                 positive = not backward and self.op.outputs[floats[i]].positive
                 if small := small_ones(g, w, positive, self.dtype, norm, functools.partial(plain, i)):

@@ -100,7 +100,7 @@ def _dtype(arg: Arg, dtype: torch.dtype, case: Case) -> torch.dtype:
 
 
 def _poison(op: Op, case: Case, tensors: list[Tensor | None]) -> None:
-    """What must never be looked at is NaN: rows of empty slots, tokens that write nothing, parts with lse -inf."""
+    """Put NaN where no op may read: rows of empty slots, tokens that write nothing, parts with lse -inf."""
     for arg, hiding in zip(op.args, tensors):
         if hiding is None or not arg.hides or _kind(arg, case) not in EMPTYING:
             continue
@@ -110,7 +110,7 @@ def _poison(op: Op, case: Case, tensors: list[Tensor | None]) -> None:
             if tensor is None or not tensor.is_floating_point() or tensor.dtype in COMPRESSED:
                 continue
             axes = other.axes.split()
-            apart = other is arg or other.side != arg.side or other.name == op.inplace  # what is written keeps the rest
+            apart = other is arg or other.side != arg.side or other.name == op.inplace  # an empty slot keeps its value
             if not apart and axes[: len(own)] == own:
                 tensor[hidden.expand(tensor.shape[: tensor.dim() - len(axes) + len(own)])] = torch.nan
 
@@ -123,7 +123,7 @@ def _normal(shape, dtype, random, places):
 
 
 def _recurrent(shape, dtype, random, places):
-    """A weight that keeps states small: they do not amplify what rounding leaves."""
+    """A weight that keeps states small, so that they do not amplify rounding errors."""
     return (0.3 * shape[-1] ** -0.5 * torch.randn(shape, generator=random, dtype=stats_dtype(dtype))).to(dtype)
 
 
@@ -138,7 +138,7 @@ def _rounded(factor: float, steps: float) -> Callable:
 
 def _nan_token(shape, dtype, random, places):
     x = _normal(shape, dtype, random, places)
-    stream = x[0] if x.dim() > 2 else x  # one token of one stream: what others read or write must stay clean
+    stream = x[0] if x.dim() > 2 else x  # one token of one stream: the reads and writes of the others must stay finite
     stream[..., 1, x.shape[-1] // 2] = torch.nan
     return x
 
@@ -227,7 +227,7 @@ FILL: dict[str, Callable[..., Tensor]] = {
     "index_none": lambda shape, dtype, random, places: torch.full(shape, -1),
     "index_same": lambda shape, dtype, random, places: torch.full(shape, places // 2),
 }
-# Ways to fill an argument that hides others so that some of it does.
+# Fills of a mask or lse that hide at least some rows of other arguments.
 EMPTYING = frozenset(
     ("mask_empty", "mask_bool_empty", "mask_all_empty", "mask_first_empty", "token_mask", "token_mask_none")
     + ("lse_empty", "lse_all_empty")
@@ -238,7 +238,7 @@ EMPTYING = frozenset(
 
 
 def _blank(x: Tensor, shape) -> Tensor:
-    """Memory around a view, filled with NaN, True or an index out of range: a read outside the view shows."""
+    """Memory around a view, filled with NaN, True or an index out of range, so that a read outside the view is seen."""
     fills = {torch.bool: True, torch.int64: 2**40, torch.int8: 127}
     fill = fills.get(x.dtype, torch.nan)
     return torch.full(tuple(shape), fill, dtype=x.dtype, device=x.device)

@@ -1,6 +1,6 @@
 """The cases of fuzz.py: an operator and its arguments, drawn from a number.
 
-A case begins as a call that fits; then up to three things about it are changed.
+A case starts as a valid call, in which up to three things are then changed.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 OTHERS = (torch.bool, torch.int64, torch.int8, torch.float8_e4m3fn, torch.int32, torch.uint8, torch.complex64)
 SIZES = (0, 1, 1, 2, 3, 3, 5, 7, 8, 9, 17, 33, 65, 130)
 LEADS = (1, 1, 2, 3, 5, 9)
-BEYOND = (2**41, 2**62, 2**63 - 1)  # sizes that nothing has: of expanded tensors, they cost no memory
-FAR = (2**31, 2**36)  # those whose results no memory holds
+BEYOND = (2**41, 2**62, 2**63 - 1)  # sizes that no memory holds: expanded tensors have them for free
+FAR = (2**31, 2**36)  # sizes whose results no memory holds
 WILD_INTS = (-(2**63), -(2**31), -1, 0, 1, 2**31, 2**40, 2**62, 2**63 - 1)
 WILD_FLOATS = (float("nan"), float("inf"), -float("inf"), 0.0, -1.0, 1e308, 1e-320)
-SMALL = 1 << 20  # elements of a tensor that is made as it is
+SMALL = 1 << 20  # elements up to which a tensor is made without expanding
 
 
 class Drawn:
@@ -78,7 +78,7 @@ class Drawn:
         return x.to(dtype)
 
     def slots(self) -> int:
-        """How many places an index has."""
+        """How many slots an index may name."""
         if "W" in self.axes:
             return self.axes["W"]
         n = self.axes["n"] ** 2 if "n" in self.axes else self.axes.get("N", 1)
@@ -112,7 +112,7 @@ class Drawn:
             length = 1 + sum((n - 1) * s for n, s in zip(shape, strides))
             return self.numbers([length], dtype).as_strided(shape, strides)
         whole = self.numbers(shape, dtype)
-        if form == "strange":  # strides of dimensions that have none
+        if form == "strange":  # any strides where a dimension has size 0 or 1
             wild = (2**62, 2**63 - 1, 0, 7)
             strides = [self.r.choice(wild) if n <= 1 else s for n, s in zip(shape, whole.stride())]
             return whole.as_strided(shape, strides)

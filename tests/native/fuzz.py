@@ -1,11 +1,11 @@
-"""Calls the native operators, below the checks of Python, with arguments that nobody would pass, under sanitizers.
+"""Calls the native operators directly, without the checks of Python, with invalid arguments, under sanitizers.
 
     python tests/native/fuzz.py LIBRARY [--seconds S]               every instruction set, from case 0 on
     python tests/native/fuzz.py LIBRARY --case N --isa ISA          one case again
 
 LIBRARY is libmemkernels_cpu.so, compiled with -fsanitize=address,undefined (tests/native/run builds it). A case is
-drawn from its number alone. It is right when the call returns or raises one sentence; reading or writing out of bounds,
-undefined arithmetic, a crash, a call that does not end or an error that explains nothing fail, and name the case.
+drawn from its number alone. It passes if the call returns or raises one sentence. It fails on access out of bounds,
+undefined arithmetic, a crash, a call that does not end, or an error without an explanation; the failure names the case.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from draw import draw
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 300.0  # seconds without a new case; the first waits for torch to be imported
 SANITIZERS = {
-    # Memory that is not to be had is null, as without a sanitizer; torch's allocator and ours make an error of it.
+    # A failed allocation returns null, as without a sanitizer; torch's allocator and ours then raise.
     "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1:max_allocation_size_mb=1024",
     "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
 }
 
 
 def with_library(library: Path, folder: Path) -> Path:
-    """A memkernels of links to this one's files, with ``library`` as its native library."""
+    """A copy of memkernels made of links, with ``library`` as its native library."""
     package = folder / "memkernels"
     (package / "_lib").mkdir(parents=True)
     for entry in (ROOT / "memkernels").iterdir():
@@ -66,7 +66,7 @@ def sets() -> list[str]:
 
 
 def run_cases(first: int, last: int, seconds: float) -> None:
-    """In the process under sanitizers: a line for every case before its call."""
+    """Run the cases, in the process under sanitizers; print a line before each call."""
     import torch
 
     refused = case = 0
@@ -88,7 +88,7 @@ def run_cases(first: int, last: int, seconds: float) -> None:
 
 
 def watch(command: list[str], env: dict[str, str]) -> tuple[str, str, str]:
-    """Run ``command``: its last line, the line before the end of its errors, and why it failed ("" if it did not)."""
+    """Run ``command``: its last line of output, its error output, and why it failed ("" if it did not)."""
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=errors, text=True)
         lines: queue.Queue[str | None] = queue.Queue()

@@ -2,7 +2,7 @@
 // backward:    dq_t = g sum_i d_i <dr_t, v_i> k_i,  dk_i = g d_i sum_t <dr_t, v_i> q_t,
 //              dv_i = g d_i sum_t <q_t, k_i> dr_t,  dd_i = g sum_t <q_t, k_i> <dr_t, v_i>
 //
-// Plain loops on one thread, sums in double: what matters of this op is where its files lie.
+// Plain loops on one thread, sums in double: only the places of the files of this op matter.
 #include <vector>
 
 #include "cpu/tiles/rows.h"

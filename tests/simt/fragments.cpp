@@ -1,4 +1,4 @@
-// Compares the machine's matrix instructions with plain products. Fragments are built and read here by the formulas of
+// Compares the runtime's matrix instructions with plain products. Fragments are built and read here by the formulas of
 // the PTX ISA, element by element (sections "Matrix Fragments for mma.m16n8k16 with floating point type", "...
 // mma.m16n8k8 with .tf32", "ldmatrix").
 #include <cstdio>

@@ -1,4 +1,4 @@
-// A small SIMT machine on the CPU. It runs the source of the CUDA kernels, block after block, with a fiber per thread.
+// A small SIMT runtime on the CPU. It runs the source of the CUDA kernels, block after block, with a fiber per thread.
 //
 // A fiber runs until it meets other threads: a barrier, a shuffle, a vote, a matrix product. Between barriers warps run
 // one after the other in an order drawn from a seed, so that with a missing barrier some thread sees what another has
