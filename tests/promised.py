@@ -33,7 +33,9 @@ SIGNATURES["cell_scan"] = "(inputs, weight, initial=None)"
 SIGNATURES["memory_scan"] = "(values, keys, read_query, write_query, write, *, scale=None, slot_mask=None, "
 SIGNATURES["memory_scan"] += "token_mask=None, read_first=False)"
 SIGNATURES["product_key_search"] = "(query, subkeys, k, *, scale=None)"
-SIGNATURES["paged_topk_search"] = "(query, keys, pages, k, *, scale=None, slot_mask=None, key_scale=None, best=None)"
+SIGNATURES["paged_topk_search"] = (
+    "(query, keys, pages, k, *, scale=None, slot_mask=None, key_scale=None, best_scores=None, best_slots=None)"
+)
 SIGNATURES["product_key_read"] = "(query, subkeys, values, k, *, scale=None, return_slots=False)"
 SIGNATURES["additive_read"] = "(query, keys, values, score_vector, *, slot_mask=None, return_lse=False)"
 SIGNATURES["cache_logprobs"] = "(logits, cache_scores, cache_tokens, mix)"

@@ -102,7 +102,9 @@ CASES = {
         (QUERY, randn(N, 2, K), randn(N, 2)),
     ),
     "paged_topk_search T": (
-        lambda c, b, q, x, s: mk.paged_topk_search(q[c], x, PAGES[:2], k, best=(s[c], FOUND[c]), backend=b),
+        lambda c, b, q, x, s: mk.paged_topk_search(
+            q[c], x, PAGES[:2], k, best_scores=s[c], best_slots=FOUND[c], backend=b
+        ),
         (QUERY, randn(2, 3, K), randn(T, k)),
     ),
     "product_key_search T": (lambda c, b, q, x: mk.product_key_search(q[c], x, k, backend=b), (QUERY, SUBKEYS)),

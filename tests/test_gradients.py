@@ -91,7 +91,9 @@ CASES = {
         (QUERY, PAGED),
     ),
     "paged_topk_search, float mask and what was found before": (
-        lambda b, q, x, m, s: mk.paged_topk_search(q, x, PAGES, k, slot_mask=m, best=(s, FOUND), backend=b)[0],
+        lambda b, q, x, m, s: mk.paged_topk_search(
+            q, x, PAGES, k, slot_mask=m, best_scores=s, best_slots=FOUND, backend=b
+        )[0],
         (QUERY, PAGED, randn(B, 3, 2, seed=15), randn(B, T, k, seed=16)),
     ),
     "product_key_search": (

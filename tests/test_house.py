@@ -34,7 +34,7 @@ LAYERS = {
     "nn": {"", "ops", "spec", "backends"},
     "models": {"", "nn", "ops", "spec", "backends"},
     "integrations": {"", "models", "nn", "ops", "spec", "backends"},
-    "store": {"", "nn", "ops", "spec", "backends", "_native"},
+    "store": {"", "nn", "ops", "spec", "backends", "_native", "_torch"},
     "testing": {"spec", "backends", "registration"},
     "_info": {"", "_native", "backends", "registration"},
 }

@@ -21,6 +21,10 @@ def shuffled(pages, seed=0):
     return torch.randperm(pages, generator=torch.Generator().manual_seed(seed))
 
 
+def carried(scores, slots):
+    return {"best_scores": scores, "best_slots": slots}
+
+
 @pytest.mark.parametrize("tokens", [1, 9, 40, 150])
 @pytest.mark.parametrize("rounded", [False, True])
 def test_the_order_of_pages_does_not_matter(backend, tokens, rounded):
@@ -43,12 +47,12 @@ def test_runs_that_carry_what_was_found_are_one_search(backend, tokens, run, rou
     query, whole = randn(B, tokens, K), randn(B, F * S, K, seed=1)
     if rounded:
         query, whole = query.round(), whole.round()
-    pages, best = shuffled(F), None
+    pages, best = shuffled(F), {}
     for first in range(0, F, run):
         part = pages[first : first + run]
-        best = mk.paged_topk_search(query, memory(part, whole), part, 20, scale=1.0, best=best, backend=backend)
-    assert best is not None
-    scores, slots = best
+        found = mk.paged_topk_search(query, memory(part, whole), part, 20, scale=1.0, **best, backend=backend)
+        best = carried(*found)
+    scores, slots = found
     wanted = mk.topk_search(query, whole, 20, scale=1.0, backend="reference")
     assert torch.equal(slots, wanted[1])
     close(scores, wanted[0])
@@ -75,7 +79,9 @@ def test_slot_numbers_of_a_large_memory(backend, page, tokens):
     found = mk.paged_topk_search(query, memory(pages, whole), near, k, scale=1.0, backend=backend)
     wanted = mk.topk_search(query, whole, k, scale=1.0, backend="reference")
     assert torch.equal(found[1], wanted[1] + (page // S - 3) * S) and torch.equal(found[0], wanted[0].float())
-    again = mk.paged_topk_search(query, memory(pages[:1], whole), pages[:1], k, scale=1.0, best=found, backend=backend)
+    again = mk.paged_topk_search(
+        query, memory(pages[:1], whole), pages[:1], k, scale=1.0, **carried(*found), backend=backend
+    )
     assert (again[0] >= found[0]).all()
 
 
@@ -83,7 +89,9 @@ def test_numbers_of_infinity_and_nan(backend):
     """NaN ranks first, an infinite score before finite ones, in what was found before too; -inf is nothing."""
     query, keys = torch.ones(1, 1), torch.tensor([[1.0], [torch.inf], [2.0], [torch.nan]]).view(2, 2, 1)
     best = torch.tensor([[torch.nan, 3.0, -torch.inf, 9.0, 0.0]]), torch.tensor([[100, 101, 102, -1, 103]])
-    scores, slots = mk.paged_topk_search(query, keys, torch.tensor([5, 3]), 5, scale=1.0, best=best, backend=backend)
+    scores, slots = mk.paged_topk_search(
+        query, keys, torch.tensor([5, 3]), 5, scale=1.0, **carried(*best), backend=backend
+    )
     assert slots.tolist() == [[7, 100, 11, 101, 6]]
     assert scores[0, :2].isnan().all() and scores[0, 2:].tolist() == [torch.inf, 3.0, 2.0]
 
@@ -103,7 +111,7 @@ def test_the_gradient_reaches_chosen_rows_and_earlier_scores(backend):
     query = randn(T, K, dtype=torch.float64).requires_grad_()
     keys = memory(pages, whole).requires_grad_()
     first = mk.paged_topk_search(query, keys[:cut], pages[:cut], k, backend=backend)
-    scores, slots = mk.paged_topk_search(query, keys[cut:], pages[cut:], k, best=first, backend=backend)
+    scores, slots = mk.paged_topk_search(query, keys[cut:], pages[cut:], k, **carried(*first), backend=backend)
     weights = randn(T, k, seed=3, dtype=torch.float64)
     got = torch.autograd.grad((scores * weights).sum(), [query, keys])
     once, at = mk.paged_topk_search(query, keys, pages, k, backend="reference")
@@ -114,10 +122,8 @@ def test_the_gradient_reaches_chosen_rows_and_earlier_scores(backend):
 
 def test_best_must_be_whole(backend):
     query, keys, pages = randn(T, K).float(), randn(F, S, K).float(), torch.arange(F)
-    with pytest.raises(TypeError, match=r"^paged_topk_search: best must be a pair \(scores, slots\), got Tensor$"):
-        mk.paged_topk_search(query, keys, pages, k, best=query, backend=backend)
     with pytest.raises(ValueError, match=r"^paged_topk_search: best_slots must be \[..., T=9, k=6\], got \[9, 3\]$"):
-        best = torch.zeros(T, k), torch.zeros(T, 3, dtype=torch.int64)
-        mk.paged_topk_search(query, keys, pages, k, best=best, backend=backend)
-    with pytest.raises(TypeError, match="^paged_topk_search: best must have both scores and slots, got None"):
-        mk.paged_topk_search(query, keys, pages, k, best=(torch.zeros(T, k), None), backend=backend)
+        best = carried(torch.zeros(T, k), torch.zeros(T, 3, dtype=torch.int64))
+        mk.paged_topk_search(query, keys, pages, k, **best, backend=backend)
+    with pytest.raises(TypeError, match="^paged_topk_search: best_scores and best_slots must come together, got None "):
+        mk.paged_topk_search(query, keys, pages, k, best_scores=torch.zeros(T, k), backend=backend)

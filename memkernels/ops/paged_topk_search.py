@@ -1,7 +1,7 @@
 """paged_topk_search: topk_search over pages of slots that lie in any order, begun with what an earlier call found.
 
     slot(f, j) = S * pages[f] + j,      s[t, f, j] = scale * <query_t, key_fj> + slot_mask_fj
-    scores, slots = the k largest over all (f, j) and those of ``best``, best first, ties to the smaller slot number
+    scores, slots = the k largest over all (f, j) and those of ``best_slots``, best first, ties to the smaller slot number
 
 Sources: Johnson et al. 2017, Billion-scale similarity search with GPUs (exact search by selection fused into the
 product); Kwon et al. 2023, Efficient Memory Management for Large Language Model Serving with PagedAttention (a table
@@ -111,7 +111,8 @@ def paged_topk_search(
     scale: float | Tensor | None = None,
     slot_mask: Tensor | None = None,
     key_scale: Tensor | None = None,
-    best: tuple[Tensor, Tensor] | None = None,
+    best_scores: Tensor | None = None,
+    best_slots: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The ``k`` slots with the largest scores for every token, of slots that lie in pages in any order. Exact.
@@ -124,29 +125,29 @@ def paged_topk_search(
         pages: int64 ``[..., F]``, the page that lies in each frame, each at most once; -1: none, the frame is not read.
         k: how many. scale: as in :func:`softmax_read`. slot_mask: ``[..., F, S]``, bool or float.
         key_scale: ``[..., F, S]``, as in :func:`softmax_read`.
-        best: what a call over other pages of the same memory returned, for the same tokens. The result is then the best
-            of both, and few of the new scores pass the threshold that the old ones set: a memory that is read in runs
-            costs about what it costs at once.
+        best_scores, best_slots: what a call over other pages of the same memory returned, for the same tokens. The
+            result is then the best of both, and few of the new scores pass the threshold that the old ones set: a
+            memory that is read in runs costs about what it costs at once.
         backend: as in :func:`softmax_read`.
 
     Returns:
         ``(scores [..., T, k] in float32, float64 for float64; slots [..., T, k] int64)``, best first, equal scores by
         smaller slot number, wherever its page lies. Slot -1 and score -inf where fewer than k slots are addressable.
-        Scores are differentiable in query, keys, a float mask and the scores of ``best``. A NaN score ranks above all
+        Scores are differentiable in query, keys, a float mask and ``best_scores``. A NaN score ranks above all
         others, as in :func:`topk_search`.
 
     Raises:
-        ValueError: k < 1, or a shape or device does not fit. TypeError: a dtype does not fit, or ``best`` is no pair.
+        ValueError: k < 1, or a shape or device does not fit. TypeError: a dtype does not fit, or one of
+        ``best_scores`` and ``best_slots`` comes without the other.
 
     Source: Johnson et al. 2017, Billion-scale similarity search with GPUs; Kwon et al. 2023, Efficient Memory
     Management for Large Language Model Serving with PagedAttention.
     """
     k = neighbours("paged_topk_search", k)
-    if best is not None and not (isinstance(best, tuple) and len(best) == 2):
-        raise TypeError(f"paged_topk_search: best must be a pair (scores, slots), got {type(best).__name__}")
-    found = (None, None) if best is None else best
-    if (found[0] is None) != (found[1] is None):
-        raise TypeError("paged_topk_search: best must have both scores and slots, got None for one of them")
-    op, tensors = choose(OP, COMPRESSED, [query, keys, pages, slot_mask, *found], {"keys": key_scale})
+    if (best_scores is None) != (best_slots is None):
+        absent = "best_scores" if best_scores is None else "best_slots"
+        raise TypeError(f"paged_topk_search: best_scores and best_slots must come together, got None for {absent}")
+    tensors = [query, keys, pages, slot_mask, best_scores, best_slots]
+    op, tensors = choose(OP, COMPRESSED, tensors, {"keys": key_scale})
     tensors, factor = scaled(op, tensors, scale, "paged_topk_search")
     return call(op, tensors, (k, factor), backend)

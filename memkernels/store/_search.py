@@ -54,6 +54,7 @@ def nothing(query: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def _run(engine: Engine, query: Tensor, k: int, scale, packed: np.ndarray, run: Run, best) -> tuple[Tensor, Tensor]:
     """The best of one run and of what was found before."""
     size = engine.page_slots
+    found = {} if best is None else {"best_scores": best[0], "best_slots": best[1]}
     scales, mask = run.scales["keys"], _rows.mask(packed, run.pages, size)
     return ops.paged_topk_search(
         query,
@@ -63,7 +64,7 @@ def _run(engine: Engine, query: Tensor, k: int, scale, packed: np.ndarray, run: 
         scale=scale,
         slot_mask=None if mask is None else mask.unflatten(0, (-1, size)),
         key_scale=None if scales is None else scales.to(exact(query.dtype)).unflatten(0, (-1, size)),
-        best=best,
+        **found,
     )
 
 

@@ -37,7 +37,7 @@ assert_type(mk.slot_usage(q, k, lse), Tensor)
 assert_type(mk.merge_reads([q, q], [lse, lse]), Pair)
 assert_type(mk.topk_search(q, k, 2), Pair)
 assert_type(mk.product_key_search(q, subkeys, 2), Pair)
-assert_type(mk.paged_topk_search(q, subkeys, pages, 2, best=mk.topk_search(q, k, 2)), Pair)
+assert_type(mk.paged_topk_search(q, subkeys, pages, 2, best_scores=lse, best_slots=index), Pair)
 
 # The same for writes, their forms in place too.
 new_values: Tensor = mk.gated_write(v, k, q, q, erase=0.5)
