@@ -154,9 +154,13 @@ def test_use_outlives_the_process_where_it_is_saved(tmp_path):
         assert used(bounded) == saved
         with pytest.raises(StoreError, match="mode='r'"):
             bounded.save()
-    with MemoryStore.open(tmp_path / "s") as store:
+    with MemoryStore.open(tmp_path / "s", mode="w") as store:
         (tmp_path / "s" / "slot.use").unlink()
         assert used(BoundedStore(store, 5)) == dict.fromkeys((0, 1, 2, 5, 6), 1.0)
+        BoundedStore(store, 5).save()  # sees all of them
+        bounded = BoundedStore(store, 5, decay=0.5)
+        bounded.sparse_read(torch.tensor([[0]]), torch.ones(1, 1))
+        assert used(bounded) == {0: 1.5, 1: 0.5, 2: 0.5, 5: 0.5, 6: 0.5}
 
 
 def test_a_changed_file_of_use_is_refused(tmp_path):
