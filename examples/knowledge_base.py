@@ -114,17 +114,17 @@ class Reader(nn.Module):
         return torch.cat([known.unsqueeze(-1) + among, unknown.unsqueeze(-1)], -1)
 
 
-def train(countries: list[str], answers: list[str], steps: int = 250) -> Reader:
-    """Each step tells 536 facts, then asks about 64 of them and about 64 that it did not tell."""
+def train(countries: list[str], answers: list[str], steps: int = 150) -> Reader:
+    """Each step tells 256 facts, then asks about 64 of them and about 64 that it did not tell."""
     generator = torch.Generator().manual_seed(1)
     reader = Reader()
     optimizer = torch.optim.Adam(reader.parameters(), lr=1e-2)
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = 1e-2 * (1 - step / steps)
-        some = [countries[i] for i in torch.randperm(len(countries), generator=generator)[:150]]
+        some = [countries[i] for i in torch.randperm(len(countries), generator=generator)[:80]]
         facts = make_facts(some, answers, generator)
-        told, asked = facts[:536], facts[472:]
+        told, asked = facts[:256], facts[192:]
         keys, values = reader.keys(told), vectors(told.answers)
         read, lse = softmax_read(reader.queries(asked), keys, values, scale=1.0, return_lse=True)
         wanted = torch.tensor([answers.index(answer) for answer in asked.answers[:64]] + 64 * [len(answers)])
@@ -228,7 +228,7 @@ def draw(path: str | Path, measured: dict[str, dict[str, float]]) -> None:
         left = [a + b for a, b in zip(left, shares)]
     axes.invert_yaxis()
     axes.set_xlabel("share of the answers")
-    axes.legend(loc="lower right")
+    figure.legend(loc="outside upper right", ncols=3)
     figure.savefig(path, dpi=120)
 
 
