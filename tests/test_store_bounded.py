@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+import struct
 
 import pytest
 import torch
 from store_support import K, V, abandon, best, new, rows, scores
 
 from memkernels.store import BoundedStore, MemoryStore, StoreDamaged, StoreError
+from memkernels.store._crc import crc32c
 
 
 class Law:
@@ -175,6 +177,9 @@ def test_a_changed_file_of_use_is_refused(tmp_path):
             file.write_bytes(data)
             with pytest.raises(StoreDamaged, match=r"slot.use: its crc32c is wrong; remove .*slot.use to begin"):
                 BoundedStore(store, 3)
+        body = struct.pack("<Qqd", 1, -1, 9.0)  # whole, but of no slot
+        file.write_bytes(body + struct.pack("<I", crc32c(body)))
+        assert used(BoundedStore(store, 3)) == dict.fromkeys(range(3), 1.0)
         file.write_bytes(whole)
         assert used(BoundedStore(store, 3)) == used(bounded)
 

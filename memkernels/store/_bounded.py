@@ -4,8 +4,8 @@
     u_i <- decay^T u_i + sum_{t,j: slot_tj = i} w_tj  when T tokens read slots [..., T, k] with weights w
     evicted: the smallest u_i of the live slots, equal ones by smaller slot
 
-Sources: Arlitt et al. 2000, Evaluating content management techniques for Web proxy caches (least frequently used
-eviction with aging); the same use as that of :class:`memkernels.nn.SlotUse`, for a memory in tensors.
+Source: Lee et al. 2001, LRFU: a spectrum of policies that subsumes the least recently used and least frequently used
+policies. Time goes by tokens; for a memory in tensors, :class:`memkernels.nn.SlotUse` counts the same.
 
 What is kept is u_i * unit, where the unit grows by decay^-T: a read costs what it touches, not the slots of the store.
 """
@@ -31,7 +31,7 @@ LARGEST = 1e100  # of the unit; a sum of weights beside it is finite
 
 
 class BoundedStore:
-    """A :class:`MemoryStore` that keeps at most ``max_slots`` live slots: least frequently used eviction with aging.
+    """A :class:`MemoryStore` of at most ``max_slots`` live slots: evicts what is used least, by use that decays (LRFU).
 
     Reads through this object count use. An append evicts in the same commit what would be too many: the slots of least
     use, equal ones by smaller slot, never one of those that it appends. The store itself stays open to all other calls.
@@ -43,7 +43,8 @@ class BoundedStore:
     Args:
         store: open for writing; open for reading, it counts reads, and appends raise.
         max_slots: live slots after an append; at least 1. A store that has more loses them at the next append.
-        decay: factor per token by which earlier use counts less, in (0, 1].
+        decay: factor per token by which earlier use counts less, in (0, 1]. 1 evicts what is used least frequently; the
+            smaller it is, the more what is used least recently.
 
     Raises:
         TypeError: ``store`` or ``max_slots`` of another type. ValueError: ``max_slots`` below 1, ``decay`` outside
@@ -64,7 +65,7 @@ class BoundedStore:
         self._unit = 1.0
         self._counted = np.zeros(0)  # use in units by slot number, NaN where a slot was not seen yet
         slots, use = _load(store.path)
-        known = slots < store.capacity  # a compaction may have taken the last numbers back
+        known = (slots >= 0) & (slots < store.capacity)  # a compaction may have taken the last numbers back
         self._grow(store.capacity)
         self._counted[slots[known]] = use[known]
 
@@ -173,7 +174,7 @@ class BoundedStore:
         engine = self._engine
         with engine.lock:
             self.store._ready("append", write=True)
-            count = len(keys) if isinstance(keys, Tensor) and keys.dim() == 2 else 0  # else the store says what it wants
+            count = len(keys) if isinstance(keys, Tensor) and keys.dim() == 2 else 0  # else the store refuses them
             if count > self.max_slots:
                 raise ValueError(f"append: keys must have at most max_slots={self.max_slots} rows, got {count}")
             inside = engine.staged is not None
