@@ -151,11 +151,23 @@ class Server:
         return [[*self.answers, "unknown"][i] for i in best], slots, weights
 
     def share(self, facts: Facts, other: Facts | None = None, where=None) -> dict[str, float]:
-        """How many of the answers are those of ``facts``, those of ``other``, and "unknown"."""
-        given, count = self.ask(facts, where)[0], len(facts.answers)
-        found = {"right": sum(a == b for a, b in zip(given, facts.answers)) / count}
-        found["other"] = sum(a == b for a, b in zip(given, other.answers)) / count if other else 0.0
-        return {**found, "unknown": given.count("unknown") / count}
+        """How many of the answers are those of ``facts``, those of ``other``, and "unknown".
+
+        cited: how many are what the metadata of the slot that was read most say.
+        """
+        given, slots, _ = self.ask(facts, where)
+        said = [meta["text"] for meta in self.store.meta(slots[:, 0])]
+        found = {
+            "right": [a == b for a, b in zip(given, facts.answers)],
+            "other": [a == b for a, b in zip(given, other.answers)] if other else [],
+            "unknown": [answer == "unknown" for answer in given],
+            "cited": [a == b for a, b in zip(texts(facts._replace(answers=given)), said)],
+        }
+        return {kind: sum(those) / len(given) for kind, those in found.items()}
+
+
+def texts(facts: Facts) -> list[str]:
+    return [f"the {RELATIONS[relation]} of {country} is {answer}" for country, relation, answer in zip(*facts)]
 
 
 def tell(reader: Reader, store: MemoryStore, facts: Facts, source: str, year: int) -> Tensor:
@@ -164,10 +176,7 @@ def tell(reader: Reader, store: MemoryStore, facts: Facts, source: str, year: in
 
 
 def documents(facts: Facts, source: str, year: int) -> list[dict]:
-    return [
-        {"text": f"the {RELATIONS[relation]} of {country} is {answer}", "source": source, "year": year}
-        for country, relation, answer in zip(*facts)
-    ]
+    return [{"text": text, "source": source, "year": year} for text in texts(facts)]
 
 
 def changes(reader: Reader, folder: str, countries: list[str], answers: list[str]) -> dict[str, dict[str, float]]:
@@ -240,9 +249,9 @@ def main(path: str | Path | None = None) -> dict[str, dict[str, float]]:
     reader = train(countries[:TRAINED], answers[:ANSWERS])
     with tempfile.TemporaryDirectory() as folder:
         measured = changes(reader, folder, countries[TRAINED:], answers[ANSWERS:])
-    print(f"\n{'':34}{'right':>8}{'other':>8}{'unknown':>9}")
+    print(f"\n{'':34}{'right':>8}{'other':>8}{'unknown':>9}{'cited':>8}")
     for name, row in measured.items():
-        print(f"{name:34}{row['right']:8.1%}{row['other']:8.1%}{row['unknown']:9.1%}")
+        print(f"{name:34}{row['right']:8.1%}{row['other']:8.1%}{row['unknown']:9.1%}{row['cited']:8.1%}")
     if path is not None:
         draw(path, measured)
         print(f"picture: {Path(path).resolve()}")
