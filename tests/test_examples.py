@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 
 import pytest
+import torch
 from support import ROOT
 
 EXAMPLES = {path.stem: path for path in sorted((ROOT / "examples").glob("*.py"))}
@@ -46,7 +47,47 @@ def slots_read(tmp_path):
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
 
 
-CHECKS = {check.__name__: check for check in (question_answering, dialogue_memory, continual_learning, slots_read)}
+def knowledge_base(tmp_path):
+    pytest.importorskip("matplotlib")
+    measured = run("knowledge_base", tmp_path / "picture.png")
+    known = ("facts that are stored", "added", "corrected", "disputed, of the atlas", "disputed, of the forum")
+    known += ("disputed, until 2020", "the forum is deleted, no filter", "facts that never changed")
+    for name in known:
+        assert measured[name]["right"] >= 0.97 and measured[name]["other"] == 0, name
+        assert measured[name]["cited"] >= 0.97, "the slot that was read most says where the answer is from"
+    for name in ("facts that nobody told", "to be added, before", "deleted"):
+        assert measured[name]["unknown"] >= 0.9 and measured[name]["right"] <= 0.01, name
+        assert measured[name]["other"] <= 0.01 and measured[name]["cited"] == 0, name
+    assert 0.3 < measured["disputed, no filter"]["right"] < 0.7, "without a filter either source may win"
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+def larger_than_memory(tmp_path):
+    pytest.importorskip("matplotlib")
+    pages, budget = 32, 32**2 * (128 << 10) // 8
+    walks = run("larger_than_memory", tmp_path / "picture.png", pages, 16, 120)
+    without, ahead = walks["without prefetch"], walks["with prefetch"]
+    assert torch.equal(without.track, ahead.track), "prefetch changes what is in memory, not what is read"
+    assert without.track.flatten(0, 1).div(16).floor().unique(dim=0).shape[0] > pages**2 // 8, "they fit in memory"
+    assert without.hit_rate < 0.97 and ahead.hit_rate > 0.985
+    for walked in walks.values():
+        assert budget // 2 < walked.resident_bytes <= budget and walked.peak_bytes <= budget + (64 << 20)
+        assert walked.bytes_read > budget
+    assert ahead.bytes_read < 1.25 * without.bytes_read, "what is prefetched is mostly read"
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+CHECKS = {
+    check.__name__: check
+    for check in (
+        question_answering,
+        dialogue_memory,
+        continual_learning,
+        slots_read,
+        knowledge_base,
+        larger_than_memory,
+    )
+}
 
 
 @pytest.mark.parametrize("name", CHECKS)

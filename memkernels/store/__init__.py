@@ -5,8 +5,18 @@ slots = store.append(keys, values)
 read = store.topk_read(query, k=32)
 """
 
+from ._bounded import BoundedStore
 from ._errors import StoreBusy, StoreDamaged, StoreError, StoreFormat, StoreFull
 from ._store import MemoryStore
 from ._verify import Fault
 
-__all__ = ["Fault", "MemoryStore", "StoreBusy", "StoreDamaged", "StoreError", "StoreFormat", "StoreFull"]
+__all__ = [
+    "BoundedStore",
+    "Fault",
+    "MemoryStore",
+    "StoreBusy",
+    "StoreDamaged",
+    "StoreError",
+    "StoreFormat",
+    "StoreFull",
+]

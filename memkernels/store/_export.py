@@ -56,23 +56,12 @@ def export(engine: Engine, path: Path) -> None:
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     offsets = {name: offset + 8 + len(text) for name, offset in offsets.items()}
-    making = path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}")
-    with _io.writing(str(path)):
-        fd = os.open(making, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-        try:
-            _io.write_all(fd, struct.pack("<Q", len(text)) + text, 0)
-            _write_rows(engine, fd, offsets)
-            _io.write_all(fd, live.astype("<i8"), offsets["slots"])
-            for line in _lines(engine, live):
-                offsets["meta"] += _io.write_all(fd, line, offsets["meta"])
-            os.fsync(fd)
-            os.rename(making, path)
-            _io.sync_directory(path.parent)
-        except BaseException:
-            making.unlink(missing_ok=True)
-            raise
-        finally:
-            os.close(fd)
+    with _io.new_file(path) as fd:
+        _io.write_all(fd, struct.pack("<Q", len(text)) + text, 0)
+        _write_rows(engine, fd, offsets)
+        _io.write_all(fd, live.astype("<i8"), offsets["slots"])
+        for line in _lines(engine, live):
+            offsets["meta"] += _io.write_all(fd, line, offsets["meta"])
 
 
 def _write_rows(engine: Engine, fd: int, offsets: dict[str, int]) -> None:

@@ -126,6 +126,24 @@ def new_directory(path: Path) -> Iterator[Path]:
             raise
 
 
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[int]:
+    """A descriptor of what is at ``path`` when the block ends well: whole and durable, or what was there before."""
+    making = path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}")
+    with writing(str(path)):
+        fd = os.open(making, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        try:
+            yield fd
+            os.fsync(fd)
+            os.rename(making, path)
+            sync_directory(path.parent)
+        except BaseException:
+            making.unlink(missing_ok=True)
+            raise
+        finally:
+            os.close(fd)
+
+
 def remove_tree(path: Path) -> None:
     """A directory that this process made."""
     import shutil
