@@ -1,7 +1,7 @@
 """paged_topk_search: topk_search over pages of slots that lie in any order, begun with what an earlier call found.
 
     slot(f, j) = S * pages[f] + j,      s[t, f, j] = scale * <query_t, key_fj> + slot_mask_fj
-    scores, slots = the k largest over all (f, j) and those of ``best_slots``, best first, ties to the smaller slot number
+    scores, slots = the k largest over all (f, j) and of the best found before, ties to the smaller slot number
 
 Sources: Johnson et al. 2017, Billion-scale similarity search with GPUs (exact search by selection fused into the
 product); Kwon et al. 2023, Efficient Memory Management for Large Language Model Serving with PagedAttention (a table
