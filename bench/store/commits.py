@@ -40,7 +40,7 @@ class Raw:
         """Rows of the last commit."""
         with open(self.path, "rb") as file:
             file.seek(-self.last, os.SEEK_END)
-            data = np.frombuffer(file.read(), np.uint8)
+            data = np.frombuffer(bytearray(file.read()), np.uint8)
         return data[slots.nbytes :].reshape(len(slots), -1)
 
     def close(self) -> None:
@@ -79,7 +79,7 @@ class Draw:
 
     def next(self, count: int) -> None:
         self.slots = self.random.choice(len(self.rows), count, replace=False)
-        self.new = self.rows[self.random.choice(len(self.rows), count)]
+        self.new = self.rows[self.random.integers(len(self.rows), size=count)]
 
     def commit(self, table) -> Callable:
         """A commit of what was drawn; returns what must be read."""
@@ -93,7 +93,7 @@ class Draw:
 
 def commit(setting: Setting) -> Iterator[Finding]:
     """``write`` of a few scattered slots, whole: it returns when they are durable."""
-    memory = Memory.make(setting, "commits", *normal(setting.size(1 << 18, 1 << 12), 64, 64, seed=3))
+    memory = Memory.make(setting, "commits", *normal(setting.size(1 << 20, 1 << 12), 64, 64, seed=3))
     rows, absent = rows_of(memory), missing(LMDB)
     tables = {"own": Own(memory), RAW: Raw(setting.folder / "raw")}
     if not absent:

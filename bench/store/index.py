@@ -33,7 +33,7 @@ def clustered(count: int, centres: Tensor, seed: int) -> Tensor:
 
 
 def index(setting: Setting) -> Iterator[Finding]:
-    """The approximate search with 5% of the slots changed since the index was built: consecutive ones, then scattered."""
+    """The approximate search, 5% of the slots changed since the index was built: consecutive ones, then scattered."""
     if absent := missing("faiss"):
         yield lacking("approximate topk_search", EXACT, least(4), absent)
         return

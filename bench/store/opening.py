@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 import sqlite3
 from collections.abc import Iterator
@@ -58,7 +59,7 @@ def opening(setting: Setting) -> Iterator[Finding]:
         elif not np.array_equal(found, np.tile(entries, 2)):
             raise Wrong("the rows are not those of the table")
 
-    contest = Contest(f"opening {slots:,} slots".replace(",", " "), own, check)
+    contest = Contest(f"opening {slots:,} slots".replace(",", " "), own, check, before=gc.collect)
     contest.enter(ROWS_OF_SQLITE, lambda: load_rows(rows))
     contest.run(setting.seconds)
     told = contest.against(ROWS_OF_SQLITE, TOLD, clock="processor")

@@ -28,7 +28,7 @@ def missing(name: str) -> str:
 
 def versions() -> dict[str, str]:
     """Of what is installed, and of what the store itself stands on."""
-    found = {"SQLite": sqlite3.sqlite_version, "crc32c": _crc.SOURCE}
+    found = {"SQLite": sqlite3.sqlite_version, "crc32c": f"by {_crc.SOURCE}"}
     for name, (_, package) in PACKAGES.items():
         if not missing(name):
             found[name] = importlib.metadata.version(package)

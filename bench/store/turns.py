@@ -1,4 +1,4 @@
-"""Calls timed in turns. Each round gives one ratio, which a slow second of the machine does not change: both were in it."""
+"""Calls timed in turns. Each round gives one ratio; a second in which the machine is slow slows both sides of it."""
 
 from __future__ import annotations
 
