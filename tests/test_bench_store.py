@@ -17,7 +17,7 @@ from bench.store import command, large, report, space, sparse
 from bench.store.contest import Contest
 from bench.store.finding import TOLD, Finding, Goal, Wrong, least, most, summary
 from bench.store.peers import PACKAGES, missing
-from bench.store.traces import belady, lru, record
+from bench.store.traces import belady, clustered, lru, scattered
 from bench.store.turns import Times, take_turns
 from memkernels.store import MemoryStore
 
@@ -197,11 +197,21 @@ def test_lru_by_hand():
     assert lru(pages, 2) == 1 and belady(pages, 2) == 2
 
 
-def test_a_trace_stays_on_its_topics():
+def test_a_clustered_trace_stays_on_its_topics():
     topics, width = 16, 64
-    trace = record(topics * width, topics, 4096) // width
+    trace = clustered(topics * width, topics, 4096) // width
     assert trace.min() >= 0 and trace.max() < topics
     assert all(len(set(stay)) == 1 for stay in trace.reshape(-1, 64).tolist())
+    assert len(set(trace.tolist())) > topics // 2
+
+
+def test_a_scattered_trace_follows_the_law_anywhere():
+    slots = 1 << 12
+    trace = scattered(slots, 1 << 15)
+    counts = np.sort(np.bincount(trace, minlength=slots))[::-1]
+    assert counts[0] / counts[9] == pytest.approx(10**1.1, rel=0.25)
+    hot = np.argsort(np.bincount(trace, minlength=slots))[-64:] // 64
+    assert len(set(hot.tolist())) > 32, "the hot slots lie on many pages"
 
 
 @pytest.mark.parametrize("slots", [1, 1000, 70_001])

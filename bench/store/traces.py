@@ -1,8 +1,7 @@
 """Hit rate of the tier on two traces, against the best that any replacement could do, computed with the future known.
 
-A trace is recorded from a stream of tokens: topics come by Zipf's law and stay for a while, and a token reads slots of
-its topic. Clustered: a topic's slots were written together and share pages. Scattered: the same reads, the slots of
-all topics mixed.
+Clustered: topics come by Zipf's law and stay for a while; slots of a topic were written together, so they share pages.
+Scattered: slots by Zipf's law, each read for itself, wherever they lie.
 """
 
 from __future__ import annotations
@@ -23,21 +22,27 @@ from .setting import Memory, Setting, normal
 
 BELADY, LRU = "Belady", "LRU"
 SHARE = 0.1  # of the pages that fit
-STAY = 64  # tokens of one topic in a row
+STAY = 64  # reads of one topic in a row
+EXPONENT = 1.1  # of Zipf's law: a little steeper than words in a text
 GOALS = {"clustered": least(0.9), "scattered": least(0.7)}
 
 
-def record(slots: int, topics: int, reads: int) -> np.ndarray:
-    """Slots in the order of their reads, int64 [reads]. Topic and slot within it both follow Zipf's law."""
+def clustered(slots: int, topics: int, reads: int) -> np.ndarray:
+    """Slots in the order of their reads, int64 [reads]. A topic has the same slots side by side, a few of them hot."""
     random = np.random.default_rng(18)
     width = slots // topics
-    first = random.permutation(topics) * width
-    chosen = np.repeat(random.choice(topics, -(-reads // STAY), p=_zipf(topics)), STAY)[:reads]
-    return first[chosen] + random.choice(width, reads, p=_zipf(width))
+    topic = np.repeat(random.choice(topics, -(-reads // STAY), p=_zipf(topics)), STAY)[:reads]
+    return topic * width + random.permutation(width)[random.choice(width, reads, p=_zipf(width))]
+
+
+def scattered(slots: int, reads: int) -> np.ndarray:
+    """The same for slots that have nothing to do with their neighbours."""
+    random = np.random.default_rng(20)
+    return random.permutation(slots)[random.choice(slots, reads, p=_zipf(slots))]
 
 
 def _zipf(count: int) -> np.ndarray:
-    weights = 1 / np.arange(1, count + 1)
+    weights = np.arange(1.0, count + 1) ** -EXPONENT
     return weights / weights.sum()
 
 
@@ -84,12 +89,15 @@ def hits(setting: Setting) -> Iterator[Finding]:
     """Reads of one slot each, a tenth of the pages in memory."""
     count = setting.size(1 << 20, 1 << 12)
     memory = Memory.make(setting, "trace", *normal(count, 8, 8, seed=19))
-    clustered = record(count, setting.size(1 << 10, 1 << 6), setting.size(1 << 16, 1 << 9))
-    places = np.random.default_rng(20).permutation(count)
+    reads = setting.size(1 << 14, 1 << 9)
+    traces = {
+        "clustered": clustered(count, setting.size(64, 16), reads),
+        "scattered": scattered(count, reads),
+    }
     size = setting.page_slots
     frames = max(2, int(SHARE * count / size))
     budget = frames * size * (memory.nbytes // count)
-    for name, trace in {"clustered": clustered, "scattered": places[clustered]}.items():
+    for name, trace in traces.items():
         with MemoryStore.open(memory.path, ram_bytes=budget) as store:
             rows = [store.gather(slot) for slot in torch.from_numpy(trace)]
             counted = store.stats()
