@@ -19,6 +19,7 @@ from bench.store.finding import TOLD, Finding, Goal, Wrong, least, most, summary
 from bench.store.peers import PACKAGES, missing
 from bench.store.traces import belady, clustered, lru, scattered
 from bench.store.turns import Times, take_turns
+from docs import generate
 from memkernels.store import MemoryStore
 
 # What the store promises: row, what it is held against, goal. Against "" a number stands alone.
@@ -101,13 +102,40 @@ def test_a_peer_that_is_absent_is_told(row, name, monkeypatch, tmp_path, capsys)
     assert f"pip install {package}" in capsys.readouterr().out
 
 
-def test_a_wrong_result_has_no_speed(monkeypatch, tmp_path):
-    read = MemoryStore.gather
-    monkeypatch.setattr(MemoryStore, "gather", lambda store, slots: read(store, slots) + 1)
+def more(rows):
+    return rows + 1
+
+
+# Row -> a method of the store, and what spoils its result.
+SPOILT = {
+    "gather": ("gather", more),
+    "topk": ("topk_search", lambda found: (found[0], found[1].roll(1, -1))),
+    "stream": ("topk_search", lambda found: (found[0] * 1.001, found[1])),
+    "softmax": ("softmax_read", lambda read: read * 1.001),
+    "cold": ("gather", more),
+    "commit": ("read", lambda rows: (more(rows[0]), rows[1])),
+    "space": ("read", lambda rows: (rows[0], more(rows[1]))),
+    "open": ("gather", more),
+    "index": ("topk_search", lambda found: (found[0], found[1].roll(1, -1))),
+    "hits": ("gather", more),
+}
+
+
+def test_every_row_has_a_way_to_be_wrong():
+    assert set(SPOILT) == set(command.ROWS) - {"scan"}, "which runs in a process of its own"
+
+
+@pytest.mark.parametrize("row", SPOILT)
+def test_a_wrong_result_has_no_speed(row, monkeypatch, tmp_path):
+    if row == "index" and missing("faiss"):
+        pytest.skip("needs faiss")
+    name, spoil = SPOILT[row]
+    method = getattr(MemoryStore, name)
+    monkeypatch.setattr(MemoryStore, name, lambda *args, **kw: spoil(method(*args, **kw)))
     out = tmp_path / "rows.json"
-    assert main(["store", "--quick", "--only", "gather", "--folder", str(tmp_path), "--out", str(out)]) == 1
-    (row,) = results.load(out)
-    assert row["value"] is row["own"] is None and row["why"].startswith("wrong")
+    assert main(["store", "--quick", "--only", row, "--folder", str(tmp_path), "--out", str(out)]) == 1
+    (told,) = results.load(out)
+    assert told["value"] is told["own"] is None and told["why"].startswith("wrong")
 
 
 # --- contests ---
@@ -166,6 +194,15 @@ def test_a_run_renews_its_rows_alone(tmp_path):
     assert [(row["row"], row["old"]) for row in kept] == [("gather", 0), ("hits", 1), ("large", 0)]
 
 
+def test_results_of_the_store_are_no_results_of_cases(tmp_path, monkeypatch):
+    for name in ("store-machine.json", "crash_lab.json"):
+        results.save([{"row": "gather"}], tmp_path / name)
+    monkeypatch.setattr(results, "DIRECTORY", tmp_path)
+    monkeypatch.setattr(generate, "RESULTS", tmp_path)
+    assert results.committed() == [] and generate.result_files() == []
+    assert [file.name for file in report.files()] == ["store-machine.json"]
+
+
 # --- what rows stand on ---
 
 
@@ -217,12 +254,13 @@ def test_a_scattered_trace_follows_the_law_anywhere():
 @pytest.mark.parametrize("slots", [1, 1000, 70_001])
 def test_a_sparse_store_is_a_whole_one(slots, tmp_path):
     size = 64
-    real = np.array([0])
-    sparse.make(tmp_path / "sparse", slots, 16, size, real)
+    last = (slots - 1) // size
+    sparse.make(tmp_path / "sparse", slots, 16, size, real=np.array([last]))
     with MemoryStore.open(tmp_path / "sparse") as store:
         assert len(store) == store.capacity == slots
         assert store.verify() == []
-        assert not store.gather(torch.tensor([slots - 1])).any()
+        assert store.gather(torch.tensor([slots - 1])).eq(last).all()
+        assert not store.gather(torch.arange(last * size)).any()
         with pytest.raises(IndexError):
             store.gather(torch.tensor([slots]))
     with MemoryStore.open(tmp_path / "sparse", mode="w") as store:

@@ -23,20 +23,19 @@ GROUPS = (reads, searches, cold, commits, space, opening, index, scans, traces)
 ROWS: dict[str, Row] = {name: row for group in GROUPS for name, row in group.ROWS.items()}
 
 
-def measure(rows: dict[str, Row], setting: Setting, where: dict) -> list[dict]:
-    """Every finding as a row of the result file. A row that is wrong says so and has no numbers."""
+def measure(name: str, row: Row, setting: Setting, where: dict) -> list[dict]:
+    """What a row finds, as it stands in the result file. A row that is wrong says so and has no numbers."""
     found = []
-    for name, row in rows.items():
-        begin = time.perf_counter()
-        try:
-            for one in row(setting):
-                found.append(_entry(name, one, where, setting.quick))
-                print(finding.summary(found[-1]), flush=True)
-        except Wrong as error:
-            wrong = Finding(what=row.__doc__.splitlines()[0], peer="", goal=finding.TOLD, why=f"wrong: {error}")
-            found.append(_entry(name, wrong, where, setting.quick))
+    begin = time.perf_counter()
+    try:
+        for one in row(setting):
+            found.append(_entry(name, one, where, setting.quick))
             print(finding.summary(found[-1]), flush=True)
-        print(f"[{name}: {time.perf_counter() - begin:.0f} s]", flush=True)
+    except Wrong as error:
+        wrong = Finding(what=row.__doc__.splitlines()[0], peer="", goal=finding.TOLD, why=f"wrong: {error}")
+        found = [_entry(name, wrong, where, setting.quick)]
+        print(finding.summary(found[-1]), flush=True)
+    print(f"[{name}: {time.perf_counter() - begin:.0f} s]", flush=True)
     return found
 
 
@@ -77,13 +76,16 @@ def main(arguments: list[str]) -> int:
     torch.set_num_threads(options.threads)
     where = {**results.environment("cpu", options.threads), "versions": peers.versions()}
     where["filesystem"] = _io.filesystem(options.folder)
+    path = options.out or (None if options.quick else result_path(where))
     folder = Path(tempfile.mkdtemp(prefix="memkernels-bench-", dir=options.folder))
+    setting, found = Setting(folder, options.quick, options.threads), []
     try:
-        found = measure(rows, Setting(folder, options.quick, options.threads), where)
+        for name, row in rows.items():
+            found += measure(name, row, setting, where)
+            if path is not None:  # after each row, so that what breaks a later one loses nothing
+                results.save(renewed(found, path), path)
     finally:
         shutil.rmtree(folder)
-    path = options.out or (None if options.quick else result_path(where))
     if path is not None:
-        results.save(renewed(found, path), path)
         print(f"written to {path}")
     return int(failed(found))

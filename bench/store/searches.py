@@ -12,7 +12,7 @@ from memkernels.store import MemoryStore
 from . import exact
 from .contest import Contest
 from .direct import Direct
-from .finding import TOLD, Finding, most
+from .finding import TOLD, Finding, Wrong, most
 from .setting import Memory, Setting, normal, warm
 
 TOKENS, BEST = 16, 32
@@ -48,26 +48,21 @@ def streamed(setting: Setting) -> Iterator[Finding]:
     The time of the disk itself is that of reading the same file in order with O_DIRECT, by as many threads.
     """
     memory = setting.memory
-    columns = (memory.keys, memory.values)
-    least_bytes = 2 * sum(setting.page_slots * t.shape[-1] * t.itemsize for t in columns)
-    with MemoryStore.open(memory.path, ram_bytes=least_bytes) as store:
+    two_pages = 2 * setting.page_slots * memory.nbytes // len(memory.keys)
+
+    def whole(got: object) -> None:
+        if got != memory.keys.nbytes:
+            raise Wrong(f"must read {memory.keys.nbytes} bytes, got {got}")
+
+    with MemoryStore.open(memory.path, ram_bytes=two_pages) as store, Direct(memory.path / "keys.pages") as file:
         contest = _search(setting, store, memory, "streamed with checksums")
+        if file.why:
+            contest.lacks(RAW, file.why)
+        else:
+            contest.enter(RAW, file.whole, whole)
         contest.run(setting.seconds)
         yield contest.against(TENSOR, most(2.9))
         yield contest.against(TENSOR, most(2.9), clock="processor")
-        yield from _disk(setting, memory, contest)
-
-
-def _disk(setting: Setting, memory: Memory, contest: Contest) -> Iterator[Finding]:
-    path = memory.path / "keys.pages"
-    with Direct(path) as file:
-        if file.why:
-            contest.lacks(RAW, file.why)
-        elif file.whole() != memory.keys.nbytes:
-            contest.lacks(RAW, "wrong: the file is not as long as the keys")
-        else:
-            contest.calls[RAW] = file.whole
-            contest.run(setting.seconds)
         yield contest.against(RAW, TOLD)
 
 
