@@ -67,15 +67,19 @@ def index(setting: Setting) -> Iterator[Finding]:
 def _compared(setting: Setting, store: MemoryStore, keys: Tensor, stale, centres: Tensor, state: str):
     """Speed and recall. ``stale``: the index itself, which does not know what changed."""
     query = clustered(TOKENS, centres, seed=14)
-    wanted, best = exact.topk(query, keys, BEST)
+    wanted, _ = exact.topk(query, keys, BEST)
 
-    def check(found) -> None:
-        scores, slots = found
-        exact.best(found, query, keys, exact.scores(query, keys).gather(1, slots))
+    def rescored(found: tuple[Tensor, Tensor]) -> None:
+        """Scores are those of their slots, each named once; how many of the best are among them is told below."""
+        exact.best(found, query, keys, exact.scores(query, keys).gather(1, found[1]))
 
     what = f"approximate topk_search of {TOKENS} tokens, k = {BEST}, {state}"
-    contest = Contest(what, lambda: store.topk_search(query, BEST, index="approximate"), check)
-    contest.enter(EXACT, lambda: ops.topk_search(query, keys, BEST))
+    contest = Contest(what, lambda: store.topk_search(query, BEST, index="approximate"), rescored)
+    contest.enter(
+        EXACT,
+        lambda: ops.topk_search(query, keys, BEST),
+        check=lambda found: exact.best(found, query, keys, wanted),
+    )
     contest.enter(FAISS, lambda: stale.search(query.numpy(), BEST), check=lambda _: None)  # its recall is told below
     contest.run(setting.seconds)
     yield contest.against(EXACT, least(4))

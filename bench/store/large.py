@@ -6,6 +6,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -41,7 +42,8 @@ class Content:
         self.keys = torch.randn(PIECE, DIM, generator=generator).to(DTYPE)
         query = torch.randn(TOKENS, DIM, generator=generator)
         self.query = (query / query.norm(dim=1, keepdim=True)).to(DTYPE)
-        self.planted = torch.randperm(count, generator=generator)[: TOKENS * BEST].view(TOKENS, BEST)
+        planted = np.random.default_rng(21).choice(count, TOKENS * BEST, replace=False)
+        self.planted = torch.from_numpy(planted).view(TOKENS, BEST)
         # The farther out the better; a sixteenth apart, which bfloat16 tells from each other.
         self.strength = 24 * (2 - torch.arange(BEST) / 16)
 
