@@ -75,7 +75,7 @@ def test_a_row_has_numbers_or_says_why(run):
         assert row["commit"] and row["torch"] and row["versions"]["SQLite"] and row["threads"] == 1
         assert row["reached"] is None, "a quick run judges nothing"
         if row["value"] is None:
-            assert row["peer"] in PACKAGES and "pip install" in row["why"] or "O_DIRECT" in row["why"], row
+            assert "pip install" in row["why"] or "O_DIRECT" in row["why"], row
         else:
             assert row["own"] > 0 and row["value"] > 0 and not row["why"]
             assert row["theirs"] is None if not row["peer"] else row["theirs"] > 0
