@@ -99,6 +99,13 @@ class Bitmap:
         self.count = 0
 
 
+def numbers(packed: np.ndarray) -> np.ndarray:
+    """The numbers of the bits that are set, in order, int64: few of many."""
+    some = np.flatnonzero(packed)
+    bits = np.flatnonzero(np.unpackbits(packed[some], bitorder="little"))
+    return some[bits >> 3] * 8 + (bits & 7)
+
+
 def runs(numbers: np.ndarray) -> list[slice]:
     """Ascending numbers as slices of those that follow each other."""
     cuts = np.flatnonzero(np.diff(numbers) != 1) + 1

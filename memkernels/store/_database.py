@@ -173,9 +173,7 @@ class Database:
         A map of a billion slots has 15,259 blocks, nearly all of them of one byte. SQLite joins those in one text, and
         their checksums are made together: a twentieth of the time of a row each.
         """
-        short = (
-            "typeof(blob) = 'blob' AND length(blob) = 1 AND typeof(version) = 'integer' AND typeof(crc) = 'integer'"
-        )
+        short = "typeof(blob) = 'blob' AND length(blob) = 1 AND typeof(version) = 'integer' AND typeof(crc) = 'integer'"
         joined = "group_concat(printf('%016x%016x%016x', id, version, crc) || hex(blob), '')"
         ((found,),) = self._blobs("maps", kind, -1, snapshot, f"AND {short}", joined)
         rows = np.frombuffer(bytes.fromhex(found or ""), dtype=np.uint8).reshape(-1, 25)

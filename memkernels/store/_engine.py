@@ -12,6 +12,7 @@ import threading
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -24,6 +25,9 @@ from ._errors import StoreDamaged, StoreError
 from ._extents import PageFile, Pin, oldest_pin
 from ._log import ALIVE, DEAD, KEYS, VALUES, Change, Pending
 from ._tiers import Tier, frames_for
+
+if TYPE_CHECKING:
+    from . import _index
 
 READERS = 4  # threads that read pages
 
@@ -61,6 +65,7 @@ class Engine:
         self.reads = self.commits = self.log_written = 0
         self.buffers: dict[str, list[Pages]] = {}  # of scans: two runs of each column
         self.index: tuple | None = None  # file and contents of the approximate index
+        self.recent: _index.Recent | None = None  # what changed since it was built
         self.indexed: set[str] = set()  # fields of metadata that have an index
         self.seen = -1  # data_version of what is loaded
         if mode == "w":
