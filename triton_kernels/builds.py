@@ -139,29 +139,29 @@ def build(
             divisible, unit = [wide] * len(x), last == 1
         else:
             divisible, unit = [isinstance(y, Tensor) and is_aligned(y) for y in x], False
-        kinds = [single(y, (*path, i), d) for i, (y, d) in enumerate(zip(x, divisible))]
+        described = x[:-1] if unit else x
+        kinds = [single(y, (*path, i), d) for i, (y, d) in enumerate(zip(described, divisible))]
         if unit:
-            at = (*path, len(x) - 1)
-            attributes.pop(at, None)
-            constants[at], kinds[-1] = 1, "constexpr"
+            constants[(*path, len(kinds))] = 1
+            kinds.append("constexpr")
         odd.append(not any(divisible) and not unit and "i64" not in kinds[0])
         return tuple(kinds)
 
-    def described(x, path: tuple, name: str):
+    def argument(x, path: tuple, name: str):
         if isinstance(x, Tensor):
             return single(x, path, is_aligned(x))
         if not isinstance(x, tuple):
             return single(x, path, name in SPECIALISED and isinstance(x, int) and x % 16 == 0)
         if not hasattr(x, "_fields"):
             return tensors(x, path)
-        return type(x)(*(described(y, (*path, i), field) for i, (field, y) in enumerate(zip(x._fields, x))))
+        return type(x)(*(argument(y, (*path, i), field) for i, (field, y) in enumerate(zip(x._fields, x))))
 
     signature = {}
     for i, (param, x) in enumerate(zip(kernel.params, arguments, strict=True)):
         if param.is_constexpr:
             signature[param.name], constants[(i,)] = "constexpr", x
         else:
-            signature[param.name] = described(x, (i,), param.name)
+            signature[param.name] = argument(x, (i,), param.name)
     if any(odd):  # scalar loads take an address each, which ptxas would rather spill than lower the occupancy
         options = options | {"maxnreg": min(255, REGISTERS // (32 * options["num_warps"]))}
     target = GPUTarget("cuda", capability, 32)
