@@ -194,6 +194,11 @@ def paged_rank_kernel(
     )  # fmt: skip
 
 
+def _row(frames: Frames | None) -> str:
+    """The name of the configurations. A search of frames needs more registers than rows of topk_search give it."""
+    return "topk_search" if frames is None else "paged_topk_search"
+
+
 def _many(
     call: Call, query: Tensor, keys: Tensor, slot_mask: Tensor | None, key_scale: Tensor | None, k: int, scale: float,
     frames: Frames | None,
@@ -201,7 +206,7 @@ def _many(
     """The best k ranks ``[B, F * T, k]`` by way of a workspace, for k beyond LARGEST."""
     (T, K), N, count = query.shape[-2:], keys.shape[-2], call.F * query.shape[-2]
     best = torch.full((call.B, count, k), -(2**63), dtype=torch.int64, device=call.device)
-    p, wide = plan("topk_search", K, query, keys, compressed=key_scale is not None), summed(K, query, keys)
+    p, wide = plan(_row(frames), K, query, keys, compressed=key_scale is not None), summed(K, query, keys)
     sources = call.rows(query), call.slots(keys), call.slot_numbers(slot_mask), call.slot_numbers(key_scale)
     kernel, sources = (rank_kernel, sources) if frames is None else (paged_rank_kernel, (*sources, *frames))
     step_n = min(N, max(4 * k, 8192))
@@ -227,8 +232,8 @@ def search(
     scores: Tensor | None, indices: Tensor, weights: Tensor | None, key_scale: Tensor | None = None,
     frames: Frames | None = None,
 ) -> None:  # fmt: skip
-    """Fill the views ``[B0, B1, F, T, k]`` of scores or weights, and of indices, in the order of pages where slots lie in
-    frames."""
+    """Fill the views ``[B0, B1, F, T, k]`` of scores or weights, and of indices: with ``frames``, those in the order of
+    pages."""
     call.require(k >= 1, "k must be at least 1")
     (T, K), N, count = query.shape[-2:], keys.shape[-2], call.F * query.shape[-2]
     if k > LARGEST[bits(query, keys)]:
@@ -240,7 +245,7 @@ def search(
             weights.copy_(shares_tensor(score).view(weights.shape))
         return
     size = max(16, triton.next_power_of_2(k))
-    p, wide = plan("topk_search", K, query, keys, compressed=key_scale is not None), summed(K, query, keys)
+    p, wide = plan(_row(frames), K, query, keys, compressed=key_scale is not None), summed(K, query, keys)
     if size > SHORT_LIST:
         wide = narrowed(wide, NARROW)
     c, inner, block_n = p.config, T if call.F > 1 else None, max(p.config.block_n, size)
