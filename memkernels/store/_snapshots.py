@@ -48,7 +48,11 @@ def create(engine: Writer, name: str) -> None:
 
 def names(engine: Engine) -> list[str]:
     with translated():
-        return [row[0] for row in engine.db.execute("SELECT name FROM snapshots ORDER BY id")]
+        found = engine.db.execute("SELECT name, data, crc FROM snapshots ORDER BY id").fetchall()
+    for name, text, crc in found:
+        if not isinstance(name, str) or not isinstance(text, str) or text_crc(name, text) != crc:
+            raise StoreDamaged(f"{_database.FILE}: snapshots, {name!r}: crc32c is wrong; restore a backup")
+    return [row[0] for row in found]
 
 
 def drop(engine: Writer, name: str) -> None:

@@ -7,6 +7,7 @@ but the number of operations that were acknowledged has to survive a crash.
 from __future__ import annotations
 
 import copy
+import itertools
 import random
 import shutil
 from dataclasses import dataclass, field
@@ -236,7 +237,8 @@ def difference(store: MemoryStore, model: Model) -> str:
     if not slots:
         return ""
     stamps = [model.live[slot] for slot in slots]
-    keys, values = store.read(slots)
+    by_page = [store.read(list(part)) for _, part in itertools.groupby(slots, lambda slot: slot // PAGE)]
+    keys, values = (torch.cat(parts) for parts in zip(*by_page))  # a page at a time needs no threads
     for name, got, at, width in (("key", keys, 0, K), ("value", values, 1, V)):
         wrong = (got != rows(slots, [stamp[at] for stamp in stamps], width)).any(1).nonzero().flatten().tolist()
         if wrong:
