@@ -82,6 +82,7 @@ class Database:
 
     def __init__(self, directory: Path, mode: str, durability: str = "commit"):
         self.path = directory / FILE
+        self.whole = False  # were the trees checked?
         with translated():
             uri = f"file:{urllib.parse.quote(str(self.path))}?mode=rw"
             # Calls of a store run one at a time, so that a connection may serve several threads.
@@ -132,6 +133,15 @@ class Database:
         """Bring the write-ahead log into the file; is it empty now?"""
         with translated():
             return self.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0] == 0
+
+    def check_trees(self) -> None:
+        """Once: damage to a tree of SQLite can hide rows, whose checksums tell only where they are found."""
+        if not self.whole:
+            with translated():
+                (told,) = self.execute("PRAGMA quick_check(1)").fetchone()
+            if told != "ok":
+                raise StoreDamaged(f"{FILE}: is damaged ({told}); restore a backup")
+            self.whole = True
 
     def rollback(self) -> None:
         """Undo the open transaction, which a failed commit may have closed already."""

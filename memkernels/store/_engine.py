@@ -7,6 +7,7 @@ what changed in one consistent view.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from collections import deque
@@ -72,6 +73,7 @@ class Engine:
             if mode == "r":
                 self.pin = Pin(path)
             marked = _mark.check(path)
+            closed = mode == "w" and _mark.closed(path)
             if mode == "w":
                 self.mark_fd = _mark.open_for_writing(path, marked)
             self.db = Database(path, mode, durability)
@@ -90,6 +92,8 @@ class Engine:
                     "restore a backup"
                 )
             if mode == "w":
+                if not closed:
+                    self.db.check_trees()
                 self._find_space()
         except BaseException:
             self.release()
@@ -132,7 +136,9 @@ class Engine:
     # --- generations ---
 
     def mark(self) -> None:
-        os.pwrite(self.mark_fd, _mark.Mark(self.generation).pack(), 0)
+        """Where the system refuses, the mark before stays: it is right too, and the commit is durable without one."""
+        with contextlib.suppress(OSError):
+            os.pwrite(self.mark_fd, _mark.Mark(self.generation).pack(), 0)
 
     def refresh(self, force: bool = False) -> None:
         """See what other processes committed."""

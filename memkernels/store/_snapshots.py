@@ -47,6 +47,7 @@ def create(engine: Writer, name: str) -> None:
 
 
 def names(engine: Engine) -> list[str]:
+    engine.db.check_trees()
     with translated():
         found = engine.db.execute("SELECT name, data, crc FROM snapshots ORDER BY id").fetchall()
     for name, text, crc in found:

@@ -31,6 +31,7 @@ def document(engine: Engine, slot: int) -> str | None:
     table, which = ("snapshot_meta", f"snapshot = {int(engine.snapshot)} AND") if engine.snapshot else ("meta", "")
     row = engine.db.execute(f"SELECT doc, crc FROM {table} WHERE {which} slot = ?", (slot,)).fetchone()
     if row is None:
+        engine.db.check_trees()
         return None
     if not isinstance(row[0], str) or text_crc(slot, row[0]) != row[1]:
         raise StoreDamaged(f"{FILE}: meta, slot {slot}: crc32c is wrong; restore a backup")

@@ -246,8 +246,8 @@ class Writer(Engine):
         """Bring everything into pages and index.db, and say what that must be when it is opened again."""
         self.fold_all()
         whole = self.db.checkpoint()
-        size, crc = _mark.file_crc(self.path / FILE) if whole else (0, 0)
         with _io.writing(_mark.FILE):
+            size, crc = _mark.file_crc(self.path / FILE) if whole else (0, 0)
             os.pwrite(self.mark_fd, _mark.Mark(self.generation, size, crc).pack(), 0)
             os.fdatasync(self.mark_fd)
 

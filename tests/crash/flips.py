@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from memkernels.store import MemoryStore, StoreDamaged, StoreError
+from memkernels.store import MemoryStore, StoreDamaged, StoreError, _database, _engine, _writer
 from memkernels.store._database import COLUMNS
 
 from .history import LOTS, Model, Operation, after, choose, create, difference, filtered, perform, tune
@@ -25,8 +25,9 @@ from .shim import Shim
 KINDS = ("closed", "killed", "killed after a checkpoint")
 DATABASE, WAL = "index.db", "index.db-wal"
 FILES = {"keys.pages": 30, "values.pages": 30, DATABASE: 30, WAL: 15, "generation.mark": 1}  # and how often each
-LONG = 25  # operations of the history
-FEW = 24  # slots that are left before its end
+LONG = 10  # operations of the history before its end
+FEW = 24  # slots that are left then
+BLOCK = 64  # pages of a blob of the page table, in place of 1,024: damage elsewhere is not rare
 CUTS = 0.06  # share of cuts among changes at random
 
 
@@ -43,26 +44,35 @@ class Sound:
         if self.judge() != "no effect":
             raise Broken(f"{kind}: is not sound before the damage")
 
-    def _operations(self, seed: str) -> Iterator:
+    def _operations(self, seed: str) -> Iterator[tuple[Model, Operation]]:
         """A history that ends with few slots, a snapshot, a large commit, and small ones in the log."""
-        model, stamp, wanted = Model(), 0, ["shrink", "snapshot", "commit", "fold", *["commit"] * 3]
-        while wanted:
+        model, stamp = Model(), 0
+        while stamp < LONG or len(model.live) < FEW:
             stamp += 1
             operation = choose(model, seed, stamp)
-            if stamp > LONG and wanted[0] == "shrink":
-                operation = Operation("commit", stamp, (("delete", tuple(sorted(model.live)[FEW:])),))
-            elif operation.kind not in (("commit", "fold", "compact") if stamp <= LONG else wanted[:1]):
-                continue
-            if stamp > LONG:
-                wanted.pop(0)
-            yield model, operation
-            model = after(model, operation)
+            if operation.kind in ("commit", "fold", "compact"):
+                yield model, operation
+                model = after(model, operation)
+        live = sorted(model.live)
+        few, rest = tuple(live[:FEW]), tuple(live[FEW:])
+        for one in (
+            Operation("commit", stamp + 1, (("write", few, "m"), ("append", 1), *[("delete", rest)] * bool(rest))),
+            Operation("snapshot", stamp + 2, name="before"),
+            Operation("commit", stamp + 3, (("write", few, "kv"),)),
+            Operation("fold", stamp + 4, count=64),
+            Operation("commit", stamp + 5, (("write", few[:3], "kvm"),)),
+            Operation("commit", stamp + 6, (("append", 2), ("delete", few[3:4]))),
+            Operation("commit", stamp + 7, (("write", few[5:9], "v"),)),
+        ):
+            yield model, one
+            model = after(model, one)
 
     def _model(self, seed: str) -> Model:
         return after(*list(self._operations(seed))[-1])
 
     def _write(self, seed: str) -> None:
         store = tune(create(self.path))
+        _writer.SMALL = 512
         for model, operation in self._operations(seed):
             if operation.kind == "snapshot":  # all that comes after it stays in the log of SQLite
                 store._engine.db.execute("PRAGMA wal_autocheckpoint=0")
@@ -203,11 +213,13 @@ class Sound:
             self.restore()
 
 
-def run(shim: Shim, folder: Path, count: int, seed: int, headers: int | None = None) -> dict:
-    """``count`` changes at random, and every bit of headers, or ``headers`` of them."""
+def run(shim: Shim, folder: Path, count: int, seed: str, headers: int | None = None, kinds=KINDS) -> dict:
+    """``count`` changes at random, and every bit of headers, or ``headers`` of them, shared by the kinds of stores."""
+    for module in (_database, _engine, _writer):
+        module.BLOCK = BLOCK
     told: Counter[str] = Counter()
-    for kind in KINDS:
-        store = Sound(folder, kind, str(seed))
+    for kind in kinds:
+        store = Sound(folder, kind, seed)
         bits = sorted(set(store.every_bit()))
         for name, bit in bits if headers is None else store.draw.sample(bits, headers // len(KINDS)):
             told["header flips"] += 1

@@ -54,7 +54,7 @@ def until_killed(work, seconds: float | None) -> int:
     return told.count(b"a")
 
 
-def run(shim: Shim, folder: Path, count: int, seed: int) -> dict:
+def run(shim: Shim, folder: Path, count: int, seed: str) -> dict:
     told = {"kills": count, "acknowledged": 0, "in flight, there": 0, "in flight, not there": 0, "lost": 0, "torn": 0}
     draw, path = random.Random(seed), folder / WRITE
     for kill in range(count):
@@ -67,12 +67,12 @@ def run(shim: Shim, folder: Path, count: int, seed: int) -> dict:
         nth = draw.randrange(1, CALLS) if by_call else 0
         here, first = model, stamp
         done = until_killed(
-            lambda told, here=here, first=first, nth=nth: write(shim, path, here, str(seed), first, told, nth),
+            lambda told, here=here, first=first, nth=nth: write(shim, path, here, seed, first, told, nth),
             None if by_call else draw.uniform(0, LONGEST),
         )
         for _ in range(done):
-            model, stamp = after(model, choose(model, str(seed), stamp)), stamp + 1
-        operation = choose(model, str(seed), stamp)
+            model, stamp = after(model, choose(model, seed, stamp)), stamp + 1
+        operation = choose(model, seed, stamp)
         what = f"kill {kill} of seed {seed}, in operation {stamp}, {operation.kind}"
         allowed = [model, after(model, operation)]
         there = judge(path, allowed, what)

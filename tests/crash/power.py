@@ -45,7 +45,7 @@ def history(seed: str) -> tuple[list[tuple[Model, Operation]], list[Model]]:
     return operations, models
 
 
-def run(shim: Shim, folder: Path, count: int, seed: int) -> dict:
+def run(shim: Shim, folder: Path, count: int, seed: str) -> dict:
     told = {"cuts": 0, "histories": 0, "calls traced": 0, "before the store was there": 0}
     told |= {"writes lost": 0, "torn": 0, "lost": 0, "entries lost": 0}
     while told["cuts"] < count:

@@ -3,8 +3,9 @@
 // Loaded with LD_PRELOAD, so that calls of SQLite and of Python pass through alike. A call counts when its file lies
 // under the watched directory. A counted call may be
 //     recorded    kind, descriptor, offset, size and bytes, in the order in which the system took them
-//     refused     with an errno, once or from then on; a refused write has written half of its bytes, but for EINTR
-//     the last    the process is killed in it; a write has written half of its bytes
+//     refused     with an errno, once, or from then on whatever takes room
+//     the last    the process is killed in it
+// A write that is refused or the last has written half of its bytes, where it is not within a sector, and not for EINTR.
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -21,7 +22,7 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
-enum { DESCRIPTORS = 4096 };
+enum { DESCRIPTORS = 4096, SECTOR = 512 };
 enum Kind { OPEN, CLOSE, WRITE, TRUNCATE, SYNC, RENAME, UNLINK, MKDIR, RMDIR, NOTE };
 enum Fate { GOES, REFUSED, LAST };
 
@@ -85,15 +86,15 @@ static void record(enum Kind kind, int fd, int64_t offset, const void *data, siz
 
 void lab_note(long number) { record(NOTE, -1, number, NULL, 0); }
 
-static enum Fate fate(void) {
+static enum Fate fate(int takes_room) {
   ++calls;
   if (calls == kill_at) return LAST;
-  return refuse_at > 0 && (calls == refuse_at || (lasting && calls > refuse_at)) ? REFUSED : GOES;
+  return refuse_at > 0 && (calls == refuse_at || (lasting && takes_room && calls > refuse_at)) ? REFUSED : GOES;
 }
 
 // For a call that does all of its work or none of it: shall it fail?
-static int stopped(void) {
-  enum Fate one = fate();
+static int stopped(int takes_room) {
+  enum Fate one = fate(takes_room);
   if (one == LAST) kill(getpid(), SIGKILL);
   if (one == REFUSED) errno = refusal;
   return one == REFUSED;
@@ -124,7 +125,7 @@ static const char *whole(int folder, const char *path, char space[PATH_MAX]) {
 
 static int open_inside(int folder, const char *name, const char *path, int flags, mode_t mode) {
   REAL(openat64);
-  int fd = stopped() ? -1 : real(folder, name, flags, mode);
+  int fd = stopped(flags & O_CREAT) ? -1 : real(folder, name, flags, mode);
   if (fd < 0) return fd;
   if (fd >= DESCRIPTORS) abort();
   free(paths[fd]);
@@ -175,8 +176,9 @@ int close(int fd) {
 
 static ssize_t write_inside(int fd, const void *data, size_t size, off64_t offset) {
   REAL(pwrite64);
-  enum Fate one = fate();
-  size_t part = one == GOES ? size : one == REFUSED && refusal == EINTR ? 0 : size / 2;
+  enum Fate one = fate(1);
+  int torn = size > SECTOR && !(one == REFUSED && refusal == EINTR);
+  size_t part = one == GOES ? size : torn ? size / 2 : 0;
   ssize_t done = part > 0 ? real(fd, data, part, offset) : 0;
   if (one == LAST) kill(getpid(), SIGKILL);
   if (done > 0) record(WRITE, fd, offset, data, (size_t)done);
@@ -208,7 +210,7 @@ ssize_t pwrite(int fd, const void *data, size_t size, off_t offset) { return pwr
 
 static int truncate_inside(int fd, off64_t size) {
   REAL(ftruncate64);
-  int result = stopped() ? -1 : real(fd, size);
+  int result = stopped(1) ? -1 : real(fd, size);
   if (result == 0) record(TRUNCATE, fd, size, NULL, 0);
   return result;
 }
@@ -222,7 +224,7 @@ int ftruncate64(int fd, off64_t size) {
 int ftruncate(int fd, off_t size) { return ftruncate64(fd, size); }
 
 static int sync_inside(int fd, int (*real)(int)) {
-  int result = stopped() ? -1 : real(fd);
+  int result = stopped(1) ? -1 : real(fd);
   if (result == 0) record(SYNC, fd, 0, NULL, 0);
   return result;
 }
@@ -256,7 +258,7 @@ int posix_fallocate64(int fd, off64_t offset, off64_t size) {
 
 static int unreadable(int fd) {
   if (!known(fd)) return 0;
-  TURN(stopped());
+  TURN(stopped(0));
 }
 
 ssize_t read(int fd, void *data, size_t size) {
@@ -286,7 +288,7 @@ static int rename_inside(const char *from, const char *to) {
   REAL(rename);
   char both[2 * PATH_MAX];
   int size = snprintf(both, sizeof both, "%s%c%s", from, 0, to) + 1;
-  int result = stopped() ? -1 : real(from, to);
+  int result = stopped(1) ? -1 : real(from, to);
   if (result == 0) record(RENAME, -1, 0, both, (size_t)size);
   return result;
 }
@@ -299,7 +301,7 @@ int rename(const char *from, const char *to) {
 
 static int unlink_inside(int folder, const char *name, const char *path, int flags) {
   REAL(unlinkat);
-  int result = stopped() ? -1 : real(folder, name, flags);
+  int result = stopped(0) ? -1 : real(folder, name, flags);
   if (result == 0) record(flags & AT_REMOVEDIR ? RMDIR : UNLINK, -1, 0, path, strlen(path) + 1);
   return result;
 }
@@ -318,7 +320,7 @@ int rmdir(const char *path) { return unlinkat(AT_FDCWD, path, AT_REMOVEDIR); }
 
 static int mkdir_inside(const char *path, mode_t mode) {
   REAL(mkdir);
-  int result = stopped() ? -1 : real(path, mode);
+  int result = stopped(1) ? -1 : real(path, mode);
   if (result == 0) record(MKDIR, -1, 0, path, strlen(path) + 1);
   return result;
 }
