@@ -10,6 +10,7 @@ import argparse
 import datetime
 import functools
 import json
+import math
 import os
 import platform
 import sqlite3
@@ -35,7 +36,7 @@ PARTS = ("kills", "power", "flips", "refusals", "readers", "mutants")
 Work = Callable[[Shim, Path], dict]
 
 
-def works(part: str, quick: bool, seed: int, workers: int) -> list[Work]:
+def works(part: str, quick: bool, seed: int, workers: int, minutes: float) -> list[Work]:
     """What the processes of a part run, each in a folder of its own."""
     names = [f"{seed}.{worker}" for worker in range(workers)]
     if part == "kills":
@@ -46,8 +47,8 @@ def works(part: str, quick: bool, seed: int, workers: int) -> list[Work]:
         return [functools.partial(power.run, count=count, seed=name) for name in names]
     if part == "flips":
         some = {"count": 300, "headers": 300} if quick else {"count": 100_000}
-        run = functools.partial(flips.run, seed=str(seed), **some)
-        return [run] if workers == 1 else [functools.partial(run, kinds=(kind,)) for kind in flips.KINDS]
+        run = functools.partial(flips.run, seed=str(seed), workers=workers, seconds=60 * minutes, **some)
+        return [functools.partial(run, worker=worker) for worker in range(workers)]
     if part == "refusals":
         run = functools.partial(refusals.run, count=60 if quick else None, seed=str(seed), workers=workers)
         return [functools.partial(run, worker=worker) for worker in range(workers)]
@@ -56,13 +57,13 @@ def works(part: str, quick: bool, seed: int, workers: int) -> list[Work]:
     return [mutants.run]
 
 
-def told(part: str, quick: bool, seed: int, workers: int) -> dict:
+def told(part: str, options: argparse.Namespace) -> dict:
     """What the processes of a part counted, together."""
     begin = time.monotonic()
     memory = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None) as name:
         children = []
-        for number, work in enumerate(works(part, quick, seed, workers)):
+        for number, work in enumerate(works(part, options.quick, options.seed, options.workers, options.minutes)):
             folder = Path(name) / str(number)
             folder.mkdir()
             children.append(forked(functools.partial(_run, work, folder)))
@@ -99,13 +100,14 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=1, help="processes of a part")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="the most that changes at random may take")
     parser.add_argument("--write", type=Path, help="a file for the counts; parts that did not run stay as they are")
     options = parser.parse_args()
     torch.set_num_threads(1)
     failed = False
     for part in options.parts or PARTS:
         try:
-            found = told(part, options.quick, options.seed, options.workers)
+            found = told(part, options)
         except Broken as error:
             print(error, flush=True)
             failed = True

@@ -7,10 +7,11 @@ What a read finds verify() finds too. Every bit of what counts as a header is tr
 from __future__ import annotations
 
 import contextlib
+import math
 import random
 import re
-import shutil
 import sqlite3
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,14 +29,15 @@ FILES = {"keys.pages": 30, "values.pages": 30, DATABASE: 30, WAL: 15, "generatio
 LONG = 10  # operations of the history before its end
 FEW = 24  # slots that are left then
 BLOCK = 64  # pages of a blob of the page table, in place of 1,024: damage elsewhere is not rare
+ROUND = 100  # changes of a store at a time
 CUTS = 0.06  # share of cuts among changes at random
 
 
 class Sound:
     """A store as it lies on disk, and what it holds; :meth:`changed` tries one change of one file."""
 
-    def __init__(self, folder: Path, kind: str, seed: str):
-        self.path, self.kind, self.draw = folder / kind / "s", kind, random.Random(f"{seed} {kind}")
+    def __init__(self, folder: Path, kind: str, seed: str, worker: int = 0):
+        self.path, self.kind, self.draw = folder / kind / "s", kind, random.Random(f"{seed} {kind} {worker}")
         self.path.parent.mkdir()
         self.model = self._model(seed)
         if status_of(forked(lambda: self._write(seed))) != 0:
@@ -87,7 +89,7 @@ class Sound:
     # --- one change ---
 
     def changed(self, name: str, bit: int = 0, size: int | None = None, store: MemoryStore | None = None) -> str:
-        """"refused" or "no effect" of a flipped bit, or of a cut; anything else breaks the law.
+        """ "refused" or "no effect" of a flipped bit, or of a cut; anything else breaks the law.
 
         ``store``: one that is open, for a change of a column, of which nothing is read before it is asked for.
         """
@@ -128,7 +130,7 @@ class Sound:
             for page in range(len(self.files[f"{column}.pages"]) // engine.columns[column].extent_bytes):
                 engine.drop(column, page)
         try:
-            why = self.read(store)
+            why = self.read(store, documents=not name.endswith(".pages"))
             if not faults:
                 for snapshot, old in self.model.snapshots.items():
                     with MemoryStore.open(self.path, snapshot=snapshot) as one:
@@ -143,12 +145,14 @@ class Sound:
             self.refused(name, StoreDamaged(str(fault)))
         return "refused" if faults else "no effect"
 
-    def read(self, store: MemoryStore) -> str:
+    def read(self, store: MemoryStore, documents: bool) -> str:
         """What is wrong of all that can be read."""
-        why = difference(store, self.model)
-        if not why and store.snapshots() != list(self.model.snapshots):
-            why = f"snapshots are {store.snapshots()}"
-        return why or filtered(store, self.model, self.draw.randrange(LOTS))
+        why = difference(store, self.model, documents)
+        if why or not documents:
+            return why
+        if store.snapshots() != list(self.model.snapshots):
+            return f"snapshots are {store.snapshots()}"
+        return filtered(store, self.model, self.draw.randrange(LOTS))
 
     @staticmethod
     def refused(name: str, error: StoreError) -> str:
@@ -213,18 +217,34 @@ class Sound:
             self.restore()
 
 
-def run(shim: Shim, folder: Path, count: int, seed: str, headers: int | None = None, kinds=KINDS) -> dict:
-    """``count`` changes at random, and every bit of headers, or ``headers`` of them, shared by the kinds of stores."""
+def run(
+    shim: Shim,
+    folder: Path,
+    count: int,
+    seed: str,
+    headers: int | None = None,
+    kinds: tuple[str, ...] = KINDS,
+    worker: int = 0,
+    workers: int = 1,
+    seconds: float = math.inf,
+) -> dict:
+    """``count`` changes at random, and every bit of headers, or ``headers`` of them; of all a worker's share, and no
+    longer than so many seconds."""
     for module in (_database, _engine, _writer):
         module.BLOCK = BLOCK
     told: Counter[str] = Counter()
-    for kind in kinds:
-        store = Sound(folder, kind, seed)
+    end = time.monotonic() + seconds
+    stores = [Sound(folder, kind, seed, worker) for kind in kinds]
+    for store in stores:
         bits = sorted(set(store.every_bit()))
-        for name, bit in bits if headers is None else store.draw.sample(bits, headers // len(KINDS)):
+        if headers is not None:
+            bits = store.draw.sample(bits, headers // len(stores))
+        for name, bit in bits[worker::workers]:
             told["header flips"] += 1
             told[f"header flips {store.changed(name, bit)}"] += 1
-        for what, fate in store.any_changes(count // len(KINDS)):
-            told[what] += 1
-            told[f"{what} {fate}"] += 1
+    while told["flips"] + told["cuts"] < count // workers and time.monotonic() < end:
+        for store in stores:
+            for what, fate in store.any_changes(min(ROUND, count)):
+                told[what] += 1
+                told[f"{what} {fate}"] += 1
     return {**told, "wrong numbers": 0}

@@ -86,10 +86,12 @@ def _batches(shim: Shim, folder: Path) -> dict:
 
 
 def _rows_of_the_log(shim: Shim, folder: Path) -> dict:
-    flips.Sound.every_bit = lambda self: (  # as many as it takes, of these rows alone
-        (flips.DATABASE, 8 * (self.files[flips.DATABASE].rfind(row) + byte))
-        for row in self.rows()[2:]
-        for byte in range(len(row))
+    flips.Sound.every_bit = (
+        lambda self: (  # as many as it takes, of these rows alone
+            (flips.DATABASE, 8 * (self.files[flips.DATABASE].rfind(row) + byte))
+            for row in self.rows()[2:]
+            for byte in range(len(row))
+        )
     )
     return flips.run(shim, folder, 0, "0", None, ("killed after a checkpoint",))
 
@@ -97,7 +99,7 @@ def _rows_of_the_log(shim: Shim, folder: Path) -> dict:
 MUTANTS: dict[Callable[[], None], Callable[[Shim, Path], Any]] = {
     pages_without_a_sync: lambda shim, folder: power.run(shim, folder, 300, "0"),
     commits_without_a_sync: lambda shim, folder: power.run(shim, folder, 100, "0"),
-    pages_without_a_checksum: lambda shim, folder: flips.run(shim, folder, 300, 0, "0"),
+    pages_without_a_checksum: lambda shim, folder: flips.run(shim, folder, 300, "0", 0, ("closed",)),
     rows_of_the_log_without_a_checksum: lambda shim, folder: _rows_of_the_log(shim, folder),
     a_lost_end_of_the_log_taken_for_the_end: lambda shim, folder: flips.run(shim, folder, 300, "0", 0, ("killed",)),
     extents_used_again_before_the_commit: lambda shim, folder: kills.run(shim, folder, 100, "0"),

@@ -81,7 +81,9 @@ def _one(shim: Shim, folder: Path, seed: str, cuts: int, durability: str, told: 
     told["calls traced"] += len(traced)
 
 
-def _check(there: Path, models: list[Model], operations: list, done: int, durability: str, what: str, told: dict) -> None:
+def _check(
+    there: Path, models: list[Model], operations: list, done: int, durability: str, what: str, told: dict
+) -> None:
     """``done``: the last operation that was acknowledged, -1 before the creation was."""
     path = there / "s"
     if done < 0 and not path.exists():

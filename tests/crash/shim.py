@@ -20,7 +20,9 @@ def build() -> Path:
     if not LIBRARY.exists() or LIBRARY.stat().st_mtime < SOURCE.stat().st_mtime:
         LIBRARY.parent.mkdir(parents=True, exist_ok=True)
         making = LIBRARY.with_suffix(f".{os.getpid()}")
-        subprocess.run(["cc", "-O1", "-Wall", "-fPIC", "-shared", "-o", making, SOURCE, "-ldl", "-lpthread"], check=True)
+        subprocess.run(
+            ["cc", "-O1", "-Wall", "-fPIC", "-shared", "-o", making, SOURCE, "-ldl", "-lpthread"], check=True
+        )
         making.replace(LIBRARY)
     return LIBRARY
 
