@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sqlite3
 import struct
 import urllib.parse
@@ -24,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
+from . import _io
 from ._crc import crc32c
 from ._errors import StoreBusy, StoreDamaged, StoreError, StoreFormat, StoreFull
 
@@ -133,6 +135,18 @@ class Database:
         """Bring the write-ahead log into the file; is it empty now?"""
         with translated():
             return self.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0] == 0
+
+    def sync_log(self) -> None:
+        """Make durable what a writer that was killed left in the write-ahead log, before extents it freed are used."""
+        log = self.path.with_name(f"{FILE}-wal")
+        if log.exists():
+            with _io.writing(log.name):
+                fd = os.open(log, os.O_RDONLY | os.O_CLOEXEC)
+                try:
+                    os.fdatasync(fd)
+                finally:
+                    os.close(fd)
+                _io.sync_directory(log.parent)
 
     def check_trees(self) -> None:
         """Once: damage to a tree of SQLite can hide rows, whose checksums tell only where they are found."""

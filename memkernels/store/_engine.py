@@ -94,6 +94,7 @@ class Engine:
             if mode == "w":
                 if not closed:
                     self.db.check_trees()
+                    self.db.sync_log()
                 self._find_space()
         except BaseException:
             self.release()

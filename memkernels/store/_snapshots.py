@@ -68,6 +68,7 @@ def drop(engine: Writer, name: str) -> None:
     except BaseException:
         engine.db.rollback()
         raise
+    engine.unsettle()
     # What only the snapshot named was rewritten since, so its readers hold an earlier version, and are waited for.
     for column, pinned in engine.pinned().items():
         file = engine.files[column]

@@ -12,7 +12,7 @@ from . import _index, _mark
 from ._columns import Pages
 from ._database import ABSENT, COLUMNS, ENTRY, FILE, blob_crc, text_crc
 from ._engine import Engine
-from ._errors import StoreDamaged
+from ._errors import StoreDamaged, StoreError
 
 
 class Fault(NamedTuple):
@@ -115,7 +115,11 @@ def _pages(engine: Engine, name: str, blocks: dict[int, np.ndarray], seen: set) 
             if (name, extent) in seen:
                 continue
             seen.add((name, extent))
-            got, crc = file.read(extent, memory, 0)
+            try:
+                got, crc = file.read(extent, memory, 0)
+            except StoreError as error:
+                faults.append(Fault(file.name, page, str(error).removeprefix(f"{file.name}: ")))
+                continue
             if got != file.size:
                 faults.append(Fault(file.name, page, f"(extent {extent}): the file ends at {size}, within it"))
             elif crc != entries[at]["crc"]:

@@ -56,6 +56,10 @@ class Writer(Engine):
         if self.durability == "batch" and self.settled < self.version and self.db.checkpoint():
             self.settled = self.version
 
+    def unsettle(self) -> None:
+        """The last commit freed extents without a new version: with durability="batch" it may not be durable yet."""
+        self.settled = min(self.settled, self.version - 1)
+
     def oldest(self) -> int:
         return super().oldest() if self.durability == "commit" else min(super().oldest(), self.settled)
 

@@ -58,12 +58,12 @@ class File:
             if fate < kept:
                 _do(data, kind, offset, part)
             elif kind == WRITE and fate < kept + (1 - kept) / 2:
-                told["torn"] += 1
+                told["writes torn"] += 1
                 for first, piece in _pieces(offset, part):
                     if draw.random() < 0.5:
                         _do(data, WRITE, first, piece)
             else:
-                told["lost"] += 1
+                told["calls lost"] += 1
         return data
 
 

@@ -149,7 +149,7 @@ def _apply(model: Model, change: tuple, stamp: int) -> None:
         slots = numbers(model, change[1])
         model.free = model.free[change[1] :]
         model.capacity = max(model.capacity, slots[-1] + 1)
-        model.live |= {slot: (stamp, stamp, stamp) for slot in slots}
+        model.live |= dict.fromkeys(slots, (stamp, stamp, stamp))
     elif change[0] == "write":
         for slot in change[1]:
             old = model.live[slot]

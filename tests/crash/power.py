@@ -1,10 +1,11 @@
 """Power cuts: a history is traced once, and cut at many points; of what was not synced any part may be left.
 
-Afterwards everything that was acknowledged is there, whole; with durability="batch" the operations up to some point are.
+Afterwards everything that was acknowledged is there, whole; with durability="batch" all operations up to some point.
 """
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 from pathlib import Path
@@ -17,23 +18,30 @@ from .judge import Broken, forked, goes_on, judge, judge_copies, status_of
 from .shim import Shim
 
 LONG = 40  # operations of a history
+LIFE = 14  # operations of a process, which is killed after them
+BEGIN = -1  # the note with which a process begins
 CUTS = 50  # of a history
 BATCH = 4  # one history in so many has durability="batch"
 
 
 def write(shim: Shim, folder: Path, trace: Path, operations: list[tuple[Model, Operation]], durability: str) -> None:
-    """The history, with a note of its number after each operation; 0 is the creation."""
+    """A part of the history, as a process that is killed after it; a note of its number after each operation.
+
+    The first part begins with the creation, which is number 0.
+    """
+    path = folder / "s"
     shim.watch(folder)
     shim.record(trace)
-    store = create(folder / "s")
-    shim.note(0)
-    if durability == "batch":
+    shim.note(BEGIN)
+    if not path.exists():
+        store = create(path)
+        shim.note(0)
         store.close()
-        store = MemoryStore.open(folder / "s", mode="w", durability=durability)
-    store = tune(store)
+    store = tune(MemoryStore.open(path, mode="w", durability=durability))
     for model, operation in operations:
         store = perform(store, model, operation, durability)
         shim.note(operation.stamp)
+    os._exit(0)
 
 
 def history(seed: str) -> tuple[list[tuple[Model, Operation]], list[Model]]:
@@ -47,7 +55,7 @@ def history(seed: str) -> tuple[list[tuple[Model, Operation]], list[Model]]:
 
 def run(shim: Shim, folder: Path, count: int, seed: str) -> dict:
     told = {"cuts": 0, "histories": 0, "calls traced": 0, "before the store was there": 0}
-    told |= {"writes lost": 0, "torn": 0, "lost": 0, "entries lost": 0}
+    told |= {"calls lost": 0, "writes torn": 0, "entries lost": 0, "acknowledged lost": 0}
     while told["cuts"] < count:
         durability = "batch" if told["histories"] % BATCH == BATCH - 1 else "commit"
         _one(shim, folder, f"{seed}.{told['histories']}", min(CUTS, count - told["cuts"]), durability, told)
@@ -59,10 +67,13 @@ def _one(shim: Shim, folder: Path, seed: str, cuts: int, durability: str, told: 
     here, trace, there = folder / "here", folder / "trace", folder / "cut"
     here.mkdir()
     operations, models = history(seed)
-    if status_of(forked(lambda: write(shim, here, trace, operations, durability))) != 0:
-        raise Broken(f"history {seed} did not come to its end")
+    for first in range(0, LONG, LIFE):
+        part = operations[first : first + LIFE]
+        if status_of(forked(lambda part=part: write(shim, here, trace, part, durability))) != 0:
+            raise Broken(f"history {seed} did not come to its end")
     shutil.rmtree(here)
     traced = list(disk.calls(trace))
+    trace.unlink()
     draw, now, done = random.Random(seed), disk.Disk(here), -1
     points = sorted(draw.choices(range(len(traced) + 1), k=cuts))
     for at in range(len(traced) + 1):
@@ -74,10 +85,12 @@ def _one(shim: Shim, folder: Path, seed: str, cuts: int, durability: str, told: 
             shutil.rmtree(there)
             told["cuts"] += 1
         if at < len(traced):
-            if traced[at].kind == disk.NOTE:
-                done = traced[at].offset
-            else:
+            if traced[at].kind != disk.NOTE:
                 now.take(traced[at])
+            elif traced[at].offset == BEGIN:
+                now.open.clear()
+            else:
+                done = traced[at].offset
     told["calls traced"] += len(traced)
 
 

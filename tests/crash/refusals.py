@@ -1,6 +1,6 @@
-"""Refusals: of each kind of call, every counted system call fails in turn, with ENOSPC, EIO or EINTR, once or lastingly.
+"""Refusals: every system call of an operation fails in turn, with ENOSPC, EIO and EINTR, and with ENOSPC lastingly.
 
-The call is a StoreError, or succeeds; the store is as before or as after, goes on in the same process without being
+The operation is a StoreError, or succeeds; the store is as before or as after, goes on in the same process without being
 opened again when the system does its work again, and is sound on disk.
 """
 

@@ -57,8 +57,8 @@ class Shim:
         self.lab.lab_watch(os.fsencode(directory))
 
     def record(self, trace: Path) -> None:
-        """Write every counted call that changes something to a file."""
-        self.lab.lab_record(os.open(trace, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600))
+        """Write every counted call that changes something to the end of a file."""
+        self.lab.lab_record(os.open(trace, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600))
 
     def note(self, number: int) -> None:
         """Put a number between the records."""
