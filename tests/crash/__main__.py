@@ -14,7 +14,6 @@ import math
 import os
 import platform
 import sqlite3
-import subprocess
 import sys
 import tempfile
 import time
@@ -22,7 +21,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from .shim import ROOT, Shim, enter
+from .shim import Shim, enter
 
 if __name__ == "__main__":
     enter("crash")
@@ -83,11 +82,9 @@ def _run(work: Work, folder: Path) -> None:
 
 
 def about() -> dict:
-    """Where and on what the laboratory ran."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
+    """When, and on what, the laboratory ran."""
     return {
         "date": datetime.date.today().isoformat(),
-        "commit": commit.strip(),
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
         "sqlite": sqlite3.sqlite_version,

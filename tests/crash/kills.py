@@ -55,7 +55,7 @@ def until_killed(work, seconds: float | None) -> int:
 
 
 def run(shim: Shim, folder: Path, count: int, seed: str) -> dict:
-    told = {"kills": count, "acknowledged": 0, "in flight, there": 0, "in flight, not there": 0, "lost": 0, "torn": 0}
+    told = {"kills": count, "acknowledged": 0, "in flight and there": 0, "in flight and not there": 0, "lost": 0, "torn": 0}
     draw, path = random.Random(seed), folder / WRITE
     for kill in range(count):
         if kill % RENEW == 0:
@@ -86,5 +86,5 @@ def run(shim: Shim, folder: Path, count: int, seed: str) -> dict:
         for rest in folder.glob(".*"):  # what a killed backup left
             shutil.rmtree(rest)
         told["acknowledged"] += done
-        told["in flight, there" if there else "in flight, not there"] += 1
+        told["in flight and there" if there else "in flight and not there"] += 1
     return told

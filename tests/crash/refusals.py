@@ -1,7 +1,7 @@
 """Refusals: every system call of an operation fails in turn, with ENOSPC, EIO and EINTR, and with ENOSPC lastingly.
 
-The operation is a StoreError, or succeeds; the store is as before or as after, goes on in the same process without being
-opened again when the system does its work again, and is sound on disk.
+The operation is a StoreError, or succeeds; the store is as before or as after, goes on in the same process without
+being opened again when the system does its work again, and is sound on disk.
 """
 
 from __future__ import annotations

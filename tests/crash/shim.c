@@ -33,7 +33,7 @@ struct Record {
 
 static pthread_mutex_t mutex = PTHREAD_RECURSIVE_MUTEX_INITIALIZER_NP;
 static char watched[PATH_MAX];
-static char *paths[DESCRIPTORS];  // of watched files that are open
+static char* paths[DESCRIPTORS];  // of watched files that are open
 static int trace = -1, refusal, lasting;
 static long calls, refuse_at, kill_at;
 
@@ -43,18 +43,18 @@ static long calls, refuse_at, kill_at;
   if (real == NULL) real = (__typeof__(&name))dlsym(RTLD_NEXT, #name)
 
 // The mode that open takes where it may make a file.
-#define MODE(flags, mode)                    \
-  mode_t mode = 0;                           \
-  if ((flags) & (O_CREAT | __O_TMPFILE)) {   \
-    va_list more;                            \
-    va_start(more, flags);                   \
-    mode = (mode_t)va_arg(more, unsigned);   \
-    va_end(more);                            \
+#define MODE(flags, mode)                  \
+  mode_t mode = 0;                         \
+  if ((flags) & (O_CREAT | __O_TMPFILE)) { \
+    va_list more;                          \
+    va_start(more, flags);                 \
+    mode = (mode_t)va_arg(more, unsigned); \
+    va_end(more);                          \
   }
 
 // --- what the laboratory says ---
 
-void lab_watch(const char *directory) { snprintf(watched, sizeof watched, "%s", directory); }
+void lab_watch(const char* directory) { snprintf(watched, sizeof watched, "%s", directory); }
 
 void lab_record(int fd) { trace = fd; }
 
@@ -68,16 +68,16 @@ long lab_calls(void) { return calls; }
 
 // --- a call ---
 
-static void put(const void *data, size_t size) {
+static void put(const void* data, size_t size) {
   REAL(write);
-  for (const char *at = data; size > 0;) {
+  for (const char* at = data; size > 0;) {
     ssize_t done = real(trace, at, size);
     if (done <= 0) abort();
     at += done, size -= (size_t)done;
   }
 }
 
-static void record(enum Kind kind, int fd, int64_t offset, const void *data, size_t size) {
+static void record(enum Kind kind, int fd, int64_t offset, const void* data, size_t size) {
   if (trace < 0) return;
   struct Record head = {(int32_t)kind, fd, offset, (int64_t)size};
   put(&head, sizeof head);
@@ -102,13 +102,13 @@ static int stopped(int takes_room) {
 
 static int known(int fd) { return fd >= 0 && fd < DESCRIPTORS && paths[fd] != NULL; }
 
-static int inside(const char *path) {
+static int inside(const char* path) {
   size_t length = strlen(watched);
   return length > 0 && strncmp(path, watched, length) == 0 && (path[length] == '/' || path[length] == 0);
 }
 
 // The path from the root; it is ``path`` or lies in ``space``.
-static const char *whole(int folder, const char *path, char space[PATH_MAX]) {
+static const char* whole(int folder, const char* path, char space[PATH_MAX]) {
   if (path[0] == '/' || !known(folder)) return path;
   if (snprintf(space, PATH_MAX, "%s/%s", paths[folder], path) >= PATH_MAX) abort();
   return space;
@@ -123,7 +123,7 @@ static const char *whole(int folder, const char *path, char space[PATH_MAX]) {
 
 // --- files ---
 
-static int open_inside(int folder, const char *name, const char *path, int flags, mode_t mode) {
+static int open_inside(int folder, const char* name, const char* path, int flags, mode_t mode) {
   REAL(openat64);
   int fd = stopped(flags & O_CREAT) ? -1 : real(folder, name, flags, mode);
   if (fd < 0) return fd;
@@ -134,30 +134,30 @@ static int open_inside(int folder, const char *name, const char *path, int flags
   return fd;
 }
 
-static int open_any(int folder, const char *name, int flags, mode_t mode) {
+static int open_any(int folder, const char* name, int flags, mode_t mode) {
   REAL(openat64);
   char space[PATH_MAX];
-  const char *path = whole(folder, name, space);
+  const char* path = whole(folder, name, space);
   if (!inside(path)) return real(folder, name, flags, mode);
   TURN(open_inside(folder, name, path, flags, mode));
 }
 
-int openat64(int folder, const char *path, int flags, ...) {
+int openat64(int folder, const char* path, int flags, ...) {
   MODE(flags, mode);
   return open_any(folder, path, flags, mode);
 }
 
-int openat(int folder, const char *path, int flags, ...) {
+int openat(int folder, const char* path, int flags, ...) {
   MODE(flags, mode);
   return open_any(folder, path, flags, mode);
 }
 
-int open64(const char *path, int flags, ...) {
+int open64(const char* path, int flags, ...) {
   MODE(flags, mode);
   return open_any(AT_FDCWD, path, flags, mode);
 }
 
-int open(const char *path, int flags, ...) {
+int open(const char* path, int flags, ...) {
   MODE(flags, mode);
   return open_any(AT_FDCWD, path, flags, mode);
 }
@@ -174,7 +174,7 @@ int close(int fd) {
   return result;
 }
 
-static ssize_t write_inside(int fd, const void *data, size_t size, off64_t offset) {
+static ssize_t write_inside(int fd, const void* data, size_t size, off64_t offset) {
   REAL(pwrite64);
   enum Fate one = fate(1);
   int torn = size > SECTOR && !(one == REFUSED && refusal == EINTR);
@@ -187,26 +187,26 @@ static ssize_t write_inside(int fd, const void *data, size_t size, off64_t offse
   return -1;
 }
 
-static ssize_t append_inside(int fd, const void *data, size_t size) {
+static ssize_t append_inside(int fd, const void* data, size_t size) {
   off64_t offset = lseek64(fd, 0, SEEK_CUR);
   ssize_t done = write_inside(fd, data, size, offset);
   if (done > 0) lseek64(fd, offset + done, SEEK_SET);
   return done;
 }
 
-ssize_t write(int fd, const void *data, size_t size) {
+ssize_t write(int fd, const void* data, size_t size) {
   REAL(write);
   if (!known(fd)) return real(fd, data, size);
   TURN(append_inside(fd, data, size));
 }
 
-ssize_t pwrite64(int fd, const void *data, size_t size, off64_t offset) {
+ssize_t pwrite64(int fd, const void* data, size_t size, off64_t offset) {
   REAL(pwrite64);
   if (!known(fd)) return real(fd, data, size, offset);
   TURN(write_inside(fd, data, size, offset));
 }
 
-ssize_t pwrite(int fd, const void *data, size_t size, off_t offset) { return pwrite64(fd, data, size, offset); }
+ssize_t pwrite(int fd, const void* data, size_t size, off_t offset) { return pwrite64(fd, data, size, offset); }
 
 static int truncate_inside(int fd, off64_t size) {
   REAL(ftruncate64);
@@ -261,30 +261,30 @@ static int unreadable(int fd) {
   TURN(stopped(0));
 }
 
-ssize_t read(int fd, void *data, size_t size) {
+ssize_t read(int fd, void* data, size_t size) {
   REAL(read);
   return unreadable(fd) ? -1 : real(fd, data, size);
 }
 
-ssize_t pread64(int fd, void *data, size_t size, off64_t offset) {
+ssize_t pread64(int fd, void* data, size_t size, off64_t offset) {
   REAL(pread64);
   return unreadable(fd) ? -1 : real(fd, data, size, offset);
 }
 
-ssize_t pread(int fd, void *data, size_t size, off_t offset) { return pread64(fd, data, size, offset); }
+ssize_t pread(int fd, void* data, size_t size, off_t offset) { return pread64(fd, data, size, offset); }
 
-ssize_t preadv64(int fd, const struct iovec *parts, int count, off64_t offset) {
+ssize_t preadv64(int fd, const struct iovec* parts, int count, off64_t offset) {
   REAL(preadv64);
   return unreadable(fd) ? -1 : real(fd, parts, count, offset);
 }
 
-ssize_t preadv(int fd, const struct iovec *parts, int count, off_t offset) {
+ssize_t preadv(int fd, const struct iovec* parts, int count, off_t offset) {
   return preadv64(fd, parts, count, offset);
 }
 
 // --- directories ---
 
-static int rename_inside(const char *from, const char *to) {
+static int rename_inside(const char* from, const char* to) {
   REAL(rename);
   char both[2 * PATH_MAX];
   int size = snprintf(both, sizeof both, "%s%c%s", from, 0, to) + 1;
@@ -293,39 +293,39 @@ static int rename_inside(const char *from, const char *to) {
   return result;
 }
 
-int rename(const char *from, const char *to) {
+int rename(const char* from, const char* to) {
   REAL(rename);
   if (!inside(from)) return real(from, to);
   TURN(rename_inside(from, to));
 }
 
-static int unlink_inside(int folder, const char *name, const char *path, int flags) {
+static int unlink_inside(int folder, const char* name, const char* path, int flags) {
   REAL(unlinkat);
   int result = stopped(0) ? -1 : real(folder, name, flags);
   if (result == 0) record(flags & AT_REMOVEDIR ? RMDIR : UNLINK, -1, 0, path, strlen(path) + 1);
   return result;
 }
 
-int unlinkat(int folder, const char *name, int flags) {
+int unlinkat(int folder, const char* name, int flags) {
   REAL(unlinkat);
   char space[PATH_MAX];
-  const char *path = whole(folder, name, space);
+  const char* path = whole(folder, name, space);
   if (!inside(path)) return real(folder, name, flags);
   TURN(unlink_inside(folder, name, path, flags));
 }
 
-int unlink(const char *path) { return unlinkat(AT_FDCWD, path, 0); }
+int unlink(const char* path) { return unlinkat(AT_FDCWD, path, 0); }
 
-int rmdir(const char *path) { return unlinkat(AT_FDCWD, path, AT_REMOVEDIR); }
+int rmdir(const char* path) { return unlinkat(AT_FDCWD, path, AT_REMOVEDIR); }
 
-static int mkdir_inside(const char *path, mode_t mode) {
+static int mkdir_inside(const char* path, mode_t mode) {
   REAL(mkdir);
   int result = stopped(1) ? -1 : real(path, mode);
   if (result == 0) record(MKDIR, -1, 0, path, strlen(path) + 1);
   return result;
 }
 
-int mkdir(const char *path, mode_t mode) {
+int mkdir(const char* path, mode_t mode) {
   REAL(mkdir);
   if (!inside(path)) return real(path, mode);
   TURN(mkdir_inside(path, mode));
