@@ -140,6 +140,21 @@ def test_a_name_of_a_snapshot_that_changed_is_damage(memory_path):
         assert store.verify() != []
 
 
+@pytest.mark.parametrize(
+    "old, changed", [(b"meta(slot INTEGER PRIMARY", b"meta(slot INTEGER PRI\rARY"), (b"'$.i'", b"'$.k'")]
+)
+def test_a_changed_text_of_a_table_is_damage(memory_path, old, changed):
+    store = new(memory_path / "s")
+    store.append(*rows(5), [{"i": i} for i in range(5)])
+    store.topk_search(rows(1)[0], 1, where=("i = ?", [2]))  # makes an index
+    store._engine.db.checkpoint()
+    shutil.copytree(memory_path / "s", memory_path / "killed")
+    store.close()
+    damaged(memory_path / "killed", old, changed)
+    with pytest.raises(StoreDamaged, match="index.db: schema, meta"):
+        MemoryStore.open(memory_path / "killed")
+
+
 def test_a_row_that_a_tree_hides_is_damage(memory_path):
     """A leaf of the table of documents counts one row less: the last document is as if it were not there."""
     store = new(memory_path / "s")

@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import sqlite3
 import struct
 import urllib.parse
@@ -50,6 +51,9 @@ CREATE TABLE snapshot_meta(snapshot INTEGER NOT NULL, slot INTEGER NOT NULL, doc
     PRIMARY KEY(snapshot, slot)) WITHOUT ROWID;
 CREATE TABLE accelerator(id INTEGER PRIMARY KEY, data TEXT NOT NULL, crc INTEGER NOT NULL);
 """
+
+TABLES = {statement.split("(")[0].split()[-1]: statement.strip() for statement in SCHEMA.split(";\n") if statement}
+INDEX = re.compile(r"""CREATE INDEX "meta_(\w+)" ON meta\(json_extract\(doc, '\$\.\1'\)\)""")
 
 
 def text_crc(kind: int | str, text: str) -> int:
@@ -135,6 +139,17 @@ class Database:
         """Bring the write-ahead log into the file; is it empty now?"""
         with translated():
             return self.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0] == 0
+
+    def check_schema(self) -> None:
+        """A changed bit in the text of a table gives its columns another meaning; nothing else may be in the file."""
+        found = {}
+        for name, sql in self.execute("SELECT name, sql FROM sqlite_master WHERE sql IS NOT NULL"):
+            if not isinstance(sql, str) or (name not in TABLES and not INDEX.fullmatch(sql)):
+                raise StoreDamaged(f"{FILE}: schema, {name}: is not what a store has; restore a backup")
+            found[name] = sql
+        for name, sql in TABLES.items():
+            if found.get(name) != sql:
+                raise StoreDamaged(f"{FILE}: schema, {name}: is not what a store has; restore a backup")
 
     def sync_log(self) -> None:
         """Make durable what a writer that was killed left in the write-ahead log, before extents it freed are used."""

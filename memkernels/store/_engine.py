@@ -79,6 +79,7 @@ class Engine:
             self.db = Database(path, mode, durability)
             with self.db.reading():
                 self.snapshot, self.state = self.db.state(snapshot)
+                self.db.check_schema()
             self.columns = columns_of(self.state)
             self.page_slots = self.state["page_slots"]
             self.frames = frames_for(list(self.columns.values()), ram_bytes)
