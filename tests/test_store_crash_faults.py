@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import sqlite3
 
 import pytest
 import torch
@@ -200,3 +201,15 @@ def test_what_a_killed_writer_left_in_the_log_is_durable_before_its_space_is_use
     with MemoryStore.open(memory_path / "killed", mode="w") as store:
         store.write(EVERYTHING, *rows(4 * PAGE, seed=2))
     assert calls.index(("fdatasync", "index.db-wal")) < calls.index(("pwrite", "keys.pages"))
+
+
+def test_a_database_that_opened_to_read_is_no_writer(memory_path, monkeypatch):
+    """SQLite falls back to reading where the system refuses to open index.db for writing."""
+    new(memory_path / "s", 5).close()
+    real = sqlite3.connect
+    monkeypatch.setattr(sqlite3, "connect", lambda uri, **options: real(uri.replace("mode=rw", "mode=ro"), **options))
+    with pytest.raises(StoreError, match="the system refused to read or write .*readonly"):
+        MemoryStore.open(memory_path / "s", mode="w")
+    monkeypatch.undo()
+    with MemoryStore.open(memory_path / "s", mode="w") as store:
+        assert store.append(*rows(1)).tolist() == [5]

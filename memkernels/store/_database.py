@@ -140,6 +140,11 @@ class Database:
         with translated():
             return self.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0] == 0
 
+    def check_writable(self) -> None:
+        """SQLite opens a file to read where the system refuses to open it to write, and tells at the first write."""
+        self.begin()
+        self.rollback()
+
     def check_schema(self) -> None:
         """A changed bit in the text of a table gives its columns another meaning; nothing else may be in the file."""
         found = {}

@@ -93,6 +93,7 @@ class Engine:
                     "restore a backup"
                 )
             if mode == "w":
+                self.db.check_writable()
                 if not closed:
                     self.db.check_trees()
                     self.db.sync_log()

@@ -39,10 +39,10 @@ def works(part: str, quick: bool, seed: int, workers: int, minutes: float) -> li
     """What the processes of a part run, each in a folder of its own."""
     names = [f"{seed}.{worker}" for worker in range(workers)]
     if part == "kills":
-        count = (30 if quick else 1000) // workers
+        count = -(-(30 if quick else 1000) // workers)
         return [functools.partial(kills.run, count=count, seed=name) for name in names]
     if part == "power":
-        count = (100 if quick else 2000) // workers
+        count = -(-(100 if quick else 2000) // workers)
         return [functools.partial(power.run, count=count, seed=name) for name in names]
     if part == "flips":
         some = {"count": 300, "headers": 300} if quick else {"count": 100_000}

@@ -242,7 +242,7 @@ def run(
         for name, bit in bits[worker::workers]:
             told["header flips"] += 1
             told[f"header flips {store.changed(name, bit)}"] += 1
-    while told["flips"] + told["cuts"] < count // workers and time.monotonic() < end:
+    while told["flips"] + told["cuts"] < count / workers and time.monotonic() < end:
         for store in stores:
             for what, fate in store.any_changes(min(ROUND, count)):
                 told[what] += 1

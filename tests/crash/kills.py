@@ -55,7 +55,8 @@ def until_killed(work, seconds: float | None) -> int:
 
 
 def run(shim: Shim, folder: Path, count: int, seed: str) -> dict:
-    told = {"kills": count, "acknowledged": 0, "in flight and there": 0, "in flight and not there": 0, "lost": 0, "torn": 0}
+    told = {"kills": count, "acknowledged": 0, "in flight and there": 0, "in flight and not there": 0}
+    told |= {"lost": 0, "torn": 0}
     draw, path = random.Random(seed), folder / WRITE
     for kill in range(count):
         if kill % RENEW == 0:
