@@ -203,11 +203,44 @@ def test_what_a_killed_writer_left_in_the_log_is_durable_before_its_space_is_use
     assert calls.index(("fdatasync", "index.db-wal")) < calls.index(("pwrite", "keys.pages"))
 
 
+@pytest.mark.parametrize("snapshot", [None, "kept"])
+def test_a_row_with_a_changed_number_is_damage(memory_path, snapshot):
+    """The row of slot 2 goes by 3, which stands in order, and says so by its checksum alone."""
+    store = new(memory_path / "s")
+    store.append(*rows(6), [{"i": i} for i in range(6)])
+    store.delete([3])
+    store.snapshot("kept")
+    store._engine.db.execute("UPDATE meta SET slot = 3 WHERE slot = 2")
+    store._engine.db.execute("UPDATE snapshot_meta SET slot = 3 WHERE slot = 2")
+    with MemoryStore.open(memory_path / "s", snapshot=snapshot) as reader:
+        assert reader.meta([1]) == [{"i": 1}]
+        with pytest.raises(StoreDamaged, match="meta, slot 3: crc32c is wrong"):
+            reader.meta([2])
+        assert reader.verify() != []
+    abandon(store)
+
+
+def test_a_row_of_another_snapshot_is_damage(memory_path):
+    store = new(memory_path / "s")
+    store.append(*rows(6), [{"i": i} for i in range(6)])
+    store.snapshot("kept")
+    store._engine.db.execute("UPDATE snapshot_meta SET snapshot = 0 WHERE slot = 0")
+    with MemoryStore.open(memory_path / "s", snapshot="kept") as reader:
+        with pytest.raises(StoreDamaged, match="snapshot_meta, slot 0: is of no snapshot"):
+            reader.meta([0])
+        assert "is of no snapshot" in str(reader.verify()[0])
+    abandon(store)
+
+
 def test_a_database_that_opened_to_read_is_no_writer(memory_path, monkeypatch):
     """SQLite falls back to reading where the system refuses to open index.db for writing."""
     new(memory_path / "s", 5).close()
     real = sqlite3.connect
-    monkeypatch.setattr(sqlite3, "connect", lambda uri, **options: real(uri.replace("mode=rw", "mode=ro"), **options))
+
+    def connect(database, **options):
+        return real(str(database).replace("mode=rw", "mode=ro"), **options)
+
+    monkeypatch.setattr(sqlite3, "connect", connect)
     with pytest.raises(StoreError, match="the system refused to read or write .*readonly"):
         MemoryStore.open(memory_path / "s", mode="w")
     monkeypatch.undo()

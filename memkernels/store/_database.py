@@ -143,7 +143,11 @@ class Database:
     def check_writable(self) -> None:
         """SQLite opens a file to read where the system refuses to open it to write, and tells at the first write."""
         self.begin()
-        self.rollback()
+        try:
+            with translated():
+                self.execute("DELETE FROM log WHERE seq < 0")
+        finally:
+            self.rollback()
 
     def check_schema(self) -> None:
         """A changed bit in the text of a table gives its columns another meaning; nothing else may be in the file."""
