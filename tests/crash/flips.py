@@ -20,7 +20,7 @@ from memkernels.store import MemoryStore, StoreDamaged, StoreError, _database, _
 from memkernels.store._database import COLUMNS
 
 from .history import LOTS, Model, Operation, after, choose, create, difference, filtered, perform, tune
-from .judge import Broken, forked, status_of
+from .judge import Broken, Faults, forked, status_of
 from .shim import Shim
 
 KINDS = ("closed", "killed", "killed after a checkpoint")
@@ -201,19 +201,20 @@ class Sound:
             for bit in range(8 * first, min(8 * (first + size), 8 * len(self.files[name]))):
                 yield name, bit
 
-    def any_changes(self, count: int) -> Iterator[tuple[str, str]]:
-        """Some at random; yields the kind of each and what became of it."""
+    def any_changes(self, count: int, faults: Faults, told: Counter) -> None:
+        """Some at random, counted by their kind and by what became of them."""
         names = [name for name in FILES if name in self.files]
         chosen = self.draw.choices(names, [FILES[name] for name in names], k=count)
         for name in names:
-            column = name.endswith(".pages")
+            column, size = name.endswith(".pages"), len(self.files[name])
             with MemoryStore.open(self.path) if column else contextlib.nullcontext() as store:
                 for _ in range(chosen.count(name)):
-                    size = len(self.files[name])
-                    if self.draw.random() < CUTS:
-                        yield "cuts", self.changed(name, size=self.draw.randrange(size), store=store)
-                    else:
-                        yield "flips", self.changed(name, self.draw.randrange(8 * size), store=store)
+                    cut = self.draw.random() < CUTS
+                    bit, end = self.draw.randrange(8 * size), self.draw.randrange(size) if cut else None
+                    with faults.trial():
+                        kind = "cuts" if cut else "flips"
+                        told[kind] += 1
+                        told[f"{kind} {self.changed(name, bit, end, store)}"] += 1
             self.restore()
 
 
@@ -233,18 +234,18 @@ def run(
     for module in (_database, _engine, _writer):
         module.BLOCK = BLOCK
     told: Counter[str] = Counter()
-    end = time.monotonic() + seconds
+    end, faults = time.monotonic() + seconds, Faults()
     stores = [Sound(folder, kind, seed, worker) for kind in kinds]
     for store in stores:
         bits = sorted(set(store.every_bit()))
         if headers is not None:
             bits = store.draw.sample(bits, headers // len(stores))
         for name, bit in bits[worker::workers]:
-            told["header flips"] += 1
-            told[f"header flips {store.changed(name, bit)}"] += 1
+            with faults.trial():
+                told["header flips"] += 1
+                told[f"header flips {store.changed(name, bit)}"] += 1
     while told["flips"] + told["cuts"] < count / workers and time.monotonic() < end:
         for store in stores:
-            for what, fate in store.any_changes(min(ROUND, count)):
-                told[what] += 1
-                told[f"{what} {fate}"] += 1
+            store.any_changes(min(ROUND, count), faults, told)
+    faults.tell()
     return {**told, "wrong numbers": 0}

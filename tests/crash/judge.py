@@ -57,6 +57,24 @@ def goes_on(path: Path, model: Model, what: str) -> None:
                 raise Broken(f"after one more commit: {store.generation}, {len(store)}, {store.verify()[:1]}")
 
 
+class Faults:
+    """What trials that do not depend on each other found: all is told at the end, so that one run shows every fault."""
+
+    def __init__(self) -> None:
+        self.found: list[Broken] = []
+
+    @contextlib.contextmanager
+    def trial(self) -> Iterator[None]:
+        try:
+            yield
+        except Broken as error:
+            self.found.append(error)
+
+    def tell(self) -> None:
+        if self.found:
+            raise Broken(f"{len(self.found)} faults:\n" + "\n".join(map(str, self.found[:20])))
+
+
 @contextlib.contextmanager
 def _told(what: str) -> Iterator[None]:
     """Any error in the block as a broken law that says where it was."""

@@ -16,7 +16,7 @@ from pathlib import Path
 from memkernels.store import MemoryStore, StoreError
 
 from .history import Model, Operation, after, choose, create, difference, perform, tune
-from .judge import Broken, forked, judge, judge_copies, status_of
+from .judge import Broken, Faults, forked, judge, judge_copies, status_of
 from .shim import Shim
 
 ERRORS = (errno.ENOSPC, errno.EIO, errno.EINTR)
@@ -77,6 +77,14 @@ def trials(before: Before, shim: Shim) -> Iterator[tuple[str, int, int, bool]]:
 
 def tried(before: Before, shim: Shim, kind: str, nth: int, error: int, lasting: bool) -> str:
     """What became of an operation whose nth call fails: "refused" or "done"."""
+    try:
+        return _tried(before, shim, kind, nth, error, lasting)
+    except Exception as broken:
+        name = f"{errno.errorcode[error]} {'from' if lasting else 'at'} call {nth} of a {kind}"
+        raise Broken(f"{name}: {type(broken).__name__}: {broken}") from broken
+
+
+def _tried(before: Before, shim: Shim, kind: str, nth: int, error: int, lasting: bool) -> str:
     folder = before.copy()
     path, model = folder / "s", before.model
     operation = before.operation(kind, before.stamp, model)
@@ -132,14 +140,10 @@ def run(shim: Shim, folder: Path, count: int | None, seed: str, worker: int = 0,
     (folder / "before").mkdir()
     before = Before(folder, seed)
     shim.watch(folder / "now")
-    every = list(trials(before, shim))
+    every, faults = list(trials(before, shim)), Faults()
     for one in every[worker::workers] if count is None else random.Random(seed).sample(every, count):
-        kind, nth, error, lasting = one
-        try:
-            fate = tried(before, shim, *one)
-        except Exception as broken:
-            name = f"{errno.errorcode[error]} {'from' if lasting else 'at'} call {nth} of a {kind}"
-            raise Broken(f"{name}: {type(broken).__name__}: {broken}") from broken
-        told["calls refused"] += 1
-        told[f"operations {fate}"] += 1
+        with faults.trial():
+            told["calls refused"] += 1
+            told[f"operations {tried(before, shim, *one)}"] += 1
+    faults.tell()
     return {**told, "wrong states": 0}
