@@ -221,8 +221,8 @@ def crashes(before: str) -> str:
     """A row for each part of the crash laboratory."""
     parts = json.loads(CRASHES.read_text())["parts"]
     rows = ["| tried | outcome | on |", "| --- | --- | --- |"]
-    for part, cells in TRIED.items():
-        found = parts[part]
+    for part in filter(parts.get, TRIED):
+        cells, found = TRIED[part], parts[part]
         on = f"{found['date']}, {found['system']}, Python {found['python']}, SQLite {found['sqlite']}"
         rows.append("| " + " | ".join([*(cell.format_map(found) for cell in cells), on]) + " |")
     return "\n".join(rows) + "\n"
