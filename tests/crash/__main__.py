@@ -85,7 +85,7 @@ def about() -> dict:
     """When, and on what, the laboratory ran."""
     return {
         "date": datetime.date.today().isoformat(),
-        "system": f"{platform.system()} {platform.release()}",
+        "system": f"{platform.system()} {'.'.join(platform.release().split('.')[:2])}",
         "python": platform.python_version(),
         "sqlite": sqlite3.sqlite_version,
     }
