@@ -58,7 +58,9 @@ def goes_on(path: Path, model: Model, what: str) -> None:
 
 
 class Faults:
-    """What trials that do not depend on each other found: all is told at the end, so that one run shows every fault."""
+    """What trials that do not depend on each other found: told at the end, or where there are many."""
+
+    most = 20
 
     def __init__(self) -> None:
         self.found: list[Broken] = []
@@ -69,10 +71,12 @@ class Faults:
             yield
         except Broken as error:
             self.found.append(error)
+            if len(self.found) == self.most:
+                self.tell()
 
     def tell(self) -> None:
         if self.found:
-            raise Broken(f"{len(self.found)} faults:\n" + "\n".join(map(str, self.found[:20])))
+            raise Broken(f"{len(self.found)} faults:\n" + "\n".join(map(str, self.found)))
 
 
 @contextlib.contextmanager

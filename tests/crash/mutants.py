@@ -12,7 +12,7 @@ import numpy as np
 from memkernels.store import _columns, _database, _engine, _extents, _mark, _writer
 
 from . import flips, kills, power, readers, refusals
-from .judge import Broken, forked, status_of
+from .judge import Broken, Faults, forked, status_of
 from .shim import Shim
 
 FOUND = 3  # exit status of a mutant that was found
@@ -112,6 +112,7 @@ MUTANTS: dict[Callable[[], None], Callable[[Shim, Path], Any]] = {
 def _hunt(change: Callable[[], None], look: Callable[[Shim, Path], Any], shim: Shim, folder: Path) -> None:
     folder.mkdir()
     change()
+    Faults.most = 1
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what its own processes have to say
     try:
         look(shim, folder)
