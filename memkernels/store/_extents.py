@@ -42,7 +42,7 @@ class PageFile:
 
     def read_run(self, extent: int, count: int, pages: Pages, at: int) -> list[tuple[int, int]]:
         """:meth:`read` of extents in a row into pages in a row."""
-        if pages.bytes is None or self.size != self.column.slots * self.column.row_bytes:
+        if self.size != self.column.slots * self.column.row_bytes:
             return [self.read(extent + i, pages, at + i) for i in range(count)]
         fd = self.fd if self.direct is None else self.direct
         got = _io.read_into(fd, [pages.bytes[at : at + count].reshape(-1)], extent * self.size)
