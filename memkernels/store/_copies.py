@@ -28,6 +28,7 @@ KINDS = ("cuda", "cpu")
 class Copies:
     def __init__(self, device: torch.device):
         self.device = device
+        self.tiers: list = []  # that hold what is copied
         self.module = torch.get_device_module(device)
         self.stream = self.module.Stream(device) if device.type == "cuda" else self.module.Stream()
 

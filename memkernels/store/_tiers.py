@@ -130,6 +130,7 @@ class DeviceTier(Tier):
         self.last_copy = copies.record("copy")
         self.coming: list[int] = []  # pages whose copies no kernel has waited for yet
         self.moves = 0  # how often a page came or went
+        copies.tiers.append(self)
 
     def take(self, pages: list[int]) -> list[int]:
         self.moves += 1
@@ -176,9 +177,10 @@ class DeviceTier(Tier):
         try:
             self.copies.wait(queue, event)
         except BaseException:  # a copy failed, and which one is not told
-            for page in self.coming:
-                self.drop(page)
-            self.coming.clear()
+            for tier in self.copies.tiers:
+                for page in tier.coming:
+                    tier.drop(page)
+                tier.coming.clear()
             raise
 
 
