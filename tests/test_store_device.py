@@ -7,37 +7,25 @@ import random
 
 import pytest
 import torch
-from device_support import Disorder, Late, Watched
+from device_support import Disorder, Watched, on_device, use
 from store_support import PAGE, K, V, abandon, best, new, rows, scores, two_pages
 from test_store_random import Model, step
 
-from memkernels.store import MemoryStore, StoreDamaged, _engine, _rows, _writer
+from memkernels import ops
+from memkernels.store import MemoryStore, StoreDamaged, _rows, _writer
 
 N = 20 * PAGE
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int8, torch.float8_e4m3fn)
 
 
 @pytest.fixture
 def late(monkeypatch):
-    """Devices are late ones; returns the class, of which a test may change what is left out."""
-    device = type("Mutable", (Late,), {})
-    monkeypatch.setattr(_engine, "Copies", device)
-    return device
-
-
-def on_device(path, device_pages: int = 6, ram_pages: int = 4, **options) -> MemoryStore:
-    page = two_pages() // 2
-    return MemoryStore.open(path, device="cpu", device_bytes=device_pages * page, ram_bytes=ram_pages * page, **options)
-
-
-def watched(store: MemoryStore) -> Watched:
-    return Watched(store._engine.copies)
+    return use(monkeypatch)
 
 
 def work(path, frames: int = 6) -> None:
     """Searches, reads, gathers and writes in turn, each compared with plain tensors."""
     keys, values = rows(N)
-    with on_device(path, frames, mode="w") as store, watched(store):
+    with on_device(path, frames, mode="w") as store, Watched(store):
         for turn in range(6):
             generator = torch.Generator().manual_seed(turn)
             query = torch.randn(3, K, generator=generator)
@@ -121,7 +109,7 @@ def test_a_copy_that_fails_is_an_error_once_and_leaves_no_page(memory_path, monk
     keys, _ = rows(N)
     new(memory_path / "s", N).close()
     late.failing = failing
-    with on_device(memory_path / "s", 12) as store, watched(store):
+    with on_device(memory_path / "s", 12) as store, Watched(store):
         query = torch.randn(2, K)
         store.prefetch(torch.arange(2 * PAGE))  # copies that nobody waits for yet
         with pytest.raises(RuntimeError, match="the copy failed"):
@@ -150,88 +138,6 @@ def test_a_page_that_cannot_be_read_takes_no_frame(memory_path, late):
         assert tier.frame_of[3] < 0 and torch.isfinite(store.gather(torch.arange(3 * PAGE))).all()
 
 
-# --- numbers ---
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("frames", [3, 20])
-def test_every_dtype_is_exact(memory_path, late, dtype, frames):
-    path = memory_path / "s"
-    column = torch.float32 if dtype.itemsize == 1 else dtype
-    keys, values = rows(N, dtype=column)
-    with MemoryStore.create(path, K, V, key_dtype=dtype, value_dtype=dtype, page_slots=PAGE) as store:
-        store.append(keys, values)
-        keys, values = store.read(torch.arange(N))
-    page = sum(c.slots * c.stored_bytes for c in store.columns.values())
-    with MemoryStore.open(path, device="cpu", device_bytes=frames * page, ram_bytes=4 * page) as store, watched(store):
-        query = torch.randn(3, K).to(column)
-        s = scores(query, keys)
-        exact = torch.float64 if dtype == torch.float64 else torch.float32
-        close = {"rtol": 1e-5, "atol": 1e-6} if column.itemsize > 2 else {"rtol": 1e-2, "atol": 1e-2}
-        for _ in range(2):
-            found, where = store.topk_search(query, 7)
-            wanted, numbers = best(s, torch.arange(N), 7)
-            assert torch.equal(where, numbers) and found.dtype == query.dtype
-            torch.testing.assert_close(found.double(), wanted, **close)
-            read, lse = store.softmax_read(query, return_lse=True)
-            assert read.dtype == query.dtype and lse.dtype == exact
-            torch.testing.assert_close(read.double(), s.softmax(-1) @ values.double(), **close)
-            some, slots, weights = store.topk_read(query, 7, return_slots=True)
-            assert torch.equal(slots, numbers)
-            torch.testing.assert_close(weights.double(), wanted.softmax(-1), **close)
-            by_hand = torch.einsum("tk,tkv->tv", wanted.softmax(-1), values[numbers].double())
-            torch.testing.assert_close(some.double(), by_hand, **close)
-            again = store.sparse_read(torch.cat([numbers, -torch.ones_like(numbers)], 1), weights.repeat(1, 2))
-            torch.testing.assert_close(again.double(), by_hand, **close)
-
-
-def test_values_of_another_dtype_than_the_query(memory_path, late, monkeypatch):
-    """They are converted in runs, whatever the device holds."""
-    monkeypatch.setattr(_rows, "RUN_BYTES", 2 * 4096)
-    path, (keys, values) = memory_path / "s", rows(N)
-    with MemoryStore.create(path, K, V, value_dtype=torch.bfloat16, page_slots=PAGE) as store:
-        store.append(keys, values.bfloat16())
-    with on_device(path, 12) as store, watched(store):
-        query = torch.randn(3, K)
-        wanted = scores(query, keys).softmax(-1) @ values.bfloat16().double()
-        torch.testing.assert_close(store.softmax_read(query).double(), wanted, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("frames", [3, 9, 20])
-def test_equal_scores_go_by_smaller_slot_wherever_it_lies(memory_path, late, frames):
-    """Pages come to the device in no order, so that frames say nothing about numbers."""
-    keys = torch.randint(0, 2, (N, K), generator=torch.Generator().manual_seed(0)).float()
-    with MemoryStore.create(memory_path / "s", K, V, page_slots=PAGE) as store:
-        store.append(keys, rows(N)[1])
-    with on_device(memory_path / "s", frames) as store, watched(store):
-        for page in (13, 2, 17, 5):
-            store.read(torch.tensor([page * PAGE]))
-        query = torch.ones(2, K)
-        for k in (1, 30, N + 5):
-            found, where = store.topk_search(query, k)
-            wanted, numbers = best(scores(query, keys), torch.arange(N), k)
-            assert torch.equal(where, numbers)
-            torch.testing.assert_close(found.double(), wanted)
-
-
-def test_gradients_reach_the_query_and_the_scale(memory_path, late):
-    keys, values = (x.double() for x in rows(N))
-    new(memory_path / "s", N).close()
-    with on_device(memory_path / "s", 9) as store, watched(store):
-        query, scale = torch.randn(3, K, requires_grad=True), torch.rand(3, requires_grad=True)
-        plain, factor = (x.detach().double().requires_grad_() for x in (query, scale))
-        s = (plain @ keys.mT) * factor.unsqueeze(1)
-        top = s.topk(6)
-        wholes = s.softmax(-1) @ values + s.logsumexp(-1, keepdim=True)
-        parts = torch.einsum("tk,tkv->tv", top.values.softmax(-1), values[top.indices])
-        read, lse = store.softmax_read(query, scale=scale, return_lse=True)
-        for got, wanted in ((read + lse.unsqueeze(1), wholes), (store.topk_read(query, 6, scale=scale), parts)):
-            torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=1e-5)
-            wanted = torch.autograd.grad(wanted.square().sum(), [plain, factor], retain_graph=True)
-            for a, b in zip(torch.autograd.grad(got.square().sum(), [query, scale]), wanted):
-                torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4)
-
-
 # --- a memory that changes ---
 
 
@@ -242,7 +148,7 @@ def test_deletes_writes_and_filters_reach_the_device(memory_path, late, frames):
     store.append(keys, values, [{"n": i % 3} for i in range(N)])
     store.close()
     live = torch.ones(N, dtype=torch.bool)
-    with on_device(memory_path / "s", frames, mode="w") as store, watched(store):
+    with on_device(memory_path / "s", frames, mode="w") as store, Watched(store):
         query = torch.randn(2, K)
 
         def check(among: torch.Tensor | None = None, **options) -> None:
@@ -289,7 +195,7 @@ def test_a_reader_with_a_device_sees_commits_of_another_process(memory_path, mon
     monkeypatch.setattr(_writer, "SMALL", small)
     path = memory_path / "s"
     new(path, N).close()
-    with on_device(path, 8) as reader, watched(reader):
+    with on_device(path, 8) as reader, Watched(reader):
         query = torch.randn(2, K)
         for turn in range(3):
             if (child := os.fork()) == 0:
@@ -327,9 +233,22 @@ def test_random_histories_beside_a_device(memory_path, monkeypatch, late, seed):
             store = on_device(path, 3 + seed, mode="w")
         if turn % 4 == 0:
             for one in (store, reader):
-                with watched(one):
+                with Watched(one):
                     model.check(one, draw)
     reader.close()
+    store.close()
+
+
+def test_a_delete_that_comes_with_the_maps_alone_reaches_the_device(memory_path, late):
+    store = new(memory_path / "s", N)
+    store._engine.fold_all()
+    with on_device(memory_path / "s", 20) as reader, Watched(reader):
+        query = torch.randn(2, K)
+        first = reader.topk_search(query, 1)[1]
+        store.delete(first.unique())
+        store._engine.fold_all()
+        assert not torch.isin(reader.topk_search(query, 9)[1], first).any()
+        assert reader.stats()["device"]["bytes_copied"] == N * 4 * K  # no page came again
     store.close()
 
 
@@ -353,8 +272,6 @@ def test_a_search_fills_free_frames_and_evicts_nothing(memory_path, late):
 
 
 def test_what_the_device_holds_is_searched_in_one_call_and_is_not_copied(memory_path, monkeypatch, late):
-    from memkernels import ops
-
     new(memory_path / "s", N).close()
     calls = []
     for name in ("paged_topk_search", "softmax_read"):
