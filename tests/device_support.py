@@ -7,6 +7,7 @@ is seen by a dispatch mode, so that a read without an order, or a copy into what
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 
 import torch
@@ -175,3 +176,8 @@ class Watched(TorchDispatchMode):
                     device.sees(near(x))
             device.kernels += 1
         return run(function, args, kwargs or {})
+
+
+def watched(store: MemoryStore) -> contextlib.AbstractContextManager:
+    """Kernels in the block are shown to the device, where it is a late one."""
+    return Watched(store) if isinstance(store._engine.copies, Late) else contextlib.nullcontext()

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 
 import pytest
 import torch
-from device_support import Disorder, Watched, on_device, use
+from device_support import Disorder, on_device, use, watched
 from store_support import PAGE, K, V, abandon, best, new, rows, scores, two_pages
 from test_store_random import Model, step
 
 from memkernels import ops
 from memkernels.store import MemoryStore, StoreDamaged, _rows, _writer
+from memkernels.store._copies import Copies
 
 N = 20 * PAGE
 
@@ -25,7 +27,7 @@ def late(monkeypatch):
 def work(path, frames: int = 6) -> None:
     """Searches, reads, gathers and writes in turn, each compared with plain tensors."""
     keys, values = rows(N)
-    with on_device(path, frames, mode="w") as store, Watched(store):
+    with on_device(path, frames, mode="w") as store, watched(store):
         for turn in range(6):
             generator = torch.Generator().manual_seed(turn)
             query = torch.randn(3, K, generator=generator)
@@ -87,6 +89,53 @@ def test_a_copy_runs_while_the_next_run_is_read_and_nobody_waits_for_the_last(me
     ]
 
 
+def test_the_streams_of_a_gpu_are_used(monkeypatch):
+    """Copies go to their own stream; each queue records and waits in its own."""
+    log = []
+
+    class Event:
+        def record(self, stream):
+            log.append(f"record {stream}")
+
+        def wait(self, stream):
+            log.append(f"{stream} waits")
+
+        def synchronize(self):
+            log.append("host waits")
+
+    class Module:
+        @staticmethod
+        def Stream(device):
+            return f"own of {device}"
+
+        @staticmethod
+        def current_stream(device):
+            return f"current of {device}"
+
+        @staticmethod
+        @contextlib.contextmanager
+        def stream(stream):
+            log.append(f"in {stream}")
+            yield
+            log.append("out")
+
+    Module.Event = Event
+    monkeypatch.setattr(torch, "get_device_module", lambda device: Module)
+    copies = Copies(torch.device("cuda:1"))
+    target = torch.zeros(3)
+    copies.stage(target, torch.ones(3))
+    copies.wait("compute", copies.record("copy"))
+    copies.wait("copy", copies.record("compute"))
+    copies.wait("host", copies.record("copy"))
+    own, current = "own of cuda:1", "current of cuda:1"
+    assert torch.equal(target, torch.ones(3)) and log == [
+        *(f"in {own}", "out"),
+        *(f"record {own}", f"{current} waits"),
+        *(f"record {current}", f"{own} waits"),
+        *(f"record {own}", "host waits"),
+    ]
+
+
 def test_memory_stays_within_device_bytes(memory_path, late):
     for dtype in (torch.float32, torch.int8):
         path = memory_path / str(dtype)
@@ -109,7 +158,7 @@ def test_a_copy_that_fails_is_an_error_once_and_leaves_no_page(memory_path, monk
     keys, _ = rows(N)
     new(memory_path / "s", N).close()
     late.failing = failing
-    with on_device(memory_path / "s", 12) as store, Watched(store):
+    with on_device(memory_path / "s", 12) as store, watched(store):
         query = torch.randn(2, K)
         store.prefetch(torch.arange(2 * PAGE))  # copies that nobody waits for yet
         with pytest.raises(RuntimeError, match="the copy failed"):
@@ -148,7 +197,7 @@ def test_deletes_writes_and_filters_reach_the_device(memory_path, late, frames):
     store.append(keys, values, [{"n": i % 3} for i in range(N)])
     store.close()
     live = torch.ones(N, dtype=torch.bool)
-    with on_device(memory_path / "s", frames, mode="w") as store, Watched(store):
+    with on_device(memory_path / "s", frames, mode="w") as store, watched(store):
         query = torch.randn(2, K)
 
         def check(among: torch.Tensor | None = None, **options) -> None:
@@ -195,7 +244,7 @@ def test_a_reader_with_a_device_sees_commits_of_another_process(memory_path, mon
     monkeypatch.setattr(_writer, "SMALL", small)
     path = memory_path / "s"
     new(path, N).close()
-    with on_device(path, 8) as reader, Watched(reader):
+    with on_device(path, 8) as reader, watched(reader):
         query = torch.randn(2, K)
         for turn in range(3):
             if (child := os.fork()) == 0:
@@ -233,7 +282,7 @@ def test_random_histories_beside_a_device(memory_path, monkeypatch, late, seed):
             store = on_device(path, 3 + seed, mode="w")
         if turn % 4 == 0:
             for one in (store, reader):
-                with Watched(one):
+                with watched(one):
                     model.check(one, draw)
     reader.close()
     store.close()
@@ -242,7 +291,7 @@ def test_random_histories_beside_a_device(memory_path, monkeypatch, late, seed):
 def test_a_delete_that_comes_with_the_maps_alone_reaches_the_device(memory_path, late):
     store = new(memory_path / "s", N)
     store._engine.fold_all()
-    with on_device(memory_path / "s", 20) as reader, Watched(reader):
+    with on_device(memory_path / "s", 20) as reader, watched(reader):
         query = torch.randn(2, K)
         first = reader.topk_search(query, 1)[1]
         store.delete(first.unique())

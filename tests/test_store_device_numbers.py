@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from device_support import Watched, on_device, use
+from device_support import on_device, use, watched
 from store_support import PAGE, K, V, best, new, rows, scores
 
 from memkernels import ops, use_backend
@@ -28,7 +28,7 @@ def test_every_dtype_is_exact(memory_path, late, dtype, frames):
     with MemoryStore.create(path, K, V, key_dtype=dtype, value_dtype=dtype, page_slots=PAGE) as store:
         store.append(keys, values)
         keys, values = store.read(torch.arange(N))
-    with on_device(path, frames) as store, Watched(store):
+    with on_device(path, frames) as store, watched(store):
         query = torch.randn(3, K).to(column)
         s = scores(query, keys)
         exact = torch.float64 if dtype == torch.float64 else torch.float32
@@ -56,7 +56,7 @@ def test_values_of_another_dtype_than_the_query(memory_path, late, monkeypatch):
     path, (keys, values) = memory_path / "s", rows(N)
     with MemoryStore.create(path, K, V, value_dtype=torch.bfloat16, page_slots=PAGE) as store:
         store.append(keys, values.bfloat16())
-    with on_device(path, 12) as store, Watched(store):
+    with on_device(path, 12) as store, watched(store):
         query = torch.randn(3, K)
         wanted = scores(query, keys).softmax(-1) @ values.bfloat16().double()
         sizes, real = [], ops.softmax_read
@@ -71,7 +71,7 @@ def test_equal_scores_go_by_smaller_slot_wherever_it_lies(memory_path, late, fra
     keys = torch.randint(0, 2, (N, K), generator=torch.Generator().manual_seed(0)).float()
     with MemoryStore.create(memory_path / "s", K, V, page_slots=PAGE) as store:
         store.append(keys, rows(N)[1])
-    with on_device(memory_path / "s", frames) as store, Watched(store):
+    with on_device(memory_path / "s", frames) as store, watched(store):
         for page in (13, 2, 17, 5):
             store.read(torch.tensor([page * PAGE]))
         query = torch.ones(2, K)
@@ -85,7 +85,7 @@ def test_equal_scores_go_by_smaller_slot_wherever_it_lies(memory_path, late, fra
 def test_gradients_reach_the_query_and_the_scale(memory_path, late):
     keys, values = (x.double() for x in rows(N))
     new(memory_path / "s", N).close()
-    with on_device(memory_path / "s", 9) as store, Watched(store):
+    with on_device(memory_path / "s", 9) as store, watched(store):
         query, scale = torch.randn(3, K, requires_grad=True), torch.rand(3, requires_grad=True)
         plain, factor = (x.detach().double().requires_grad_() for x in (query, scale))
         s = (plain @ keys.mT) * factor.unsqueeze(1)
@@ -103,10 +103,17 @@ def test_gradients_reach_the_query_and_the_scale(memory_path, late):
 # --- another device than the CPU ---
 
 
-@pytest.fixture
-def far(late):
-    with use_backend("reference"):
-        yield torch.device("meta")
+@pytest.fixture(params=["meta", "cuda"])
+def far(request):
+    """A device beside the CPU: one whose tensors never meet others and whose copies are late, and a GPU."""
+    if request.param == "cuda":
+        if not torch.cuda.is_available():
+            pytest.skip("needs a GPU")
+        yield torch.device("cuda", torch.cuda.current_device())
+    else:
+        use(request.getfixturevalue("monkeypatch"))
+        with use_backend("reference"):
+            yield torch.device("meta")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
@@ -117,7 +124,7 @@ def test_calls_run_where_their_tensors_lie(memory_path, far, dtype, frames):
     with MemoryStore.create(path, K, V, key_dtype=dtype, value_dtype=dtype, page_slots=PAGE) as store:
         store.append(*rows(N, dtype=column), [{"n": i % 3} for i in range(N)])
         keys, values = store.read(torch.arange(N))
-    with on_device(path, frames, device="meta") as store, Watched(store):
+    with on_device(path, frames, device=str(far)) as store, watched(store):
         close = {"rtol": 1e-5, "atol": 1e-5} if column == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
 
         def same(got, wanted) -> None:
@@ -158,7 +165,7 @@ def test_calls_run_where_their_tensors_lie(memory_path, far, dtype, frames):
 def test_gradients_come_back_to_the_device(memory_path, far, frames):
     new(memory_path / "s", N).close()
     query, scale = torch.randn(3, K), torch.rand(3)
-    with on_device(memory_path / "s", frames, device="meta") as store, Watched(store):
+    with on_device(memory_path / "s", frames, device=str(far)) as store, watched(store):
         found = []
         for where in (torch.device("cpu"), far):
             leaves = [query.to(where, copy=True).requires_grad_(), scale.to(where, copy=True).requires_grad_()]
