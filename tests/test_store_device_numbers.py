@@ -175,3 +175,18 @@ def test_gradients_come_back_to_the_device(memory_path, far, frames):
             assert all(x.device == where for x in found[-1])
         for wanted, got in zip(*found):
             torch.testing.assert_close(got.cpu(), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_the_approximate_index_answers_on_the_device(memory_path, far):
+    pytest.importorskip("faiss", reason="needs faiss")
+    with new(memory_path / "s", N) as store:
+        store.build_index("Flat")
+        store.write(torch.arange(5), *rows(5, seed=1))
+    with on_device(memory_path / "s", 5, device=str(far)) as store, watched(store):
+        query, scale = torch.randn(3, K), torch.rand(3) + 0.5
+        wanted = store.topk_search(query, 6, scale=scale)
+        leaf = query.to(far, copy=True).requires_grad_()
+        found = store.topk_search(leaf, 6, scale=scale.to(far), index="approximate")
+        assert found[0].device == found[1].device == far and torch.equal(found[1].cpu(), wanted[1])
+        torch.testing.assert_close(found[0].detach().cpu(), wanted[0])
+        assert torch.autograd.grad(found[0].sum(), leaf)[0].device == far

@@ -57,7 +57,7 @@ class Copies:
         """uint8 [size] of page-locked memory that begins a page of memory."""
         if self.device.type == "cpu":
             return aligned(size)
-        memory = torch.empty(size + ALIGN, dtype=torch.uint8, pin_memory=True)
+        memory = torch.empty(size + ALIGN, dtype=torch.uint8, device="cpu", pin_memory=True)
         begin = -memory.data_ptr() % ALIGN
         return memory[begin : begin + size]
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import _rows
 from ._columns import as_they_lie
+from ._database import COLUMNS
 from ._engine import Engine
 from ._rows import Run
 
@@ -39,7 +40,7 @@ def keys(engine: Engine, packed: np.ndarray, pages: np.ndarray) -> tuple[Run, Te
         mask = _rows.mask(packed, run.pages, engine.page_slots)
         return torch.from_numpy(run.pages).to(tier.copies.device), _moved(mask, tier.copies.device)
 
-    return run, *_kept(engine, "keys", packed, make)
+    return run, *_kept(engine, ("keys",), packed, make)
 
 
 def together(
@@ -56,7 +57,7 @@ def together(
         def make() -> Tensor | None:
             return _moved(_rows.mask(packed, run.pages, size, absent=False), device)
 
-        mask = _kept(engine, "both", packed, make)
+        mask = _kept(engine, COLUMNS, packed, make)
         step = len(run.pages) if whole else _rows.run_pages(engine, "values")
         for first in range(0, len(run.pages), step):
             part = slice(first * size, (first + step) * size)
@@ -69,14 +70,14 @@ def _moved(x: Tensor | None, device: torch.device) -> Tensor | None:
     return None if x is None else x.to(device)
 
 
-def _kept(engine: Engine, what: str, packed: np.ndarray, make: Callable[[], Any]) -> Any:
+def _kept(engine: Engine, names: tuple[str, ...], packed: np.ndarray, make: Callable[[], Any]) -> Any:
     """What ``make`` gives, made again where slots or frames changed since. A filter is another one in every call."""
     live = engine.maps["live"]
     if packed is not live.bytes:
         return make()
-    now = live.changes, *(tier.moves for tier in engine.device_tiers.values())
-    memory, then, made = engine.kept.get(what, (None, (), None))
+    now = live.changes, *(engine.device_tiers[name].moves for name in names)
+    memory, then, made = engine.kept.get(names, (None, (), None))
     if memory is not packed or then != now:
         made = make()
-        engine.kept[what] = packed, now, made
+        engine.kept[names] = packed, now, made
     return made

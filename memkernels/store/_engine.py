@@ -63,7 +63,7 @@ class Engine:
         self.copies: Copies | None = None  # to the device that keeps pages too
         self.reads = self.commits = self.log_written = 0
         self.buffers: dict[str, deque[Pages]] = {}  # rings of scans and of copies to the device
-        self.kept: dict[str, tuple] = {}  # what searches on the device made, and what they made it from
+        self.kept: dict[tuple[str, ...], tuple] = {}  # what searches on the device made, and what they made it from
         self.index: tuple | None = None  # file and contents of the approximate index
         self.indexed: set[str] = set()  # fields of metadata that have an index
         self.seen = -1  # data_version of what is loaded

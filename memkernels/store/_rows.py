@@ -42,7 +42,7 @@ def gather(engine: Engine, name: str, slots: np.ndarray, device: torch.device | 
     if engine.on_device(device):
         memory = engine.tiers[name]
         memory.count_slots(memory.frame_of[pages[~here]] >= 0)
-    out = torch.empty(len(slots), tier.column.dim, dtype=tier.column.read_dtype, device=device)
+    out = torch.empty(len(slots), tier.column.dim, dtype=tier.column.read_dtype, device=tier.pages.rows.device)
     if here.any():
         tier.touch(frames[here])
         _put(out, here, _picked(tier, slots[here]))
