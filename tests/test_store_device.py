@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import weakref
 
 import pytest
 import torch
@@ -336,6 +337,35 @@ def test_what_the_device_holds_is_searched_in_one_call_and_is_not_copied(memory_
         store.topk_search(query, 3)
         assert calls == ["softmax_read", "paged_topk_search"]
         assert store.stats()["device"]["bytes_copied"] == copied and store.stats()["bytes_read"] == read
+
+
+def test_a_closed_store_keeps_no_memory_of_the_device(memory_path):
+    new(memory_path / "s", N, key_dtype=torch.int8).close()
+    with on_device(memory_path / "s", 6) as store:
+        store.softmax_read(torch.randn(2, K))
+        pages = [tier.pages for tier in store._engine.device_tiers.values()]
+        held = [weakref.ref(x) for p in pages for x in (p.rows, p.scales) if x is not None]
+    assert len(held) == 3 and not any(ref() is not None for ref in held)
+    assert store.stats()["device"]["hits"]
+
+
+@pytest.mark.parametrize("where", [{}, {"device": "cpu"}], ids=["memory", "device"])
+def test_a_store_outlives_the_inference_mode_in_which_it_is_first_used(memory_path, where):
+    keys, values = rows(N)
+    new(memory_path / "s", N).close()
+    budget = 2 * two_pages()
+    with torch.inference_mode():
+        store = MemoryStore.open(memory_path / "s", ram_bytes=budget, **where, device_bytes=budget * len(where))
+        store.gather(torch.arange(12 * PAGE, 15 * PAGE))
+        store.softmax_read(torch.randn(2, K))
+        store.topk_search(torch.randn(2, K), 3)
+    with store:
+        query = torch.randn(2, K, requires_grad=True)
+        store.topk_read(query, 3).sum().backward()
+        read = store.softmax_read(query)
+        torch.testing.assert_close(read, scores(query, keys).softmax(-1).float() @ values)
+        read.sum().backward()
+        assert torch.equal(store.gather(torch.arange(N)), values)
 
 
 @pytest.mark.parametrize("device", ["meta", "cuda", "cuda:99", "no such device", object()], ids=str)

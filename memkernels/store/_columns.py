@@ -126,6 +126,7 @@ class Pages:
     With ``copies`` in page-locked memory, out of which they go to a device.
     """
 
+    @torch.inference_mode(False)  # a store outlives the mode in which it is first used
     def __init__(self, column: Column, count: int, copies: Copies | None = None):
         self.column, self.count = column, count
         self.sent: Any = None  # the event behind a copy to a device that reads them
@@ -173,11 +174,15 @@ class Pages:
 class DevicePages:
     """The same in the memory of a device, which copies fill."""
 
+    @torch.inference_mode(False)
     def __init__(self, column: Column, count: int, copies: Copies):
         self.column, self.count = column, count
         slots = count * column.slots
-        self.rows = copies.empty(slots, column.dim, dtype=column.dtype)
-        self.scales = copies.empty(slots) if column.scaled else None
+        self.rows: Any = copies.empty(slots, column.dim, dtype=column.dtype)
+        self.scales: Any = copies.empty(slots) if column.scaled else None
+
+    def free(self) -> None:
+        self.rows = self.scales = None
 
 
 def aligned(size: int) -> Tensor:

@@ -77,5 +77,6 @@ def usable(device: torch.device | str) -> torch.device:
         if found.type not in KINDS:
             raise ValueError(wanted)
         return torch.empty(0, device=found).device
-    except (RuntimeError, AssertionError, TypeError) as error:  # the last of these where torch is built without CUDA
-        raise ValueError(f"{wanted} ({str(error).splitlines()[0]})") from None
+    except (RuntimeError, TypeError, AssertionError) as error:  # the last of these where torch is built without CUDA
+        why = str(error).partition("\n")[0]
+        raise ValueError(f"{wanted} ({why})") from None

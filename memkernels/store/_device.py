@@ -78,6 +78,7 @@ def _kept(engine: Engine, names: tuple[str, ...], packed: np.ndarray, make: Call
     now = live.changes, *(engine.device_tiers[name].moves for name in names)
     memory, then, made = engine.kept.get(names, (None, (), None))
     if memory is not packed or then != now:
-        made = make()
+        with torch.inference_mode(False):  # a call with gradients may come next
+            made = make()
         engine.kept[names] = packed, now, made
     return made

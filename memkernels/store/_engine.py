@@ -143,6 +143,10 @@ class Engine:
         """Close what is open; writes nothing."""
         if self.pool is not None:
             self.pool.shutdown()
+        for tier in self.device_tiers.values():
+            tier.pages.free()
+        self.buffers.clear()
+        self.kept.clear()
         for file in self.files.values():
             file.close()
         if hasattr(self, "db"):
