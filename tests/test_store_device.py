@@ -370,6 +370,24 @@ def test_a_store_outlives_the_inference_mode_in_which_it_is_first_used(memory_pa
         assert torch.equal(store.gather(live), values[live])
 
 
+def test_a_read_is_one_call_in_whatever_order_pages_came(memory_path, monkeypatch, late):
+    """A page comes into the frame that it has in the other column."""
+    keys, values = rows(N)
+    new(memory_path / "s", N).close()
+    calls, real = [], ops.softmax_read
+    with on_device(memory_path / "s", 20, mode="w") as store, watched(store):
+        for page in (17, 3, 11):
+            store.gather(torch.tensor([page * PAGE]))
+        store.topk_search(torch.randn(1, K), 2)
+        monkeypatch.setattr(ops, "softmax_read", lambda *a, **o: (calls.append(1), real(*a, **o))[1])
+        for slots in ([5 * PAGE], [2 * PAGE, 9 * PAGE, 17 * PAGE]):
+            query = torch.randn(2, K)
+            wanted = scores(query, keys).softmax(-1) @ values.double()
+            torch.testing.assert_close(store.softmax_read(query).double(), wanted, rtol=1e-5, atol=1e-6)
+            store.write(slots, values=values[slots])
+        assert len(calls) == 2
+
+
 @pytest.mark.parametrize("device", ["meta", "cuda", "cuda:99", "no such device", object()], ids=str)
 def test_a_device_that_cannot_be_used_is_one_sentence(memory_path, device):
     if torch.cuda.is_available() and device == "cuda":

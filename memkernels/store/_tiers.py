@@ -94,8 +94,13 @@ class Tier:
         while len(frames) < len(pages):
             frames.append(self._evict(taken))
             taken.add(frames[-1])
+        frames = self._ordered(pages, frames)
         for page, frame in zip(pages, frames):
             self.page_of[frame], self.frame_of[page], self.count[frame] = page, frame, 0
+        return frames
+
+    def _ordered(self, pages: list[int], frames: list[int]) -> list[int]:
+        """Which of ``frames`` each of ``pages`` gets."""
         return frames
 
     def _evict(self, kept: set[int]) -> int:
@@ -135,6 +140,13 @@ class DeviceTier(Tier):
     def take(self, pages: list[int]) -> list[int]:
         self.moves += 1
         return super().take(pages)
+
+    def _ordered(self, pages: list[int], frames: list[int]) -> list[int]:
+        """The frame that the other column has the page in, so that a read takes both at once; else one that is left."""
+        wanted = next(tier for tier in self.copies.tiers if tier is not self).frame_of[pages].tolist()
+        alike = set(wanted) & set(frames)
+        left = (frame for frame in frames if frame not in alike)
+        return [frame if frame in alike else next(left) for frame in wanted]
 
     def drop(self, page: int) -> None:
         self.moves += 1
