@@ -45,8 +45,13 @@ def measure(chosen: list[Case], settings: Settings) -> list[dict]:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    words = sys.argv[1:] if arguments is None else arguments
+    if words[:1] == ["store"]:
+        from .store.command import main as store
+
+        return store(words[1:])
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("ops", nargs="*", metavar="op", help="only these ops")
+    parser.add_argument("ops", nargs="*", metavar="op", help="only these ops; or store, with options of its own")
     parser.add_argument("--quick", action="store_true", help="small sizes, under two minutes; goals are not judged")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: those torch would use")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -54,7 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--compare", type=Path, metavar="FILE", help="an earlier result file, compared by ratio to a peer"
     )
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(words)
     settings = Settings(options.device, options.threads, options.quick)
     try:
         chosen = cases.select(options.ops, options.device)

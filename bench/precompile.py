@@ -138,7 +138,7 @@ def main() -> int:
     if options.count:
         for i, fresh in enumerate(found):
             # Triton compiles a C function for every list of types.
-            types = {repr(list(build.signature.values())) for build in fresh.values()}
+            types = {build.types for build in fresh.values()}
             print(f"round {i + 1}: {len(fresh)} kernels, {len(types)} launch signatures")
         return 0
     os.nice(1)  # the rows go first

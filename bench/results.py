@@ -166,8 +166,9 @@ def load(path: Path) -> list[dict]:
 
 
 def committed() -> list[dict]:
-    """The rows of all result files, older before newer."""
-    files = [load(path) for path in DIRECTORY.glob("*.json")]
+    """The rows of the result files of cases, older before newer."""
+    other = ("ladder", "store-", "crash")
+    files = [load(path) for path in DIRECTORY.glob("*.json") if not path.name.startswith(other)]
     return sorted((row for rows in files for row in rows), key=lambda row: row["date"])
 
 

@@ -7,6 +7,7 @@ A block stands between ``<!-- generated: NAME -->`` and ``<!-- end: NAME -->``:
 - ``performance``: pictures and tables of the same files, printed by ``bench.report``;
 - ``ladder``, ``limits``: what each step bought, and what loops reach on a free and on a busy core, recorded in
   ``bench/results/ladder.json``;
+- ``store``: what ``python -m bench store`` measured, from its committed result files;
 - ``predicted``: where main kernels will be bound, as ``python -m bench.predict`` reads it from compiled code.
 
 ``tests/test_docs.py`` fails when a block differs from what would be written here.
@@ -87,7 +88,7 @@ def op_table(before: str) -> str:
 
 def result_files() -> list[Path]:
     """The committed results of full sizes."""
-    other = re.compile(r"^gpu-|^ladder$|-quick$")
+    other = re.compile(r"^gpu-|^ladder$|^store-|^crash|-quick$")
     return sorted(file for file in RESULTS.glob("*.json") if not other.search(file.stem))
 
 
@@ -173,6 +174,15 @@ def limits(before: str) -> str:
     return "\n".join(rows) + "\n"
 
 
+def store(before: str) -> str:
+    """The promises of MemoryStore beside what was measured, a table per machine."""
+    from bench import results
+    from bench.store import report
+
+    found = [report.page(results.load(file)) for file in report.files()]
+    return "\n".join(found) or EMPTY.replace("python -m bench", "python -m bench store")
+
+
 def predicted(before: str) -> str:
     """Bounds of the main kernels, and what they rest on."""
     from bench import predict
@@ -198,6 +208,7 @@ def generated(pictures_to: Path) -> dict[str, Callable[[str], str]]:
         "performance": lambda before: report(pictures_to),
         "ladder": ladder,
         "limits": limits,
+        "store": store,
         "predicted": predicted,
         "host": host,
     }

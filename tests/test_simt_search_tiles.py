@@ -124,16 +124,12 @@ def test_float32_is_multiplied_as_torch_is_told_to():
     assert done.returncode == 0 and done.stdout.split() == ["DONE"], done.stdout + done.stderr[-4000:]
 
 
+# What Buffers::arrived returns, without its wait and its barrier.
+FILLED = "buffers.rows + (buffers.turn ^ 1) * buffers.bytes"
 # text, text with the fault
 FAULTS = {
-    "removed barrier": (
-        "wait_copies<0>();\n      __syncthreads();  // the part",
-        "wait_copies<0>();  // the part",
-    ),
-    "no wait for copies": (
-        "wait_copies<0>();\n      __syncthreads();  // the part",
-        "wait_copies<1>();\n      __syncthreads();  // the part",
-    ),
+    "removed barrier": ("here = buffers.arrived();", f"here = {FILLED};\n    wait_copies<0>();"),
+    "no wait for copies": ("here = buffers.arrived();", f"here = {FILLED};\n    __syncthreads();"),
     "one slot too many": ("(block.split + 1) * r.split_rows);", "(block.split + 1) * r.split_rows + 1);"),
     "unmasked tail": ("first + tid < end ? mask_at(", "!p.mask || first + tid < end ? mask_at("),
     "the mask of another tile": (

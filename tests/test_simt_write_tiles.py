@@ -193,22 +193,24 @@ def test_float32_is_multiplied_as_torch_is_told_to():
     assert done.returncode == 0 and done.stdout.split() == ["DONE"], done.stdout + done.stderr[-4000:]
 
 
+# What Buffers::arrived returns, without its wait and its barrier.
+FILLED = "buffers.rows + (buffers.turn ^ 1) * buffers.bytes"
 # file, text, text with the fault
 FAULTS = {
     "removed barrier": (
         "gated_write_tiles.cu",
-        "wait_copies<0>();\n        __syncthreads();",
-        "wait_copies<0>();",
+        "here = buffers.arrived();",
+        f"here = {FILLED};\n    wait_copies<0>();",
     ),
     "no wait for copies": (
         "gated_write_tiles.cu",
-        "wait_copies<0>();\n        __syncthreads();",
-        "wait_copies<1>();\n        __syncthreads();",
+        "here = buffers.arrived();",
+        f"here = {FILLED};\n    __syncthreads();",
     ),
     "removed barrier, rows of write": (
         "gated_write_tiles.cu",
-        "    wait_copies<0>();\n    __syncthreads();\n    const char* buffer",
-        "    wait_copies<0>();\n    const char* buffer",
+        "rows = loader.buffers.arrived();",
+        f"rows = {FILLED.replace('buffers', 'loader.buffers')};\n    wait_copies<0>();",
     ),
     "a token beyond the last one writes": ("gate_fragments.h", "!tokens.writes[token(j, i)]", "false"),
     "nothing is carried from tile to tile": ("gate_fragments.h", "left *= half * other", "left = half * other"),

@@ -21,6 +21,7 @@ not average out in dq. Where the op returned 16 bits, the read is computed again
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import triton
@@ -79,11 +80,13 @@ def additive_scores(
 
 @triton.jit
 def additive_read_kernel(
-    q, k, v, u, mask, read, lse, rest, T, N, K, V, B1, inner, parts, span, read_part, lse_part,
+    q, k, v, u, mask, read, lse, rest, sizes, cut,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_V: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One block of tokens, one block of value columns, the slots ``part * span ..`` of one batch."""
+    T, N, K, V, B1, inner = sizes
+    parts, span, read_part, lse_part = cut
     pid = tl.program_id(0)
     blocks = tl.cdiv(T, BLOCK_T)
     t = (pid % blocks) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -111,13 +114,42 @@ def additive_read_kernel(
     finish_read(read_rows, lse_rows, rest_rows, t_ok, V, column, m, total, acc, BLOCK_V)
 
 
+class Kept(NamedTuple):
+    """What the gradient of scores is made of beside them."""
+
+    d_read: tuple
+    lse: tuple
+    rest: tuple
+    delta: tuple
+
+
+class SlotsCut(NamedTuple):
+    """Of the loop over slots: see ``launch_in_parts``."""
+
+    parts: int
+    span: int
+    q_part: int
+
+
+class TokensCut(NamedTuple):
+    """Of the loop over tokens."""
+
+    parts: int
+    span: int
+    k_part: int
+    v_part: int
+    m_part: int
+
+
 @triton.jit
 def additive_query_kernel(
-    q, k, v, u, mask, d_read, lse, rest, delta, d_q, T, N, K, V, B1, inner, parts, span, q_part,
+    q, k, v, u, mask, kept, d_q, sizes, cut,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_A: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_V: tl.constexpr,
     V_STEPS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq of one block of tokens and CHUNKS BLOCK_A columns, over the slots ``part * span ..`` of one batch."""
+    T, N, K, V, B1, inner = sizes
+    parts, span, q_part = cut
     pid = tl.program_id(0)
     blocks = tl.cdiv(T, BLOCK_T)
     t = (pid % blocks) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -129,10 +161,10 @@ def additive_query_kernel(
 
     t_ok = t < T
     q_rows = tokens(q, b, B1, t, inner)
-    dr_rows, dr0 = token_block(d_read, b, B1, t, inner, t_ok, V, BLOCK_V)
-    lse_t = shifted_lse(lse, b, B1, t, inner, T)
-    rest_t = tl.load(tokens(rest, b, B1, t, inner), mask=t_ok, other=0.0)
-    delta_t = tl.load(tokens(delta, b, B1, t, inner), mask=t_ok, other=0.0)
+    dr_rows, dr0 = token_block(kept.d_read, b, B1, t, inner, t_ok, V, BLOCK_V)
+    lse_t = shifted_lse(kept.lse, b, B1, t, inner, T)
+    rest_t = tl.load(tokens(kept.rest, b, B1, t, inner), mask=t_ok, other=0.0)
+    delta_t = tl.load(tokens(kept.delta, b, B1, t, inner), mask=t_ok, other=0.0)
     own = tl.arange(0, CHUNKS)
     acc = tl.zeros([CHUNKS, BLOCK_A, BLOCK_T], tl.float32)
     for n0 in range(part * span, tl.minimum(N, (part + 1) * span), BLOCK_N):
@@ -160,8 +192,7 @@ def additive_query_kernel(
 
 @triton.jit
 def additive_slot_kernel(
-    q, k, v, u, mask, d_read, lse, rest, delta, d_u, d_k, d_v, d_m, T, N, K, V, B1, inner,
-    parts, span, k_part, v_part, m_part,
+    q, k, v, u, mask, kept, d_u, d_k, d_v, d_m, sizes, cut,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_A: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_V: tl.constexpr,
     V_STEPS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -169,6 +200,8 @@ def additive_slot_kernel(
 
     d_u [B, parts, blocks of slots, K]: what each program adds to the gradient of the score vector.
     """
+    T, N, K, V, B1, inner = sizes
+    parts, span, k_part, v_part, m_part = cut
     pid = tl.program_id(0)
     blocks = tl.cdiv(N, BLOCK_N)
     block = pid % blocks
@@ -193,10 +226,10 @@ def additive_slot_kernel(
         t = t0 + tl.arange(0, BLOCK_T)
         t_ok = t < T
         q_rows = tokens(q, b, B1, t, inner)
-        dr_rows, dr0 = token_block(d_read, b, B1, t, inner, t_ok, V, BLOCK_V)
-        lse_t = shifted_lse(lse, b, B1, t, inner, T)
-        rest_t = tl.load(tokens(rest, b, B1, t, inner), mask=t_ok, other=0.0)
-        delta_t = tl.load(tokens(delta, b, B1, t, inner), mask=t_ok, other=0.0)
+        dr_rows, dr0 = token_block(kept.d_read, b, B1, t, inner, t_ok, V, BLOCK_V)
+        lse_t = shifted_lse(kept.lse, b, B1, t, inner, T)
+        rest_t = tl.load(tokens(kept.rest, b, B1, t, inner), mask=t_ok, other=0.0)
+        delta_t = tl.load(tokens(kept.delta, b, B1, t, inner), mask=t_ok, other=0.0)
         s = additive_scores(q_rows, t_ok, k_rows, ok, bias, u, b, B1, K, BLOCK_T, BLOCK_N, BLOCK_A)
         dp = dots(dr0, dr_rows, t_ok, v0, v_rows, ok, V, BLOCK_V, V_STEPS, PRECISION)
         p, ds = from_scores(
@@ -285,9 +318,8 @@ def additive_read_backward(
     if read.dtype != torch.float32:
         read = _read(call, sources, query, values, torch.float32)[0]
     delta = row_dots(call, d_read, read, d_lse)
-    sources = *sources, call.rows(d_read), call.numbers(lse), call.numbers(lse_rest), (delta, *delta.stride())
-    count, inner = call.F * T, T if call.F > 1 else None
-    sizes = (count, N, K, V, call.batches[1], inner)
+    sources = *sources, Kept(call.rows(d_read), call.numbers(lse), call.numbers(lse_rest), (delta, *delta.stride()))
+    count, sizes = call.F * T, call.sizes(T, N, K, V)
     wide = width(V, query, values)
     chunks = min(triton.next_power_of_2(triton.cdiv(K, COLUMNS)), GRADIENT_COLUMNS // COLUMNS)
     steps = triton.cdiv(K, chunks * COLUMNS)
@@ -300,7 +332,8 @@ def additive_read_backward(
     if d_query.wanted:
         programs = call.B * triton.cdiv(count, c.block_t) * steps
         launch_in_parts(
-            call, additive_query_kernel, programs, N, c.block_n, sources, (d_query.rows(),), sizes, **constants
+            call, additive_query_kernel, programs, N, c.block_n, sources, (d_query.rows(),), (sizes,), SlotsCut,
+            **constants,
         )  # fmt: skip
     if any(g.wanted for g in (d_keys, d_values, d_vector, d_mask)):
         blocks = triton.cdiv(N, c.block_n)
@@ -310,7 +343,7 @@ def additive_read_backward(
             pieces = call.scratch(call.B, p.cut(programs, count, c.block_t)[0], blocks, K)
         launch_in_parts(
             call, additive_slot_kernel, programs, count, c.block_t, (*sources, pieces),
-            [g.rows() for g in (d_keys, d_values, d_mask)], sizes, **constants,
+            [g.rows() for g in (d_keys, d_values, d_mask)], (sizes,), TokensCut, **constants,
         )  # fmt: skip
         if pieces is not None:
             d_vector.view.copy_(pieces.sum((1, 2)).view(d_vector.view.shape))

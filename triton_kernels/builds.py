@@ -7,6 +7,9 @@ only on what makes loads wide, so that one compilation serves all batches, parts
 - a last stride of 1 is a constant;
 - the integers of ``SPECIALISED``, at which an axis of loads ends, are multiples of 16, or not.
 
+An argument is a tensor, a number, None, a tuple (a tensor and its strides, or several tensors), or a named tuple of
+arguments. Machine code knows no groups: it takes numbers and addresses one after the other, and so does a launch.
+
 The ends of T and N cost 15% more compilations in the contract grid, and pay: without them the loads of lse in
 slot_usage are scalar and not pipelined (94 registers instead of 72), softmax_read takes 195 registers instead of 165,
 and without k the loads of weights in chosen_dots are scalar (98 instead of 76).
@@ -15,8 +18,9 @@ and without k the loads of weights in chosen_dots are scalar (98 instead of 76).
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import torch
 import triton
@@ -45,7 +49,10 @@ TYPES = {
 
 @dataclass(frozen=True, eq=False)
 class Build:
-    """One compilation. signature, constants and attributes are as Triton's ``ASTSource`` has them."""
+    """One compilation. signature, constants and attributes are as Triton's ``ASTSource`` has them.
+
+    odd: whether some tensor of rows is not aligned, or its width is odd: its loads are scalar.
+    """
 
     function: JITFunction
     signature: dict
@@ -53,6 +60,7 @@ class Build:
     attributes: dict
     options: dict
     target: GPUTarget
+    odd: bool
 
     @functools.cached_property
     def identity(self) -> tuple:
@@ -61,16 +69,22 @@ class Build:
         return self.function, self.target, *(repr(sorted(x.items())) for x in parts)
 
     @property
-    def odd(self) -> bool:
-        """Whether some tensor of rows is not aligned, or its width is odd: its loads are scalar."""
-        known = {path[0] for path in (*self.attributes, *(p for p, x in self.constants.items() if x == 1))}
-        kinds = enumerate(self.signature.values())
-        return any(isinstance(kind, tuple) and i not in known and "i64" not in kind[0] for i, kind in kinds)
+    def types(self) -> tuple[str, ...]:
+        """Of the numbers and addresses that the machine code takes."""
+        return tuple(self.taken(self.signature.values()))
+
+    def taken(self, arguments) -> list:
+        """What the machine code takes of ``arguments``: no groups, and nothing that is a constant."""
+        pairs = zip(arguments, self.signature.values(), strict=True)
+        return [y for x, kind in pairs for y in _taken(x, kind)]
 
     def compile(self) -> CompiledKernel:
         """Compile it, or take it from Triton's cache on disk. Needs no GPU."""
         source = ASTSource(self.function, self.signature, self.constants, self.attributes)
-        return triton.compile(source, target=self.target, options=self.options)
+        kernel = triton.compile(source, target=self.target, options=self.options)
+        # Triton makes of this the C function of launches. Without tuples to take apart, one costs a third less.
+        kernel.src = SimpleNamespace(fn=self.function, signature=dict(enumerate(self.types)), constants={})
+        return kernel
 
     def prepare(self) -> None:
         """Compile it and the C function that launches it, so that both lie on disk. Needs a GPU and its driver."""
@@ -85,6 +99,14 @@ class Build:
         return _loaded[key]
 
 
+def _taken(x, kind) -> Iterator:
+    if isinstance(kind, tuple):
+        for pair in zip(x, kind, strict=True):
+            yield from _taken(*pair)
+    elif kind != "constexpr":
+        yield x
+
+
 _loaded: dict[tuple, CompiledKernel] = {}
 
 
@@ -95,9 +117,9 @@ def build(
 
     is_aligned: whether a tensor begins at a multiple of 16 bytes.
     """
-    signature, constants, attributes, options = {}, {}, {}, dict(options)
+    constants, attributes, odd = {}, {}, []
 
-    def describe(x, path: tuple, divisible: bool):
+    def single(x, path: tuple, divisible: bool) -> str:
         if x is None:
             constants[path] = None
             return "constexpr"
@@ -109,28 +131,38 @@ def build(
             return "fp32"
         return "i32" if -(2**31) <= x < 2**31 else "i64"
 
+    def tensors(x: tuple, path: tuple) -> tuple:
+        """A tensor and its strides, or several tensors."""
+        if isinstance(x[-1], int):
+            *strides, last = x[1:]
+            wide = is_aligned(x[0]) and all(y % 16 == 0 for y in strides) and (last == 1 or last % 16 == 0)
+            divisible, unit = [wide] * len(x), last == 1
+        else:
+            divisible, unit = [isinstance(y, Tensor) and is_aligned(y) for y in x], False
+        described = x[:-1] if unit else x
+        kinds = [single(y, (*path, i), d) for i, (y, d) in enumerate(zip(described, divisible))]
+        if unit:
+            constants[(*path, len(kinds))] = 1
+            kinds.append("constexpr")
+        odd.append(not any(divisible) and not unit and "i64" not in kinds[0])
+        return tuple(kinds)
+
+    def argument(x, path: tuple, name: str):
+        if isinstance(x, Tensor):
+            return single(x, path, is_aligned(x))
+        if not isinstance(x, tuple):
+            return single(x, path, name in SPECIALISED and isinstance(x, int) and x % 16 == 0)
+        if not hasattr(x, "_fields"):
+            return tensors(x, path)
+        return type(x)(*(argument(y, (*path, i), field) for i, (field, y) in enumerate(zip(x._fields, x))))
+
+    signature = {}
     for i, (param, x) in enumerate(zip(kernel.params, arguments, strict=True)):
         if param.is_constexpr:
             signature[param.name], constants[(i,)] = "constexpr", x
-        elif not isinstance(x, tuple):
-            if isinstance(x, Tensor):
-                aligned = is_aligned(x)
-            else:
-                aligned = param.name in SPECIALISED and isinstance(x, int) and x % 16 == 0
-            signature[param.name] = describe(x, (i,), aligned)
-        elif not isinstance(x[-1], int):  # several tensors
-            signature[param.name] = tuple(
-                describe(y, (i, j), isinstance(y, Tensor) and is_aligned(y)) for j, y in enumerate(x)
-            )
         else:
-            *rest, last = x[1:]
-            wide = is_aligned(x[0]) and all(y % 16 == 0 for y in rest) and (last == 1 or last % 16 == 0)
-            kinds = [describe(y, (i, j), wide) for j, y in enumerate(x[:-1])]
-            if last == 1:
-                constants[(i, len(kinds))] = 1
-            kinds.append("constexpr" if last == 1 else describe(last, (i, len(kinds)), wide))
-            signature[param.name] = tuple(kinds)
-    build = Build(kernel, signature, constants, attributes, options, GPUTarget("cuda", capability, 32))
-    if build.odd:  # scalar loads take an address each, which ptxas would rather spill than lower the occupancy
-        options["maxnreg"] = min(255, REGISTERS // (32 * options["num_warps"]))
-    return build
+            signature[param.name] = argument(x, (i,), param.name)
+    if any(odd):  # scalar loads take an address each, which ptxas would rather spill than lower the occupancy
+        options = options | {"maxnreg": min(255, REGISTERS // (32 * options["num_warps"]))}
+    target = GPUTarget("cuda", capability, 32)
+    return Build(kernel, signature, constants, attributes, options, target, any(odd))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -146,17 +146,17 @@ class _Parts:
 
 def launch_in_parts(
     call: Call, kernel, programs: int, size: int, block: int, before: tuple, targets: Sequence[tuple | None],
-    between: tuple, *after: float, plan: Plan, **constants,
+    between: tuple, cut: Callable[..., tuple], *after: float, plan: Plan, **constants,
 ) -> None:  # fmt: skip
     """Run ``programs`` instances whose loop over ``size`` is cut into parts, and add what the parts give to targets.
 
-    The kernel takes ``before``, a place for every target, ``between``, the count and length of parts, the step between
-    the parts of every target, and ``after``.
+    The kernel takes ``before``, a place for every target, ``between``, a ``cut`` and ``after``. cut: a named tuple of
+    the count and the length of parts, and the step between the parts of every target.
     """
     parts, span = plan.cut(programs, size, block)
     outs = [_Parts(call, target, parts) for target in targets]
     launch(
-        kernel, programs * parts, *before, *(o.out for o in outs), *between, parts, span, *(o.step for o in outs),
+        kernel, programs * parts, *before, *(o.out for o in outs), *between, cut(parts, span, *(o.step for o in outs)),
         *after, plan=plan, **constants,
     )  # fmt: skip
     for o in outs:

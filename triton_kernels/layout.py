@@ -11,12 +11,25 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 INDEX_LIMIT = 2**31 - 2**16  # tokens and slots are counted in int32, and a block may reach past the end
+
+
+class Sizes(NamedTuple):
+    """What a kernel counts: tokens of all folded dimensions, slots, columns of keys and values, the second batch
+    dimension; and T where dimensions are folded in front of it, else None."""
+
+    T: int
+    N: int
+    K: int
+    V: int
+    B1: int
+    inner: int | None
 
 
 class Call:
@@ -111,6 +124,10 @@ class Call:
         yield target
         if target is not values:
             values.copy_(target)
+
+    def sizes(self, T: int, N: int, K: int, V: int) -> Sizes:
+        """Of a kernel on T tokens in each folded dimension."""
+        return Sizes(self.F * T, N, K, V, self.batches[1], T if self.F > 1 else None)
 
     def rows(self, x: Tensor | None) -> tuple | None:
         """Token rows ``[..., T, D]`` for a kernel: ``(tensor, stride of B0, of B1, of F, of T)``."""

@@ -13,6 +13,7 @@ queries, keys and mask, both at once. Slots go in groups that bound the memory o
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import triton
@@ -34,10 +35,20 @@ from .write_tiles import gates, open_tokens
 BLOCKS = {16: 256, 32: 64}
 
 
+class Source(NamedTuple):
+    """What both kernels take of the arguments."""
+
+    k: tuple
+    q_read: tuple
+    q_write: tuple
+    w: tuple
+    mask: tuple | None
+    token_mask: tuple | None
+
+
 @triton.jit
 def memory_scan_kernel(
-    v, k, q_read, q_write, w, mask, token_mask, lse, rest, out, reads, states,
-    first, blocks, T, N, K, V, B1, inner, B, scale,
+    v, source, lse, rest, out, reads, states, first, blocks, sizes, B, scale,
     READ_FIRST: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     K_STEPS: tl.constexpr, BLOCK_V: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -45,6 +56,7 @@ def memory_scan_kernel(
 
     ``out`` and the shares ``reads [blocks, B, T, V]``, or, for the backward pass, only ``states``: v before each chunk.
     """
+    T, N, K, V, B1, inner = sizes
     pid = tl.program_id(0)
     block = pid % blocks
     place = block * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -55,26 +67,25 @@ def memory_scan_kernel(
     group = tl.minimum(N - first * BLOCK_N, blocks * BLOCK_N)
     exists = n < N
     d = column + tl.arange(0, BLOCK_V)
-    ok, bias = open_slots(mask, b, B1, n, N)
-    k_rows, k0 = slot_block(k, b, B1, n, ok, K, BLOCK_K)
+    ok, bias = open_slots(source.mask, b, B1, n, N)
+    k_rows, k0 = slot_block(source.k, b, B1, n, ok, K, BLOCK_K)
     x = tile(slots(v, b, B1, n), ok, V, column, BLOCK_V).to(tl.float32)  # what is in an empty slot is never read
     chunk = b.to(tl.int64) * tl.cdiv(T, BLOCK_T)
     for t0 in range(0, T, BLOCK_T):
         t = t0 + tl.arange(0, BLOCK_T)
-        t_ok = open_tokens(token_mask, b, B1, t, inner, T)
+        t_ok = open_tokens(source.token_mask, b, B1, t, inner, T)
         a, keep, _ = gates(
-            k0, k_rows, ok, bias, q_write, None, b, B1, n, t, t_ok, T, inner, K, scale, 1.0,
+            k0, k_rows, ok, bias, source.q_write, None, b, n, t, t_ok, sizes, scale, 1.0,
             "sigmoid", "full", BLOCK_K, K_STEPS, PRECISION,
         )  # fmt: skip
         if states is not None:
             put(states + (chunk * group + place) * V, exists, V, column, x, BLOCK_V)
         else:
             p = read_weights(
-                k0, k_rows, ok, bias, q_read, lse, rest, b, B1, t, t_ok, T, inner, K, scale,
-                BLOCK_K, K_STEPS, PRECISION,
-            )  # fmt: skip
+                k0, k_rows, ok, bias, source.q_read, lse, rest, b, t, t_ok, sizes, scale, BLOCK_K, K_STEPS, PRECISION
+            )
         for i in range(tl.minimum(BLOCK_T, T - t0)):
-            w_i = token_row(w, b, B1, t0, i, t_ok, inner, V, column, BLOCK_T, BLOCK_V)[None, :]
+            w_i = token_row(source.w, b, B1, t0, i, t_ok, inner, V, column, BLOCK_T, BLOCK_V)[None, :]
             before = x
             x = x * at_token(keep, i, BLOCK_T)[:, None] + at_token(a, i, BLOCK_T)[:, None] * w_i
             if states is None:
@@ -106,8 +117,7 @@ class Scan:
         most = BLOCKS[bits(read_query, values)]
         wide_k, wide_v = (narrowed(f(n, read_query, values), most) for f, n in ((summed, K), (width, V)))
         self.blocks, self.columns = triton.cdiv(N, self.plan.config.block_n), triton.cdiv(V, wide_v.block)
-        self.inner = T if call.F > 1 else None
-        self.sources = (
+        self.source = Source(
             call.slots(keys), call.rows(read_query), call.rows(write_query), call.rows(write),
             call.slot_numbers(slot_mask), call.numbers(token_mask),
         )  # fmt: skip
@@ -123,13 +133,14 @@ class Scan:
         return [(first, min(most, self.blocks - first)) for first in range(0, max(1, self.blocks), most)]
 
     def sizes(self, first: int, blocks: int) -> tuple:
+        """The group of blocks of slots, and what ends the arguments of both kernels."""
         call = self.call
-        return (first, blocks, self.count, self.N, self.K, self.V, call.batches[1], self.inner, call.B, self.scale)
+        return first, blocks, call.sizes(self.T, self.N, self.K, self.V), call.B, self.scale
 
     def forward(self, group: tuple[int, int], stats: tuple, out: tuple | None, reads, states) -> None:
         """stats: lse and lse_rest of the read scores, or None of both where nothing is read."""
         launch(
-            memory_scan_kernel, self.call.B * self.columns * group[1], self.call.slots(self.values), *self.sources,
+            memory_scan_kernel, self.call.B * self.columns * group[1], self.call.slots(self.values), self.source,
             *stats, out, reads, states, *self.sizes(*group), **self.constants,
         )  # fmt: skip
 
@@ -202,7 +213,7 @@ def memory_scan_backward(
         ds = call.scratch(s.columns, *call.batches, 2 * call.F, T, size) if by_scores else None
         shares = call.scratch(blocks, *call.batches, call.F, T, V) if d_write.wanted else None
         launch(
-            memory_scan_backward_kernel, programs, *s.sources, call.numbers(lse), call.numbers(lse_rest),
+            memory_scan_backward_kernel, programs, s.source, call.numbers(lse), call.numbers(lse_rest),
             (delta, *delta.stride()), call.rows(d_reads), call.slots(d_values), states, replay, d_old.rows(), ds,
             shares, *s.sizes(first, blocks), **s.constants,
         )  # fmt: skip

@@ -22,10 +22,11 @@ from .write_tiles import gates, open_tokens
 
 @triton.jit
 def read_weights(
-    k0, k_rows, ok, bias, q, lse, rest, b, B1, t, t_ok, T, inner, K, scale,
+    k0, k_rows, ok, bias, q, lse, rest, b, t, t_ok, sizes, scale,
     BLOCK_K: tl.constexpr, K_STEPS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """p of a tile [slots, tokens]; 0 where nothing is read."""
+    T, K, B1, inner = sizes.T, sizes.K, sizes.B1, sizes.inner
     q_rows = tokens(q, b, B1, t, inner)
     q0 = tile(q_rows, t_ok, K, 0, BLOCK_K)
     s = scores(dots(k0, k_rows, ok, q0, q_rows, t_ok, K, BLOCK_K, K_STEPS, PRECISION), scale, bias[:, None])
@@ -36,8 +37,7 @@ def read_weights(
 
 @triton.jit
 def memory_scan_backward_kernel(
-    k, q_read, q_write, w, mask, token_mask, lse, rest, delta, d_reads, d_new, states, replay, d_v, ds, dw,
-    first, blocks, T, N, K, V, B1, inner, B, scale,
+    source, lse, rest, delta, d_reads, d_new, states, replay, d_v, ds, dw, first, blocks, sizes, B, scale,
     READ_FIRST: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     K_STEPS: tl.constexpr, BLOCK_V: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -46,6 +46,7 @@ def memory_scan_backward_kernel(
     Of this group of slots: states [B, chunks, slots, V], ds [column blocks, B, 2, T, slots], read before write, and
     dw [blocks, B, T, V]: parts, to be added.
     """
+    T, N, K, V, B1, inner = sizes
     pid = tl.program_id(0)
     own = replay + pid.to(tl.int64) * BLOCK_T * BLOCK_N * BLOCK_V
     block = pid % blocks
@@ -58,27 +59,27 @@ def memory_scan_backward_kernel(
     group = tl.minimum(N - first * BLOCK_N, blocks * BLOCK_N)
     exists = n < N
     d = column + tl.arange(0, BLOCK_V)
-    ok, bias = open_slots(mask, b, B1, n, N)
-    k_rows, k0 = slot_block(k, b, B1, n, ok, K, BLOCK_K)
+    ok, bias = open_slots(source.mask, b, B1, n, N)
+    k_rows, k0 = slot_block(source.k, b, B1, n, ok, K, BLOCK_K)
     grad = tile(slots(d_new, b, B1, n), ok, V, column, BLOCK_V).to(tl.float32)
     chunks = tl.cdiv(T, BLOCK_T)
     cell = tl.arange(0, BLOCK_N)[:, None] * BLOCK_V + tl.arange(0, BLOCK_V)[None, :]
     for c in range(chunks):
         t0 = (chunks - 1 - c) * BLOCK_T
         t = t0 + tl.arange(0, BLOCK_T)
-        t_ok = open_tokens(token_mask, b, B1, t, inner, T)
+        t_ok = open_tokens(source.token_mask, b, B1, t, inner, T)
         a, keep, _ = gates(
-            k0, k_rows, ok, bias, q_write, None, b, B1, n, t, t_ok, T, inner, K, scale, 1.0,
+            k0, k_rows, ok, bias, source.q_write, None, b, n, t, t_ok, sizes, scale, 1.0,
             "sigmoid", "full", BLOCK_K, K_STEPS, PRECISION,
         )  # fmt: skip
         p = read_weights(
-            k0, k_rows, ok, bias, q_read, lse, rest, b, B1, t, t_ok, T, inner, K, scale, BLOCK_K, K_STEPS, PRECISION
+            k0, k_rows, ok, bias, source.q_read, lse, rest, b, t, t_ok, sizes, scale, BLOCK_K, K_STEPS, PRECISION
         )
         x = tile(states + ((b.to(tl.int64) * chunks + chunks - 1 - c) * group + place) * V, ok, V, column, BLOCK_V)
         count = tl.minimum(BLOCK_T, T - t0)
         for i in range(count):
             tl.store(own + i * BLOCK_N * BLOCK_V + cell, x)
-            w_i = token_row(w, b, B1, t0, i, t_ok, inner, V, column, BLOCK_T, BLOCK_V)[None, :]
+            w_i = token_row(source.w, b, B1, t0, i, t_ok, inner, V, column, BLOCK_T, BLOCK_V)[None, :]
             x = x * at_token(keep, i, BLOCK_T)[:, None] + at_token(a, i, BLOCK_T)[:, None] * w_i
         tl.debug_barrier()  # what one thread stored, another may read
         da = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
@@ -90,7 +91,7 @@ def memory_scan_backward_kernel(
             a_i = at_token(a, i, BLOCK_T)[:, None]
             keep_i = at_token(keep, i, BLOCK_T)[:, None]
             p_i = at_token(p, i, BLOCK_T)[:, None]
-            w_i = token_row(w, b, B1, t0, i, t_ok, inner, V, column, BLOCK_T, BLOCK_V)[None, :]
+            w_i = token_row(source.w, b, B1, t0, i, t_ok, inner, V, column, BLOCK_T, BLOCK_V)[None, :]
             dr_i = token_row(d_reads, b, B1, t0, i, t_ok, inner, V, column, BLOCK_T, BLOCK_V)[None, :]
             if READ_FIRST:
                 dp_i = tl.sum(dr_i * x, 1)

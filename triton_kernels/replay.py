@@ -146,17 +146,10 @@ class Recording(TorchDispatchMode):
         given = [*arguments, *(constants[name] for name in kernel.arg_names[len(arguments) :])]
         build = builds.build(kernel, given, options, self.capability, self.is_aligned)
         self.launches.append(Launched(kernel.__name__, programs, constants | options, row, build))
-        own, inside = [], []  # addresses to fill in: of an argument, of a part of one
-        for i, x in enumerate(given):
-            if isinstance(x, Tensor):
-                own.append((i, self.ref(x)))
-            elif isinstance(x, tuple) and any(isinstance(y, Tensor) for y in x):
-                if all(isinstance(y, Tensor) for y in x[1:]):
-                    inside.append((i, [self.ref(y) for y in x], ()))
-                else:
-                    inside.append((i, [self.ref(x[0])], x[1:]))
-        touched = {ref.index for _, ref in own} | {ref.index for _, refs, _ in inside for ref in refs}
-        self.note(_Launch(build, programs, given, own, inside, self.device.index), touched)
+        taken = build.taken(given)
+        refs = [(i, self.ref(x)) for i, x in enumerate(taken) if isinstance(x, Tensor)]
+        taken = [None if isinstance(x, Tensor) else x for x in taken]  # a kept tensor would keep its storage
+        self.note(_Launch(build, programs, taken, refs, self.device.index), {ref.index for _, ref in refs})
 
 
 def _storage(x: Tensor) -> int:
@@ -190,20 +183,15 @@ class _Empty:
 class _Launch:
     """One launch of a compiled kernel; its arguments are ready but for addresses."""
 
-    def __init__(self, build, programs: int, given: list, own: list, inside: list, device: int) -> None:
+    def __init__(self, build, programs: int, given: list, refs: list[tuple[int, Ref]], device: int) -> None:
         self.build, self.programs, self.given, self.device = build, programs, given, device
-        self.own = [(i, ref.index, ref.offset) for i, ref in own]
-        self.inside = [(i, [(ref.index, ref.offset) for ref in refs], strides) for i, refs, strides in inside]
-        for i, *_ in (*own, *inside):
-            given[i] = None  # a kept tensor would keep its storage
+        self.addresses = [(i, ref.index, ref.offset) for i, ref in refs]
         self.kernel = None
 
     def __call__(self, places: list[Tensor]) -> None:
         arguments = self.given.copy()
-        for i, place, offset in self.own:
+        for i, place, offset in self.addresses:
             arguments[i] = places[place].data_ptr() + offset
-        for i, refs, strides in self.inside:
-            arguments[i] = (*[places[place].data_ptr() + offset for place, offset in refs], *strides)
         if self.kernel is None:
             self._load()
         kernel, runtime = self.kernel, triton.knobs.runtime

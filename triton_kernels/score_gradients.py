@@ -18,6 +18,8 @@ the float32 parts are added in their order. Rows wider than a block go to furthe
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -91,14 +93,46 @@ def shifted_lse(lse, b, B1, t, inner, T):
     return tl.where(x == float("-inf"), float("inf"), x)
 
 
+class Kept(NamedTuple):
+    """What ds is made of beside scores; a KIND has some of it."""
+
+    d_read: tuple | None
+    lse: tuple | None
+    rest: tuple | None
+    delta: tuple | None
+    du: tuple | None
+    w: tuple | None
+    dw: tuple | None
+
+
+class SlotsCut(NamedTuple):
+    """Of the loop over slots: see ``launch_in_parts``."""
+
+    parts: int
+    span: int
+    q_part: int
+    lse_part: int
+
+
+class TokensCut(NamedTuple):
+    """Of the loop over tokens."""
+
+    parts: int
+    span: int
+    k_part: int
+    v_part: int
+    m_part: int
+
+
 @triton.jit
 def query_gradient_kernel(
-    q, k, v, mask, k_scale, v_scale, d_read, lse, rest, delta, du, w, dw, d_q, d_lse, T, N, K, V, B1, inner,
-    parts, span, q_part, lse_part, scale,
+    q, k, v, mask, k_scale, v_scale, kept, d_q, d_lse, sizes, cut, scale,
     KIND: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, K_STEPS: tl.constexpr,
     BLOCK_V: tl.constexpr, V_STEPS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq of one block of tokens and key columns, over the slots ``part * span ..`` of one batch."""
+    T, N, K, V, B1, inner = sizes
+    parts, span, q_part, lse_part = cut
     pid = tl.program_id(0)
     blocks = tl.cdiv(T, BLOCK_T)
     t = (pid % blocks) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -111,15 +145,15 @@ def query_gradient_kernel(
     t_ok = t < T
     if KIND == "read" or KIND == "usage":
         q_rows, q0 = token_block(q, b, B1, t, inner, t_ok, K, BLOCK_K)
-        lse_t = shifted_lse(lse, b, B1, t, inner, T)
+        lse_t = shifted_lse(kept.lse, b, B1, t, inner, T)
     if KIND == "read" or KIND == "softmax":
-        delta_t = tl.load(tokens(delta, b, B1, t, inner), mask=t_ok, other=0.0)
+        delta_t = tl.load(tokens(kept.delta, b, B1, t, inner), mask=t_ok, other=0.0)
     else:
         delta_t = tl.zeros([BLOCK_T], tl.float32)
     rest_t = tl.zeros([BLOCK_T], tl.float32)
     if KIND == "read":
-        rest_t = tl.load(tokens(rest, b, B1, t, inner), mask=t_ok, other=0.0)
-        dr_rows, dr0 = token_block(d_read, b, B1, t, inner, t_ok, V, BLOCK_V)
+        rest_t = tl.load(tokens(kept.rest, b, B1, t, inner), mask=t_ok, other=0.0)
+        dr_rows, dr0 = token_block(kept.d_read, b, B1, t, inner, t_ok, V, BLOCK_V)
     acc = tl.zeros([BLOCK_T, BLOCK_K], tl.float32)
     row_sum = tl.zeros([BLOCK_T], tl.float32)
     for n0 in range(part * span, tl.minimum(N, (part + 1) * span), BLOCK_N):
@@ -139,13 +173,17 @@ def query_gradient_kernel(
                     dp *= row_scales(v_scale, b, B1, n, ok)[None, :]
                 gradient = dp
             else:
-                gradient = tl.load(slots(du, b, B1, n), mask=ok, other=0.0)[None, :]
+                gradient = tl.load(slots(kept.du, b, B1, n), mask=ok, other=0.0)[None, :]
             _, ds = from_scores(s, lse_t[:, None], rest_t[:, None], gradient, delta_t[:, None], live, KIND)
         else:
-            dw_tile = tl.load(tokens(dw, b, B1, t, inner)[:, None] + n[None, :], mask=live, other=0.0).to(tl.float32)
+            dw_tile = tl.load(tokens(kept.dw, b, B1, t, inner)[:, None] + n[None, :], mask=live, other=0.0).to(
+                tl.float32
+            )
             w_tile = dw_tile
             if KIND != "given":
-                w_tile = tl.load(tokens(w, b, B1, t, inner)[:, None] + n[None, :], mask=live, other=0.0).to(tl.float32)
+                w_tile = tl.load(tokens(kept.w, b, B1, t, inner)[:, None] + n[None, :], mask=live, other=0.0).to(
+                    tl.float32
+                )
             ds = from_weights(w_tile, dw_tile, delta_t[:, None], live, KIND)
         row_sum += tl.sum(ds, 1)
         if d_q is not None:
@@ -162,12 +200,13 @@ def query_gradient_kernel(
 
 @triton.jit
 def slot_gradient_kernel(
-    q, k, v, mask, k_scale, v_scale, d_read, lse, rest, delta, du, w, dw, d_k, d_v, d_m, T, N, K, V, B1, inner,
-    parts, span, k_part, v_part, m_part, scale,
+    q, k, v, mask, k_scale, v_scale, kept, d_k, d_v, d_m, sizes, cut, scale,
     KIND: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, K_STEPS: tl.constexpr,
     BLOCK_V: tl.constexpr, V_STEPS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk, dv, dmask of one block of slots and columns, over the tokens ``part * span ..`` of one batch."""
+    T, N, K, V, B1, inner = sizes
+    parts, span, k_part, v_part, m_part = cut
     pid = tl.program_id(0)
     blocks = tl.cdiv(N, BLOCK_N)
     n = (pid % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -182,7 +221,7 @@ def slot_gradient_kernel(
     if KIND == "read" or KIND == "usage":
         k_rows, k0 = slot_block(k, b, B1, n, ok, K, BLOCK_K)
     if KIND == "usage":
-        d_n = tl.load(slots(du, b, B1, n), mask=ok, other=0.0)
+        d_n = tl.load(slots(kept.du, b, B1, n), mask=ok, other=0.0)
     if KIND == "read":
         v_rows, v0 = slot_block(v, b, B1, n, ok, V, BLOCK_V)
         dv_acc = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
@@ -196,19 +235,19 @@ def slot_gradient_kernel(
         delta_t = tl.zeros([BLOCK_T], tl.float32)
         rest_t = tl.zeros([BLOCK_T], tl.float32)
         if KIND == "read" or KIND == "softmax":
-            delta_t = tl.load(tokens(delta, b, B1, t, inner), mask=t_ok, other=0.0)
+            delta_t = tl.load(tokens(kept.delta, b, B1, t, inner), mask=t_ok, other=0.0)
         if KIND == "read" or KIND == "usage":
-            lse_t = shifted_lse(lse, b, B1, t, inner, T)
+            lse_t = shifted_lse(kept.lse, b, B1, t, inner, T)
             dot = dots(k0, k_rows, ok, q0, q_rows, t_ok, K, BLOCK_K, K_STEPS, PRECISION)
             if k_scale is not None:
                 dot *= row_scales(k_scale, b, B1, n, ok)[:, None]
             s = scores(dot, scale, bias[:, None])
             if KIND == "read":
-                dr_rows, dr0 = token_block(d_read, b, B1, t, inner, t_ok, V, BLOCK_V)
+                dr_rows, dr0 = token_block(kept.d_read, b, B1, t, inner, t_ok, V, BLOCK_V)
                 dp = dots(v0, v_rows, ok, dr0, dr_rows, t_ok, V, BLOCK_V, V_STEPS, PRECISION)
                 if v_scale is not None:
                     dp *= row_scales(v_scale, b, B1, n, ok)[:, None]
-                rest_t = tl.load(tokens(rest, b, B1, t, inner), mask=t_ok, other=0.0)
+                rest_t = tl.load(tokens(kept.rest, b, B1, t, inner), mask=t_ok, other=0.0)
                 p, ds = from_scores(s, lse_t[None, :], rest_t[None, :], dp, delta_t[None, :], live, KIND)
                 if d_v is not None:
                     right = columns(dr0, dr_rows, t_ok, V, step * BLOCK_V, BLOCK_V, V_STEPS)
@@ -216,10 +255,14 @@ def slot_gradient_kernel(
             else:
                 p, ds = from_scores(s, lse_t[None, :], rest_t[None, :], d_n[:, None], delta_t[None, :], live, KIND)
         else:
-            dw_tile = tl.load(tokens(dw, b, B1, t, inner)[None, :] + n[:, None], mask=live, other=0.0).to(tl.float32)
+            dw_tile = tl.load(tokens(kept.dw, b, B1, t, inner)[None, :] + n[:, None], mask=live, other=0.0).to(
+                tl.float32
+            )
             w_tile = dw_tile
             if KIND != "given":
-                w_tile = tl.load(tokens(w, b, B1, t, inner)[None, :] + n[:, None], mask=live, other=0.0).to(tl.float32)
+                w_tile = tl.load(tokens(kept.w, b, B1, t, inner)[None, :] + n[:, None], mask=live, other=0.0).to(
+                    tl.float32
+                )
             ds = from_weights(w_tile, dw_tile, delta_t[None, :], live, KIND)
         total += tl.sum(ds, 1)
         if d_k is not None:
@@ -264,7 +307,7 @@ def score_gradients(
     T, K = query.shape[-2:]
     N = keys.shape[-2]
     V = values.shape[-1] if values is not None else 1
-    count, inner = call.F * T, T if call.F > 1 else None
+    count, sizes = call.F * T, call.sizes(T, N, K, V)
     wide_k, wide_v = width(K, query, values), width(V, query, values)
     delta = None
     if kind == "read":
@@ -273,16 +316,17 @@ def score_gradients(
         delta = row_dots(call, weights, d_weights)
     sources = (
         call.rows(query), call.slots(keys), call.slots(values), call.slot_numbers(slot_mask),
-        call.slot_numbers(key_scale), call.slot_numbers(value_scale), call.rows(d_read),
-        call.numbers(lse), call.numbers(lse_rest), None if delta is None else (delta, *delta.stride()),
-        call.slot_numbers(d_usage), call.rows(weights),
-        d_weights if isinstance(d_weights, tuple) else call.rows(d_weights),
+        call.slot_numbers(key_scale), call.slot_numbers(value_scale),
+        Kept(
+            call.rows(d_read), call.numbers(lse), call.numbers(lse_rest),
+            None if delta is None else (delta, *delta.stride()), call.slot_numbers(d_usage), call.rows(weights),
+            d_weights if isinstance(d_weights, tuple) else call.rows(d_weights),
+        ),
     )  # fmt: skip
     constants = {
         "KIND": kind, "BLOCK_K": wide_k.block, "K_STEPS": wide_k.steps, "BLOCK_V": wide_v.block,
         "V_STEPS": wide_v.steps, "PRECISION": precision(query, query if values is None else values),
     }  # fmt: skip
-    sizes = (count, N, K, V, call.batches[1], inner)
     # The other kinds read [T, N] arguments, and multiply once where these do so three times.
     by_scores = kind in ("read", "usage")
     d_q = d_query.rows() if d_query is not None else None
@@ -295,7 +339,7 @@ def score_gradients(
         c = p.config
         launch_in_parts(
             call, query_gradient_kernel, call.B * triton.cdiv(count, c.block_t) * wide_k.steps, N, c.block_n,
-            sources, (d_q, d_lse_rows), sizes, scale,
+            sources, (d_q, d_lse_rows), (sizes,), SlotsCut, scale,
             plan=p, BLOCK_T=c.block_t, BLOCK_N=c.block_n, **constants,
         )  # fmt: skip
     targets = [g.rows() if g is not None else None for g in (d_keys, d_values, d_mask)]
@@ -304,6 +348,6 @@ def score_gradients(
         c = p.config
         programs = call.B * triton.cdiv(N, c.block_n) * max(wide_k.steps, wide_v.steps)
         launch_in_parts(
-            call, slot_gradient_kernel, programs, count, c.block_t, sources, targets, sizes, scale,
+            call, slot_gradient_kernel, programs, count, c.block_t, sources, targets, (sizes,), TokensCut, scale,
             plan=p, BLOCK_T=c.block_t, BLOCK_N=c.block_n, **constants,
         )  # fmt: skip

@@ -8,6 +8,7 @@ Backward: ds = p du_i; see score_gradients.py.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import triton
@@ -21,12 +22,21 @@ from .score_gradients import score_gradients, shifted_lse
 from .tiles import LOG2E, add, dots, open_slots, scores, slot_block, slots, token_block
 
 
+class Cut(NamedTuple):
+    """Of the tokens: see ``launch_in_parts``."""
+
+    parts: int
+    span: int
+    usage_part: int
+
+
 @triton.jit
 def slot_usage_kernel(
-    q, k, mask, lse, usage, T, N, K, B1, inner, parts, span, usage_part, scale,
+    q, k, mask, lse, usage, T, N, K, B1, inner, cut, scale,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, K_STEPS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One block of slots over the tokens ``part * span ..`` of one batch."""
+    parts, span, usage_part = cut
     pid = tl.program_id(0)
     blocks = tl.cdiv(N, BLOCK_N)
     n = (pid % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -69,7 +79,8 @@ def slot_usage(query: Tensor, keys: Tensor, lse: Tensor, slot_mask: Tensor | Non
     launch_in_parts(
         call, slot_usage_kernel, call.B * triton.cdiv(N, c.block_n), count, c.block_t,
         (call.rows(query), call.slots(keys), call.slot_numbers(slot_mask), call.numbers(lse)),
-        ((usage, call.batches[1] * N, N, 1),), (count, N, K, call.batches[1], T if call.F > 1 else None), scale,
+        ((usage, call.batches[1] * N, N, 1),), (count, N, K, call.batches[1], T if call.F > 1 else None), Cut,
+        scale,
         plan=p, BLOCK_T=c.block_t, BLOCK_N=c.block_n, BLOCK_K=wide.block, K_STEPS=wide.several,
         PRECISION=precision(query),
     )  # fmt: skip

@@ -15,6 +15,7 @@ Backward: ds = p (<dr_t, v_i> - delta_t) with delta_t = <dr_t, r_t> - dlse_t; se
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import triton
@@ -56,13 +57,24 @@ def finish_read(read_rows, lse_rows, rest_rows, t_ok, V, column, m, total, acc, 
         tl.store(rest_rows, rest, mask=t_ok)
 
 
+class Cut(NamedTuple):
+    """Of the loop over slots: the count and the length of parts, and the steps between those of results."""
+
+    parts: int
+    span: int
+    read_part: int
+    lse_part: int
+
+
 @triton.jit
 def softmax_read_kernel(
-    q, k, v, mask, k_scale, v_scale, read, lse, rest, T, N, K, V, B1, inner, parts, span, read_part, lse_part, scale,
+    q, k, v, mask, k_scale, v_scale, read, lse, rest, sizes, cut, scale,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, K_STEPS: tl.constexpr,
     BLOCK_V: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One block of tokens, one block of value columns, the slots ``part * span ..`` of one batch."""
+    T, N, K, V, B1, inner = sizes
+    parts, span, read_part, lse_part = cut
     pid = tl.program_id(0)
     blocks = tl.cdiv(T, BLOCK_T)
     t = (pid % blocks) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -158,14 +170,14 @@ def read_blocks(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run a kernel that keeps tokens, streams slots and ends with :func:`finish_read`: a read in ``dtype``, lse, rest.
 
-    It takes ``sources``, places for these, sizes, the cut of N into parts and the steps between them, and ``more``.
+    It takes ``sources``, places for these, sizes, a :class:`Cut` of N, and ``more``.
     """
     T, K = query.shape[-2:]
     N, V = values.shape[-2:]
     read, read_view = call.token_result(T, V, dtype=dtype)
     (lse, lse_view), (rest, rest_view) = (call.token_result(T, dtype=torch.float32) for _ in range(2))
     wide = width(V, query, values)
-    c, count, inner = p.config, call.F * T, T if call.F > 1 else None
+    c, count = p.config, call.F * T
     programs = call.B * triton.cdiv(count, c.block_t) * max(1, triton.cdiv(V, wide.block))
     parts, span = p.cut(programs, N, c.block_n)
     if parts == 1:
@@ -178,7 +190,7 @@ def read_blocks(
         steps_between = part_reads.stride(0), part_lses.stride(0)
     launch(
         kernel, programs * parts, *sources, *outs,
-        count, N, K, V, call.batches[1], inner, parts, span, *steps_between, *more,
+        call.sizes(T, N, K, V), Cut(parts, span, *steps_between), *more,
         plan=p, BLOCK_T=c.block_t, BLOCK_N=c.block_n, BLOCK_V=wide.block, PRECISION=precision(query, values),
         **constants,
     )  # fmt: skip

@@ -111,7 +111,7 @@ def _write(op: str, *args) -> Write:
     partial, x.norm = numbers(parts), numbers()
     launch(
         softmax_norm_kernel, programs * parts, call.rows(x.query), call.slots(x.keys), call.slot_numbers(x.slot_mask),
-        *partial, count, N, K, call.B, call.batches[1], x.inner, parts, span, x.scale, plan=p, BLOCK_T=c.block_t,
+        *partial, count, N, K, call.B, call.batches[1], x.sizes.inner, parts, span, x.scale, plan=p, BLOCK_T=c.block_t,
         BLOCK_N=c.block_n, BLOCK_K=wide.block, K_STEPS=wide.several, PRECISION=precision(x.query),
     )  # fmt: skip
     launch(

@@ -19,6 +19,7 @@ in groups that bound this memory.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import triton
@@ -35,19 +36,42 @@ from .tiles import batch, tokens
 WORKSPACE = 1 << 25  # float32 numbers of the backward pass, for one group of columns
 
 
+class Source(NamedTuple):
+    """What a write is made of: entries sorted by slot, by their positions t k + j and the slots that they name, and the
+    rows that they write."""
+
+    order: Tensor
+    slots: Tensor
+    weights: tuple
+    w: tuple
+    e: tuple | None
+
+
+class Counts(NamedTuple):
+    """What the kernels count: as ``layout.Sizes``, and the neighbours of a token, batches, and all entries."""
+
+    T: int
+    N: int
+    V: int
+    k: int
+    B: int
+    B1: int
+    inner: int | None
+    entries: int
+
+
 @triton.jit
-def entry_terms(
-    order, weights, w, e, erase, at, b, B1, T, k, inner, D, column, BLOCK: tl.constexpr
-):  # fmt: skip
+def entry_terms(source, erase, at, b, sizes, column, BLOCK: tl.constexpr):
     """Position t k + j of the sorted entry ``at``, its weight, and columns of the rows of write and erase."""
-    entry = tl.load(order + at)
-    t = ((entry // k) % T).to(tl.int32)
+    k, V, B1, inner = sizes.k, sizes.V, sizes.B1, sizes.inner
+    entry = tl.load(source.order + at)
+    t = ((entry // k) % sizes.T).to(tl.int32)
     d = column + tl.arange(0, BLOCK)
-    a = tl.load(tokens(weights, b, B1, t, inner) + entry % k).to(tl.float32)
-    w_t = tl.load(tokens(w, b, B1, t, inner) + d, mask=d < D, other=0.0).to(tl.float32)
+    a = tl.load(tokens(source.weights, b, B1, t, inner) + entry % k).to(tl.float32)
+    w_t = tl.load(tokens(source.w, b, B1, t, inner) + d, mask=d < V, other=0.0).to(tl.float32)
     e_t = tl.full([BLOCK], 1.0, tl.float32) * erase
-    if e is not None:
-        e_t = tl.load(tokens(e, b, B1, t, inner) + d, mask=d < D, other=0.0).to(tl.float32)
+    if source.e is not None:
+        e_t = tl.load(tokens(source.e, b, B1, t, inner) + d, mask=d < V, other=0.0).to(tl.float32)
     return entry, a, w_t, e_t
 
 
@@ -61,41 +85,40 @@ def first_of_slot(sorted_slots, at, N, B):
 
 
 @triton.jit
-def sparse_write_kernel(
-    order, sorted_slots, weights, w, e, v, erase, T, N, V, k, B, B1, inner, entries, BLOCK_V: tl.constexpr
-):
+def sparse_write_kernel(source, v, erase, sizes, BLOCK_V: tl.constexpr):
     """All entries of the slot that sorted entry ``program`` is the first to name, into the row itself."""
+    N, V, B, B1, entries = sizes.N, sizes.V, sizes.B, sizes.B1, sizes.entries
     pid = tl.program_id(0)
     at = (pid % entries).to(tl.int64)
     column = (pid // entries) * BLOCK_V
-    slot, b, begins = first_of_slot(sorted_slots, at, N, B)
+    slot, b, begins = first_of_slot(source.slots, at, N, B)
     d = column + tl.arange(0, BLOCK_V)
     row = batch(v, b, B1) + tl.where(begins, slot % N, 0) * v[3] + d
     x = tl.load(row, mask=begins & (d < V), other=0.0).to(tl.float32)
     more = begins
     while more:
-        _, a, w_t, e_t = entry_terms(order, weights, w, e, erase, at, b, B1, T, k, inner, V, column, BLOCK_V)
+        _, a, w_t, e_t = entry_terms(source, erase, at, b, sizes, column, BLOCK_V)
         x = x * (1.0 - a * e_t) + a * w_t
         at += 1
-        more = tl.load(sorted_slots + at, mask=at < entries, other=-1) == slot
+        more = tl.load(source.slots + at, mask=at < entries, other=-1) == slot
     tl.store(row, x.to(v[0].dtype.element_ty), mask=begins & (d < V))
 
 
 @triton.jit
 def sparse_write_backward_kernel(
-    order, sorted_slots, weights, w, e, v, d_v, states, d_weights, d_w, erase,
-    T, N, V, k, B, B1, inner, entries, first, wide, BLOCK_V: tl.constexpr,
-):  # fmt: skip
+    source, v, d_v, states, d_weights, d_w, erase, sizes, first, wide, BLOCK_V: tl.constexpr
+):
     """The same entries from the last, for columns ``first .. first + wide``.
 
     d_v holds dV' and becomes dV. states, d_w [entries, wide], by position: v before each entry, then -a g v there; a g.
     d_weights [column blocks, entries]: parts, to be added.
     """
+    N, V, B, B1, entries = sizes.N, sizes.V, sizes.B, sizes.B1, sizes.entries
     pid = tl.program_id(0)
     start = (pid % entries).to(tl.int64)
     block = pid // entries
     column = first + block * BLOCK_V
-    slot, b, begins = first_of_slot(sorted_slots, start, N, B)
+    slot, b, begins = first_of_slot(source.slots, start, N, B)
     own = block * BLOCK_V + tl.arange(0, BLOCK_V)
     d = first + own
     inside = (own < wide) & (d < V)
@@ -104,17 +127,17 @@ def sparse_write_backward_kernel(
     at = start
     more = begins
     while more:
-        entry, a, w_t, e_t = entry_terms(order, weights, w, e, erase, at, b, B1, T, k, inner, V, column, BLOCK_V)
+        entry, a, w_t, e_t = entry_terms(source, erase, at, b, sizes, column, BLOCK_V)
         tl.store(states + entry * wide + own, x, mask=inside)
         x = x * (1.0 - a * e_t) + a * w_t
         at += 1
-        more = tl.load(sorted_slots + at, mask=at < entries, other=-1) == slot
+        more = tl.load(source.slots + at, mask=at < entries, other=-1) == slot
     tl.debug_barrier()  # what one thread stored, another may read
     row = batch(d_v, b, B1) + place * d_v[3] + d
     g = tl.load(row, mask=begins & inside, other=0.0).to(tl.float32)
     while at > start:
         at -= 1
-        entry, a, w_t, e_t = entry_terms(order, weights, w, e, erase, at, b, B1, T, k, inner, V, column, BLOCK_V)
+        entry, a, w_t, e_t = entry_terms(source, erase, at, b, sizes, column, BLOCK_V)
         x = tl.load(states + entry * wide + own, mask=inside, other=0.0)
         da = tl.sum(tl.where(inside, g * (w_t - e_t * x), 0.0), 0)
         tl.store(d_weights + block.to(tl.int64) * entries + entry, da)
@@ -143,16 +166,18 @@ class _Entries:
         self.count = self.segments.entries
         self.plan = plan("sparse_write", V, values, weights)
         self.width = width(V, values, weights)
-        self.sources = (
+        self.source = Source(
             self.segments.order, self.segments.slots, call.rows(weights), call.rows(write), call.rows(erase)
         )  # fmt: skip
-        self.sizes = (erase_scale, call.F * T, N, V, k, call.B, call.batches[1], T if call.F > 1 else None, self.count)
+        inner = T if call.F > 1 else None
+        self.erase_scale = erase_scale
+        self.sizes = Counts(call.F * T, N, V, k, call.B, call.batches[1], inner, self.count)
 
     def apply(self, values: Tensor) -> None:
         """Into ``values``, where they lie."""
         launch(
-            sparse_write_kernel, self.count * self.width.steps if self.N else 0, *self.sources,
-            self.call.slots(values), *self.sizes, plan=self.plan, BLOCK_V=self.width.block,
+            sparse_write_kernel, self.count * self.width.steps if self.N else 0, self.source,
+            self.call.slots(values), self.erase_scale, self.sizes, plan=self.plan, BLOCK_V=self.width.block,
         )  # fmt: skip
 
 
@@ -203,8 +228,8 @@ def sparse_write_backward(
         blocks = triton.cdiv(own, block)
         parts = torch.zeros((blocks, x.count), dtype=torch.float32, device=call.device)
         launch(
-            sparse_write_backward_kernel, x.count * blocks if N else 0, *x.sources, call.slots(values),
-            call.slots(of_values), states, parts, rows, *x.sizes, first, own, plan=x.plan, BLOCK_V=block,
+            sparse_write_backward_kernel, x.count * blocks if N else 0, x.source, call.slots(values),
+            call.slots(of_values), states, parts, rows, x.erase_scale, x.sizes, first, own, plan=x.plan, BLOCK_V=block,
         )  # fmt: skip
         sums += parts.sum(0).view(sums.shape)
         for gradient, terms in ((of_write, rows), (of_erase, states)):

@@ -16,6 +16,7 @@ Backward: the gradient of a score touches one key: a gather for the query, sums 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import triton
@@ -27,7 +28,7 @@ from .launch import bits, launch, narrowed, plan, summed
 from .layout import Call, Gradient, precision
 from .segments import Segments
 from .sparse_read import check_indices, gather
-from .tiles import dots, open_slots, row_scales, scores, slot_block, token_block, tokens
+from .tiles import dots, open_slots, row_scales, scores, slot_block, slots, token_block, tokens
 from .topk_tiles import LOWEST, best_of, ranks, scored, scored_tensor, shares, shares_tensor
 
 LARGEST = {16: 256, 32: 128}  # neighbours that a list on the chip holds, by bits of an element: more would spill
@@ -35,24 +36,38 @@ SHORT_LIST, NARROW = 128, 64  # beside a longer list there are registers for so 
 WORKSPACE = 1 << 25  # ranks in memory at a time, for larger k
 
 
+class Frames(NamedTuple):
+    """Slots that lie in frames rank by ``order``, the place of a frame's page in the order of pages, -1 for none:
+    ``(tensor, stride of B0, of B1, of a frame)``. S: slots of a frame."""
+
+    order: tuple
+    S: int
+
+
 @triton.jit
 def score_ranks(
-    q0, q_rows, t_ok, k, mask, k_scale, b, B1, n, N, K, scale,
+    q0, q_rows, t_ok, k, mask, k_scale, order, S, b, B1, n, N, K, scale,
     BLOCK_K: tl.constexpr, K_STEPS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Ranks of slots ``n`` for a block of tokens."""
     ok, bias = open_slots(mask, b, B1, n, N)
+    index = n
+    if order is not None:
+        frame = n // S
+        place = tl.load(slots(order, b, B1, frame), mask=ok, other=-1)
+        ok = ok & (place >= 0)
+        index = n + (place - frame) * S
     k_rows, k0 = slot_block(k, b, B1, n, ok, K, BLOCK_K)
     dot = dots(q0, q_rows, t_ok, k0, k_rows, ok, K, BLOCK_K, K_STEPS, PRECISION)
     if k_scale is not None:
         dot *= row_scales(k_scale, b, B1, n, ok)[None, :]
     s = scores(dot, scale, bias[None, :])
-    return ranks(s, tl.broadcast_to(n[None, :], s.shape), tl.broadcast_to(ok[None, :], s.shape))
+    return ranks(s, tl.broadcast_to(index[None, :], s.shape), tl.broadcast_to(ok[None, :], s.shape))
 
 
 @triton.jit
-def topk_search_kernel(
-    q, k, mask, k_scale, lists, T, N, K, B1, inner, parts, span, scale,
+def store_best(
+    q, k, mask, k_scale, order, S, lists, T, N, K, B1, inner, parts, span, scale,
     LIST: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, K_STEPS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -69,7 +84,9 @@ def topk_search_kernel(
     worst = tl.full([BLOCK_T], LOWEST, tl.int64)
     for n0 in range(part * span, tl.minimum(N, (part + 1) * span), BLOCK_N):
         n = n0 + tl.arange(0, BLOCK_N)
-        rank = score_ranks(q0, q_rows, t_ok, k, mask, k_scale, b, B1, n, N, K, scale, BLOCK_K, K_STEPS, PRECISION)
+        rank = score_ranks(
+            q0, q_rows, t_ok, k, mask, k_scale, order, S, b, B1, n, N, K, scale, BLOCK_K, K_STEPS, PRECISION
+        )
         better = (rank > worst[:, None]) & t_ok[:, None]
         if tl.max(tl.max(better.to(tl.int32), 1), 0) > 0:
             if BLOCK_N == LIST:
@@ -80,6 +97,30 @@ def topk_search_kernel(
     total = tl.num_programs(0) // (blocks * parts)
     row = ((part.to(tl.int64) * total + b) * T + t) * LIST
     tl.store(lists + row[:, None] + tl.arange(0, LIST)[None, :], best, mask=t_ok[:, None])
+
+
+@triton.jit
+def topk_search_kernel(
+    q, k, mask, k_scale, lists, T, N, K, B1, inner, parts, span, scale,
+    LIST: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, K_STEPS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    store_best(
+        q, k, mask, k_scale, None, None, lists, T, N, K, B1, inner, parts, span, scale,
+        LIST, BLOCK_T, BLOCK_N, BLOCK_K, K_STEPS, PRECISION,
+    )  # fmt: skip
+
+
+@triton.jit
+def paged_topk_search_kernel(
+    q, k, mask, k_scale, order, S, lists, T, N, K, B1, inner, parts, span, scale,
+    LIST: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, K_STEPS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    store_best(
+        q, k, mask, k_scale, order, S, lists, T, N, K, B1, inner, parts, span, scale,
+        LIST, BLOCK_T, BLOCK_N, BLOCK_K, K_STEPS, PRECISION,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -111,8 +152,8 @@ def topk_merge_kernel(
 
 
 @triton.jit
-def rank_kernel(
-    q, k, mask, k_scale, out, T, N, K, B1, inner, first_t, count_t, first_n, count_n, scale,
+def store_ranks(
+    q, k, mask, k_scale, order, S, out, T, N, K, B1, inner, first_t, count_t, first_n, count_n, scale,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, K_STEPS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Ranks of ``count_t`` tokens on ``count_n`` slots: out [B, count_t, count_n]."""
@@ -126,19 +167,48 @@ def rank_kernel(
     t_ok = own_t < count_t
     q_rows, q0 = token_block(q, b, B1, t, inner, t_ok, K, BLOCK_K)
     n = first_n + own_n
-    rank = score_ranks(q0, q_rows, t_ok, k, mask, k_scale, b, B1, n, N, K, scale, BLOCK_K, K_STEPS, PRECISION)
+    rank = score_ranks(q0, q_rows, t_ok, k, mask, k_scale, order, S, b, B1, n, N, K, scale, BLOCK_K, K_STEPS, PRECISION)
     row = (b.to(tl.int64) * count_t + own_t) * count_n
     tl.store(out + row[:, None] + own_n[None, :], rank, mask=t_ok[:, None] & (own_n < count_n)[None, :])
 
 
+@triton.jit
+def rank_kernel(
+    q, k, mask, k_scale, out, T, N, K, B1, inner, first_t, count_t, first_n, count_n, scale,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, K_STEPS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    store_ranks(
+        q, k, mask, k_scale, None, None, out, T, N, K, B1, inner, first_t, count_t, first_n, count_n, scale,
+        BLOCK_T, BLOCK_N, BLOCK_K, K_STEPS, PRECISION,
+    )  # fmt: skip
+
+
+@triton.jit
+def paged_rank_kernel(
+    q, k, mask, k_scale, order, S, out, T, N, K, B1, inner, first_t, count_t, first_n, count_n, scale,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, K_STEPS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    store_ranks(
+        q, k, mask, k_scale, order, S, out, T, N, K, B1, inner, first_t, count_t, first_n, count_n, scale,
+        BLOCK_T, BLOCK_N, BLOCK_K, K_STEPS, PRECISION,
+    )  # fmt: skip
+
+
+def _row(frames: Frames | None) -> str:
+    """The name of the configurations. A search of frames needs more registers than rows of topk_search give it."""
+    return "topk_search" if frames is None else "paged_topk_search"
+
+
 def _many(
-    call: Call, query: Tensor, keys: Tensor, slot_mask: Tensor | None, key_scale: Tensor | None, k: int, scale: float
-) -> Tensor:
+    call: Call, query: Tensor, keys: Tensor, slot_mask: Tensor | None, key_scale: Tensor | None, k: int, scale: float,
+    frames: Frames | None,
+) -> Tensor:  # fmt: skip
     """The best k ranks ``[B, F * T, k]`` by way of a workspace, for k beyond LARGEST."""
     (T, K), N, count = query.shape[-2:], keys.shape[-2], call.F * query.shape[-2]
     best = torch.full((call.B, count, k), -(2**63), dtype=torch.int64, device=call.device)
-    p, wide = plan("topk_search", K, query, keys, compressed=key_scale is not None), summed(K, query, keys)
+    p, wide = plan(_row(frames), K, query, keys, compressed=key_scale is not None), summed(K, query, keys)
     sources = call.rows(query), call.slots(keys), call.slot_numbers(slot_mask), call.slot_numbers(key_scale)
+    kernel, sources = (rank_kernel, sources) if frames is None else (paged_rank_kernel, (*sources, *frames))
     step_n = min(N, max(4 * k, 8192))
     step_t = max(1, WORKSPACE // max(1, call.B * step_n))
     for t in range(0, count, step_t):
@@ -148,7 +218,7 @@ def _many(
             tiles = triton.cdiv(some_t, p.config.block_t) * triton.cdiv(some_n, p.config.block_n)
             found = call.scratch(call.B, some_t, some_n, dtype=torch.int64)
             launch(
-                rank_kernel, call.B * tiles, *sources, found, count, N, K, call.batches[1],
+                kernel, call.B * tiles, *sources, found, count, N, K, call.batches[1],
                 T if call.F > 1 else None, t, some_t, n, some_n, scale, plan=p, BLOCK_T=p.config.block_t,
                 BLOCK_N=p.config.block_n, BLOCK_K=wide.block, K_STEPS=wide.several, PRECISION=precision(query),
             )  # fmt: skip
@@ -160,12 +230,14 @@ def _many(
 def search(
     call: Call, query: Tensor, keys: Tensor, slot_mask: Tensor | None, k: int, scale: float,
     scores: Tensor | None, indices: Tensor, weights: Tensor | None, key_scale: Tensor | None = None,
+    frames: Frames | None = None,
 ) -> None:  # fmt: skip
-    """Fill the views ``[B0, B1, F, T, k]`` of scores or weights, and of indices."""
+    """Fill the views ``[B0, B1, F, T, k]`` of scores or weights, and of indices: with ``frames``, those in the order of
+    pages."""
     call.require(k >= 1, "k must be at least 1")
     (T, K), N, count = query.shape[-2:], keys.shape[-2], call.F * query.shape[-2]
     if k > LARGEST[bits(query, keys)]:
-        score, index = scored_tensor(_many(call, query, keys, slot_mask, key_scale, k, scale))
+        score, index = scored_tensor(_many(call, query, keys, slot_mask, key_scale, k, scale, frames))
         indices.copy_(index.view(indices.shape))
         if scores is not None:
             scores.copy_(score.view(scores.shape))
@@ -173,16 +245,19 @@ def search(
             weights.copy_(shares_tensor(score).view(weights.shape))
         return
     size = max(16, triton.next_power_of_2(k))
-    p, wide = plan("topk_search", K, query, keys, compressed=key_scale is not None), summed(K, query, keys)
+    p, wide = plan(_row(frames), K, query, keys, compressed=key_scale is not None), summed(K, query, keys)
     if size > SHORT_LIST:
         wide = narrowed(wide, NARROW)
     c, inner, block_n = p.config, T if call.F > 1 else None, max(p.config.block_n, size)
     programs = call.B * triton.cdiv(count, c.block_t)
     parts, span = p.cut(programs, N, block_n, sums=False)
     lists = call.scratch(parts, call.B, count, size, dtype=torch.int64)
+    sources = call.rows(query), call.slots(keys), call.slot_numbers(slot_mask), call.slot_numbers(key_scale)
+    kernel, sources = (
+        (topk_search_kernel, sources) if frames is None else (paged_topk_search_kernel, (*sources, *frames))
+    )
     launch(
-        topk_search_kernel, programs * parts, call.rows(query), call.slots(keys), call.slot_numbers(slot_mask),
-        call.slot_numbers(key_scale), lists, count, N, K, call.batches[1], inner, parts, span, scale, plan=p,
+        kernel, programs * parts, *sources, lists, count, N, K, call.batches[1], inner, parts, span, scale, plan=p,
         LIST=size, BLOCK_T=c.block_t, BLOCK_N=block_n, BLOCK_K=wide.block, K_STEPS=wide.several,
         PRECISION=precision(query),
     )  # fmt: skip

@@ -16,6 +16,7 @@ write_scan.py, backward to write_backward.py.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import triton
@@ -30,14 +31,24 @@ from .tiles import open_slots, product, put, slot_block, slots, tile, tokens
 from .write_tiles import Write, gates, multiply, open_tokens, suffix_products
 
 
+class Cut(NamedTuple):
+    """Of the tokens: the count and the length of parts, and the steps between those of results."""
+
+    parts: int
+    span: int
+    out_part: int
+    retained_part: int
+
+
 @triton.jit
 def write_kernel(
-    v, k, q, w, mask, token_mask, norm, out, retained, erase, T, N, K, V, B1, inner, parts, span,
-    out_part, retained_part, scale,
+    v, source, out, retained, erase, sizes, cut, scale,
     GATE: tl.constexpr, ERASE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     K_STEPS: tl.constexpr, BLOCK_V: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One block of slots and value columns over the tokens ``part * span ..`` of one batch."""
+    T, N, K, V, B1, inner = sizes
+    parts, span, out_part, retained_part = cut
     pid = tl.program_id(0)
     blocks = tl.cdiv(N, BLOCK_N)
     n = (pid % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -46,8 +57,8 @@ def write_kernel(
     pid = pid // tl.cdiv(V, BLOCK_V)
     part = pid % parts
     b = pid // parts
-    ok, bias = open_slots(mask, b, B1, n, N)
-    k_rows, k0 = slot_block(k, b, B1, n, ok, K, BLOCK_K)
+    ok, bias = open_slots(source.mask, b, B1, n, N)
+    k_rows, k0 = slot_block(source.k, b, B1, n, ok, K, BLOCK_K)
     acc = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
     after = tl.full([BLOCK_N], 1.0, tl.float32)  # R behind the chunk
     kept = tl.full([BLOCK_N], 1.0, tl.float32)  # prod (1 - a)
@@ -56,9 +67,9 @@ def write_kernel(
     chunks = tl.cdiv(stop - start, BLOCK_T)
     for c in range(chunks):
         t = start + (chunks - 1 - c) * BLOCK_T + tl.arange(0, BLOCK_T)
-        t_ok = open_tokens(token_mask, b, B1, t, inner, stop)
+        t_ok = open_tokens(source.token_mask, b, B1, t, inner, stop)
         a, keep, f = gates(
-            k0, k_rows, ok, bias, q, norm, b, B1, n, t, t_ok, T, inner, K, scale, erase,
+            k0, k_rows, ok, bias, source.q, source.norm, b, n, t, t_ok, sizes, scale, erase,
             GATE, ERASE, BLOCK_K, K_STEPS, PRECISION,
         )  # fmt: skip
         weights = a
@@ -68,7 +79,7 @@ def write_kernel(
             after = after * total
         if ERASE != "full":
             kept = kept * tl.reduce(keep, 1, multiply)
-        w0 = tile(tokens(w, b, B1, t, inner), t_ok, V, column, BLOCK_V)
+        w0 = tile(tokens(source.w, b, B1, t, inner), t_ok, V, column, BLOCK_V)
         acc = product(weights.to(w0.dtype), w0, acc, PRECISION)
     if ERASE == "full":
         kept = after
@@ -129,8 +140,8 @@ def _write(x: Write, values: Tensor, out: tuple, retained: tuple | None) -> None
         first_out = (sums, call.batches[1] * N * V, N * V, V)
         first_retained = (products, call.batches[1] * N, N, 1)
     launch(
-        write_kernel, programs * parts, first, *x.sources(), first_out, first_retained, x.erase_scale,
-        x.count, N, K, V, call.batches[1], x.inner, parts, span, *between, x.scale,
+        write_kernel, programs * parts, first, x.source(), first_out, first_retained, x.erase_scale,
+        x.sizes, Cut(parts, span, *between), x.scale,
         plan=p, GATE=x.gate, ERASE=x.erasing,
         BLOCK_T=c.block_t, BLOCK_N=c.block_n, BLOCK_K=wide_k.block, K_STEPS=wide_k.several,
         BLOCK_V=wide_v.block, PRECISION=precision(*tensors),

@@ -18,6 +18,8 @@ p runs forward in t and R backward, both are one number per slot, and nothing di
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -37,13 +39,43 @@ from .write_tiles import (
 )
 
 
+class Carried(NamedTuple):
+    """What the second step leaves of each chunk and slot, [B, chunks, N]: R behind the chunk and p before it; for a
+    gradient of retained prod (1 - a) behind it, where that is not R, and before it."""
+
+    R: Tensor
+    p: Tensor
+    Q: Tensor | None
+    P: Tensor | None
+
+
+class SlotsCut(NamedTuple):
+    """Of the loop over slots: see ``launch_in_parts``."""
+
+    parts: int
+    span: int
+    q_part: int
+    w_part: int
+    delta_part: int
+
+
+class TokensCut(NamedTuple):
+    """Of the loop over tokens."""
+
+    parts: int
+    span: int
+    k_part: int
+    m_part: int
+
+
 @triton.jit
 def write_chunk_kernel(
-    k, q, w, mask, token_mask, norm, u, F, G, Q, erase, T, N, K, V, B1, inner, chunks, scale,
+    source, u, F, G, Q, erase, sizes, chunks, scale,
     GATE: tl.constexpr, ERASE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     K_STEPS: tl.constexpr, BLOCK_V: tl.constexpr, V_STEPS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """F, G, Q ``[B, chunks, N]`` of one chunk and block of slots."""
+    T, N, K, V, B1, inner = sizes
     pid = tl.program_id(0)
     blocks = tl.cdiv(N, BLOCK_N)
     n = (pid % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -51,15 +83,15 @@ def write_chunk_kernel(
     t = (pid % chunks) * BLOCK_T + tl.arange(0, BLOCK_T)
     at = pid.to(tl.int64) * N + n
     b = pid // chunks
-    ok, bias = open_slots(mask, b, B1, n, N)
-    k_rows, k0 = slot_block(k, b, B1, n, ok, K, BLOCK_K)
+    ok, bias = open_slots(source.mask, b, B1, n, N)
+    k_rows, k0 = slot_block(source.k, b, B1, n, ok, K, BLOCK_K)
     u_rows, u0 = slot_block(u, b, B1, n, ok, V, BLOCK_V)
-    t_ok = open_tokens(token_mask, b, B1, t, inner, T)
+    t_ok = open_tokens(source.token_mask, b, B1, t, inner, T)
     a, keep, f = gates(
-        k0, k_rows, ok, bias, q, norm, b, B1, n, t, t_ok, T, inner, K, scale, erase,
+        k0, k_rows, ok, bias, source.q, source.norm, b, n, t, t_ok, sizes, scale, erase,
         GATE, ERASE, BLOCK_K, K_STEPS, PRECISION,
     )  # fmt: skip
-    w_rows, w0 = token_block(w, b, B1, t, inner, t_ok, V, BLOCK_V)
+    w_rows, w0 = token_block(source.w, b, B1, t, inner, t_ok, V, BLOCK_V)
     c = dots(u0, u_rows, ok, w0, w_rows, t_ok, V, BLOCK_V, V_STEPS, PRECISION)
     behind, total = suffix_products(f)
     tl.store(F + at, total, mask=n < N)
@@ -115,22 +147,22 @@ def write_carry_kernel(
 
 
 @triton.jit
-def tile_gradient(a, keep, f, c, at, n_ok, R, p, Q, P, g, erase, ERASE: tl.constexpr):
-    """a R and da of one tile [slots, tokens]; R, p, Q, P at ``at`` are those of its chunk."""
+def tile_gradient(a, keep, f, c, at, n_ok, carried, g, erase, ERASE: tl.constexpr):
+    """a R and da of one tile [slots, tokens]; what is ``carried`` at ``at`` is that of its chunk."""
     behind, _ = suffix_products(f)
-    share = behind * tl.load(R + at, mask=n_ok, other=0.0)[:, None]
+    share = behind * tl.load(carried.R + at, mask=n_ok, other=0.0)[:, None]
     da = c
     if ERASE != "none":
-        before = states_before(f, a * c, tl.load(p + at, mask=n_ok, other=0.0))
+        before = states_before(f, a * c, tl.load(carried.p + at, mask=n_ok, other=0.0))
         da = c - erase * before
     da = da * share
     if g is not None:
-        if Q is not None:
+        if carried.Q is not None:
             past, _ = suffix_products(keep)
-            past = past * tl.load(Q + at, mask=n_ok, other=0.0)[:, None]
+            past = past * tl.load(carried.Q + at, mask=n_ok, other=0.0)[:, None]
         else:
             past = share
-        da -= past * prefix_products(keep) * (tl.load(P + at, mask=n_ok, other=0.0) * g)[:, None]
+        da -= past * prefix_products(keep) * (tl.load(carried.P + at, mask=n_ok, other=0.0) * g)[:, None]
     return a * share, da
 
 
@@ -146,12 +178,13 @@ def source_gradient(a, keep, da, delta, b, B1, t, t_ok, inner, live, GATE: tl.co
 
 @triton.jit
 def write_token_kernel(
-    k, q, w, mask, token_mask, norm, u, R, p, Q, P, d_retained, delta, d_a, d_q, d_w, d_delta, erase,
-    T, N, K, V, B1, inner, chunks, parts, span, q_part, w_part, delta_part, scale,
+    source, u, carried, d_retained, delta, d_a, d_q, d_w, d_delta, erase, sizes, chunks, cut, scale,
     GATE: tl.constexpr, ERASE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     K_STEPS: tl.constexpr, BLOCK_V: tl.constexpr, V_STEPS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """da of given gates, dq, dw and delta of one chunk and block of columns, over the slots ``part * span ..``."""
+    T, N, K, V, B1, inner = sizes
+    parts, span, q_part, w_part, delta_part = cut
     pid = tl.program_id(0)
     chunk = pid % chunks
     t = chunk * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -161,26 +194,26 @@ def write_token_kernel(
     pid = pid // MOST
     part = pid % parts
     b = pid // parts
-    t_ok = open_tokens(token_mask, b, B1, t, inner, T)
-    w_rows, w0 = token_block(w, b, B1, t, inner, t_ok, V, BLOCK_V)
+    t_ok = open_tokens(source.token_mask, b, B1, t, inner, T)
+    w_rows, w0 = token_block(source.w, b, B1, t, inner, t_ok, V, BLOCK_V)
     dq = tl.zeros([BLOCK_T, BLOCK_K], tl.float32)
     dw = tl.zeros([BLOCK_T, BLOCK_V], tl.float32)
     total = tl.zeros([BLOCK_T], tl.float32)
     for n0 in range(part * span, tl.minimum(N, (part + 1) * span), BLOCK_N):
         n = n0 + tl.arange(0, BLOCK_N)
         at = (b.to(tl.int64) * chunks + chunk) * N + n
-        ok, bias = open_slots(mask, b, B1, n, N)
-        k_rows, k0 = slot_block(k, b, B1, n, ok, K, BLOCK_K)
+        ok, bias = open_slots(source.mask, b, B1, n, N)
+        k_rows, k0 = slot_block(source.k, b, B1, n, ok, K, BLOCK_K)
         u_rows, u0 = slot_block(u, b, B1, n, ok, V, BLOCK_V)
         a, keep, f = gates(
-            k0, k_rows, ok, bias, q, norm, b, B1, n, t, t_ok, T, inner, K, scale, erase,
+            k0, k_rows, ok, bias, source.q, source.norm, b, n, t, t_ok, sizes, scale, erase,
             GATE, ERASE, BLOCK_K, K_STEPS, PRECISION,
         )  # fmt: skip
         c = dots(u0, u_rows, ok, w0, w_rows, t_ok, V, BLOCK_V, V_STEPS, PRECISION)
         g = d_retained
         if d_retained is not None:
             g = tl.load(slots(d_retained, b, B1, n), mask=ok, other=0.0)
-        weights, da = tile_gradient(a, keep, f, c, at, ok, R, p, Q, P, g, erase, ERASE)
+        weights, da = tile_gradient(a, keep, f, c, at, ok, carried, g, erase, ERASE)
         live = ok[:, None] & t_ok[None, :]
         if d_delta is not None:
             total += tl.sum(tl.where(live, a * da, 0.0), 0)
@@ -206,12 +239,13 @@ def write_token_kernel(
 
 @triton.jit
 def write_slot_kernel(
-    k, q, w, mask, token_mask, norm, u, R, p, Q, P, d_retained, delta, d_k, d_m, erase,
-    T, N, K, V, B1, inner, chunks, parts, span, k_part, m_part, scale,
+    source, u, carried, d_retained, delta, d_k, d_m, erase, sizes, chunks, cut, scale,
     GATE: tl.constexpr, ERASE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     K_STEPS: tl.constexpr, BLOCK_V: tl.constexpr, V_STEPS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk and dmask of one block of slots and key columns, over the tokens ``part * span ..`` of one batch."""
+    T, N, K, V, B1, inner = sizes
+    parts, span, k_part, m_part = cut
     pid = tl.program_id(0)
     blocks = tl.cdiv(N, BLOCK_N)
     n = (pid % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -220,8 +254,8 @@ def write_slot_kernel(
     pid = pid // K_STEPS
     part = pid % parts
     b = pid // parts
-    ok, bias = open_slots(mask, b, B1, n, N)
-    k_rows, k0 = slot_block(k, b, B1, n, ok, K, BLOCK_K)
+    ok, bias = open_slots(source.mask, b, B1, n, N)
+    k_rows, k0 = slot_block(source.k, b, B1, n, ok, K, BLOCK_K)
     u_rows, u0 = slot_block(u, b, B1, n, ok, V, BLOCK_V)
     g = d_retained
     if d_retained is not None:
@@ -231,19 +265,19 @@ def write_slot_kernel(
     for t0 in range(part * span, tl.minimum(T, (part + 1) * span), BLOCK_T):
         t = t0 + tl.arange(0, BLOCK_T)
         at = (b.to(tl.int64) * chunks + t0 // BLOCK_T) * N + n
-        t_ok = open_tokens(token_mask, b, B1, t, inner, T)
-        w_rows, w0 = token_block(w, b, B1, t, inner, t_ok, V, BLOCK_V)
+        t_ok = open_tokens(source.token_mask, b, B1, t, inner, T)
+        w_rows, w0 = token_block(source.w, b, B1, t, inner, t_ok, V, BLOCK_V)
         a, keep, f = gates(
-            k0, k_rows, ok, bias, q, norm, b, B1, n, t, t_ok, T, inner, K, scale, erase,
+            k0, k_rows, ok, bias, source.q, source.norm, b, n, t, t_ok, sizes, scale, erase,
             GATE, ERASE, BLOCK_K, K_STEPS, PRECISION,
         )  # fmt: skip
         c = dots(u0, u_rows, ok, w0, w_rows, t_ok, V, BLOCK_V, V_STEPS, PRECISION)
-        _, da = tile_gradient(a, keep, f, c, at, ok, R, p, Q, P, g, erase, ERASE)
+        _, da = tile_gradient(a, keep, f, c, at, ok, carried, g, erase, ERASE)
         live = ok[:, None] & t_ok[None, :]
         ds = source_gradient(a, keep, da, delta, b, B1, t, t_ok, inner, live, GATE)
         total += tl.sum(ds, 1)
         if d_k is not None:
-            right = tile(tokens(q, b, B1, t, inner), t_ok, K, step * BLOCK_K, BLOCK_K)
+            right = tile(tokens(source.q, b, B1, t, inner), t_ok, K, step * BLOCK_K, BLOCK_K)
             dk = product(ds.to(right.dtype), right, dk, PRECISION)
     offset = part.to(tl.int64)
     if d_k is not None:
@@ -271,14 +305,13 @@ def backward(x: Write, values: Tensor, d_out: Tensor, d_retained: Tensor | None,
     Q = call.scratch(call.B, chunks, N) if own else None
     P = call.scratch(call.B, chunks, N) if d_retained is not None else None
     u = call.slots(d_out)
-    sources = x.sources()
-    sizes = (x.count, N, K, V, B1, x.inner, chunks)
+    source, sizes = x.source(), x.sizes
     constants = {
         "GATE": x.gate, "ERASE": x.erasing, "BLOCK_T": c.block_t, "BLOCK_N": c.block_n, "BLOCK_K": wide_k.block,
         "K_STEPS": wide_k.steps, "BLOCK_V": wide_v.block, "V_STEPS": wide_v.steps, "PRECISION": precision(*tensors),
     }  # fmt: skip
     launch(
-        write_chunk_kernel, call.B * chunks * slot_blocks, *sources, u, F, G, Q, x.erase_scale, *sizes, x.scale,
+        write_chunk_kernel, call.B * chunks * slot_blocks, source, u, F, G, Q, x.erase_scale, sizes, chunks, x.scale,
         plan=p, **(constants | {"K_STEPS": wide_k.several, "V_STEPS": wide_v.several}),
     )  # fmt: skip
     carry = plan("write_carry", V, *tensors)
@@ -287,14 +320,15 @@ def backward(x: Write, values: Tensor, d_out: Tensor, d_retained: Tensor | None,
         call.slots(values), u, F, G, Q, P, d_values.rows(), N, V, B1, chunks,
         plan=carry, BLOCK_N=carry.config.block_n, BLOCK_V=wide_v.block, V_STEPS=wide_v.steps,
     )  # fmt: skip
-    state = (u, F, G, Q, P, call.slot_numbers(d_retained))
+    state = (u, Carried(F, G, Q, P), call.slot_numbers(d_retained))
 
-    by_token = (write_token_kernel, call.B * chunks * max(wide_k.steps, wide_v.steps), N, c.block_n)
-    by_slot = (write_slot_kernel, call.B * slot_blocks * wide_k.steps, x.count, c.block_t)
+    by_token = (SlotsCut, write_token_kernel, call.B * chunks * max(wide_k.steps, wide_v.steps), N, c.block_n)
+    by_slot = (TokensCut, write_slot_kernel, call.B * slot_blocks * wide_k.steps, x.count, c.block_t)
 
     def run(which: tuple, before: tuple, *targets: tuple | None) -> None:
+        cut, *kernel = which
         launch_in_parts(
-            call, *which, (*sources, *state, *before), targets, (x.erase_scale, *sizes), x.scale,
+            call, *kernel, (source, *state, *before), targets, (x.erase_scale, sizes, chunks), cut, x.scale,
             plan=p, **constants,
         )  # fmt: skip
 

@@ -51,11 +51,12 @@ def token_row(x, b, B1, t0, i, t_ok, inner, D, column, BLOCK_T: tl.constexpr, BL
 
 @triton.jit
 def write_scan_kernel(
-    v, k, q, w, mask, token_mask, norm, e, out, retained, states, prefix, T, N, K, V, B1, inner, scale,
+    v, source, e, out, retained, states, prefix, sizes, scale,
     GATE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, K_STEPS: tl.constexpr,
     BLOCK_V: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """All tokens for one block of slots and columns; ``states``, ``prefix``: v and prod (1 - a) before each chunk."""
+    T, N, K, V, B1, inner = sizes
     pid = tl.program_id(0)
     blocks = tl.cdiv(N, BLOCK_N)
     n = (pid % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -63,16 +64,16 @@ def write_scan_kernel(
     column = (pid % tl.cdiv(V, BLOCK_V)) * BLOCK_V
     b = pid // tl.cdiv(V, BLOCK_V)
     exists = n < N
-    ok, bias = open_slots(mask, b, B1, n, N)
-    k_rows, k0 = slot_block(k, b, B1, n, ok, K, BLOCK_K)
+    ok, bias = open_slots(source.mask, b, B1, n, N)
+    k_rows, k0 = slot_block(source.k, b, B1, n, ok, K, BLOCK_K)
     x = tile(slots(v, b, B1, n), exists, V, column, BLOCK_V).to(tl.float32)
     kept = tl.full([BLOCK_N], 1.0, tl.float32)
     at = b.to(tl.int64) * tl.cdiv(T, BLOCK_T) * N + n
     for t0 in range(0, T, BLOCK_T):
         t = t0 + tl.arange(0, BLOCK_T)
-        t_ok = open_tokens(token_mask, b, B1, t, inner, T)
+        t_ok = open_tokens(source.token_mask, b, B1, t, inner, T)
         a, keep, _ = gates(
-            k0, k_rows, ok, bias, q, norm, b, B1, n, t, t_ok, T, inner, K, scale, 1.0,
+            k0, k_rows, ok, bias, source.q, source.norm, b, n, t, t_ok, sizes, scale, 1.0,
             GATE, "full", BLOCK_K, K_STEPS, PRECISION,
         )  # fmt: skip
         if states is not None:
@@ -82,7 +83,7 @@ def write_scan_kernel(
         for i in range(tl.minimum(BLOCK_T, T - t0)):
             a_i = at_token(a, i, BLOCK_T)[:, None]
             e_i = token_row(e, b, B1, t0, i, t_ok, inner, V, column, BLOCK_T, BLOCK_V)[None, :]
-            w_i = token_row(w, b, B1, t0, i, t_ok, inner, V, column, BLOCK_T, BLOCK_V)[None, :]
+            w_i = token_row(source.w, b, B1, t0, i, t_ok, inner, V, column, BLOCK_T, BLOCK_V)[None, :]
             x = x * (1.0 - a_i * e_i) + a_i * w_i
         at += N
     if out is not None:
@@ -93,8 +94,7 @@ def write_scan_kernel(
 
 @triton.jit
 def write_scan_backward_kernel(
-    k, q, w, mask, token_mask, norm, e, u, states, prefix, replay, d_retained, d_v, a_out, ds, dw, de,
-    T, N, K, V, B1, inner, B, scale,
+    source, e, u, states, prefix, replay, d_retained, d_v, a_out, ds, dw, de, sizes, B, scale,
     GATE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, K_STEPS: tl.constexpr,
     BLOCK_V: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -102,6 +102,7 @@ def write_scan_backward_kernel(
 
     ds: of gates that are given da, of a softmax a da; then a_out [B, T, N] is a.
     """
+    T, N, K, V, B1, inner = sizes
     pid = tl.program_id(0)
     own = replay + pid.to(tl.int64) * BLOCK_T * BLOCK_N * BLOCK_V
     blocks = tl.cdiv(N, BLOCK_N)
@@ -113,8 +114,8 @@ def write_scan_backward_kernel(
     b = pid // tl.cdiv(V, BLOCK_V)
     exists = n < N
     d = column + tl.arange(0, BLOCK_V)
-    ok, bias = open_slots(mask, b, B1, n, N)
-    k_rows, k0 = slot_block(k, b, B1, n, ok, K, BLOCK_K)
+    ok, bias = open_slots(source.mask, b, B1, n, N)
+    k_rows, k0 = slot_block(source.k, b, B1, n, ok, K, BLOCK_K)
     grad = tile(slots(u, b, B1, n), exists, V, column, BLOCK_V).to(tl.float32)
     after = tl.full([BLOCK_N], 1.0, tl.float32)  # prod (1 - a) behind the chunk
     chunks = tl.cdiv(T, BLOCK_T)
@@ -123,9 +124,9 @@ def write_scan_backward_kernel(
         t0 = (chunks - 1 - c) * BLOCK_T
         at = (b.to(tl.int64) * chunks + chunks - 1 - c) * N + n
         t = t0 + tl.arange(0, BLOCK_T)
-        t_ok = open_tokens(token_mask, b, B1, t, inner, T)
+        t_ok = open_tokens(source.token_mask, b, B1, t, inner, T)
         a, keep, _ = gates(
-            k0, k_rows, ok, bias, q, norm, b, B1, n, t, t_ok, T, inner, K, scale, 1.0,
+            k0, k_rows, ok, bias, source.q, source.norm, b, n, t, t_ok, sizes, scale, 1.0,
             GATE, "full", BLOCK_K, K_STEPS, PRECISION,
         )  # fmt: skip
         x = tile(states + at * V, exists, V, column, BLOCK_V)
@@ -134,7 +135,7 @@ def write_scan_backward_kernel(
             tl.store(own + i * BLOCK_N * BLOCK_V + cell, x)
             a_i = at_token(a, i, BLOCK_T)[:, None]
             e_i = token_row(e, b, B1, t0, i, t_ok, inner, V, column, BLOCK_T, BLOCK_V)[None, :]
-            w_i = token_row(w, b, B1, t0, i, t_ok, inner, V, column, BLOCK_T, BLOCK_V)[None, :]
+            w_i = token_row(source.w, b, B1, t0, i, t_ok, inner, V, column, BLOCK_T, BLOCK_V)[None, :]
             x = x * (1.0 - a_i * e_i) + a_i * w_i
         tl.debug_barrier()  # what one thread stored, another may read
         da = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
@@ -143,7 +144,7 @@ def write_scan_backward_kernel(
             x = tl.load(own + i * BLOCK_N * BLOCK_V + cell)
             a_i = at_token(a, i, BLOCK_T)[:, None]
             e_i = token_row(e, b, B1, t0, i, t_ok, inner, V, column, BLOCK_T, BLOCK_V)[None, :]
-            w_i = token_row(w, b, B1, t0, i, t_ok, inner, V, column, BLOCK_T, BLOCK_V)[None, :]
+            w_i = token_row(source.w, b, B1, t0, i, t_ok, inner, V, column, BLOCK_T, BLOCK_V)[None, :]
             da_i = tl.sum(grad * (w_i - e_i * x), 1)
             da = tl.where((tl.arange(0, BLOCK_T) == i)[None, :], da_i[:, None], da)
             row = ((block.to(tl.int64) * B + b) * T + t0 + i) * V + d
@@ -191,8 +192,7 @@ def forward(
     p, wide_v, constants = _plan(x, values)
     launch(
         write_scan_kernel, call.B * triton.cdiv(x.N, p.config.block_n) * triton.cdiv(x.V, wide_v.block),
-        call.slots(values), *x.sources(), call.rows(x.erase), out, retained, states, prefix,
-        x.count, x.N, x.K, x.V, call.batches[1], x.inner, x.scale,
+        call.slots(values), x.source(), call.rows(x.erase), out, retained, states, prefix, x.sizes, x.scale,
         plan=p, **constants,
     )  # fmt: skip
 
@@ -226,9 +226,8 @@ def _sweep(x: Write, values: Tensor, u: Tensor, d_retained: Tensor | None, d_val
         a = call.scratch(call.B, count, N)
     dw, de = call.scratch(blocks, call.B, count, V), call.scratch(blocks, call.B, count, V)
     launch(
-        write_scan_backward_kernel, programs, *x.sources(), call.rows(x.erase), call.slots(u), states, prefix, replay,
-        call.slot_numbers(d_retained), d_values.rows(), a, ds, dw, de, count, N, x.K, V, call.batches[1], x.inner,
-        call.B, x.scale, plan=p, **constants,
+        write_scan_backward_kernel, programs, x.source(), call.rows(x.erase), call.slots(u), states, prefix, replay,
+        call.slot_numbers(d_retained), d_values.rows(), a, ds, dw, de, x.sizes, call.B, x.scale, plan=p, **constants,
     )  # fmt: skip
     return ds.sum(0), a, dw.sum(0), de.sum(0)
 

@@ -7,11 +7,13 @@ other slots.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .layout import Call
+from .layout import Call, Sizes
 from .tiles import dots, scores, sigmoid, softmax_weights, tile, tokens
 
 
@@ -26,7 +28,7 @@ def open_tokens(token_mask, b, B1, t, inner, stop):
 
 @triton.jit
 def gates(
-    k0, k_rows, ok, bias, q, norm, b, B1, n, t, t_ok, T, inner, K, scale, erase,
+    k0, k_rows, ok, bias, q, norm, b, n, t, t_ok, sizes, scale, erase,
     GATE: tl.constexpr, ERASE: tl.constexpr, BLOCK_K: tl.constexpr, K_STEPS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """a, 1 - a and f = 1 - erase a of a tile [slots, tokens]; 0, 1 and 1 where nothing is written.
@@ -34,7 +36,8 @@ def gates(
     q: the token rows that gates come from, queries or the gates themselves. No gate near 1 is subtracted from 1.
     """
     live = ok[:, None] & t_ok[None, :]
-    q_rows = tokens(q, b, B1, t, inner)
+    K = sizes.K
+    q_rows = tokens(q, b, sizes.B1, t, sizes.inner)
     if GATE == "given":
         a = tl.load(q_rows[None, :] + n[:, None], mask=live, other=0.0).to(tl.float32)
         keep = 1.0 - a
@@ -42,7 +45,7 @@ def gates(
         q0 = tile(q_rows, t_ok, K, 0, BLOCK_K)
         s = scores(dots(k0, k_rows, ok, q0, q_rows, t_ok, K, BLOCK_K, K_STEPS, PRECISION), scale, bias[:, None])
         if GATE == "softmax":
-            at = b.to(tl.int64) * T + t
+            at = b.to(tl.int64) * sizes.T + t
             top = tl.load(norm[0] + at, mask=t_ok, other=0.0)[None, :]
             rest = tl.load(norm[1] + at, mask=t_ok, other=0.0)[None, :]
             highest = n[:, None] == tl.load(norm[2] + at, mask=t_ok, other=-1)[None, :]
@@ -101,6 +104,17 @@ def states_before(f, g, p):
     return before_f * p[:, None] + before_g
 
 
+class Source(NamedTuple):
+    """What a write is made of; q: the gates themselves where they are given, norm: see ``Write``."""
+
+    k: tuple | None
+    q: tuple
+    w: tuple
+    mask: tuple | None
+    token_mask: tuple | None
+    norm: tuple | None
+
+
 class Write:
     """The arguments of one write, checked, and as the kernels take them.
 
@@ -128,17 +142,20 @@ class Write:
         self.keys, self.query, self.write, self.erase = keys, query, write, erase
         self.slot_mask, self.token_mask = slot_mask, token_mask
         self.scale, self.erase_scale = scale, erase_scale
-        self.count, self.inner = call.F * T, T if call.F > 1 else None
+        self.count = call.F * T
 
     @property
     def erasing(self) -> str:
         """Which form of f = 1 - erase a the kernels compute."""
         return {1.0: "full", 0.0: "none"}.get(self.erase_scale, "part")
 
-    def sources(self) -> tuple:
-        """keys, query, write, slot_mask, token_mask, norm."""
+    @property
+    def sizes(self) -> Sizes:
+        return self.call.sizes(self.T, self.N, self.K, self.V)
+
+    def source(self) -> Source:
         call = self.call
-        return (
+        return Source(
             call.slots(self.keys), call.rows(self.query), call.rows(self.write),
             call.slot_numbers(self.slot_mask), call.numbers(self.token_mask), self.norm,
         )  # fmt: skip

@@ -104,140 +104,180 @@ void add_hidden(const F* ds, const F* hidden, const F* u, int64_t n, int64_t KP,
   for (; c < KP; c += W) add_columns<F, 1>(ds, hidden + c, u + c, n, KP, dk + c, dq + c, du + c);
 }
 
+// The gradients of one batch. d_vector [KP]: of u.
+template <class F>
+class Batch {
+ public:
+  Batch(const AdditiveReadBackward& p, const GradientShape<F>& s, int64_t batch, F* d_vector, char* memory)
+      : Batch(p, s, batch, d_vector, Arena(memory)) {}
+  static size_t bytes(const GradientShape<F>& s) {
+    Arena measure;
+    Panel<F>(measure, s);
+    measure.take<F>(2 * s.KP + s.chunks * (s.panel * s.KP + s.KP + s.panel));
+    return measure.used() + 5 * 64;
+  }
+
+  void run() const {
+    padded_row<F>(f_.vector.batch(f_.lead, batch_), f_.vector.dtype, s_.K, u_);
+    std::memset(d_vector_, 0, size_t(s_.KP) * sizeof(F));
+    Arena measure;
+    Chunk<F>(measure, s_);
+    for (int64_t p0 = 0; p0 < s_.tokens; p0 += s_.panel) {
+      const int64_t pn = least(s_.panel, s_.tokens - p0);
+      parallel(div_up(pn, s_.tile), size_t(s_.VP) * sizeof(F), [&](int64_t x, char* row) {
+        const int64_t first = x * s_.tile, end = least(pn, first + s_.tile);
+        tokens_.pack(p_, s_, batch_, p0, first, end, reinterpret_cast<F*>(row));
+      });
+      if (!tokens_.exact(p_)) sum_deltas(pn, measure.used());
+      parallel(s_.chunks, measure.used(), [&](int64_t c, char* own) {
+        FlushDenormals flush;
+        add_chunk(c, p0, pn, Arena(own));
+      });
+      for (int64_t c = 0; c < s_.chunks; ++c) {
+        for (int64_t a = 0; a < s_.KP; ++a) d_vector_[a] += dus_[c * s_.KP + a];
+      }
+      if (p_.d_query) store_queries(p0, pn);
+    }
+  }
+
+ private:
+  Batch(const AdditiveReadBackward& p, const GradientShape<F>& s, int64_t batch, F* d_vector, Arena arena)
+      : p_(p),
+        f_(p.forward),
+        s_(s),
+        batch_(batch),
+        tokens_(arena, s),
+        slots_(f_.keys, f_.values, f_.mask, f_.lead, batch, f_.N, s.K, s.V, true),
+        through_(p.d_query || p.d_keys || p.d_vector),
+        first_keys_(p.d_keys && first_visit(p.d_keys, f_.lead, batch)),
+        first_values_(p.d_values && first_visit(p.d_values, f_.lead, batch)),
+        first_mask_(p.d_mask && first_visit(p.d_mask, f_.lead, batch)),
+        d_vector_(d_vector),
+        u_(arena.take<F>(s.KP)),
+        dqs_(arena.take<F>(s.chunks * s.panel * s.KP)),
+        dus_(arena.take<F>(s.chunks * s.KP)),
+        deltas_(arena.take<F>(s.chunks * s.panel)) {}
+
+  // Calls body(first, count, block) for the blocks of a chunk of slots.
+  template <class Body>
+  MK_INLINE void each_block(int64_t c, const Chunk<F>& w, Body&& body) const {
+    const int64_t hi = s_.begin(c + 1);
+    for (int64_t i = s_.begin(c); i < hi; i += kSlotBlock) {
+      const int64_t count = least(kSlotBlock, hi - i);
+      body(i, count, slots_.load(i, count, w.buffers));
+    }
+  }
+
+  // ps [block] = p of token t of the panel and a block of slots; hidden [block, KP]: where wanted, h.
+  MK_INLINE void weigh(const SlotBlock<F>& block, int64_t t, F* ps, F* hidden) const {
+    additive_row<F>(block, s_.K, tokens_.q + t * s_.KP, u_, ps, hidden);
+    const Vec<F> lse = fill<F>(tokens_.lse[t]), rest = fill<F>(tokens_.rest[t]);
+    for (int64_t j = 0; j < block.n; j += kLanes<F>) store<F>(ps + j, weight<F>(load<F>(ps + j), lse, rest));
+  }
+
+  // D [n, block] = dP of n tokens from x on.
+  MK_INLINE void multiply(const SlotBlock<F>& block, int64_t x, int64_t n, F* D) const {
+    dot_rows<F>(block.n, block.values, block.vs, s_.V, tokens_.dr + x * s_.VP, n, F(0), D, kSlotBlock);
+  }
+
+  // delta += sum_i p dP of the pn tokens of a panel.
+  void sum_deltas(int64_t pn, size_t bytes) const {
+    constexpr int W = kLanes<F>;
+    parallel(s_.chunks, bytes, [&](int64_t c, char* own) {
+      FlushDenormals flush;
+      Arena arena(own);
+      const Chunk<F> w(arena, s_);
+      F* delta = deltas_ + c * s_.panel;
+      std::memset(delta, 0, size_t(pn) * sizeof(F));
+      each_block(c, w, [&](int64_t, int64_t, const SlotBlock<F>& block) {
+        for (int64_t x = 0; x < pn && block.n > 0; x += s_.tile) {
+          const int64_t n = least(s_.tile, pn - x);
+          multiply(block, x, n, w.D);
+          for (int64_t t = 0; t < n; ++t) {
+            weigh(block, x + t, w.P, nullptr);
+            Vec<F> acc = fill<F>(0);
+            for (int64_t j = 0; j < block.n; j += W) acc += load<F>(w.P + j) * load<F>(w.D + t * kSlotBlock + j);
+            delta[x + t] += sum<F>(acc);
+          }
+        }
+      });
+    });
+    for (int64_t c = 0; c < s_.chunks; ++c) {
+      for (int64_t t = 0; t < pn; ++t) tokens_.delta[t] += deltas_[c * s_.panel + t];
+    }
+  }
+
+  // The gradients of a chunk of slots, summed over tokens [p0, p0 + pn), and its partial dq and du.
+  void add_chunk(int64_t c, int64_t p0, int64_t pn, Arena arena) const {
+    const Chunk<F> w(arena, s_);
+    F *dq = dqs_ + c * s_.panel * s_.KP, *du = dus_ + c * s_.KP;
+    std::memset(dq, 0, size_t(pn * s_.KP) * sizeof(F));
+    std::memset(du, 0, size_t(s_.KP) * sizeof(F));
+    each_block(c, w, [&](int64_t i, int64_t count, const SlotBlock<F>& block) {
+      std::memset(w.dk, 0, size_t(kSlotBlock * s_.KP) * sizeof(F));
+      std::memset(w.dm, 0, size_t(kSlotBlock) * sizeof(F));
+      for (int64_t x = 0; x < pn && block.n > 0; x += s_.tile) {
+        add_tile(block, x, least(s_.tile, pn - x), w, dq + x * s_.KP, du);
+      }
+      auto scatter = [&](const View& view, bool first, const F* rows, int64_t ld, int64_t width) {
+        if (view) scatter_rows<F>(view, f_.lead, batch_, p0 == 0 && first, i, count, block, rows, ld, width, F(1));
+      };
+      scatter(p_.d_keys, first_keys_, w.dk, s_.KP, s_.K);
+      scatter(p_.d_values, first_values_, w.dv, s_.VP, s_.V);
+      scatter(p_.d_mask, first_mask_, w.dm, 1, 1);
+    });
+  }
+
+  // A block of slots and n tokens of the panel, from x on: adds to dk, dv and dm of the block, to dq [n, KP] and du.
+  void add_tile(const SlotBlock<F>& block, int64_t x, int64_t n, const Chunk<F>& w, F* dq, F* du) const {
+    constexpr int W = kLanes<F>;
+    multiply(block, x, n, w.D);
+    for (int64_t t = 0; t < n; ++t) {
+      F *ps = w.P + t * kSlotBlock, *ds = w.D + t * kSlotBlock;
+      weigh(block, x + t, ps, w.hidden);
+      const Vec<F> delta = fill<F>(tokens_.delta[x + t]);
+      for (int64_t j = 0; j < block.n; j += W) store<F>(ds + j, load<F>(ps + j) * (load<F>(ds + j) - delta));
+      if (through_) add_hidden<F>(ds, w.hidden, u_, block.n, s_.KP, w.dk, dq + t * s_.KP, du);
+    }
+    const TileStrides<F> at{kSlotBlock, 1};
+    if (p_.d_values) {
+      gemm(Gemm<F>{block.n, s_.VP, n, w.P, at.is, at.ts, tokens_.dr + x * s_.VP, s_.VP, w.dv, s_.VP, x > 0});
+    }
+    if (p_.d_mask) add_sums<F>(w.D, at, n, block.n, w.dm, nullptr);
+  }
+
+  // dq of tokens [p0, p0 + pn): adds up the chunks in order.
+  void store_queries(int64_t p0, int64_t pn) const {
+    const TokenRows rows(p_.d_query, f_.lead, batch_, f_.T);
+    for (int64_t t = 0; t < pn; ++t) {
+      F* row = dqs_ + t * s_.KP;
+      for (int64_t c = 1; c < s_.chunks; ++c) {
+        for (int64_t a = 0; a < s_.K; ++a) row[a] += dqs_[(c * s_.panel + t) * s_.KP + a];
+      }
+      write_row<F>(row, s_.K, p_.d_query.dtype, rows.row(p0 + t));
+    }
+  }
+
+  const AdditiveReadBackward& p_;
+  const AdditiveRead& f_;
+  const GradientShape<F>& s_;
+  int64_t batch_;
+  Panel<F> tokens_;
+  Slots<F> slots_;
+  bool through_;  // is dh wanted?
+  bool first_keys_, first_values_, first_mask_;
+  F *d_vector_, *u_;
+  F *dqs_, *dus_, *deltas_;  // of the chunks: [chunks][panel][KP], [chunks][KP], [chunks][panel]
+};
+
 template <class F>
 void run(const AdditiveReadBackward& p) {
-  constexpr int W = kLanes<F>;
   const AdditiveRead& f = p.forward;
   const GradientShape<F> s(f.lead, f.T, f.N, f.K, f.V, true);
-  const bool through = p.d_query || p.d_keys || p.d_vector;
-  const int64_t partial = s.panel * s.KP;
   Buffer<F> d_vectors(s.batches * s.KP);
-
-  auto one_batch = [&](int64_t batch, char* memory) {
-    Arena shared(memory);
-    const Panel<F> tokens(shared, s);
-    F* u = shared.take<F>(s.KP);
-    F* dqs = shared.take<F>(s.chunks * partial);
-    F* dus = shared.take<F>(s.chunks * s.KP);
-    F* deltas = shared.take<F>(s.chunks * s.panel);
-    F* d_vector = d_vectors.data() + batch * s.KP;
-    padded_row<F>(f.vector.batch(f.lead, batch), f.vector.dtype, s.K, u);
-    std::memset(d_vector, 0, size_t(s.KP) * sizeof(F));
-    const Slots<F> slots(f.keys, f.values, f.mask, f.lead, batch, f.N, s.K, s.V, true);
-    const bool first_keys = p.d_keys && first_visit(p.d_keys, f.lead, batch);
-    const bool first_values = p.d_values && first_visit(p.d_values, f.lead, batch);
-    const bool first_mask = p.d_mask && first_visit(p.d_mask, f.lead, batch);
-    Arena measure;
-    Chunk<F>(measure, s);
-
-    for (int64_t panel = 0; panel < s.panels; ++panel) {
-      const int64_t p0 = panel * s.panel, pn = least(s.panel, s.tokens - p0);
-      parallel(div_up(pn, s.tile), size_t(s.VP) * sizeof(F), [&](int64_t x, char* row) {
-        const int64_t first = x * s.tile, end = least(pn, first + s.tile);
-        tokens.pack(p, s, batch, p0, first, end, reinterpret_cast<F*>(row));
-      });
-      // ps = p of one token and a block of slots.
-      auto weigh = [&](const SlotBlock<F>& block, int64_t t, F* ps, F* hidden) {
-        additive_row<F>(block, s.K, tokens.q + t * s.KP, u, ps, hidden);
-        const Vec<F> lse = fill<F>(tokens.lse[t]), rest = fill<F>(tokens.rest[t]);
-        for (int64_t j = 0; j < block.n; j += W) store<F>(ps + j, weight<F>(load<F>(ps + j), lse, rest));
-      };
-      // D = dP of n tokens.
-      auto products = [&](const SlotBlock<F>& block, int64_t x, int64_t n, F* D) {
-        dot_rows<F>(block.n, block.values, block.vs, s.V, tokens.dr + x * s.VP, n, F(0), D, kSlotBlock);
-      };
-      auto each_block = [&](int64_t c, const Chunk<F>& w, auto&& body) {
-        const int64_t hi = s.begin(c + 1);
-        for (int64_t i = s.begin(c); i < hi; i += kSlotBlock) {
-          const int64_t count = least(kSlotBlock, hi - i);
-          body(i, count, slots.load(i, count, w.buffers));
-        }
-      };
-      if (!tokens.exact(p)) {
-        parallel(s.chunks, measure.used(), [&](int64_t c, char* own) {
-          FlushDenormals flush;
-          Arena arena(own);
-          const Chunk<F> w(arena, s);
-          F* delta = deltas + c * s.panel;
-          std::memset(delta, 0, size_t(pn) * sizeof(F));
-          each_block(c, w, [&](int64_t, int64_t, const SlotBlock<F>& block) {
-            for (int64_t x = 0; x < pn && block.n > 0; x += s.tile) {
-              const int64_t n = least(s.tile, pn - x);
-              products(block, x, n, w.D);
-              for (int64_t t = 0; t < n; ++t) {
-                weigh(block, x + t, w.P, nullptr);
-                Vec<F> acc = fill<F>(0);
-                for (int64_t j = 0; j < block.n; j += W) acc += load<F>(w.P + j) * load<F>(w.D + t * kSlotBlock + j);
-                delta[x + t] += sum<F>(acc);
-              }
-            }
-          });
-        });
-        for (int64_t c = 0; c < s.chunks; ++c) {
-          for (int64_t t = 0; t < pn; ++t) tokens.delta[t] += deltas[c * s.panel + t];
-        }
-      }
-      parallel(s.chunks, measure.used(), [&](int64_t c, char* own) {
-        FlushDenormals flush;
-        Arena arena(own);
-        const Chunk<F> w(arena, s);
-        F *dq = dqs + c * partial, *du = dus + c * s.KP;
-        std::memset(dq, 0, size_t(pn * s.KP) * sizeof(F));
-        std::memset(du, 0, size_t(s.KP) * sizeof(F));
-        each_block(c, w, [&](int64_t i, int64_t count, const SlotBlock<F>& block) {
-          std::memset(w.dk, 0, size_t(kSlotBlock * s.KP) * sizeof(F));
-          std::memset(w.dm, 0, size_t(kSlotBlock) * sizeof(F));
-          for (int64_t x = 0; x < pn && block.n > 0; x += s.tile) {
-            const int64_t n = least(s.tile, pn - x);
-            products(block, x, n, w.D);
-            for (int64_t t = 0; t < n; ++t) {
-              F *ps = w.P + t * kSlotBlock, *ds = w.D + t * kSlotBlock;
-              weigh(block, x + t, ps, w.hidden);
-              const Vec<F> delta = fill<F>(tokens.delta[x + t]);
-              for (int64_t j = 0; j < block.n; j += W) store<F>(ds + j, load<F>(ps + j) * (load<F>(ds + j) - delta));
-              if (through) add_hidden<F>(ds, w.hidden, u, block.n, s.KP, w.dk, dq + (x + t) * s.KP, du);
-            }
-            const TileStrides<F> at{kSlotBlock, 1};
-            if (p.d_values) {
-              gemm(Gemm<F>{block.n, s.VP, n, w.P, at.is, at.ts, tokens.dr + x * s.VP, s.VP, w.dv, s.VP, x > 0});
-            }
-            if (p.d_mask) add_sums<F>(w.D, at, n, block.n, w.dm, nullptr);
-          }
-          auto scatter = [&](const View& view, bool first, const F* rows, int64_t ld, int64_t width) {
-            if (view) scatter_rows<F>(view, f.lead, batch, panel == 0 && first, i, count, block, rows, ld, width, F(1));
-          };
-          scatter(p.d_keys, first_keys, w.dk, s.KP, s.K);
-          scatter(p.d_values, first_values, w.dv, s.VP, s.V);
-          scatter(p.d_mask, first_mask, w.dm, 1, 1);
-        });
-      });
-      for (int64_t c = 0; c < s.chunks; ++c) {
-        for (int64_t a = 0; a < s.KP; ++a) d_vector[a] += dus[c * s.KP + a];
-      }
-      if (!p.d_query) continue;
-      const TokenRows rows(p.d_query, f.lead, batch, f.T);
-      for (int64_t t = 0; t < pn; ++t) {
-        F* row = dqs + t * s.KP;
-        for (int64_t c = 1; c < s.chunks; ++c) {
-          for (int64_t a = 0; a < s.K; ++a) row[a] += dqs[c * partial + t * s.KP + a];
-        }
-        write_row<F>(row, s.K, p.d_query.dtype, rows.row(p0 + t));
-      }
-    }
-  };
-
-  Arena measure;
-  Panel<F>(measure, s);
-  measure.take<F>(2 * s.KP + s.chunks * (partial + s.KP + s.panel));
-  const size_t memory = measure.used() + 5 * 64;
-  const bool apart =
-      !rows_are_shared(p.d_keys, f.lead) && !rows_are_shared(p.d_values, f.lead) && !rows_are_shared(p.d_mask, f.lead);
-  if (s.batches >= kManyBatches && apart) {
-    parallel(s.batches, memory, one_batch);
-  } else {
-    Buffer<char> whole{int64_t(memory)};
-    for (int64_t b = 0; b < s.batches; ++b) one_batch(b, whole.data());
-  }
+  each_batch(
+      s.batches, Batch<F>::bytes(s), f.lead, {&p.d_keys, &p.d_values, &p.d_mask},
+      [&](int64_t batch, char* memory) { Batch<F>(p, s, batch, d_vectors.data() + batch * s.KP, memory).run(); });
   for (int64_t b = 0; p.d_vector && b < s.batches; ++b) {
     F* to = reinterpret_cast<F*>(p.d_vector.batch(f.lead, b));
     const F* from = d_vectors.data() + b * s.KP;

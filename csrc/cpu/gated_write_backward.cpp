@@ -16,7 +16,7 @@
 // at 0 instead of its value at the first token t0 that is not skipped. This changes dS by a[t] R[t0] / (1 - e a[t])
 // (1 - a[t]) p, and R[t0] is below the smallest number. It is valid for a sigmoid, which brings the factor 1 - a, and
 // for e up to 1.
-#include "cpu/tiles/opened_gates.h"
+#include "cpu/tiles/slot_tile.h"
 
 namespace mk::MK_ISA {
 namespace {
@@ -146,23 +146,17 @@ class Batch {
     for (int i = 0; i < kLast; ++i) Opened<F>{measure};
     return measure.used() + 16 * 64;
   }
-  int64_t width(int64_t first) const { return least(kSlotTile<F>, p_.N - first); }
 
   // Computes R after every chunk (suffix_[c + 1] is R after chunk c), p_0, and dV. `last` receives the gates of the
   // last chunks.
   void sweep_back(int64_t first, Opened<F>* last, Arena arena) {
     constexpr int W = kLanes<F>;
-    const auto key_buffers = Slots<F>::buffers(arena, kSlotTile<F>, p_.K, 0);
-    const auto content_buffers = Slots<F>::buffers(arena, kSlotTile<F>, p_.V, p_.V);
-    const auto token_buffers = Tokens<F>::buffers(arena, p_);
-    KeyLanes<F> lanes(arena, p_.K);
+    SlotTile<F> tile(p_, keys_, content_, first, arena);
     F* S = arena.take<F>(kChunkTokens * kSlotTile<F>);
     F* R = arena.take<F>(kSlotTile<F>);
-    TokenChunk<F> chunk;
-    const int64_t count = width(first);
-    const SlotBlock<F> block = keys_.load(first, count, key_buffers);
-    const SlotBlock<F> content = content_.load(first, count, content_buffers);
-    lanes.pack(block, p_.K, F(p_.scale));
+    const KeyLanes<F>& lanes = tile.lanes;
+    const SlotBlock<F>&block = tile.block, &content = tile.content;
+    TokenChunk<F>& chunk = tile.chunk;
     const F e = F(p_.erase_scale);
     for (int64_t j = 0; j < lanes.L; ++j) R[j] = F(j < block.n);
     for (int64_t c = s_.chunks; c-- > 0;) {
@@ -171,14 +165,14 @@ class Batch {
       bool alive = false;
       for (int64_t j = 0; j < block.n; ++j) alive |= R[j] != 0;
       if (!alive || e == 0) continue;
-      source_.load(t0, least(kChunkTokens, s_.tokens - t0), token_buffers, chunk);
+      source_.load(t0, least(kChunkTokens, s_.tokens - t0), tile.buffers, chunk);
       if (is_last(c)) {
         Opened<F>& opened = last[s_.chunks - 1 - c];
-        lanes.gates(gates_, chunk, first, count, block, p_.K, opened.scaled);
+        lanes.gates(gates_, chunk, first, tile.count, block, p_.K, opened.scaled);
         opened.open_gates(gates_.kind, chunk, lanes, e, true, R);
         continue;
       }
-      lanes.gates(gates_, chunk, first, count, block, p_.K, S);
+      lanes.gates(gates_, chunk, first, tile.count, block, p_.K, S);
       for (int64_t l = 0; l < lanes.L; l += W) {
         Vec<F> r = load<F>(R + l), a, keep;
         const Vec<F> m = load<F>(lanes.mask + l);
@@ -195,7 +189,7 @@ class Batch {
       for (int64_t x = 0; x < s_.VP; x += W) sum2 += load<F>(u + x) * load<F>(v + x);
       past_[first + j] = sum<F>(sum2);
     }
-    if (b_.d_values) pass_through(first, count, block, R);
+    if (b_.d_values) pass_through(first, tile.count, block, R);
   }
 
   // dV = R[0] U; an empty slot keeps its content, so its R is 1.
@@ -218,122 +212,117 @@ class Batch {
 
   // With `deltas`, only computes sums of a da and advances `past_`. `last`: from sweep_back().
   void sweep_forward(int64_t first, int64_t p0, int64_t pn, const Partial& part, Opened<F>* last, Arena arena) {
-    constexpr int W = kLanes<F>;
-    const auto key_buffers = Slots<F>::buffers(arena, kSlotTile<F>, p_.K, 0);
-    const auto content_buffers = Slots<F>::buffers(arena, kSlotTile<F>, p_.V, p_.V);
-    const auto token_buffers = Tokens<F>::buffers(arena, p_);
-    KeyLanes<F> lanes(arena, p_.K);
-    Opened<F> own(arena);
-    F* D = arena.take<F>(kChunkTokens * kSlotTile<F>);  // c, then dS
-    F* U = arena.take<F>(p_.V * kSlotTile<F>);          // U with slots as lanes
-    F* dk = arena.take<F>(p_.K * kSlotTile<F>);
-    F* rows = arena.take<F>(s_.KP * kSlotTile<F>);
-    F* dm = arena.take<F>(kSlotTile<F>);
-    F* past = arena.take<F>(kSlotTile<F>);
-    F* suffix = arena.take<F>(kSlotTile<F>);
-    F* kept = arena.take<F>(kSlotTile<F>);  // d_retained * retained
-    const F none[kChunkTokens] = {};
-    F* deltas = part.deltas;
-    const TokenRows weights(b_.d_weights, p_.lead, batch_, p_.T);
-    const Gate kind = gates_.kind;
-    TokenChunk<F> chunk;
-    const int64_t count = width(first);
-    const SlotBlock<F> block = keys_.load(first, count, key_buffers);
-    const SlotBlock<F> content = content_.load(first, count, content_buffers);
-    lanes.pack(block, p_.K, F(p_.scale));
-    const int64_t L = lanes.L;
+    SlotTile<F> tile(p_, keys_, content_, first, arena);
+    SlotSums<F> sums(p_, arena);
+    start(tile, sums);
+    // If retained_i has a gradient, every token that writes has one.
     const F e = F(p_.erase_scale);
-    pack_lanes<F>(block.n, L, p_.V, F(1), nullptr, U, [&](int64_t j, F*) { return content.keys + j * content.ks; });
-    for (int64_t j = 0; j < L; ++j) {
-      past[j] = j < block.n ? past_[first + j] : F(0);
-      dm[j] = kept[j] = 0;
-      if (b_.d_retained && j < block.n) {
-        const int64_t i = first + block.place(j);
-        kept[j] = *reinterpret_cast<const F*>(b_.d_retained.batch(p_.lead, batch_) + i * b_.d_retained.row) *
-                  *reinterpret_cast<const F*>(p_.retained.batch(p_.lead, batch_) + i * p_.retained.row);
-      }
-    }
-    std::memset(dk, 0, size_t(p_.K * L) * sizeof(F));
-    bool held = false;  // retained_i has a gradient: then every token that writes has one
-    for (int64_t j = 0; j < L; ++j) held |= kept[j] != 0;
-    const bool forgets = kind == Gate::sigmoid && e >= 0 && e <= 1 && !held;
-
-    for (int64_t t0 = p0; t0 < p0 + pn && block.n > 0; t0 += kChunkTokens) {
-      bool alive = !forgets;
-      for (int64_t j = 0; j < L; ++j) {
-        suffix[j] = j < block.n ? suffix_[(t0 / kChunkTokens + 1) * p_.N + first + j] : F(0);
-        alive |= suffix[j] != 0;
-      }
-      if (!alive) {
-        for (int64_t j = 0; j < L; ++j) past[j] = 0;
+    const bool forgets = gates_.kind == Gate::sigmoid && e >= 0 && e <= 1 && !sums.held;
+    for (int64_t t0 = p0; t0 < p0 + pn && tile.block.n > 0; t0 += kChunkTokens) {
+      if (!load_suffix(tile, t0 / kChunkTokens, sums) && forgets) {
+        for (int64_t j = 0; j < tile.lanes.L; ++j) sums.past[j] = 0;
         continue;
       }
-      source_.load(t0, least(kChunkTokens, p0 + pn - t0), token_buffers, chunk);
-      if (chunk.n == 0) continue;
-      const int64_t n = chunk.n;
-      const F* delta = deltas != nullptr ? none : delta_ + t0;
-      const int64_t c = t0 / kChunkTokens;
-      Opened<F>& opened = is_last(c) ? last[s_.chunks - 1 - c] : own;
-      if (!is_last(c)) {
-        lanes.gates(gates_, chunk, first, count, block, p_.K, opened.scaled);
-        opened.open_gates(kind, chunk, lanes, e, forgets, suffix);
-      }
-      F *A = opened.scaled, *R = opened.rest, *G = opened.gate;
-      const int64_t begin = opened.begin, *begins = opened.begins;
-      gemm(Gemm<F>{n - begin, L, p_.V, chunk.write + begin * chunk.ws, chunk.ws, 1, U, L, D + begin * L, L, false});
-      for (int64_t l = 0; l < L; l += W) {
-        for (int64_t x = begin * L + l; x < begins[l / W] * L; x += L) {
-          store<F>(R + x, fill<F>(0)), store<F>(G + x, fill<F>(0)), store<F>(A + x, fill<F>(0));
-        }
-        const Vec<F> m = load<F>(lanes.mask + l), g = load<F>(kept + l);
-        Vec<F> p = begin + begins[l / W] > 0 ? fill<F>(0) : load<F>(past + l), total = load<F>(dm + l);
-        for (int64_t t = begin; t < n; ++t) {
-          const int64_t x = t * L + l;
-          Vec<F> gate = load<F>(G + x), keep, ds;
-          if (kind == Gate::softmax) open<F>(kind, gate, m, gate, keep);
-          const Vec<F> moved = load<F>(D + x) - e * p, da = load<F>(R + x) * moved;
-          if (kind == Gate::sigmoid) ds = gate * (da - g);
-          else if (kind == Gate::given) ds = da;
-          else ds = gate * (da - delta[t] - (keep > 0 ? g / keep : fill<F>(0)));
-          p += gate * moved;  // (1 - e a) p + a c
-          total += ds;
-          store<F>(D + x, ds);
-        }
-        store<F>(past + l, p);
-        store<F>(dm + l, total);
-      }
-      const int64_t at = t0 - p0;
-      for (int64_t t = 0; t < n && deltas != nullptr; ++t) {
-        for (int64_t j = 0; j < block.n; ++j) deltas[at + t] += D[t * L + j];
-      }
-      if (deltas != nullptr) continue;
-      if (weights) write_weights<F>(weights, chunk, first, block.n, D, L);
-      F *dq = part.dq + at * s_.KP, *dw = part.dw + at * s_.VP;
-      if (!part.touched[at / kChunkTokens]) {
-        part.touched[at / kChunkTokens] = true;
-        std::memset(dq, 0, size_t(n * s_.KP) * sizeof(F));
-        std::memset(dw, 0, size_t(n * s_.VP) * sizeof(F));
-      }
-      const int64_t m = n - begin;
-      const F *scaled = A + begin * L, *ds = D + begin * L, *query = chunk.query + begin * chunk.qs;
-      dq += begin * s_.KP, dw += begin * s_.VP;
-      if (b_.d_write) gemm(Gemm<F>{m, s_.VP, block.n, scaled, L, 1, content.keys, content.ks, dw, s_.VP, true});
-      if (b_.d_query) gemm(Gemm<F>{m, s_.KP, block.n, ds, L, 1, block.keys, block.ks, dq, s_.KP, true});
-      if (b_.d_keys) gemm(Gemm<F>{p_.K, L, m, query, 1, chunk.qs, ds, L, dk, L, true});
+      source_.load(t0, least(kChunkTokens, p0 + pn - t0), tile.buffers, tile.chunk);
+      if (tile.chunk.n == 0) continue;
+      const Opened<F>& opened = open_chunk(tile, t0 / kChunkTokens, forgets, last, sums);
+      score_chunk(tile, opened, t0, part.deltas != nullptr, sums);
+      if (part.deltas != nullptr) add_deltas(tile, sums, part.deltas + t0 - p0);
+      else add_products(tile, opened, t0 - p0, part, sums);
     }
+    for (int64_t j = 0; j < tile.block.n; ++j) past_[first + j] = sums.past[j];
+    if (part.deltas == nullptr) store_slots(tile, p0 == 0, sums);
+  }
 
-    for (int64_t j = 0; j < block.n; ++j) past_[first + j] = past[j];
-    if (deltas != nullptr) return;
-    const bool start = p0 == 0;
+  // U as lanes, p before the panel and d_retained * retained; sums of 0.
+  void start(const SlotTile<F>& tile, SlotSums<F>& sums) const {
+    const SlotBlock<F>& content = tile.content;
+    const int64_t L = tile.lanes.L;
+    pack_lanes<F>(tile.block.n, L, p_.V, F(1), nullptr, sums.U,
+                  [&](int64_t j, F*) { return content.keys + j * content.ks; });
+    for (int64_t j = 0; j < L; ++j) {
+      sums.past[j] = j < tile.block.n ? past_[tile.first + j] : F(0);
+      sums.dm[j] = sums.kept[j] = 0;
+      if (b_.d_retained && j < tile.block.n) {
+        const int64_t i = tile.first + tile.block.place(j);
+        sums.kept[j] = *reinterpret_cast<const F*>(b_.d_retained.batch(p_.lead, batch_) + i * b_.d_retained.row) *
+                       *reinterpret_cast<const F*>(p_.retained.batch(p_.lead, batch_) + i * p_.retained.row);
+      }
+      sums.held |= sums.kept[j] != 0;
+    }
+    std::memset(sums.dk, 0, size_t(p_.K * L) * sizeof(F));
+  }
+
+  // R after chunk c. Returns whether it is not 0 somewhere.
+  bool load_suffix(const SlotTile<F>& tile, int64_t c, SlotSums<F>& sums) const {
+    bool alive = false;
+    for (int64_t j = 0; j < tile.lanes.L; ++j) {
+      sums.suffix[j] = j < tile.block.n ? suffix_[(c + 1) * p_.N + tile.first + j] : F(0);
+      alive |= sums.suffix[j] != 0;
+    }
+    return alive;
+  }
+
+  // The gates of chunk c and their suffix products.
+  const Opened<F>& open_chunk(const SlotTile<F>& tile, int64_t c, bool forgets, const Opened<F>* last,
+                              SlotSums<F>& sums) const {
+    if (is_last(c)) return last[s_.chunks - 1 - c];
+    tile.lanes.gates(gates_, tile.chunk, tile.first, tile.count, tile.block, p_.K, sums.opened.scaled);
+    sums.opened.open_gates(gates_.kind, tile.chunk, tile.lanes, F(p_.erase_scale), forgets, sums.suffix);
+    return sums.opened;
+  }
+
+  // D = dS of the tokens of a chunk, which begins at t0; without `delta` of a softmax if that is being summed.
+  void score_chunk(const SlotTile<F>& tile, const Opened<F>& opened, int64_t t0, bool for_deltas,
+                   SlotSums<F>& sums) const {
+    static constexpr F kNone[kChunkTokens] = {};
+    const TokenChunk<F>& chunk = tile.chunk;
+    const int64_t L = tile.lanes.L, begin = opened.begin;
+    gemm(Gemm<F>{chunk.n - begin, L, p_.V, chunk.write + begin * chunk.ws, chunk.ws, 1, sums.U, L, sums.D + begin * L,
+                 L, false});
+    opened.to_gradients(gates_.kind, chunk.n, tile.lanes, F(p_.erase_scale), sums.kept,
+                        for_deltas ? kNone : delta_ + t0, sums.D, sums.past, sums.dm);
+  }
+
+  // deltas [chunk] += the sums of D over the slots.
+  void add_deltas(const SlotTile<F>& tile, const SlotSums<F>& sums, F* deltas) const {
+    for (int64_t t = 0; t < tile.chunk.n; ++t) {
+      for (int64_t j = 0; j < tile.block.n; ++j) deltas[t] += sums.D[t * tile.lanes.L + j];
+    }
+  }
+
+  // The sums of a chunk, which begins at token `at` of the panel: dw += a R U, dq += dS K, dk += dS^T Q.
+  void add_products(const SlotTile<F>& tile, const Opened<F>& opened, int64_t at, const Partial& part,
+                    SlotSums<F>& sums) const {
+    const TokenChunk<F>& chunk = tile.chunk;
+    const SlotBlock<F>&block = tile.block, &content = tile.content;
+    const int64_t L = tile.lanes.L, n = chunk.n, begin = opened.begin, m = n - begin;
+    const TokenRows weights(b_.d_weights, p_.lead, batch_, p_.T);
+    if (weights) write_weights<F>(weights, chunk, tile.first, block.n, sums.D, L);
+    F *dq = part.dq + at * s_.KP, *dw = part.dw + at * s_.VP;
+    if (!part.touched[at / kChunkTokens]) {
+      part.touched[at / kChunkTokens] = true;
+      std::memset(dq, 0, size_t(n * s_.KP) * sizeof(F));
+      std::memset(dw, 0, size_t(n * s_.VP) * sizeof(F));
+    }
+    const F *scaled = opened.scaled + begin * L, *ds = sums.D + begin * L, *query = chunk.query + begin * chunk.qs;
+    dq += begin * s_.KP, dw += begin * s_.VP;
+    if (b_.d_write) gemm(Gemm<F>{m, s_.VP, block.n, scaled, L, 1, content.keys, content.ks, dw, s_.VP, true});
+    if (b_.d_query) gemm(Gemm<F>{m, s_.KP, block.n, ds, L, 1, block.keys, block.ks, dq, s_.KP, true});
+    if (b_.d_keys) gemm(Gemm<F>{p_.K, L, m, query, 1, chunk.qs, ds, L, sums.dk, L, true});
+  }
+
+  // Stores dK and dmask, or adds them to those of earlier panels.
+  void store_slots(const SlotTile<F>& tile, bool start, SlotSums<F>& sums) const {
+    auto scatter = [&](const View& view, const F* rows, int64_t ld, int64_t width, F factor) {
+      scatter_rows<F>(view, p_.lead, batch_, start && first_visit(view, p_.lead, batch_), tile.first, tile.count,
+                      tile.block, rows, ld, width, factor);
+    };
     if (b_.d_keys) {
-      unpack_lanes(dk, L, p_.K, rows, s_.KP);
-      scatter_rows<F>(b_.d_keys, p_.lead, batch_, start && first_visit(b_.d_keys, p_.lead, batch_), first, count, block,
-                      rows, s_.KP, p_.K, F(p_.scale));
+      unpack_lanes(sums.dk, tile.lanes.L, p_.K, sums.rows, s_.KP);
+      scatter(b_.d_keys, sums.rows, s_.KP, p_.K, F(p_.scale));
     }
-    if (b_.d_mask) {
-      scatter_rows<F>(b_.d_mask, p_.lead, batch_, start && first_visit(b_.d_mask, p_.lead, batch_), first, count, block,
-                      dm, 1, 1, F(1));
-    }
+    if (b_.d_mask) scatter(b_.d_mask, sums.dm, 1, 1, F(1));
   }
 
   void reduce(int64_t p0, int64_t pn) {
@@ -381,17 +370,9 @@ template <class F>
 void run(const GatedWriteBackward& b) {
   const GatedWrite& p = b.forward;
   const Shape<F> s(p);
-  const size_t bytes = Batch<F>::bytes(p, s);
   SoftmaxRows<F> softmax(p);
-  const bool apart =
-      !rows_are_shared(b.d_keys, p.lead) && !rows_are_shared(b.d_values, p.lead) && !rows_are_shared(b.d_mask, p.lead);
-  if (s.batches >= kManyBatches && apart) {
-    parallel(s.batches, bytes,
+  each_batch(s.batches, Batch<F>::bytes(p, s), p.lead, {&b.d_keys, &b.d_values, &b.d_mask},
              [&](int64_t batch, char* memory) { Batch<F>(b, s, batch, softmax.data(), memory).run(); });
-    return;
-  }
-  Buffer<char> memory{int64_t(bytes)};
-  for (int64_t batch = 0; batch < s.batches; ++batch) Batch<F>(b, s, batch, softmax.data(), memory.data()).run();
 }
 
 }  // namespace

@@ -352,15 +352,8 @@ template <class F>
 void run(const MemoryScanBackward& b) {
   const GatedWrite& p = b.forward.write;
   const Shape<F> s(p);
-  const size_t bytes = Batch<F>::bytes(b, s);
-  const bool apart =
-      !rows_are_shared(b.d_keys, p.lead) && !rows_are_shared(b.d_values, p.lead) && !rows_are_shared(b.d_mask, p.lead);
-  if (s.batches >= kManyBatches && apart) {
-    parallel(s.batches, bytes, [&](int64_t batch, char* memory) { Batch<F>(b, s, batch, memory).run(); });
-    return;
-  }
-  Buffer<char> memory{int64_t(bytes)};
-  for (int64_t batch = 0; batch < s.batches; ++batch) Batch<F>(b, s, batch, memory.data()).run();
+  each_batch(s.batches, Batch<F>::bytes(b, s), p.lead, {&b.d_keys, &b.d_values, &b.d_mask},
+             [&](int64_t batch, char* memory) { Batch<F>(b, s, batch, memory).run(); });
 }
 
 }  // namespace

@@ -48,76 +48,95 @@ MK_DEVICE void soften(float* scores, int S, float* m, float* l, float* fade) {
   }
 }
 
-template <class X, class W, int Q>
-MK_KERNEL(kThreads)
-read_stream(MK_PARAM(Reading) r) {
+// A block's position in the call.
+struct Position {
+  int64_t split, batch, t0, tokens;  // the range of slots; the first token, of `tokens` of the batch
+  int64_t begin, end;                // the range: slots [begin, end)
+  int64_t column0;                   // the first value column
+  int value_block, columns;
+};
+template <int Q>
+MK_DEVICE Position locate(const Reading& r) {
   const SoftmaxRead& p = r.p;
   const StreamPlan& plan = r.plan;
-  const int S = plan.slots, tid = int(threadIdx.x);
   int64_t at = blockIdx.x;
   const int64_t split = at % plan.splits;
   at /= plan.splits;
   const int value_block = int(at % r.value_blocks);
   at /= r.value_blocks;
-  const int64_t t0 = at % plan.tiles * Q, batch = at / plan.tiles, tokens = p.lead.folded() * p.T;
+  const int64_t t0 = at % plan.tiles * Q, batch = at / plan.tiles;
   const int64_t begin = split * plan.split_rows, end = least(p.N, begin + plan.split_rows);
   const int64_t column0 = int64_t(value_block) * r.width;
-  const int columns = int(least(r.width, p.V - column0));
+  return {
+      split, batch, t0, p.lead.folded() * p.T, begin, end, column0, value_block, int(least(r.width, p.V - column0))};
+}
 
-  char* buffers = shared_memory();
-  auto* query = reinterpret_cast<float*>(buffers + kStages * plan.stage_bytes);
-  float* scores = query + Q * plan.padded;
-  float *m = scores + Q * S, *l = m + Q, *fade = l + Q;
-  if (tid < Q) m[tid] = -kInfinity, l[tid] = 0;
-  load_queries<Q>(p.query, p.lead, batch, p.T, t0, tokens, p.K, plan.padded, query);
+// Loads the rows of a range tile by tile: the parts of the keys of a tile, then its values. Two parts are in flight.
+template <class X, class W>
+struct Loader {
+  const Reading& r;
+  const Position& at;
+  char* buffers;
+  Step ahead{at.begin};  // the part to load next
+  const char* keys = r.p.keys.batch(r.p.lead, at.batch);
+  const char* values = at.columns > 0 ? r.p.values.batch(r.p.lead, at.batch) + at.column0* int64_t(sizeof(W)) : nullptr;
+  const char* mask = r.p.mask ? r.p.mask.batch(r.p.lead, at.batch) : nullptr;
+  int parts = r.plan.key_parts + (at.columns > 0 ? 1 : 0);
 
-  const char* keys = p.keys.batch(p.lead, batch);
-  const char* values = columns > 0 ? p.values.batch(p.lead, batch) + column0 * int64_t(sizeof(W)) : nullptr;
-  const char* mask = p.mask ? p.mask.batch(p.lead, batch) : nullptr;
-  const int parts = plan.key_parts + (columns > 0 ? 1 : 0);
-  auto key_columns = [&](int part) { return int(least(kPart, p.K - part * kPart)); };
-  auto start_copy = [&](const Step& step) {
-    if (step.first < end) {
-      char* buffer = buffers + step.buffer * plan.stage_bytes;
-      if (step.part < plan.key_parts) {
-        fetch<X>({keys + step.part * kPart * int64_t(sizeof(X)), p.keys.row, step.first, end, key_columns(step.part),
-                  plan.key_packs},
-                 S, p.mask, mask, buffer);
+  MK_DEVICE int key_columns(int part) const { return int(least(kPart, r.p.K - part * kPart)); }
+
+  // Starts the copy of the next part, keys [S, 256] or values [S, columns]; none past the range.
+  MK_DEVICE void prefetch() {
+    const SoftmaxRead& p = r.p;
+    const StreamPlan& plan = r.plan;
+    if (ahead.first < at.end) {
+      char* buffer = buffers + ahead.buffer * plan.stage_bytes;
+      if (ahead.part < plan.key_parts) {
+        fetch<X>({keys + ahead.part * kPart * int64_t(sizeof(X)), p.keys.row, ahead.first, at.end,
+                  key_columns(ahead.part), plan.key_packs},
+                 plan.slots, p.mask, mask, buffer);
       } else {
-        fetch<W>({values, p.values.row, step.first, end, columns, plan.value_packs}, S, p.mask, mask, buffer);
+        fetch<W>({values, p.values.row, ahead.first, at.end, at.columns, plan.value_packs}, plan.slots, p.mask, mask,
+                 buffer);
       }
     }
     commit_copies();
-  };
-  Step ahead{begin};
-  for (int i = 0; i < kStages - 1; ++i, ahead.next(parts, S)) start_copy(ahead);
+    ahead.next(parts, plan.slots);
+  }
 
-  // Each thread has a pair of value columns; `groups` threads share a pair and take every groups-th slot.
-  int pairs = 1;
-  while (2 * pairs < columns) pairs *= 2;
-  const int pair = tid % pairs, group = tid / pairs, groups = kThreads / pairs;
-  float acc[Q][2] = {}, s[Q] = {};
-  for (Step step{begin}; step.first < end; step.next(parts, S)) {
+  // Waits for the part at `step`, and prefetches the next one. No thread uses the buffer of the part before.
+  MK_DEVICE const char* arrived(const Step& step) {
     wait_copies<kStages - 2>();
-    __syncthreads();  // the part is visible to all threads, and the buffer filled next is free
-    start_copy(ahead);
-    ahead.next(parts, S);
-    const char* buffer = buffers + step.buffer * plan.stage_bytes;
-    if (step.part < plan.key_parts) {
-      multiply<X, Q>(buffer, key_columns(step.part), query + step.part * kPart, plan.padded, S, s);
-      if (step.part + 1 < plan.key_parts) continue;
-      store_scores<Q>(s, float(p.scale), S, step.first, end, p.mask, mask, scores);
-      __syncthreads();
-      soften<Q>(scores, S, m, l, fade);
-      continue;
-    }
+    __syncthreads();
+    prefetch();
+    return buffers + step.buffer * r.plan.stage_bytes;
+  }
+};
+
+// The sums over slots of p v. A thread has a pair of value columns; `groups` threads share a pair and take every
+// groups-th slot.
+template <int Q>
+struct Columns {
+  int columns;
+  int pairs, pair, group, groups;
+  float acc[Q][2] = {};
+
+  MK_DEVICE explicit Columns(int columns) : columns(columns), pairs(1) {
+    while (2 * pairs < columns) pairs *= 2;
+    pair = int(threadIdx.x) % pairs, group = int(threadIdx.x) / pairs, groups = kThreads / pairs;
+  }
+
+  // acc = fade acc + p times a tile of values [S, columns]; p: [Q][S].
+  template <class W>
+  MK_DEVICE void add(const char* values, int S, const float* p, const float* fade) {
     float part[Q][2] = {};  // of this tile; two-level sums round less
-    if (2 * pair >= columns) continue;
+    if (2 * pair >= columns) return;
+#pragma unroll(Q == 1 ? 4 : 2)
     for (int i = group; i < S; i += groups) {
-      const auto* row = reinterpret_cast<const W*>(buffer + i * pitch_of<W>(columns)) + 2 * pair;
+      const auto* row = reinterpret_cast<const W*>(values + i * pitch_of<W>(columns)) + 2 * pair;
       const float v0 = to_float(row[0]), v1 = to_float(row[1]);
 #pragma unroll
-      for (int q = 0; q < Q; ++q) part[q][0] += scores[q * S + i] * v0, part[q][1] += scores[q * S + i] * v1;
+      for (int q = 0; q < Q; ++q) part[q][0] += p[q * S + i] * v0, part[q][1] += p[q * S + i] * v1;
     }
 #pragma unroll
     for (int q = 0; q < Q; ++q) {
@@ -125,36 +144,90 @@ read_stream(MK_PARAM(Reading) r) {
     }
   }
 
+  // Stores the sums as [groups][Q][2 pairs].
+  MK_DEVICE void store(float* sums) const {
+#pragma unroll
+    for (int q = 0; q < Q; ++q) {
+      sums[((group * Q + q) * pairs + pair) * 2] = acc[q][0];
+      sums[((group * Q + q) * pairs + pair) * 2 + 1] = acc[q][1];
+    }
+  }
+
+  // The sum of a column over the groups, in order.
+  MK_DEVICE float total(const float* sums, int q, int column) const {
+    float sum = 0;
+    for (int g = 0; g < groups; ++g) sum += sums[(g * Q + q) * pairs * 2 + column];
+    return sum;
+  }
+};
+
+// Stores the reads [Q, columns], lse and lse_rest of a block; if there are several ranges, their part of this range.
+template <int Q>
+MK_DEVICE void store_reads(const Reading& r, const Position& at, const Columns<Q>& columns, const float* sums,
+                           const float* m, const float* l) {
+  const SoftmaxRead& p = r.p;
+  for (int q = 0; q < Q && at.t0 + q < at.tokens; ++q) {
+    const int64_t token = at.batch * at.tokens + at.t0 + q, rows = r.ranges.rows;
+    const float inverse = l[q] == 0 ? 0.f : 1.f / l[q];
+    float* part =
+        r.ranges.partial == nullptr ? nullptr : r.ranges.partial + (at.split * rows + token) * p.V + at.column0;
+    char* out = part != nullptr || at.columns == 0
+                    ? nullptr
+                    : token_row(p.read, p.lead, p.read.batch(p.lead, at.batch), p.T, at.t0 + q);
+    for (int c = int(threadIdx.x); c < at.columns; c += kThreads) {
+      const float sum = columns.total(sums, q, c);
+      if (part != nullptr) part[c] = sum;
+      else store(out, p.read.dtype, at.column0 + c, l[q] == 0 ? 0.f : sum * inverse);
+    }
+    if (at.value_block != 0 || threadIdx.x != 0) continue;
+    if (part != nullptr) {
+      float* ends = r.ranges.partial + r.plan.splits * rows * p.V;
+      ends[at.split * rows + token] = m[q];
+      ends[(r.plan.splits + at.split) * rows + token] = l[q];
+    } else {
+      store_lse(p, at.batch, at.t0 + q, m[q], l[q]);
+    }
+  }
+}
+
+template <class X, class W, int Q>
+MK_KERNEL(kThreads)
+read_stream(MK_PARAM(Reading) r) {
+  const SoftmaxRead& p = r.p;
+  const StreamPlan& plan = r.plan;
+  const int S = plan.slots, tid = int(threadIdx.x);
+  const Position at = locate<Q>(r);
+  char* buffers = shared_memory();
+  auto* query = reinterpret_cast<float*>(buffers + kStages * plan.stage_bytes);  // [Q][padded]
+  float* scores = query + Q * plan.padded;                                       // [Q][S]
+  float *m = scores + Q * S, *l = m + Q, *fade = l + Q;
+  if (tid < Q) m[tid] = -kInfinity, l[tid] = 0;
+  load_queries<Q>(p.query, p.lead, at.batch, p.T, at.t0, at.tokens, p.K, plan.padded, query);
+
+  Loader<X, W> loader{r, at, buffers};
+  for (int i = 0; i < kStages - 1; ++i) loader.prefetch();
+  Columns<Q> columns(at.columns);
+  float s[Q] = {};  // this lane's share of the scores
+  for (Step step{at.begin}; step.first < at.end; step.next(loader.parts, S)) {
+    const char* rows = loader.arrived(step);
+    if (step.part == plan.key_parts) {
+      columns.template add<W>(rows, S, scores, fade);
+      continue;
+    }
+    multiply<X, Q>(rows, loader.key_columns(step.part), query + step.part * kPart, plan.padded, S, s);
+    if (step.part + 1 == plan.key_parts) {
+      store_scores<Q>(s, float(p.scale), S, step.first, at.end, p.mask, loader.mask, scores);
+      __syncthreads();
+      soften<Q>(scores, S, m, l, fade);
+    }
+  }
+
   wait_copies<0>();
   __syncthreads();
-  auto* sums = reinterpret_cast<float*>(buffers);  // [groups][Q][2 pairs]
-#pragma unroll
-  for (int q = 0; q < Q; ++q) {
-    sums[((group * Q + q) * pairs + pair) * 2] = acc[q][0];
-    sums[((group * Q + q) * pairs + pair) * 2 + 1] = acc[q][1];
-  }
+  auto* sums = reinterpret_cast<float*>(buffers);
+  columns.store(sums);
   __syncthreads();
-  for (int q = 0; q < Q && t0 + q < tokens; ++q) {
-    const int64_t token = batch * tokens + t0 + q, rows = r.ranges.rows;
-    const float inverse = l[q] == 0 ? 0.f : 1.f / l[q];
-    float* part = r.ranges.partial == nullptr ? nullptr : r.ranges.partial + (split * rows + token) * p.V + column0;
-    char* out =
-        part != nullptr || columns == 0 ? nullptr : token_row(p.read, p.lead, p.read.batch(p.lead, batch), p.T, t0 + q);
-    for (int c = tid; c < columns; c += kThreads) {
-      float sum = 0;
-      for (int g = 0; g < groups; ++g) sum += sums[(g * Q + q) * pairs * 2 + c];
-      if (part != nullptr) part[c] = sum;
-      else store(out, p.read.dtype, column0 + c, l[q] == 0 ? 0.f : sum * inverse);
-    }
-    if (value_block != 0 || tid != 0) continue;
-    if (part != nullptr) {
-      float* ends = r.ranges.partial + plan.splits * rows * p.V;
-      ends[split * rows + token] = m[q];
-      ends[(plan.splits + split) * rows + token] = l[q];
-    } else {
-      store_lse(p, batch, t0 + q, m[q], l[q]);
-    }
-  }
+  store_reads(r, at, columns, sums, m, l);
 }
 
 // One block per token: merges the ranges.

@@ -14,14 +14,13 @@
 // multiplied by 2^15: with values up to 1 it would lose all that is below 2^-25.
 //
 // Ranges end as in softmax_read.cu, which merges them.
-#include "cuda/tiles/buffers.h"
-#include "cuda/tiles/fragments.h"
+#include "cuda/tiles/query_tiles.h"
 #include "cuda/tiles/read_ranges.h"
 
 namespace mk::cuda {
 namespace {
 
-constexpr int kThreads = 128, kTokens = 64, kColumns = 128;
+constexpr int kColumns = 128;
 constexpr int kSteps = 4;  // depth steps of the second product
 
 struct Tiling {
@@ -120,66 +119,20 @@ struct Loader {
   }
 };
 
-// The queries of a warp [16, K]: rows in shared memory or, if `held`, their fragments in registers.
-template <class M, bool held>
-struct Queries {
-  static constexpr int kKeySteps = kColumns * int(sizeof(Stored<M>)) / 32;  // depth steps of the first product per part
-  const char* rows;
-  Left<M> fragments[held ? kKeySteps : 1];
-};
-
-// Loads the queries of a block [64, K] into `tile`. If `held`, the tile is free afterwards; else the queries arrive
-// with the first keys.
-template <class M, bool held, int S>
-MK_DEVICE void load_queries(Queries<M, held>& q, const Tiling& r, const Shared<S>& block, char* tile) {
-  using X = Stored<M>;
-  const SoftmaxRead& p = r.p;
-  const int tid = int(threadIdx.x), lane = tid % 32, warp = tid / 32;
-  const int64_t t0 = block.t0, tokens = p.lead.folded() * p.T;
-  char* base = p.query.batch(p.lead, block.batch);
-  copy_rows<X, kThreads>(tid, kTokens, p.K, r.query_packs, base, tile, r.query_pitch, [&](int i) -> const char* {
-    return t0 + i < tokens ? token_row(p.query, p.lead, base, p.T, t0 + i) : nullptr;
-  });
-  q.rows = tile + warp * 16 * r.query_pitch;
-  if constexpr (held) {
-    commit_copies();
-    wait_copies<0>();
-    __syncthreads();
-#pragma unroll
-    for (int step = 0; step < q.kKeySteps; ++step) {
-      if (step * 32 < r.query_pitch - 16) load_left(q.fragments[step].x, q.rows, r.query_pitch, step * 32, lane);
-    }
-    __syncthreads();
-  }
-}
-
-// sums += queries times part `part` of a tile of keys [S, 128].
-template <class M, bool held, int S>
-MK_DEVICE void add_part(Sums<M> (&sums)[S / 8], const Queries<M, held>& q, const Tiling& r, const char* keys,
-                        int part) {
-  const int size = int(sizeof(Stored<M>)), bytes = int(least(kColumns, r.p.K - part * kColumns)) * size;
-  if constexpr (held) {
-#pragma unroll
-    for (int step = 0; step < q.kKeySteps; ++step) {
-      if (step * 32 < bytes) add_step<M, S>(sums, q.fragments[step], keys, r.key_pitch, step, int(threadIdx.x) % 32);
-    }
-  } else {
-    add_products<M, S>(sums, q.rows, r.query_pitch, part * kColumns * size, keys, r.key_pitch, bytes);
-  }
-}
-
 // The scores s [16, S] of a warp's tokens and slots [first, first + S). Prefetches the values of these slots.
 template <class M, class W, bool held, int S = kSlots<W>>
-MK_DEVICE void score_tile(float (&s)[S / 8][4], const Queries<M, held>& q, Loader<Stored<M>, W>& loader, int64_t first,
-                          bool busy) {
+MK_DEVICE void score_tile(float (&s)[S / 8][4], const Queries<M, held>& queries, Loader<Stored<M>, W>& loader,
+                          int64_t first, bool busy) {
   const Tiling& r = loader.r;
-  const int lane = int(threadIdx.x) % 32;
+  const int lane = int(threadIdx.x) % 32, size = int(sizeof(Stored<M>));
   Sums<M> sums[S / 8];
   for (int part = 0; part < (held ? 1 : r.key_parts); ++part) {
     const char* keys = loader.buffers.arrived();
     if (held || part + 1 == r.key_parts) loader.prefetch_values(first);
     else loader.prefetch_keys(first, part + 1);
-    if (busy) add_part<M, held, S>(sums, q, r, keys, part);
+    if (!busy) continue;
+    const int bytes = int(least(kColumns, r.p.K - part * kColumns)) * size;
+    queries.template multiply<S>(sums, r, keys, part * kColumns * size, bytes);
   }
 #pragma unroll
   for (int n = 0; n < S / 8; ++n) {
@@ -307,10 +260,11 @@ read_tiles(MK_PARAM(Tiling) r) {
   Shared<S>& block = *reinterpret_cast<Shared<S>*>(shared_memory());
   char* rows = shared_memory() + sizeof(Shared<S>);
   locate<W>(block, r);
-  const bool busy = block.t0 + int(threadIdx.x) / 32 * 16 < r.p.lead.folded() * r.p.T;  // this warp has a token
+  const int64_t tokens = r.p.lead.folded() * r.p.T;
+  const bool busy = block.t0 + int(threadIdx.x) / 32 * 16 < tokens;  // this warp has a token
 
   Queries<M, held> queries;
-  load_queries(queries, r, block, held ? rows : rows + kBuffers * r.buffer_bytes);
+  queries.load(r, block, tokens, held ? rows : rows + kBuffers * r.buffer_bytes);
   Loader<X, W> loader{r, block, {rows, r.buffer_bytes}};
   const int64_t begin = block.split * r.ranges.split_rows;
   loader.prefetch_keys(begin, 0);

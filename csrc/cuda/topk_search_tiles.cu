@@ -12,14 +12,13 @@
 // room for a whole tile, so if scores ascend, the cost is one sort of the queue per tile.
 //
 // Ranges end as in topk_search.cu, which merges them.
-#include "cuda/tiles/fragments.h"
+#include "cuda/tiles/query_tiles.h"
 #include "cuda/tiles/search_lists.h"
 
 namespace mk::cuda {
 namespace {
 
-constexpr int kThreads = 128, kTokens = 64, kPartBytes = 256, kBuffers = 2;
-constexpr int kSteps = kPartBytes / 32;  // depth steps of a product per part
+constexpr int kPartBytes = 256;  // of a key row
 
 struct Tiling {
   TopkSearch p;
@@ -48,6 +47,85 @@ struct alignas(16) Shared {
   const char *keys, *mask;
   float added[2][S];
 };
+
+// Thread 0: finds the block's position in the call. Ends with a barrier.
+template <int S>
+MK_DEVICE void locate(Shared<S>& block, const Tiling& r) {
+  const TopkSearch& p = r.p;
+  if (threadIdx.x == 0) {
+    int64_t at = blockIdx.x;
+    block.t0 = at % r.tiles * kTokens;
+    at /= r.tiles;
+    block.split = at % r.lists.splits, block.batch = at / r.lists.splits;
+    block.end = least(p.N, (block.split + 1) * r.split_rows);
+    block.keys = p.keys.batch(p.lead, block.batch);
+    block.mask = p.mask ? p.mask.batch(p.lead, block.batch) : nullptr;
+  }
+  __syncthreads();
+}
+
+// Loads key rows, part by part and tile by tile. Each part is prefetched one step ahead.
+template <class X>
+struct Loader {
+  static constexpr int S = kSlots<X>, kColumns = kPartBytes / int(sizeof(X));
+  const Tiling& r;
+  Shared<S>& block;
+  Buffers buffers;
+
+  // Starts the copy of part `part` of the tile at row `first`, [S, part], and with the first part stores the mask's
+  // terms. Nothing past the range.
+  MK_DEVICE void prefetch(int64_t first, int part) {
+    const TopkSearch& p = r.p;
+    const int tid = int(threadIdx.x);
+    const int64_t end = block.end;
+    char* buffer = buffers.next();
+    if (first < end) {
+      const char* from = block.keys + part * kPartBytes;
+      copy_rows<X, kThreads>(tid, S, least(kColumns, p.K - part * kColumns), r.key_packs, from, buffer, r.key_pitch,
+                             [&](int i) { return first + i < end ? from + (first + i) * p.keys.row : nullptr; });
+      if (part == 0 && tid < S) {
+        block.added[first / S % 2][tid] = first + tid < end ? mask_at(p.mask, block.mask, first + tid) : -kInfinity;
+      }
+    }
+    commit_copies();
+  }
+
+  // Waits for part `part` of the tile at row `first`, and prefetches the one after it.
+  MK_DEVICE const char* arrived(int64_t first, int part, int parts) {
+    const char* here = buffers.arrived();
+    const bool last = part + 1 == parts;
+    prefetch(last ? first + S : first, last ? 0 : part + 1);
+    return here;
+  }
+};
+
+// sums [16, S] = products of a warp's queries and keys [first, first + S).
+template <class M, bool held, int S>
+MK_DEVICE void multiply_tile(Sums<M> (&sums)[S / 8], const Queries<M, held>& queries, Loader<Stored<M>>& loader,
+                             int64_t first, bool busy) {
+  const Tiling& r = loader.r;
+  const int parts = held ? 1 : r.key_parts;
+  for (int part = 0; part < parts; ++part) {
+    const char* keys = loader.arrived(first, part, parts);
+    if (!busy) continue;
+    const int bytes = int(least(loader.kColumns, r.p.K - part * loader.kColumns)) * int(sizeof(Stored<M>));
+    queries.template multiply<S>(sums, r, keys, part * kPartBytes, bytes);
+  }
+}
+
+// The scores s [16, S] of a warp's tokens and slots [first, first + S), from products of queries and keys.
+template <class M, int S>
+MK_DEVICE void to_scores(float (&s)[S / 8][4], const Sums<M> (&sums)[S / 8], const Shared<S>& block, float scale,
+                         int64_t first, int lane) {
+#pragma unroll
+  for (int n = 0; n < S / 8; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float extra = block.added[first / S % 2][n * 8 + lane % 4 * 2 + i % 2];
+      s[n][i] = extra == -kInfinity ? -kInfinity : score(scale, sums[n][i], extra);
+    }
+  }
+}
 
 // The lists of a warp's 16 tokens in shared memory, each followed by its queue, and a lane's thresholds of its two
 // tokens.
@@ -118,131 +196,57 @@ struct Best {
   }
 };
 
-// M: the arithmetic of the scores; `held`: queries stay in registers.
-template <class M, bool held>
-MK_KERNEL_BLOCKS(kThreads, 3)
-search_tiles(MK_PARAM(Tiling) r) {
-  using X = Stored<M>;
-  constexpr int S = kSlots<X>, kColumns = kPartBytes / int(sizeof(X));
-  const TopkSearch& p = r.p;
-  const int tid = int(threadIdx.x), lane = tid % 32, warp = tid / 32, both = r.lists.length + r.queue;
-  const int64_t tokens = p.lead.folded() * p.T;
-  Shared<S>& block = *reinterpret_cast<Shared<S>*>(shared_memory());
-  auto* lists = reinterpret_cast<Key*>(shared_memory() + sizeof(Shared<S>));
-  char* buffers = reinterpret_cast<char*>(lists + kTokens * both);
-  char* queries = held ? buffers : buffers + kBuffers * r.buffer_bytes;
-  if (tid == 0) {
-    int64_t at = blockIdx.x;
-    block.t0 = at % r.tiles * kTokens;
-    at /= r.tiles;
-    block.split = at % r.lists.splits, block.batch = at / r.lists.splits;
-    block.end = least(p.N, (block.split + 1) * r.split_rows);
-    block.keys = p.keys.batch(p.lead, block.batch);
-    block.mask = p.mask ? p.mask.batch(p.lead, block.batch) : nullptr;
-  }
-  __syncthreads();
-
-  Best best{lists + warp * 16 * both, r.lists.length, r.queue, p.k, {}};
-  clear_keys(best.lists, 16 * both);
-#pragma unroll
-  for (int row = 0; row < 2; ++row) {  // no score exceeds +inf, the threshold of tokens that do not exist
-    best.least[row] = block.t0 + warp * 16 + row * 8 + lane / 4 < tokens ? -kInfinity : kInfinity;
-  }
-  __syncwarp();
-
-  // Starts the copy of part `part` of the tile at row `first`; parts alternate between the buffers.
-  int turn = 0;
-  auto start_copy = [&](int64_t first, int part) {
-    const int64_t end = block.end;
-    if (first < end) {
-      const char* from = block.keys + part * kPartBytes;
-      copy_rows<X, kThreads>(tid, S, least(kColumns, p.K - part * kColumns), r.key_packs, from,
-                             buffers + turn * r.buffer_bytes, r.key_pitch,
-                             [&](int i) { return first + i < end ? from + (first + i) * p.keys.row : nullptr; });
-      if (part == 0 && tid < S) {
-        block.added[first / S % 2][tid] = first + tid < end ? mask_at(p.mask, block.mask, first + tid) : -kInfinity;
-      }
-    }
-    commit_copies();
-    turn ^= 1;
-  };
-  {
-    const int64_t t0 = block.t0;
-    char* base = p.query.batch(p.lead, block.batch);
-    copy_rows<X, kThreads>(tid, kTokens, p.K, r.query_packs, base, queries, r.query_pitch, [&](int i) -> const char* {
-      return t0 + i < tokens ? token_row(p.query, p.lead, base, p.T, t0 + i) : nullptr;
-    });
-  }
-  const char* own_queries = queries + warp * 16 * r.query_pitch;
-  Left<M> q[held ? kSteps : 1];
-  if constexpr (held) {
-    commit_copies();
-    wait_copies<0>();
-    __syncthreads();
-#pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-      if (step * 32 < r.query_pitch - 16) load_left(q[step].x, own_queries, r.query_pitch, step * 32, lane);
-    }
-    __syncthreads();  // the buffers are free
-  }
-
-  const bool busy = block.t0 + warp * 16 < tokens;  // this warp has a token
-  const int64_t begin = block.split * r.split_rows;
-  start_copy(begin, 0);
-  for (int64_t first = begin; first < block.end; first += S) {
-    Sums<M> sums[S / 8];
-    for (int part = 0; part < (held ? 1 : r.key_parts); ++part) {
-      wait_copies<0>();
-      __syncthreads();  // the part is visible to all threads, and the other buffer is free
-      const char* buffer = buffers + (turn ^ 1) * r.buffer_bytes;
-      const bool last = held || part + 1 == r.key_parts;
-      start_copy(last ? first + S : first, last ? 0 : part + 1);
-      if (!busy) continue;
-      auto multiply = [&](const Left<M>& a, int step) {
-#pragma unroll
-        for (int j = 0; j < S / 16; ++j) {
-          uint32_t b[4];
-          load_columns(b, buffer + j * 16 * r.key_pitch, r.key_pitch, step * 32, lane);
-          add_product(sums[2 * j], a, b[0], b[1]);
-          add_product(sums[2 * j + 1], a, b[2], b[3]);
-        }
-      };
-      const int bytes = int(least(kColumns, p.K - part * kColumns)) * int(sizeof(X));
-      if constexpr (held) {
-#pragma unroll
-        for (int step = 0; step < kSteps; ++step) {
-          if (step * 32 < bytes) multiply(q[step], step);
-        }
-      } else {
-        for (int step = 0; step * 32 < bytes; ++step) {
-          uint32_t x[4];
-          load_left(x, own_queries, r.query_pitch, part * kPartBytes + step * 32, lane);
-          multiply(left_of<M>(x), step);
-        }
-      }
-    }
-    if (!busy) continue;
-    float s[S / 8][4];
-#pragma unroll
-    for (int n = 0; n < S / 8; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float extra = block.added[first / S % 2][n * 8 + lane % 4 * 2 + i % 2];
-        s[n][i] = extra == -kInfinity ? -kInfinity : score(float(p.scale), sums[n][i], extra);
-      }
-    }
-    best.take<S>(s, first, lane);
-  }
-  wait_copies<0>();
-
+// Stores the lists of a warp's 16 tokens, from token t0 of the batch on: [16, list].
+template <int S>
+MK_DEVICE void store_lists(const Best& best, const Tiling& r, const Shared<S>& block, int64_t t0, int64_t tokens,
+                           int lane) {
   for (int row = 0; row < 16; ++row) {
-    const int64_t t = block.t0 + warp * 16 + row;
+    const int64_t t = t0 + row;
     if (t >= tokens) break;
     if (__shfl_sync(kAllLanes, row < 8 ? best.queued[0] : best.queued[1], row % 8 * 4) > 0) best.merge(row);
     const Key* list = best.of(row);
     Key* out = r.lists.keys + (block.split * r.lists.rows + block.batch * tokens + t) * r.lists.length;
     for (int i = lane; i < r.lists.length; i += 32) out[i] = list[i];
   }
+}
+
+// M: the arithmetic of the scores; `held`: queries stay in registers.
+template <class M, bool held>
+MK_KERNEL_BLOCKS(kThreads, 3)
+search_tiles(MK_PARAM(Tiling) r) {
+  using X = Stored<M>;
+  constexpr int S = kSlots<X>;
+  const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32, both = r.lists.length + r.queue;
+  const int64_t tokens = r.p.lead.folded() * r.p.T;
+  Shared<S>& block = *reinterpret_cast<Shared<S>*>(shared_memory());
+  auto* lists = reinterpret_cast<Key*>(shared_memory() + sizeof(Shared<S>));
+  char* buffers = reinterpret_cast<char*>(lists + kTokens * both);
+  locate(block, r);
+
+  Best best{lists + warp * 16 * both, r.lists.length, r.queue, r.p.k, {}};
+  clear_keys(best.lists, 16 * both);
+#pragma unroll
+  for (int row = 0; row < 2; ++row) {  // no score exceeds +inf, the threshold of tokens that do not exist
+    best.least[row] = block.t0 + warp * 16 + row * 8 + lane / 4 < tokens ? -kInfinity : kInfinity;
+  }
+  __syncwarp();
+  Queries<M, held> queries;
+  queries.load(r, block, tokens, held ? buffers : buffers + kBuffers * r.buffer_bytes);
+  Loader<X> loader{r, block, {buffers, r.buffer_bytes}};
+  const int64_t begin = block.split * r.split_rows;
+  loader.prefetch(begin, 0);
+
+  const bool busy = block.t0 + warp * 16 < tokens;  // this warp has a token
+  for (int64_t first = begin; first < block.end; first += S) {
+    Sums<M> sums[S / 8];
+    multiply_tile<M, held, S>(sums, queries, loader, first, busy);
+    if (!busy) continue;
+    float s[S / 8][4];
+    to_scores<M, S>(s, sums, block, float(r.p.scale), first, lane);
+    best.take<S>(s, first, lane);
+  }
+  wait_copies<0>();
+  store_lists(best, r, block, block.t0 + warp * 16, tokens, lane);
 }
 
 // The layout of a call, and the shared memory of its blocks.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import mmap
+
 import numpy as np
 
 from ._database import MAP_BLOCK
@@ -9,6 +11,18 @@ from ._database import MAP_BLOCK
 BLOCK_BYTES = MAP_BLOCK // 8
 BIT = np.left_shift(1, np.arange(8)).astype(np.uint8)
 ONES = np.array([bin(i).count("1") for i in range(256)], dtype=np.uint8)
+
+
+HUGE = 1 << 24  # bytes from which huge pages are worth it: a billion slots have 30,000 small ones to be touched
+
+
+def zeros(size: int) -> np.ndarray:
+    """uint8 [size] whose memory the system gives when it is first written."""
+    if size < HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return np.zeros(size, dtype=np.uint8)
+    memory = mmap.mmap(-1, size)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(memory, dtype=np.uint8)
 
 
 def ones(packed: np.ndarray) -> int:
@@ -32,7 +46,9 @@ class Bitmap:
     def grow(self, capacity: int) -> None:
         blocks = -(-capacity // MAP_BLOCK)
         if blocks * BLOCK_BYTES > len(self.bytes):
-            self.bytes = np.concatenate([self.bytes, np.zeros(blocks * BLOCK_BYTES - len(self.bytes), np.uint8)])
+            larger = zeros(blocks * BLOCK_BYTES)
+            larger[: len(self.bytes)] = self.bytes
+            self.bytes = larger
 
     def has(self, slots: np.ndarray) -> np.ndarray:
         return (self.bytes[slots >> 3] & BIT[slots & 7]) != 0
@@ -63,6 +79,15 @@ class Bitmap:
         here = self.bytes[block * BLOCK_BYTES : (block + 1) * BLOCK_BYTES]
         return here[:1].tobytes() if (here == here[0]).all() else here.tobytes()
 
+    def load_alike(self, blocks: np.ndarray, alike: np.ndarray) -> None:
+        """Blocks of a map that is still empty, each of which holds one byte throughout. int64 [n], uint8 [n]."""
+        self.grow((int(blocks.max(initial=-1)) + 1) * MAP_BLOCK)
+        rows = self.bytes.reshape(-1, BLOCK_BYTES)
+        for value in np.unique(alike[alike != 0]).tolist():
+            for run in runs(np.sort(blocks[alike == value])):
+                rows[run] = value
+        self.count += BLOCK_BYTES * int(ONES[alike].sum(dtype=np.int64))
+
     def load_block(self, block: int, blob: bytes) -> None:
         self.grow((block + 1) * MAP_BLOCK)
         here = self.bytes[block * BLOCK_BYTES : (block + 1) * BLOCK_BYTES]
@@ -76,6 +101,19 @@ class Bitmap:
         self.bytes[:] = 0
         self.count = 0
         self.changes += 1
+
+
+def numbers(packed: np.ndarray) -> np.ndarray:
+    """The numbers of the bits that are set, in order, int64: few of many."""
+    some = np.flatnonzero(packed)
+    bits = np.flatnonzero(np.unpackbits(packed[some], bitorder="little"))
+    return some[bits >> 3] * 8 + (bits & 7)
+
+
+def runs(numbers: np.ndarray) -> list[slice]:
+    """Ascending numbers as slices of those that follow each other."""
+    cuts = np.flatnonzero(np.diff(numbers) != 1) + 1
+    return [slice(int(part[0]), int(part[-1]) + 1) for part in np.split(numbers, cuts) if len(part)]
 
 
 def page_bits(packed: np.ndarray, pages: np.ndarray, slots: int) -> np.ndarray:

@@ -19,12 +19,12 @@ import json
 import sqlite3
 import struct
 import urllib.parse
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 
-from ._crc import crc32c
+from ._crc import crc32c, of_rows
 from ._errors import StoreBusy, StoreDamaged, StoreError, StoreFormat, StoreFull
 
 FILE = "index.db"
@@ -164,22 +164,50 @@ class Database:
 
     def blobs(self, table: str, kind: int, newer: int = -1, snapshot: int = 0) -> Iterator[tuple[int, bytes]]:
         """Number and bytes of the blobs of a column or a map that changed after version ``newer``."""
+        return self._checked(self._blobs(table, kind, newer, snapshot), table, kind)
+
+    def whole_map(self, kind: int, snapshot: int = 0) -> tuple[np.ndarray, np.ndarray, Iterator[tuple[int, bytes]]]:
+        """All blocks of a bitmap: numbers int64 [n] and bytes uint8 [n] of those that are one byte throughout, then
+        number and bytes of the others.
+
+        A map of a billion slots has 15,259 blocks, nearly all of them of one byte. SQLite joins those in one text, and
+        their checksums are made together: a twentieth of the time of a row each.
+        """
+        short = "typeof(blob) = 'blob' AND length(blob) = 1 AND typeof(version) = 'integer' AND typeof(crc) = 'integer'"
+        joined = "group_concat(printf('%016x%016x%016x', id, version, crc) || hex(blob), '')"
+        ((found,),) = self._blobs("maps", kind, -1, snapshot, f"AND {short}", joined)
+        rows = np.frombuffer(bytes.fromhex(found or ""), dtype=np.uint8).reshape(-1, 25)
+        numbers = rows[:, :24].copy().view(">i8").astype("<i8")  # [n, 3]: id, version, crc
+        text = np.concatenate([numbers[:, :2].copy().view(np.uint8), rows[:, 24:]], 1)
+        blocks = numbers[:, 0] - (kind << 40)
+        wrong = np.flatnonzero(of_rows(text) != numbers[:, 2])
+        if len(wrong):
+            raise self._damaged("maps", kind, int(blocks[wrong[0]]))
+        others = self._blobs("maps", kind, -1, snapshot, f"AND NOT ({short})")
+        return blocks, rows[:, 24], self._checked(others, "maps", kind)
+
+    def _blobs(
+        self, table: str, kind: int, newer: int, snapshot: int, only: str = "", what: str = "id, version, crc, blob"
+    ) -> sqlite3.Cursor:
         low, high = kind << 40, (kind + 1) << 40
         if snapshot:
-            rows = self.execute(
-                "SELECT id, version, crc, blob FROM snapshot_blobs "
-                "WHERE snapshot = ? AND tab = ? AND id >= ? AND id < ?",
+            return self.execute(
+                f"SELECT {what} FROM snapshot_blobs WHERE snapshot = ? AND tab = ? AND id >= ? AND id < ? {only}",
                 (snapshot, table, low, high),
             )
-        else:
-            rows = self.execute(
-                f"SELECT id, version, crc, blob FROM {table} WHERE id >= ? AND id < ? AND version > ?",
-                (low, high, newer),
-            )
+        return self.execute(
+            f"SELECT {what} FROM {table} WHERE id >= ? AND id < ? AND version > ? {only}", (low, high, newer)
+        )
+
+    def _checked(self, rows: Iterable[tuple], table: str, kind: int) -> Iterator[tuple[int, bytes]]:
         for key, version, crc, blob in rows:
+            block = key - (kind << 40)
             if not isinstance(blob, bytes) or not isinstance(version, int) or blob_crc(key, version, blob) != crc:
-                raise StoreDamaged(f"{FILE}: {table}, block {key - low} of {self.kind(table, kind)}: crc32c is wrong")
-            yield key - low, blob
+                raise self._damaged(table, kind, block)
+            yield block, blob
+
+    def _damaged(self, table: str, kind: int, block: int) -> StoreDamaged:
+        return StoreDamaged(f"{FILE}: {table}, block {block} of {self.kind(table, kind)}: crc32c is wrong")
 
     @staticmethod
     def kind(table: str, kind: int) -> str:

@@ -12,6 +12,7 @@ import threading
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -25,6 +26,9 @@ from ._errors import StoreDamaged, StoreError
 from ._extents import PageFile, Pin, oldest_pin
 from ._log import ALIVE, DEAD, KEYS, VALUES, Change, Pending
 from ._tiers import DeviceTier, Tier, frames_for
+
+if TYPE_CHECKING:
+    from . import _index
 
 CPU = torch.device("cpu")
 READERS = 4  # threads that read pages
@@ -65,6 +69,7 @@ class Engine:
         self.buffers: dict[str, deque[Pages]] = {}  # rings of scans and of copies to the device
         self.kept: dict[tuple[str, ...], tuple] = {}  # what searches on the device made, and what they made it from
         self.index: tuple | None = None  # file and contents of the approximate index
+        self.recent: _index.Recent | None = None  # what changed since it was built
         self.indexed: set[str] = set()  # fields of metadata that have an index
         self.seen = -1  # data_version of what is loaded
         if mode == "w":
@@ -195,8 +200,9 @@ class Engine:
         for name, table in self.tables.items():
             if pages > len(table):
                 size = -(-max(pages, len(table) * 5 // 4) // BLOCK) * BLOCK
-                self.tables[name] = np.concatenate([table, np.zeros(size - len(table), ENTRY)])
-                self.tables[name]["extent"][len(table) :] = ABSENT
+                self.tables[name] = np.empty(size, ENTRY)
+                self.tables[name][: len(table)] = table
+                self.tables[name][len(table) :] = (ABSENT, 0, 0)
             for tiers in (self.tiers, self.device_tiers):
                 if name in tiers:
                     tiers[name].grow(len(self.tables[name]))
@@ -205,16 +211,26 @@ class Engine:
 
     def _load_maps(self, state: dict) -> None:
         for kind, name in enumerate(MAPS):
-            found = 0
-            for block, blob in self.db.blobs("maps", kind, self.version, self.snapshot):
-                if len(blob) not in (1, MAP_BLOCK // 8) or block >= len(self.maps[name].bytes) * 8 // MAP_BLOCK:
-                    raise StoreDamaged(f"index.db: maps, block {block} of {name}: its size is wrong")
-                self.maps[name].load_block(block, blob)
+            bitmap, found = self.maps[name], 0
+            blobs = self.db.blobs("maps", kind, self.version, self.snapshot)
+            if self.version < 0:
+                blocks, alike, blobs = self.db.whole_map(kind, self.snapshot)
+                if len(blocks):
+                    self._check_block(name, int(blocks.max()), 1)
+                    bitmap.load_alike(blocks, alike)
+                found += len(blocks)
+            for block, blob in blobs:
+                self._check_block(name, block, len(blob))
+                bitmap.load_block(block, blob)
                 found += 1
             if self.version < 0 and found != state["map_blocks"]:
                 raise StoreDamaged(f"index.db: maps: has {found} blocks of {name}, not {state['map_blocks']}")
         if self.version < 0 and self.maps["live"].count != state["live"]:
             raise StoreDamaged(f"index.db: maps: {self.maps['live'].count} slots live, not {state['live']}")
+
+    def _check_block(self, name: str, block: int, size: int) -> None:
+        if size not in (1, MAP_BLOCK // 8) or block >= len(self.maps[name].bytes) * 8 // MAP_BLOCK:
+            raise StoreDamaged(f"index.db: maps, block {block} of {name}: its size is wrong")
 
     def _load_tables(self, state: dict, known: int) -> None:
         for kind, name in enumerate(COLUMNS):

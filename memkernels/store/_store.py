@@ -50,7 +50,19 @@ class MemoryStore(Maintenance):
         value_dtype: torch.dtype = torch.float32,
         page_slots: int = 1024,
     ) -> MemoryStore:
-        """A new, empty store, open for writing. FileExistsError where there is something at ``path``."""
+        """A new, empty store, open for writing.
+
+        Args:
+            path: a directory that is not there yet, on a local file system.
+            key_dim, value_dim: numbers per key and per value, K and V.
+            key_dtype, value_dtype: float32, float64, bfloat16, float16, or, with a scale per row, int8 and
+                float8_e4m3fn.
+            page_slots: slots per page, the unit of reading, caching and checking.
+
+        Raises:
+            FileExistsError: there is something at ``path``. ValueError, TypeError: a size or dtype does not fit.
+            StoreFormat: a network file system. StoreFull: no room.
+        """
         path = _layout.absolute("create", path)
         with _io.new_directory(path) as making:
             _layout.lay_out(making, key_dim, value_dim, key_dtype, value_dtype, page_slots)
@@ -71,12 +83,19 @@ class MemoryStore(Maintenance):
         """Open a store to read ("r": any number of processes) or to write ("w": one).
 
         Args:
+            path: the directory that :meth:`create` made.
+            mode: "r" or "w".
             ram_bytes: most bytes of pages in memory; at least two pages of each column. None: a quarter of the memory.
             device, device_bytes: a device that keeps pages too, and how many bytes of them. Calls on tensors of that
                 device run there.
             snapshot: open what :meth:`snapshot` kept under that name, to read.
             durability: "commit": what is acknowledged is durable. "batch": a power cut may take back the last commits,
                 whole ones, in order; a killed process still loses none.
+
+        Raises:
+            FileNotFoundError: there is no store. StoreBusy: another process writes. StoreDamaged: bytes are not those
+                that were written. StoreFormat: a newer format, or a network file system. ValueError: an option does not
+                fit.
         """
         path = _layout.absolute("open", path)
         if mode not in ("r", "w"):
@@ -210,7 +229,16 @@ class MemoryStore(Maintenance):
 
     @writing
     def write(self, slots, keys: Tensor | None = None, values: Tensor | None = None, meta=None) -> None:
-        """Replace what is given of live slots; of a slot that is named twice, the last stays."""
+        """Replace what is given of live slots, as one commit; what is None stays as it is.
+
+        Args:
+            slots: integers ``[M]``; of a slot that is named twice, the last row stays.
+            keys, values: rows ``[M, K]`` and ``[M, V]``. meta: a dict per slot, which replaces the old one.
+
+        Raises:
+            IndexError: a number out of range. KeyError: a deleted slot. ValueError, TypeError: a shape, dtype or NaN in
+                keys. StoreFull: no room, and nothing was written.
+        """
         engine = self._engine
         at, _ = _arguments.numbers("write", slots)
         _arguments.live("write", engine, at)
@@ -285,8 +313,20 @@ class MemoryStore(Maintenance):
     def topk_search(self, query: Tensor, k: int, *, scale=None, where=None, index=None) -> tuple[Tensor, Tensor]:
         """The k live slots with the largest ``scale * <query_t, key_i>``: scores and slots ``[..., T, k]``, best first.
 
-        Equal scores go by smaller slot; slot -1 and score -inf where fewer than k are live. ``where``: only slots that
-        satisfy it. ``index="approximate"``: candidates from :meth:`build_index`, scored exactly.
+        Equal scores go by smaller slot; slot -1 and score -inf where fewer than k are live.
+
+        Args:
+            query: ``[..., T, K]`` in the dtype of the keys, any float beside 8 bits. k: at least 1.
+            scale: a number or a tensor that broadcasts to ``[..., T]``; default ``K ** -0.5``.
+            where: ``(condition, values)``, a condition of SQL over metadata: only slots that satisfy it.
+            index: "approximate" takes candidates from :meth:`build_index` and scores them exactly; None: exact.
+
+        Returns:
+            ``(scores [..., T, k] in the dtype of query, slots [..., T, k] int64)``. Scores are differentiable in query
+            and in a scale that is a tensor.
+
+        Raises:
+            ValueError, TypeError: an argument does not fit. StoreDamaged: a page is not what was written.
         """
         scores, slots = self._topk("topk_search", query, k, scale, where, index)
         lead = (*query.shape[:-1], scores.shape[-1])
@@ -296,9 +336,21 @@ class MemoryStore(Maintenance):
     def topk_read(
         self, query: Tensor, k: int, *, scale=None, where=None, index=None, return_slots=False, return_lse=False
     ) -> Any:
-        """Softmax over the k best slots and the weighted sum of their values ``[..., T, V]``.
+        """Softmax over the k best slots and the weighted sum of their values.
 
-        With ``return_slots`` also slots and weights ``[..., T, k]``; with ``return_lse`` also lse ``[..., T]``.
+        ``r_t = sum_j softmax_j(scores[t, j]) * value[slots[t, j]]`` with scores and slots of :meth:`topk_search`.
+
+        Args:
+            query, k, scale, where, index: as in :meth:`topk_search`.
+            return_slots: also slots ``[..., T, k]`` and weights ``[..., T, k]``.
+            return_lse: also lse ``[..., T]``, the log-sum-exp of the k scores.
+
+        Returns:
+            ``read [..., T, V]`` in the dtype of query, or a tuple of it and of what the flags add. Differentiable in
+            query and in a scale that is a tensor; never in what lies on the disk.
+
+        Raises:
+            as :meth:`topk_search`.
         """
         scores, slots = self._topk("topk_read", query, k, scale, where, index)
         lse = scores.logsumexp(-1)
@@ -315,7 +367,20 @@ class MemoryStore(Maintenance):
 
     @reading
     def softmax_read(self, query: Tensor, *, scale=None, where=None, return_lse=False) -> Any:
-        """Softmax over all live slots and the weighted sum of their values ``[..., T, V]``; lse ``[..., T]``."""
+        """Softmax over all live slots and the weighted sum of their values.
+
+        ``r_t = sum_i softmax_i(scale * <query_t, key_i>) * value_i``, over the pages in runs that merge by their lse.
+
+        Args:
+            query, scale, where: as in :meth:`topk_search`. return_lse: also lse ``[..., T]``.
+
+        Returns:
+            ``read [..., T, V]`` in the dtype of query, zeros where no slot is live, or ``(read, lse)``. Differentiable
+            in query and in a scale that is a tensor; the backward goes over the pages again.
+
+        Raises:
+            as :meth:`topk_search`. RuntimeError in a backward: the store changed or was closed since the read.
+        """
         engine = self._engine
         taken = _arguments.query("softmax_read", engine, query)
         factor = _arguments.scaling("softmax_read", scale, taken)

@@ -47,6 +47,36 @@ struct Opened {
       begin = least(begin, from);
     }
   }
+
+  // Turns D = c [token][lane] of n tokens into dS, and adds it to dm [lane]. past [lane]: p before the chunk, then after
+  // it. kept [lane]: g retained; delta [token]: of a softmax. Skipped tokens get zeros in rows that are stored.
+  void to_gradients(Gate kind, int64_t n, const KeyLanes<F>& lanes, F e, const F* kept, const F* delta, F* D, F* past,
+                    F* dm) const {
+    constexpr int W = kLanes<F>;
+    const int64_t L = lanes.L;
+    F *A = scaled, *R = rest, *G = gate;
+    for (int64_t l = 0; l < L; l += W) {
+      for (int64_t x = begin * L + l; x < begins[l / W] * L; x += L) {
+        store<F>(R + x, fill<F>(0)), store<F>(G + x, fill<F>(0)), store<F>(A + x, fill<F>(0));
+      }
+      const Vec<F> m = load<F>(lanes.mask + l), g = load<F>(kept + l);
+      Vec<F> p = begin + begins[l / W] > 0 ? fill<F>(0) : load<F>(past + l), total = load<F>(dm + l);
+      for (int64_t t = begin; t < n; ++t) {
+        const int64_t x = t * L + l;
+        Vec<F> a = load<F>(G + x), keep, ds;
+        if (kind == Gate::softmax) open<F>(kind, a, m, a, keep);
+        const Vec<F> moved = load<F>(D + x) - e * p, da = load<F>(R + x) * moved;
+        if (kind == Gate::sigmoid) ds = a * (da - g);
+        else if (kind == Gate::given) ds = da;
+        else ds = a * (da - delta[t] - (keep > 0 ? g / keep : fill<F>(0)));
+        p += a * moved;  // (1 - e a) p + a c
+        total += ds;
+        store<F>(D + x, ds);
+      }
+      store<F>(past + l, p);
+      store<F>(dm + l, total);
+    }
+  }
 };
 
 }  // namespace mk::MK_ISA

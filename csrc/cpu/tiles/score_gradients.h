@@ -6,22 +6,17 @@
 // on threads, and the memory of partial results is bounded (kPartialBytes) however long the inputs are.
 #pragma once
 
+#include "cpu/tiles/gradient_rows.h"
 #include "cpu/tiles/pairs.h"
-#include "cpu/tiles/parallel.h"
-#include "cpu/tiles/streaming.h"
 
 namespace mk::MK_ISA {
 
-constexpr int64_t kPartialBytes = int64_t(4) << 20;
-constexpr int64_t kChunks = 64;  // at most so many chunks
 // At least so many slots per chunk, before the number of chunks is rounded up.
 constexpr int64_t kChunkSlots = 4 * kSlotBlock;
 // The number of chunks is rounded up to a multiple of this if there are enough blocks, for load balance. Two threads,
 // K=V=128 T=1024 N=4096, twelve chunks instead of eleven: softmax_read backward 185 -> 195 GFLOP/s, of bfloat16
 // 331 -> 350.
 constexpr int64_t kTogether = 4;
-// With so many batches or more, batches run in parallel instead of the chunks of one.
-constexpr int64_t kManyBatches = 8;
 
 // The outputs: float (double) tensors. A missing one is not wanted. tokens[t] receives -sum_i dS[t, i], the gradient of
 // a number that was subtracted from all scores of the token.
@@ -61,83 +56,6 @@ struct GradientShape {
   int64_t begin(int64_t c) const { return c == chunks ? N : div_up(N, kSlotBlock) * c / chunks * kSlotBlock; }
 };
 
-// Tiles of scores: element (t, slot) at data[t * ts + slot * is].
-template <class F>
-struct TileStrides {
-  int64_t ts, is;
-};
-
-// Are the rows of `view` that belong to `batch` written for the first time? False if an earlier batch shares them.
-inline bool first_visit(const View& view, const Lead& lead, int64_t batch) {
-  for (int d = lead.rank - 1; d >= 0; --d) {
-    if (lead.shared[d]) continue;
-    if (batch % lead.size[d] != 0 && view.lead[d] == 0) return false;
-    batch /= lead.size[d];
-  }
-  return true;
-}
-inline bool rows_are_shared(const View& view, const Lead& lead) {
-  if (!view) return false;
-  for (int d = 0; d < lead.rank; ++d) {
-    if (!lead.shared[d] && lead.size[d] > 1 && view.lead[d] == 0) return true;
-  }
-  return false;
-}
-
-// sums[j] += sum_t D(t, j), and tokens[t] += sum_j D(t, j) where wanted.
-template <class F>
-inline void add_sums(const F* D, TileStrides<F> at, int64_t n, int64_t slots, F* sums, F* tokens) {
-  constexpr int W = kLanes<F>;
-  if (at.is == 1) {
-    for (int64_t t = 0; t < n; ++t) {
-      const F* d = D + t * at.ts;
-      F total = 0;
-      for (int64_t j = 0; j < slots; ++j) sums[j] += d[j], total += d[j];
-      if (tokens != nullptr) tokens[t] += total;
-    }
-    return;
-  }
-  for (int64_t j = 0; j < slots; ++j) {  // lanes beyond n hold zeros
-    Vec<F> total = load<F>(D + j * at.is);
-    for (int64_t l = W; l < at.is; l += W) total += load<F>(D + j * at.is + l);
-    sums[j] += sum<F>(total);
-  }
-  for (int64_t j = 0; j < slots && tokens != nullptr; ++j) {
-    for (int64_t t = 0; t < n; ++t) tokens[t] += D[j * at.is + t];
-  }
-}
-
-// Adds (or assigns) factor * rows[j] to the rows of slots first + place(j). Assignment zeroes the rows of empty slots,
-// and uses non-temporal stores if the whole result has so many `bytes` that it is not read from a cache again.
-template <class F>
-inline void scatter_rows(const View& view, const Lead& lead, int64_t batch, bool assign, int64_t first, int64_t count,
-                         const SlotBlock<F>& block, const F* rows, int64_t ld, int64_t width, F factor,
-                         int64_t bytes = 0) {
-  constexpr int W = kLanes<F>;
-  char* base = view.batch(lead, batch) + first * view.row;
-  if (assign && block.n < count) {
-    for (int64_t i = 0; i < count; ++i) std::memset(base + i * view.row, 0, size_t(width) * sizeof(F));
-  }
-  auto row = [&](int64_t j) { return reinterpret_cast<F*>(base + block.place(j) * view.row); };
-  if (!assign) {
-    for (int64_t j = 0; j < block.n; ++j) {
-      F* out = row(j);
-      const F* in = rows + j * ld;
-      for (int64_t c = 0; c < width; ++c) out[c] += factor * in[c];
-    }
-    return;
-  }
-  with_stores(is_non_temporal(base, view.row, bytes), [&](auto put) {
-    for (int64_t j = 0; j < block.n; ++j) {
-      F* out = row(j);
-      const F* in = rows + j * ld;
-      int64_t c = 0;
-      for (; c + W <= width; c += W) put(out + c, factor * load<F>(in + c));
-      for (; c < width; ++c) out[c] = factor * in[c];
-    }
-  });
-}
-
 // A block of slots. For pairs: its rows as pairs of columns, and its keys also as pairs of slots, [block / 2][KP].
 template <class F>
 SlotBlock<F> gradient_block(const Slots<F>& slots, const GradientShape<F>& s, int64_t first, int64_t count,
@@ -154,6 +72,222 @@ SlotBlock<F> gradient_block(const Slots<F>& slots, const GradientShape<F>& s, in
   return slots.load(first, count, buffers);
 }
 
+// The working memory of a chunk of slots.
+template <class F>
+struct ChunkMemory {
+  typename Slots<F>::Buffers buffers;
+  F *P, *D;         // of a block of slots and a tile of tokens
+  F *dk, *dv, *dm;  // of a block
+  F *D2, *keys2;    // D and keys as pairs of slots
+
+  ChunkMemory(Arena& arena, const GradientShape<F>& s)
+      : buffers(Slots<F>::buffers(arena, kSlotBlock, s.K, s.V)),
+        P(arena.take<F>(kSlotBlock * most(s.lanes, kLanes<F>))),
+        D(arena.take<F>(kSlotBlock * most(s.lanes, kLanes<F>))),
+        dk(arena.take<F>(kSlotBlock * s.KP)),
+        dv(arena.take<F>(kSlotBlock * s.VP)),
+        dm(arena.take<F>(kSlotBlock)),
+        D2(arena.take<F>(s.pairs ? kSlotBlock * s.lanes : 0)),
+        keys2(arena.take<F>(s.pairs ? kSlotBlock * s.KP : 0)) {}
+};
+
+// What the gradients are computed from, and where they go.
+template <class F, class Kernel>
+struct GradientCall {
+  const Lead& lead;
+  const SlotView &keys, &values;
+  const View& mask;
+  double scale;
+  const GradientShape<F>& s;
+  const GradientViews& out;
+  const Kernel& kernel;
+};
+
+// The gradients of one batch.
+template <class F, class Kernel>
+class BatchGradients {
+ public:
+  BatchGradients(const GradientCall<F, Kernel>& call, int64_t batch, char* memory)
+      : s_(call.s),
+        lead_(call.lead),
+        out_(call.out),
+        kernel_(call.kernel),
+        scale_(F(call.scale)),
+        batch_(batch),
+        slots_(call.keys, call.values, call.mask, lead_, batch, s_.N, s_.K, s_.V, true),
+        first_keys_(out_.keys && first_visit(out_.keys, lead_, batch)),
+        first_values_(out_.values && first_visit(out_.values, lead_, batch)),
+        first_mask_(out_.mask && first_visit(out_.mask, lead_, batch)) {
+    Arena arena(memory);
+    packed_ = arena.take<F>(s_.panel / s_.tile * tile_elements());
+    partials_ = arena.take<F>(out_.query ? s_.chunks * s_.panel * s_.KP : 0);
+    token_sums_ = arena.take<F>(out_.tokens ? s_.chunks * s_.panel : 0);
+  }
+  static size_t bytes(const GradientShape<F>& s, const Kernel& kernel) {
+    return size_t(s.panel / s.tile * tile_elements(s, kernel) + s.chunks * (s.panel * s.KP + s.panel) + 64) * sizeof(F);
+  }
+
+  void run() const {
+    Arena measure;
+    ChunkMemory<F>(measure, s_);
+    const size_t bytes = measure.used() + kernel_.scratch(s_) + 8 * 64;
+    for (int64_t i = 0; i < s_.panels; ++i) {
+      const int64_t first = i * s_.panel, tokens = least(s_.panel, s_.tokens - first);
+      const Panel panel{first, tokens, div_up(tokens, s_.tile)};
+      parallel(panel.tiles, 0, [&](int64_t x, char*) {
+        FlushDenormals flush;
+        kernel_.pack(batch_, first + x * s_.tile, panel.tile(s_, x), packed_ + x * tile_elements());
+      });
+      parallel(s_.chunks, bytes, [&](int64_t c, char* own) {
+        FlushDenormals flush;
+        add_chunk(panel, c, Arena(own));
+      });
+      if (out_.tokens) store_token_sums(panel);
+      if (out_.query) store_queries(panel);
+    }
+  }
+
+ private:
+  // Tokens [first, first + tokens) in so many tiles.
+  struct Panel {
+    int64_t first, tokens, tiles;
+    int64_t tile(const GradientShape<F>& s, int64_t x) const { return least(s.tile, tokens - x * s.tile); }
+  };
+  // The part of the sums over slots that a chunk has: dq [panel, KP] and, of the tokens, -dS summed [panel].
+  struct Partial {
+    F *dq, *tokens;
+    bool begun = false;  // has dq been written?
+  };
+
+  static int64_t tile_elements(const GradientShape<F>& s, const Kernel& kernel) {
+    return round_up(int64_t(kernel.packed(s)), 16);
+  }
+  int64_t tile_elements() const { return tile_elements(s_, kernel_); }
+  int64_t T() const { return s_.tokens / most(lead_.folded(), 1); }
+
+  // The gradients of the slots of a chunk, summed over the tokens of a panel, and its partial d_query.
+  void add_chunk(const Panel& panel, int64_t c, Arena arena) const {
+    const ChunkMemory<F> w(arena, s_);
+    Partial part{out_.query ? partials_ + c * s_.panel * s_.KP : nullptr,
+                 out_.tokens ? token_sums_ + c * s_.panel : nullptr};
+    if (part.tokens != nullptr) std::memset(part.tokens, 0, size_t(s_.panel) * sizeof(F));
+    const int64_t hi = s_.begin(c + 1);
+    for (int64_t i = s_.begin(c); i < hi; i += kSlotBlock) {
+      const int64_t count = least(kSlotBlock, hi - i);
+      const SlotBlock<F> block = gradient_block(slots_, s_, i, count, w.buffers, w.keys2);
+      for (int64_t j = 0; j < block.n; ++j) w.dm[j] = 0;
+      for (int64_t x = 0; x < panel.tiles && block.n > 0; ++x) add_tile(panel, x, i, block, w, part, arena);
+      part.begun = part.begun || block.n > 0;
+      store_block(panel.first == 0, i, count, block, w);
+    }
+    if (part.dq != nullptr && !part.begun) std::memset(part.dq, 0, size_t(s_.panel * s_.KP) * sizeof(F));
+  }
+
+  // P and D = dS of a block of slots, from `first` on, and tile x of the panel; then their products and sums.
+  void add_tile(const Panel& panel, int64_t x, int64_t first, const SlotBlock<F>& block, const ChunkMemory<F>& w,
+                const Partial& part, Arena& arena) const {
+    const int64_t t0 = x * s_.tile, n = panel.tile(s_, x), L = s_.few ? n : round_up(n, kLanes<F>);
+    const TileStrides<F> at = s_.few ? TileStrides<F>{kSlotBlock, 1} : TileStrides<F>{1, L};
+    const F* tile = packed_ + x * tile_elements();
+    kernel_.tile(batch_, first, block, panel.first + t0, n, tile, w.P, w.D, at, arena);
+    if (out_.mask || out_.tokens) {
+      add_sums<F>(w.D, at, n, block.n, w.dm, part.tokens == nullptr ? nullptr : part.tokens + t0);
+    }
+    F* dq = part.dq == nullptr ? nullptr : part.dq + t0 * s_.KP;
+    if constexpr (kHasPairs<F>) {
+      if (s_.pairs) {
+        multiply_pairs(block, n, L, tile, w, x > 0, dq, part.begun);
+        return;
+      }
+    }
+    multiply(block, n, at, tile, w, x > 0, dq, part.begun);
+  }
+
+  // dv += P^T reads and dk += D^T queries of the tile, dq += D keys. `more`, `begun`: there are sums already.
+  void multiply(const SlotBlock<F>& block, int64_t n, TileStrides<F> at, const F* tile, const ChunkMemory<F>& w,
+                bool more, F* dq, bool begun) const {
+    if (out_.values) {
+      gemm(Gemm<F>{block.n, s_.VP, n, w.P, at.is, at.ts, kernel_.reads(s_, tile), s_.VP, w.dv, s_.VP, more});
+    }
+    if (out_.keys) {
+      gemm(Gemm<F>{block.n, s_.KP, n, w.D, at.is, at.ts, kernel_.queries(s_, tile), s_.KP, w.dk, s_.KP, more});
+    }
+    if (dq != nullptr) gemm(Gemm<F>{n, s_.KP, block.n, w.D, at.ts, at.is, block.keys, block.ks, dq, s_.KP, begun});
+  }
+
+  // The same with pairs of bfloat16; P and D become pairs of tokens.
+  void multiply_pairs(const SlotBlock<F>& block, int64_t n, int64_t L, const F* tile, const ChunkMemory<F>& w,
+                      bool more, F* dq, bool begun) const
+    requires kHasPairs<F>
+  {
+    const int64_t t2 = div_up(n, 2), L2 = L / 2;
+    if (dq != nullptr) pair_slots(w.D, block.n, L, w.D2);
+    pair_tokens(w.P, block.n, L);
+    pair_tokens(w.D, block.n, L);
+    if (out_.values) {
+      gemm_pairs({block.n, s_.VP, t2, w.P, L2, 1, kernel_.reads(s_, tile), s_.VP, w.dv, s_.VP, more}, 1);
+    }
+    if (out_.keys) {
+      gemm_pairs({block.n, s_.KP, t2, w.D, L2, 1, kernel_.queries(s_, tile), s_.KP, w.dk, s_.KP, more}, 1);
+    }
+    if (dq != nullptr) {
+      gemm_pairs({n, s_.KP, div_up(block.n, 2), w.D2, 1, L, w.keys2, s_.KP, dq, s_.KP, begun}, 1);
+    }
+  }
+
+  // Stores dk, dv and dm of slots [first, first + count), or adds them to what earlier panels or batches stored.
+  void store_block(bool start, int64_t first, int64_t count, const SlotBlock<F>& block, const ChunkMemory<F>& w) const {
+    if (out_.keys) {
+      scatter_rows<F>(out_.keys, lead_, batch_, start && first_keys_, first, count, block, w.dk, s_.KP, s_.K, scale_,
+                      s_.N * s_.K * int64_t(sizeof(F)));
+    }
+    if (out_.values) {
+      scatter_rows<F>(out_.values, lead_, batch_, start && first_values_, first, count, block, w.dv, s_.VP, s_.V, F(1),
+                      s_.N * s_.V * int64_t(sizeof(F)));
+    }
+    if (out_.mask) {
+      scatter_rows<F>(out_.mask, lead_, batch_, start && first_mask_, first, count, block, w.dm, 1, 1, F(1));
+    }
+  }
+
+  // tokens[t] = -sum_i dS[t, i]: adds up the chunks in order.
+  void store_token_sums(const Panel& panel) const {
+    const TokenRows rows(out_.tokens, lead_, batch_, T());
+    for (int64_t t = 0; t < panel.tokens; ++t) {
+      F total = 0;
+      for (int64_t g = 0; g < s_.chunks; ++g) total -= token_sums_[g * s_.panel + t];
+      *reinterpret_cast<F*>(rows.row(panel.first + t)) = total;
+    }
+  }
+
+  // d_query = scale dS K: adds up the chunks in order.
+  void store_queries(const Panel& panel) const {
+    const TokenRows rows(out_.query, lead_, batch_, T());
+    parallel(panel.tiles, size_t(s_.KP) * sizeof(F), [&](int64_t x, char* own) {
+      F* sum = reinterpret_cast<F*>(own);
+      for (int64_t t = x * s_.tile; t < least((x + 1) * s_.tile, panel.tokens); ++t) {
+        for (int64_t c = 0; c < s_.KP; ++c) sum[c] = 0;
+        for (int64_t g = 0; g < s_.chunks; ++g) {
+          const F* part = partials_ + (g * s_.panel + t) * s_.KP;
+          for (int64_t c = 0; c < s_.KP; ++c) sum[c] += part[c];
+        }
+        F* row = reinterpret_cast<F*>(rows.row(panel.first + t));
+        for (int64_t c = 0; c < s_.K; ++c) row[c] = scale_ * sum[c];
+      }
+    });
+  }
+
+  const GradientShape<F>& s_;
+  const Lead& lead_;
+  const GradientViews& out_;
+  const Kernel& kernel_;
+  F scale_;
+  int64_t batch_;
+  Slots<F> slots_;
+  bool first_keys_, first_values_, first_mask_;
+  F *packed_, *partials_, *token_sums_;
+};
+
 // Runs the scheme above. `Kernel` has what differs between ops:
 //   size_t packed(shape)                 elements of F that it packs per tile
 //   void pack(batch, t0, n, F* tile)     packs n tokens
@@ -165,136 +299,9 @@ SlotBlock<F> gradient_block(const Slots<F>& slots, const GradientShape<F>& s, in
 template <class F, class Kernel>
 void score_gradients(const Lead& lead, const SlotView& keys, const SlotView& values, const View& mask, double scale,
                      const GradientShape<F>& s, const GradientViews& out, const Kernel& kernel) {
-  const int64_t tile_elements = round_up(int64_t(kernel.packed(s)), 16);
-  const int64_t tiles = s.panel / s.tile;
-  const int64_t partial = s.panel * s.KP;
-  const bool query = bool(out.query);
-
-  auto one_batch = [&](int64_t batch, char* memory) {
-    Arena shared(memory);
-    F* packed = shared.take<F>(tiles * tile_elements);
-    F* partials = shared.take<F>(query ? s.chunks * partial : 0);
-    F* token_sums = shared.take<F>(out.tokens ? s.chunks * s.panel : 0);
-    const Slots<F> slots(keys, values, mask, lead, batch, s.N, s.K, s.V, true);
-    const bool first_keys = out.keys && first_visit(out.keys, lead, batch);
-    const bool first_values = out.values && first_visit(out.values, lead, batch);
-    const bool first_mask = out.mask && first_visit(out.mask, lead, batch);
-
-    Arena measure;
-    Slots<F>::buffers(measure, kSlotBlock, s.K, s.V);
-    measure.take<F>(3 * kSlotBlock * most(s.lanes, kLanes<F>) + kSlotBlock * (2 * s.KP + s.VP + 1));
-    const size_t bytes = measure.used() + kernel.scratch(s) + 8 * 64;
-
-    for (int64_t panel = 0; panel < s.panels; ++panel) {
-      const int64_t p0 = panel * s.panel, pn = least(s.panel, s.tokens - p0);
-      const int64_t live = div_up(pn, s.tile);
-      parallel(live, 0, [&](int64_t i, char*) {
-        FlushDenormals flush;
-        kernel.pack(batch, p0 + i * s.tile, least(s.tile, pn - i * s.tile), packed + i * tile_elements);
-      });
-      parallel(s.chunks, bytes, [&](int64_t c, char* own) {
-        FlushDenormals flush;
-        Arena arena(own);
-        const auto buffers = Slots<F>::buffers(arena, kSlotBlock, s.K, s.V);
-        F* P = arena.take<F>(kSlotBlock * most(s.lanes, kLanes<F>));
-        F* D = arena.take<F>(kSlotBlock * most(s.lanes, kLanes<F>));
-        F* dk = arena.take<F>(kSlotBlock * s.KP);
-        F* dv = arena.take<F>(kSlotBlock * s.VP);
-        F* dm = arena.take<F>(kSlotBlock);
-        F* D2 = arena.take<F>(s.pairs ? kSlotBlock * s.lanes : 0);  // D as pairs of slots, and keys
-        F* keys2 = arena.take<F>(s.pairs ? kSlotBlock * s.KP : 0);
-        F* dq = query ? partials + c * partial : nullptr;
-        F* sums = token_sums + c * s.panel;
-        bool begun = false;  // has dq been written?
-        if (out.tokens) std::memset(sums, 0, size_t(s.panel) * sizeof(F));
-        const int64_t hi = s.begin(c + 1);
-        for (int64_t i = s.begin(c); i < hi; i += kSlotBlock) {
-          const int64_t count = least(kSlotBlock, hi - i);
-          const SlotBlock<F> block = gradient_block(slots, s, i, count, buffers, keys2);
-          for (int64_t j = 0; j < block.n; ++j) dm[j] = 0;
-          for (int64_t x = 0; x < live && block.n > 0; ++x) {
-            const int64_t n = least(s.tile, pn - x * s.tile);
-            const int64_t L = s.few ? n : round_up(n, kLanes<F>);
-            const TileStrides<F> at = s.few ? TileStrides<F>{kSlotBlock, 1} : TileStrides<F>{1, L};
-            const F* tile = packed + x * tile_elements;
-            kernel.tile(batch, i, block, p0 + x * s.tile, n, tile, P, D, at, arena);
-            const bool more = x > 0;
-            if (out.mask || out.tokens) add_sums<F>(D, at, n, block.n, dm, out.tokens ? sums + x * s.tile : nullptr);
-            if constexpr (kHasPairs<F>) {
-              if (s.pairs) {
-                const int64_t t2 = div_up(n, 2), L2 = L / 2;
-                if (query) pair_slots(D, block.n, L, D2);
-                pair_tokens(P, block.n, L);
-                pair_tokens(D, block.n, L);
-                if (out.values)
-                  gemm_pairs({block.n, s.VP, t2, P, L2, 1, kernel.reads(s, tile), s.VP, dv, s.VP, more}, 1);
-                if (out.keys)
-                  gemm_pairs({block.n, s.KP, t2, D, L2, 1, kernel.queries(s, tile), s.KP, dk, s.KP, more}, 1);
-                if (query) {
-                  gemm_pairs({n, s.KP, div_up(block.n, 2), D2, 1, L, keys2, s.KP, dq + x * s.tile * s.KP, s.KP, begun},
-                             1);
-                }
-                continue;
-              }
-            }
-            if (out.values)
-              gemm(Gemm<F>{block.n, s.VP, n, P, at.is, at.ts, kernel.reads(s, tile), s.VP, dv, s.VP, more});
-            if (out.keys)
-              gemm(Gemm<F>{block.n, s.KP, n, D, at.is, at.ts, kernel.queries(s, tile), s.KP, dk, s.KP, more});
-            if (query) {
-              gemm(Gemm<F>{n, s.KP, block.n, D, at.ts, at.is, block.keys, block.ks, dq + x * s.tile * s.KP, s.KP,
-                           begun});
-            }
-          }
-          begun = begun || block.n > 0;
-          const bool start = panel == 0;
-          if (out.keys) {
-            scatter_rows<F>(out.keys, lead, batch, start && first_keys, i, count, block, dk, s.KP, s.K, F(scale),
-                            s.N * s.K * int64_t(sizeof(F)));
-          }
-          if (out.values) {
-            scatter_rows<F>(out.values, lead, batch, start && first_values, i, count, block, dv, s.VP, s.V, F(1),
-                            s.N * s.V * int64_t(sizeof(F)));
-          }
-          if (out.mask) scatter_rows<F>(out.mask, lead, batch, start && first_mask, i, count, block, dm, 1, 1, F(1));
-        }
-        if (query && !begun) std::memset(dq, 0, size_t(partial) * sizeof(F));
-      });
-      const int64_t T = s.tokens / most(lead.folded(), 1);
-      if (out.tokens) {
-        const TokenRows totals(out.tokens, lead, batch, T);
-        for (int64_t t = 0; t < pn; ++t) {
-          F total = 0;
-          for (int64_t g = 0; g < s.chunks; ++g) total -= token_sums[g * s.panel + t];
-          *reinterpret_cast<F*>(totals.row(p0 + t)) = total;
-        }
-      }
-      if (!query) continue;
-      const TokenRows rows(out.query, lead, batch, T);
-      parallel(live, size_t(s.KP) * sizeof(F), [&](int64_t x, char* own) {
-        F* sum = reinterpret_cast<F*>(own);
-        for (int64_t t = x * s.tile; t < least((x + 1) * s.tile, pn); ++t) {
-          for (int64_t c = 0; c < s.KP; ++c) sum[c] = 0;
-          for (int64_t g = 0; g < s.chunks; ++g) {
-            const F* part = partials + g * partial + t * s.KP;
-            for (int64_t c = 0; c < s.KP; ++c) sum[c] += part[c];
-          }
-          F* row = reinterpret_cast<F*>(rows.row(p0 + t));
-          for (int64_t c = 0; c < s.K; ++c) row[c] = F(scale) * sum[c];
-        }
-      });
-    }
-  };
-
-  const size_t memory = size_t(tiles * tile_elements + s.chunks * (partial + s.panel) + 64) * sizeof(F);
-  const bool apart =
-      !rows_are_shared(out.keys, lead) && !rows_are_shared(out.values, lead) && !rows_are_shared(out.mask, lead);
-  if (s.batches >= kManyBatches && apart) {
-    parallel(s.batches, memory, one_batch);
-  } else {
-    Buffer<char> whole{int64_t(memory)};
-    for (int64_t b = 0; b < s.batches; ++b) one_batch(b, whole.data());
-  }
+  const GradientCall<F, Kernel> call{lead, keys, values, mask, scale, s, out, kernel};
+  each_batch(s.batches, BatchGradients<F, Kernel>::bytes(s, kernel), lead, {&out.keys, &out.values, &out.mask},
+             [&](int64_t batch, char* memory) { BatchGradients<F, Kernel>(call, batch, memory).run(); });
 }
 
 }  // namespace mk::MK_ISA

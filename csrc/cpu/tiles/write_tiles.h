@@ -1,8 +1,8 @@
 // Shared by the writes: chunks of tokens that write, and blocks of slots with lanes of slots for the gates.
 #pragma once
 
+#include "cpu/tiles/gradient_rows.h"
 #include "cpu/tiles/parallel.h"
-#include "cpu/tiles/score_gradients.h"
 #include "params/gated_write.h"
 
 namespace mk::MK_ISA {

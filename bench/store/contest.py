@@ -1,0 +1,69 @@
+"""One piece of work, the store's way and its peers' ways: all checked, then the right ones timed in turns."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+
+from ..case import OWN
+from ..timers import Spread
+from .finding import Finding, Goal, Wrong, lacking
+from .turns import Call, Times, take_turns
+
+Check = Callable[[object], None]
+
+
+class Contest:
+    """
+    check: raises :class:`Wrong` where a result is not right.
+    before: see :func:`bench.store.turns.take_turns`.
+    """
+
+    def __init__(self, what: str, own: Call, check: Check, before: Call | None = None) -> None:
+        self.what, self.check, self.before = what, check, before
+        self.calls: dict[str, Call] = {}
+        self.absent: dict[str, str] = {}
+        self.times: dict[str, Times] = {}
+        if before is not None:
+            before()
+        check(own())
+        self.calls[OWN] = own
+
+    def enter(self, name: str, call: Call, check: Check | None = None) -> None:
+        """A peer. One that is wrong has no speed. ``check``: where it does not do the same work, its own."""
+        if self.before is not None:
+            self.before()
+        try:
+            (check or self.check)(call())
+        except Wrong as error:
+            self.absent[name] = f"wrong: {error}"
+        else:
+            self.calls[name] = call
+
+    def lacks(self, name: str, why: str) -> None:
+        """A peer that cannot run here."""
+        self.absent[name] = why
+
+    def run(self, seconds: float) -> None:
+        self.times = take_turns(self.calls, seconds, self.before)
+
+    def against(self, peer: str, goal: Goal, clock: str = "wall") -> Finding:
+        """What the times say of a peer."""
+        if peer in self.absent:
+            return lacking(self.what, peer, goal, self.absent[peer])
+        own, theirs = (getattr(self.times[name], clock) for name in (OWN, peer))
+        pairs = list(zip(own, theirs))
+        ratios = [b / a for a, b in pairs] if goal.most is None else [a / b for a, b in pairs]
+        spread = Spread.of(ratios)
+        return Finding(
+            what=self.what,
+            peer=peer,
+            goal=goal,
+            value=spread.median,
+            own=statistics.median(own),
+            theirs=statistics.median(theirs),
+            clock=clock,
+            low=spread.low,
+            high=spread.high,
+            samples=spread.samples,
+        )
