@@ -1,6 +1,6 @@
 # Each target sets up .venv when it is missing, or uses the interpreter given as PYTHON= without touching the network.
 #   make dev | demo | test | test-quick | test-torch | lint | format | docs | bench | sanitize | wheel | wheel-test
-#   make cuda | gpu-check | gpu-rehearsal | clean
+#   make cuda | crash-lab | gpu-check | gpu-rehearsal | clean
 
 ifdef PYTHON
   PY := $(PYTHON)
@@ -16,7 +16,7 @@ CSRC := $(wildcard $(foreach suffix,cpp h cu,csrc/*/*.$(suffix) csrc/*/*/*.$(suf
 NATIVE := $(CSRC) $(wildcard csrc/*.cmake csrc/*/*.cmake) CMakeLists.txt setup.py \
 	pyproject.toml $(wildcard build_backend/*.py memkernels/_stamp.py)
 
-SOURCES := $(CSRC) $(wildcard tests/*/*.cpp tests/*/*.h bench/gpu/stand_in/*)
+SOURCES := $(CSRC) $(wildcard tests/*/*.c tests/*/*.cpp tests/*/*.h bench/gpu/stand_in/*)
 
 # A stand-in for a header of torch, at the path of that header.
 SOURCES += tests/native/torch_stand_in/torch/csrc/stable/ops.h
@@ -25,7 +25,7 @@ SOURCES += tests/native/torch_stand_in/torch/csrc/stable/ops.h
 SIDE_BY_SIDE := -n auto --maxprocesses=8 --dist loadfile
 PYTEST = $(PY) -m pytest $$($(PY) -c "import xdist" 2>/dev/null && printf '%s ' $(SIDE_BY_SIDE))
 
-.PHONY: dev demo test test-quick test-torch lint format docs bench sanitize cuda gpu-check gpu-rehearsal wheel wheel-test clean
+.PHONY: dev demo test test-quick test-torch lint format docs bench sanitize crash-lab cuda gpu-check gpu-rehearsal wheel wheel-test clean
 
 dev: .build/native
 
@@ -76,6 +76,11 @@ wheel-test:
 # called with invalid arguments for half a minute (LONG=1: ten minutes, and every case).
 sanitize: .build/native
 	PYTHON=$(PY) LONG=$(LONG) tests/native/run
+
+# MemoryStore through kills, power cuts, damage, refusals of the system and readers beside a writer: the long form of
+# what the tests do, half an hour or more of two free cores. LAB holds options, such as LAB="power --seed 7".
+crash-lab: .build/native
+	PYTHONPATH=tests $(PY) -m crash --workers 2 --write bench/results/crash_lab.json $(LAB)
 
 # The CUDA backend: builds and installs its library with nvcc, prints the resources of its kernels, runs them on the
 # CPU. No GPU is needed. FAULTS=3 seeds one fault in three, as CI does, which takes half the time.

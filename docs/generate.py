@@ -8,6 +8,7 @@ A block stands between ``<!-- generated: NAME -->`` and ``<!-- end: NAME -->``:
 - ``ladder``, ``limits``: what each step bought, and what loops reach on a free and on a busy core, recorded in
   ``bench/results/ladder.json``;
 - ``store``: what ``python -m bench store`` measured, from its committed result files;
+- ``crash``: what the crash laboratory of MemoryStore tried, recorded in ``bench/results/crash_lab.json``;
 - ``predicted``: where main kernels will be bound, as ``python -m bench.predict`` reads it from compiled code.
 
 ``tests/test_docs.py`` fails when a block differs from what would be written here.
@@ -33,6 +34,7 @@ from memkernels.registration import OPS
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 LADDER = RESULTS / "ladder.json"
+CRASHES = RESULTS / "crash_lab.json"
 BLOCK = re.compile(r"<!-- generated: (\w+) -->\n(.*?)<!-- end: \1 -->", re.DOTALL)
 EMPTY = "No result file is committed yet. `python -m bench` writes one to `bench/results/`.\n"
 
@@ -198,6 +200,44 @@ def host(before: str) -> str:
     return rehearsal.page(json.loads(rehearsal.RESULT.read_text()))
 
 
+TRIED = {  # part of the crash laboratory -> what was tried, what came of it
+    "kills": (
+        "{kills:,} kills, half of them within a system call; {acknowledged:,} operations acknowledged",
+        "{lost} lost, {torn} torn; in flight: {in flight and there:,} whole, {in flight and not there:,} not there",
+    ),
+    "power": (
+        "{cuts:,} power cuts in {histories:,} histories of {calls traced:,} calls; "
+        "{calls lost:,} calls lost and {writes torn:,} writes torn at 512 bytes",
+        "{acknowledged lost} of what was acknowledged lost",
+    ),
+    "flips": (
+        "{header flips:,} flipped bits of headers, {flips:,} elsewhere, {cuts:,} files cut short",
+        "{wrong numbers} wrong numbers; refused: {header flips refused:,}, {flips refused:,}, {cuts refused:,}; "
+        "the others change nothing that is read",
+    ),
+    "refusals": (
+        "{calls refused:,} operations of which one system call, or all from one on, failed",
+        "{wrong states} wrong states; {operations refused:,} named errors, {operations done:,} done all the same",
+    ),
+    "readers": (
+        "{readers} readers beside a writer; {calls:,} calls, {generations seen:,} generations seen",
+        "{mixed} mixed, {going back} going back",
+    ),
+    "mutants": ("{mutants} stores with a fault put in", "{found} found"),
+}
+
+
+def crashes(before: str) -> str:
+    """A row for each part of the crash laboratory."""
+    parts = json.loads(CRASHES.read_text())["parts"]
+    rows = ["| tried | outcome | on |", "| --- | --- | --- |"]
+    for part in filter(parts.get, TRIED):
+        cells, found = TRIED[part], parts[part]
+        on = f"{found['date']}, {found['system']}, Python {found['python']}, SQLite {found['sqlite']}"
+        rows.append("| " + " | ".join([*(cell.format_map(found) for cell in cells), on]) + " |")
+    return "\n".join(rows) + "\n"
+
+
 def generated(pictures_to: Path) -> dict[str, Callable[[str], str]]:
     """name -> the content of a block, given what it holds now."""
     once = functools.cache(speed)  # it stands on two pages
@@ -209,6 +249,7 @@ def generated(pictures_to: Path) -> dict[str, Callable[[str], str]]:
         "ladder": ladder,
         "limits": limits,
         "store": store,
+        "crash": crashes,
         "predicted": predicted,
         "host": host,
     }

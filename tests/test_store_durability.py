@@ -1,4 +1,4 @@
-"""What is acknowledged survives a killed process, damage is named, a refusal of the system leaves the store whole."""
+"""Damage is named, and a refusal of the system leaves the store whole. Kills and power cuts: test_store_crash.py."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import functools
 import os
 import random
 import shutil
-import signal
 import sqlite3
 import time
 
@@ -18,77 +17,6 @@ from store_support import PAGE, K, V, abandon, new, rows
 
 from memkernels.store import MemoryStore, StoreDamaged, StoreError, StoreFull, _crc, _writer
 from memkernels.store._database import ABSENT
-
-SLOTS = 200
-
-
-def commits(path: str, told: int) -> None:
-    """A process that commits until it is killed, and tells of each commit."""
-    torch.set_num_threads(1)
-    _writer.SMALL = 4096
-    store = MemoryStore.open(path, mode="w")
-    os.write(told, b"o")
-    for step in range(store.generation, 10**9):
-        change(store, step)
-        os.write(told, b"a")
-        if step % 5 == 0:
-            store._engine.fold(3)
-        if step % 23 == 0:
-            store.compact()
-
-
-def change(store: MemoryStore, step: int) -> None:
-    """One commit: slots of the step's own choice hold its number; small ones and large ones."""
-    slots = chosen(step)
-    full = torch.full((len(slots), V), float(step))
-    with store.transaction():
-        store.write(slots, torch.full((len(slots), K), float(step)), full, [{"step": step}] * len(slots))
-        store.delete(where=("doomed", []))
-        store.append(torch.zeros(1, K), torch.full((1, V), float(step)), [{"doomed": True}])
-
-
-def chosen(step: int) -> list[int]:
-    draw = random.Random(step)
-    return draw.sample(range(SLOTS), 100 if step % 4 == 0 else 1 + step % 7)
-
-
-def test_thirty_kills_lose_nothing_acknowledged_and_tear_nothing(memory_path):
-    store = MemoryStore.create(memory_path / "s", K, V, page_slots=PAGE)
-    store.append(torch.zeros(SLOTS, K), torch.zeros(SLOTS, V), [{"step": 0}] * SLOTS)
-    change(store, 1)
-    store.close()
-    wanted = torch.zeros(SLOTS, dtype=torch.float32)
-    wanted[chosen(1)] = 1
-    known, draw, acknowledged = 2, random.Random(0), 0
-    for kill in range(30):
-        out, in_ = os.pipe()
-        if (child := os.fork()) == 0:  # a fresh interpreter would take longer to start than all that it is to do
-            try:
-                commits(str(memory_path / "s"), in_)
-            finally:
-                os._exit(1)
-        os.close(in_)
-        assert os.read(out, 1) == b"o"
-        time.sleep(draw.uniform(0, 0.15))
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        told = b""
-        while part := os.read(out, 4096):
-            told += part
-        os.close(out)
-        acknowledged += len(told)
-        with MemoryStore.open(memory_path / "s") as store:
-            got = store.generation
-            assert known + len(told) <= got <= known + len(told) + 1
-            for step in range(known, got):
-                wanted[chosen(step)] = float(step)
-            keys, values = store.read(torch.arange(SLOTS))
-            assert torch.equal(values, wanted.unsqueeze(1).expand(-1, V)), kill
-            assert torch.equal(keys, wanted.unsqueeze(1).expand(-1, K)), kill
-            assert [m["step"] for m in store.meta(torch.arange(SLOTS))] == wanted.tolist()
-            assert len(store) == SLOTS + 1 and store.verify() == []
-        known = got
-    assert acknowledged > 60
 
 
 def read_everything(path) -> None:

@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import re
 import sqlite3
 import struct
 import urllib.parse
@@ -24,6 +26,7 @@ from pathlib import Path
 
 import numpy as np
 
+from . import _io
 from ._crc import crc32c, of_rows
 from ._errors import StoreBusy, StoreDamaged, StoreError, StoreFormat, StoreFull
 
@@ -48,6 +51,9 @@ CREATE TABLE snapshot_meta(snapshot INTEGER NOT NULL, slot INTEGER NOT NULL, doc
     PRIMARY KEY(snapshot, slot)) WITHOUT ROWID;
 CREATE TABLE accelerator(id INTEGER PRIMARY KEY, data TEXT NOT NULL, crc INTEGER NOT NULL);
 """
+
+TABLES = {statement.split("(")[0].split()[-1]: statement.strip() for statement in SCHEMA.split(";\n") if statement}
+INDEX = re.compile(r"""CREATE INDEX "meta_(\w+)" ON meta\(json_extract\(doc, '\$\.\1'\)\)""")
 
 
 def text_crc(kind: int | str, text: str) -> int:
@@ -82,6 +88,7 @@ class Database:
 
     def __init__(self, directory: Path, mode: str, durability: str = "commit"):
         self.path = directory / FILE
+        self.whole = False  # were the trees checked?
         with translated():
             uri = f"file:{urllib.parse.quote(str(self.path))}?mode=rw"
             # Calls of a store run one at a time, so that a connection may serve several threads.
@@ -132,6 +139,47 @@ class Database:
         """Bring the write-ahead log into the file; is it empty now?"""
         with translated():
             return self.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0] == 0
+
+    def check_writable(self) -> None:
+        """SQLite opens a file to read where the system refuses to open it to write, and tells at the first write."""
+        self.begin()
+        try:
+            with translated():
+                self.execute("DELETE FROM log WHERE seq < 0")
+        finally:
+            self.rollback()
+
+    def check_schema(self) -> None:
+        """A changed bit in the text of a table gives its columns another meaning; nothing else may be in the file."""
+        found = {}
+        for name, sql in self.execute("SELECT name, sql FROM sqlite_master WHERE sql IS NOT NULL"):
+            if not isinstance(sql, str) or (name not in TABLES and not INDEX.fullmatch(sql)):
+                raise StoreDamaged(f"{FILE}: schema, {name}: is not what a store has; restore a backup")
+            found[name] = sql
+        for name, sql in TABLES.items():
+            if found.get(name) != sql:
+                raise StoreDamaged(f"{FILE}: schema, {name}: is not what a store has; restore a backup")
+
+    def sync_log(self) -> None:
+        """Make durable what a writer that was killed left in the write-ahead log, before extents it freed are used."""
+        log = self.path.with_name(f"{FILE}-wal")
+        if log.exists():
+            with _io.writing(log.name):
+                fd = os.open(log, os.O_RDONLY | os.O_CLOEXEC)
+                try:
+                    os.fdatasync(fd)
+                finally:
+                    os.close(fd)
+                _io.sync_directory(log.parent)
+
+    def check_trees(self) -> None:
+        """Once: damage to a tree of SQLite can hide rows, whose checksums tell only where they are found."""
+        if not self.whole:
+            with translated():
+                (told,) = self.execute("PRAGMA quick_check(1)").fetchone()
+            if told != "ok":
+                raise StoreDamaged(f"{FILE}: is damaged ({told}); restore a backup")
+            self.whole = True
 
     def rollback(self) -> None:
         """Undo the open transaction, which a failed commit may have closed already."""

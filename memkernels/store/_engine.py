@@ -7,6 +7,7 @@ what changed in one consistent view.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from collections import deque
@@ -81,11 +82,13 @@ class Engine:
             if mode == "r":
                 self.pin = Pin(path)
             marked = _mark.check(path)
+            closed = mode == "w" and _mark.closed(path)
             if mode == "w":
                 self.mark_fd = _mark.open_for_writing(path, marked)
             self.db = Database(path, mode, durability)
             with self.db.reading():
                 self.snapshot, self.state = self.db.state(snapshot)
+                self.db.check_schema()
             self.columns = columns_of(self.state)
             self.page_slots = self.state["page_slots"]
             self.frames = frames_for(list(self.columns.values()), ram_bytes)
@@ -99,6 +102,10 @@ class Engine:
                     "restore a backup"
                 )
             if mode == "w":
+                self.db.check_writable()
+                if not closed:
+                    self.db.check_trees()
+                    self.db.sync_log()
                 self._find_space()
         except BaseException:
             self.release()
@@ -165,7 +172,9 @@ class Engine:
     # --- generations ---
 
     def mark(self) -> None:
-        os.pwrite(self.mark_fd, _mark.Mark(self.generation).pack(), 0)
+        """Where the system refuses, the mark before stays: it is right too, and the commit is durable without one."""
+        with contextlib.suppress(OSError):
+            os.pwrite(self.mark_fd, _mark.Mark(self.generation).pack(), 0)
 
     def refresh(self, force: bool = False) -> None:
         """See what other processes committed."""

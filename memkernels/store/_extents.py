@@ -16,6 +16,7 @@ import numpy as np
 
 from . import _io
 from ._columns import Column, Pages
+from ._errors import StoreError
 
 
 class PageFile:
@@ -44,9 +45,7 @@ class PageFile:
         """:meth:`read` of extents in a row into pages in a row."""
         if self.size != self.column.slots * self.column.row_bytes:
             return [self.read(extent + i, pages, at + i) for i in range(count)]
-        fd = self.fd if self.direct is None else self.direct
-        got = _io.read_into(fd, [pages.bytes[at : at + count].reshape(-1)], extent * self.size)
-        self.bytes_read += got
+        got = self._fill([pages.bytes[at : at + count].reshape(-1)], extent)
         return [(min(max(got - i * self.size, 0), self.size), pages.crc(at + i, b"")) for i in range(count)]
 
     def read(self, extent: int, pages: Pages, at: int) -> tuple[int, int]:
@@ -56,9 +55,17 @@ class PageFile:
         pad = bytearray(self.size - whole)
         if pad:
             buffers.append(pad)
-        got = _io.read_into(self.fd if self.direct is None else self.direct, buffers, extent * self.size)
-        self.bytes_read += got
+        got = self._fill(buffers, extent)
         return got, pages.crc(at, pad)
+
+    def _fill(self, buffers: list, extent: int) -> int:
+        """Fill buffers from an extent on; returns how many bytes the file had."""
+        try:
+            got = _io.read_into(self.fd if self.direct is None else self.direct, buffers, extent * self.size)
+        except OSError as error:
+            raise StoreError(f"{self.name}: extent {extent}: the system refused to read ({error.strerror})") from error
+        self.bytes_read += got
+        return got
 
     def write(self, extent: int, pages: Pages, at: int) -> int:
         """Write page ``at`` of ``pages`` without a sync; returns its crc32c."""

@@ -120,7 +120,11 @@ def new_directory(path: Path) -> Iterator[Path]:
             yield making
             sync_directory(making)
             os.rename(making, path)
-            sync_directory(path.parent)
+            try:
+                sync_directory(path.parent)
+            except BaseException:
+                remove_tree(path)
+                raise
         except BaseException:
             remove_tree(making)
             raise

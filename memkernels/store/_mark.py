@@ -79,6 +79,12 @@ def check(directory: Path) -> int:
     return mark.generation
 
 
+def closed(directory: Path) -> bool:
+    """Was the store closed by its last writer, so that :func:`check` has seen all of index.db?"""
+    mark = read(directory)
+    return mark is not None and mark.size > 0
+
+
 def open_for_writing(directory: Path, generation: int) -> int:
     """A descriptor to write marks to; from here on index.db may change."""
     fd = os.open(directory / FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)

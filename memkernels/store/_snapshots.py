@@ -47,8 +47,13 @@ def create(engine: Writer, name: str) -> None:
 
 
 def names(engine: Engine) -> list[str]:
+    engine.db.check_trees()
     with translated():
-        return [row[0] for row in engine.db.execute("SELECT name FROM snapshots ORDER BY id")]
+        found = engine.db.execute("SELECT name, data, crc FROM snapshots ORDER BY id").fetchall()
+    for name, text, crc in found:
+        if not isinstance(name, str) or not isinstance(text, str) or text_crc(name, text) != crc:
+            raise StoreDamaged(f"{_database.FILE}: snapshots, {name!r}: crc32c is wrong; restore a backup")
+    return [row[0] for row in found]
 
 
 def drop(engine: Writer, name: str) -> None:
@@ -63,6 +68,7 @@ def drop(engine: Writer, name: str) -> None:
     except BaseException:
         engine.db.rollback()
         raise
+    engine.unsettle()
     # What only the snapshot named was rewritten since, so its readers hold an earlier version, and are waited for.
     for column, pinned in engine.pinned().items():
         file = engine.files[column]

@@ -12,7 +12,7 @@ from . import _index, _mark
 from ._columns import Pages
 from ._database import ABSENT, COLUMNS, ENTRY, FILE, blob_crc, text_crc
 from ._engine import Engine
-from ._errors import StoreDamaged
+from ._errors import StoreDamaged, StoreError
 
 
 class Fault(NamedTuple):
@@ -28,13 +28,32 @@ class Fault(NamedTuple):
 
 def document(engine: Engine, slot: int) -> str | None:
     """The JSON text of a slot, checked; None where it has none."""
-    table, which = ("snapshot_meta", f"snapshot = {int(engine.snapshot)} AND") if engine.snapshot else ("meta", "")
-    row = engine.db.execute(f"SELECT doc, crc FROM {table} WHERE {which} slot = ?", (slot,)).fetchone()
-    if row is None:
-        return None
-    if not isinstance(row[0], str) or text_crc(slot, row[0]) != row[1]:
+    if engine.snapshot:
+        table, where, number = "snapshot_meta", f"(snapshot, slot) {{}} ({int(engine.snapshot)}, ?)", "snapshot"
+        order = "snapshot {0}, slot {0}"
+    else:
+        table, where, order, number = "meta", "slot {} ?", "slot {}", "0"
+    found = f"SELECT {number}, slot, doc, crc FROM {table} WHERE {where}"
+    row = engine.db.execute(found.format("="), (slot,)).fetchone()
+    if row is not None:
+        return _document(row)
+    # A changed number would hide its row. It stands between the same neighbours, or its tree is out of order.
+    engine.db.check_trees()
+    for beside, way in (("<", "DESC"), (">", "ASC")):
+        row = engine.db.execute(f"{found.format(beside)} ORDER BY {order.format(way)} LIMIT 1", (slot,)).fetchone()
+        if row is not None:
+            _document(row)
+            known = engine.db.execute("SELECT 1 FROM snapshots WHERE id = ?", (row[0],)).fetchone()
+            if engine.snapshot and known is None:
+                raise StoreDamaged(f"{FILE}: {table}, slot {row[1]}: is of no snapshot; restore a backup")
+    return None
+
+
+def _document(row: tuple) -> str:
+    _, slot, doc, crc = row
+    if not isinstance(doc, str) or text_crc(slot, doc) != crc:
         raise StoreDamaged(f"{FILE}: meta, slot {slot}: crc32c is wrong; restore a backup")
-    return row[0]
+    return doc
 
 
 def verify(engine: Engine) -> list[Fault]:
@@ -100,6 +119,8 @@ def _rows(engine: Engine, tables: dict) -> list[Fault]:
         for slot, doc, crc in db.execute(f"SELECT slot, doc, crc FROM {table}"):
             if not isinstance(doc, str) or text_crc(slot, doc) != crc:
                 faults.append(Fault(FILE, None, f"{table}, slot {slot}: crc32c is wrong"))
+    for (slot,) in db.execute("SELECT slot FROM snapshot_meta WHERE snapshot NOT IN (SELECT id FROM snapshots)"):
+        faults.append(Fault(FILE, None, f"snapshot_meta, slot {slot}: is of no snapshot"))
     return faults
 
 
@@ -114,7 +135,11 @@ def _pages(engine: Engine, name: str, blocks: dict[int, np.ndarray], seen: set) 
             if (name, extent) in seen:
                 continue
             seen.add((name, extent))
-            got, crc = file.read(extent, memory, 0)
+            try:
+                got, crc = file.read(extent, memory, 0)
+            except StoreError as error:
+                faults.append(Fault(file.name, page, str(error).removeprefix(f"{file.name}: ")))
+                continue
             if got != file.size:
                 faults.append(Fault(file.name, page, f"(extent {extent}): the file ends at {size}, within it"))
             elif crc != entries[at]["crc"]:

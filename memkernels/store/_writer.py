@@ -56,6 +56,10 @@ class Writer(Engine):
         if self.durability == "batch" and self.settled < self.version and self.db.checkpoint():
             self.settled = self.version
 
+    def unsettle(self) -> None:
+        """The last commit freed extents without a new version: with durability="batch" it may not be durable yet."""
+        self.settled = min(self.settled, self.version - 1)
+
     def oldest(self) -> int:
         return super().oldest() if self.durability == "commit" else min(super().oldest(), self.settled)
 
@@ -246,8 +250,8 @@ class Writer(Engine):
         """Bring everything into pages and index.db, and say what that must be when it is opened again."""
         self.fold_all()
         whole = self.db.checkpoint()
-        size, crc = _mark.file_crc(self.path / FILE) if whole else (0, 0)
         with _io.writing(_mark.FILE):
+            size, crc = _mark.file_crc(self.path / FILE) if whole else (0, 0)
             os.pwrite(self.mark_fd, _mark.Mark(self.generation, size, crc).pack(), 0)
             os.fdatasync(self.mark_fd)
 
