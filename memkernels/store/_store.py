@@ -13,10 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import ops
-from . import _arguments, _database, _index, _io, _layout, _rows, _search, _verify, _where
+from . import _arguments, _database, _index, _io, _layout, _rows, _search, _sparse, _verify, _where
 from ._calls import reading, writing
-from ._columns import Column, as_they_lie, dtype_name
+from ._columns import Column, dtype_name
 from ._database import COLUMNS, translated
 from ._engine import Engine
 from ._errors import StoreError
@@ -355,8 +354,8 @@ class MemoryStore(Maintenance):
         scores, slots = self._topk("topk_read", query, k, scale, where, index)
         lse = scores.logsumexp(-1)
         weights = (scores - lse.masked_fill(lse.isneginf(), 0).unsqueeze(-1)).exp()
-        read = self._read_in_place(slots, weights)
-        read = (self._sparse_read(slots, weights) if read is None else read).to(query.dtype)
+        read = _sparse.read_in_place(self._engine, slots, weights)
+        read = (_sparse.read(self._engine, slots, weights) if read is None else read).to(query.dtype)
         lead, home = query.shape[:-1], query.device
         results = [read.view(*lead, -1).to(home)]
         if return_slots:
@@ -395,7 +394,7 @@ class MemoryStore(Maintenance):
         if not isinstance(weights, Tensor) or not weights.is_floating_point():
             raise TypeError("sparse_read: weights must be a float tensor like slots")
         if isinstance(slots, Tensor) and slots.dim() >= 2 and slots.shape == weights.shape:
-            read = self._read_in_place(slots, weights)
+            read = _sparse.read_in_place(self._engine, slots, weights)
             if read is not None:
                 return read
         at, shape = _arguments.numbers("sparse_read", slots)
@@ -405,31 +404,8 @@ class MemoryStore(Maintenance):
             )
         _arguments.live("sparse_read", self._engine, at[at != -1])
         flat = torch.from_numpy(at).view(-1, shape[-1])
-        read = self._sparse_read(flat, weights.to(self._engine.home(weights)).reshape(-1, shape[-1]))
+        read = _sparse.read(self._engine, flat, weights.to(self._engine.home(weights)).reshape(-1, shape[-1]))
         return read.to(weights.dtype).view(*shape[:-1], -1).to(weights.device)
-
-    def _read_in_place(self, slots: Tensor, weights: Tensor) -> Tensor | None:
-        """The read where all values are in memory, and lie as the op takes them."""
-        # Rows in the arena may change before a backward, so they are read in place only where there is none.
-        if torch.is_grad_enabled() and weights.requires_grad:
-            return None
-        engine, dtype, home = self._engine, weights.dtype, weights.device
-        if engine.home(weights) != home or slots.device != home or not as_they_lie(engine.columns["values"], dtype):
-            return None
-        tier = engine.tier("values", home)
-        at = _rows.places(engine, tier, slots, none=True)
-        if at is None:
-            return None
-        with tier.reading() as memory:
-            scales = None if memory.scales is None else memory.scales.to(_search.exact(dtype))
-            return ops.sparse_read(memory.rows, at.to(home), weights, value_scale=scales)
-
-    def _sparse_read(self, slots: Tensor, weights: Tensor) -> Tensor:
-        used, at = torch.unique(slots.cpu(), return_inverse=True)
-        missing = int((used < 0).sum())
-        rows = _rows.gather(self._engine, "values", used[missing:].numpy(), weights.device)
-        exact = _search.exact(weights.dtype)
-        return ops.sparse_read(rows.to(exact), (at - missing).to(weights.device), weights.to(exact))
 
     def _candidates(self, op: str, where) -> np.ndarray:
         return self._engine.maps["live"].bytes if where is None else _where.matching(self._engine, op, where)
