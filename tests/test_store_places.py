@@ -22,7 +22,7 @@ def store(memory_path):
 
 def places(store, slots, **options):
     with store._engine.lock:
-        return _rows.places(store._engine, "values", slots, **options)
+        return _rows.places(store._engine, store._engine.tiers["values"], slots, **options)
 
 
 def test_a_place_is_where_the_row_lies(store):

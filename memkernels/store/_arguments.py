@@ -73,7 +73,7 @@ def _document(op: str, i: int, one: object) -> str:
 
 
 def query(op: str, engine: Engine, x: object) -> Tensor:
-    """A query ``[..., T, K]`` of the dtype that the keys want; under autocast made of any float."""
+    """A query ``[..., T, K]`` where the call runs, of the dtype of the keys; under autocast made of any float."""
     column = engine.columns["keys"]
     wanted = f"[..., T, K={column.dim}]"
     if not isinstance(x, Tensor):
@@ -81,25 +81,25 @@ def query(op: str, engine: Engine, x: object) -> Tensor:
     if x.dim() < 2 or x.shape[-1] != column.dim:
         raise ValueError(f"{op}: query must be {wanted}, got {list(x.shape)}")
     if engine.autocast and x.dtype in FLOATS:
-        return x.to(column.read_dtype)
+        return x.to(engine.home(x), column.read_dtype)
     allowed = FLOATS if column.scaled else (column.dtype,)
     if x.dtype not in allowed:
         names = " or ".join(dtype_name(d) for d in allowed)
         raise TypeError(
             f"{op}: query must be {names} beside keys in {dtype_name(column.dtype)}, got {dtype_name(x.dtype)}"
         )
-    return x
+    return x.to(engine.home(x))
 
 
 def scaling(op: str, scale: Any, x: Tensor) -> float | Tensor:
-    """The scale of a query: a number, or a tensor [T] beside the flattened queries."""
+    """The scale of a query: a number, or a tensor [T] beside the flattened queries, on their device."""
     if scale is None:
         return x.shape[-1] ** -0.5
     if isinstance(scale, Tensor) and (scale.dim() or scale.requires_grad):
         if not scale.is_floating_point():
             raise TypeError(f"{op}: scale must be a float tensor, got {dtype_name(scale.dtype)}")
         try:
-            return scale.expand(x.shape[:-1]).reshape(-1).cpu()
+            return scale.expand(x.shape[:-1]).reshape(-1).to(x.device)
         except RuntimeError:
             raise ValueError(
                 f"{op}: scale must broadcast to {list(x.shape[:-1])}, [..., T], got {list(scale.shape)}"

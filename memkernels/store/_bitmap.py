@@ -36,6 +36,7 @@ class Bitmap:
         self.bytes = np.zeros(0, dtype=np.uint8)
         self.count = 0
         self.dirty: set[int] = set()  # blocks that differ from the disk
+        self.changes = 0  # how often a bit may have changed
 
     def copy(self) -> Bitmap:
         other = Bitmap()
@@ -58,6 +59,7 @@ class Bitmap:
         if len(slots) > 1:
             slots = np.unique(slots)
         if len(slots):
+            self.changes += 1
             bits = np.left_shift(1, slots & 7).astype(np.uint8)
             np.bitwise_xor.at(self.bytes, slots >> 3, bits)
             self.count += len(slots) if to else -len(slots)
@@ -91,12 +93,14 @@ class Bitmap:
         here = self.bytes[block * BLOCK_BYTES : (block + 1) * BLOCK_BYTES]
         new = np.frombuffer(blob, dtype=np.uint8)
         self.count += ones(new) * (BLOCK_BYTES // len(new)) - ones(here)
+        self.changes += 1
         here[:] = new
 
     def clear(self) -> None:
         self.dirty |= set(np.flatnonzero(self.bytes.reshape(-1, BLOCK_BYTES).any(1)).tolist())
         self.bytes[:] = 0
         self.count = 0
+        self.changes += 1
 
 
 def numbers(packed: np.ndarray) -> np.ndarray:

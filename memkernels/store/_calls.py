@@ -9,6 +9,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 
+from ._copies import KINDS
 from ._engine import Engine, TornPage
 from ._errors import StoreError
 
@@ -20,8 +21,14 @@ READ_AGAIN = 3  # times that a reader looks at the table again where a page is n
 
 def exact(engine: Engine) -> contextlib.AbstractContextManager:
     """No autocast: scores in 16 bits are too coarse to merge by. Searches take a query of any float dtype under it."""
-    engine.autocast = torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
-    return torch.autocast("cpu", enabled=False) if engine.autocast else contextlib.nullcontext()
+    on = [kind for kind in KINDS if torch.is_autocast_enabled(kind)]
+    engine.autocast = bool(on)
+    if not on:
+        return contextlib.nullcontext()
+    off = contextlib.ExitStack()
+    for kind in on:
+        off.enter_context(torch.autocast(kind, enabled=False))
+    return off
 
 
 def reading(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P], R]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import mmap
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,6 +19,9 @@ from torch import Tensor
 
 from ._crc import crc32c
 from ._io import ALIGN, round_up
+
+if TYPE_CHECKING:
+    from ._copies import Copies
 
 DTYPES = {
     "float32": torch.float32,
@@ -30,6 +33,7 @@ DTYPES = {
 }
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+SIXTEEN = (torch.bfloat16, torch.float16)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -111,24 +115,28 @@ class Column:
         return rows if scales is None else rows.float() * scales.unsqueeze(-1)
 
 
-class Pages:
-    """Memory for ``count`` pages of a column: rows side by side in one tensor, and their scales in another."""
+def as_they_lie(column: Column, dtype: torch.dtype) -> bool:
+    """Do reads with a query or weights of ``dtype`` take rows of the column without a conversion?"""
+    return column.scaled or column.dtype == dtype or (column.dtype == torch.float32 and dtype in SIXTEEN)
 
-    def __init__(self, column: Column, count: int, device: torch.device | None = None):
+
+class Pages:
+    """Memory for ``count`` pages of a column: rows side by side in one tensor, and their scales in another.
+
+    With ``copies`` in page-locked memory, out of which they go to a device.
+    """
+
+    @torch.inference_mode(False)  # a store outlives the mode in which it is first used
+    def __init__(self, column: Column, count: int, copies: Copies | None = None):
         self.column, self.count = column, count
-        self.bytes: Any = None  # of memory that numpy sees
-        self.scale_numbers: Any = None
+        self.sent: Any = None  # the event behind a copy to a device that reads them
         slots = count * column.slots
-        if device is None or device.type == "cpu":
-            rows = _aligned(slots * column.row_bytes)
-            self.bytes = rows.numpy().reshape(count, column.slots, column.row_bytes)
-            self.rows = rows.view(column.dtype).view(slots, column.dim)
-            scales = _aligned(slots * 4) if column.scaled else None
-            self.scales = None if scales is None else scales.view(torch.float32)
-            self.scale_numbers = None if self.scales is None else self.scales.numpy().reshape(count, column.slots)
-        else:
-            self.rows = torch.empty(slots, column.dim, dtype=column.dtype, device=device)
-            self.scales = torch.empty(slots, device=device) if column.scaled else None
+        memory = aligned if copies is None else copies.locked
+        rows = memory(slots * column.row_bytes)
+        self.bytes: Any = rows.numpy().reshape(count, column.slots, column.row_bytes)
+        self.rows = rows.view(column.dtype).view(slots, column.dim)
+        self.scales = memory(slots * 4).view(torch.float32) if column.scaled else None
+        self.scale_numbers: Any = None if self.scales is None else self.scales.numpy().reshape(count, column.slots)
 
     def parts(self, at: int) -> list:
         """The bytes of a page in the order in which they stand on disk, without the padding."""
@@ -155,7 +163,7 @@ class Pages:
             self.scale_numbers[at] = 0
 
     def copy(self, at: int, other: Pages, from_: int) -> None:
-        """A page of ``other``, of any device."""
+        """A page of ``other``."""
         size = self.column.slots
         here, there = slice(at * size, (at + 1) * size), slice(from_ * size, (from_ + 1) * size)
         self.rows[here].copy_(other.rows[there])
@@ -163,7 +171,21 @@ class Pages:
             self.scales[here].copy_(other.scales[there])
 
 
-def _aligned(size: int) -> Tensor:
+class DevicePages:
+    """The same in the memory of a device, which copies fill."""
+
+    @torch.inference_mode(False)
+    def __init__(self, column: Column, count: int, copies: Copies):
+        self.column, self.count = column, count
+        slots = count * column.slots
+        self.rows: Any = copies.empty(slots, column.dim, dtype=column.dtype)
+        self.scales: Any = copies.empty(slots) if column.scaled else None
+
+    def free(self) -> None:
+        self.rows = self.scales = None
+
+
+def aligned(size: int) -> Tensor:
     """uint8 [size] that begins a page of memory; the system gives it when it is first touched."""
     memory = mmap.mmap(-1, max(size, 1), flags=PRIVATE)
     return torch.frombuffer(memory, dtype=torch.uint8)[:size]

@@ -21,15 +21,17 @@ import torch
 from . import _io, _log, _mark
 from ._bitmap import Bitmap
 from ._columns import DTYPES, Column, Pages
+from ._copies import Copies, usable
 from ._database import ABSENT, BLOCK, COLUMNS, ENTRY, MAP_BLOCK, MAPS, Database
 from ._errors import StoreDamaged, StoreError
 from ._extents import PageFile, Pin, oldest_pin
 from ._log import ALIVE, DEAD, KEYS, VALUES, Change, Pending
-from ._tiers import Tier, frames_for
+from ._tiers import DeviceTier, Tier, frames_for
 
 if TYPE_CHECKING:
     from . import _index
 
+CPU = torch.device("cpu")
 READERS = 4  # threads that read pages
 
 
@@ -62,9 +64,11 @@ class Engine:
         self.pool: ThreadPoolExecutor | None = None
         self.files: dict[str, PageFile] = {}
         self.tiers: dict[str, Tier] = {}
-        self.device_tiers: dict[str, Tier] = {}
+        self.device_tiers: dict[str, DeviceTier] = {}
+        self.copies: Copies | None = None  # to the device that keeps pages too
         self.reads = self.commits = self.log_written = 0
-        self.buffers: dict[str, list[Pages]] = {}  # of scans: two runs of each column
+        self.buffers: dict[str, deque[Pages]] = {}  # rings of scans and of copies to the device
+        self.kept: dict[tuple[str, ...], tuple] = {}  # what searches on the device made, and what they made it from
         self.index: tuple | None = None  # file and contents of the approximate index
         self.recent: _index.Recent | None = None  # what changed since it was built
         self.indexed: set[str] = set()  # fields of metadata that have an index
@@ -89,7 +93,7 @@ class Engine:
             self.page_slots = self.state["page_slots"]
             self.frames = frames_for(list(self.columns.values()), ram_bytes)
             self.files = {c.name: PageFile(path, c, mode == "w") for c in self.columns.values()}
-            self.tiers = {c.name: Tier(c, self.frames) for c in self.columns.values()}
+            self.tiers = {c.name: Tier(c, Pages(c, self.frames)) for c in self.columns.values()}
             self._forget()
             self.load()
             if not self.snapshot and self.generation < marked:
@@ -108,15 +112,35 @@ class Engine:
             raise
 
     def place(self, device, device_bytes: int) -> None:
-        """Keep rows on a device too."""
-        if device is None or device_bytes == 0:
+        """Keep pages on a device too."""
+        if device is None:
             if device_bytes:
                 raise ValueError(f"open: device_bytes must come with a device, got {device_bytes} without one")
             return
+        found = usable(device)
+        if device_bytes == 0:
+            return
         frames = frames_for(list(self.columns.values()), device_bytes, "device_bytes")
-        self.device_tiers = {c.name: Tier(c, frames, torch.device(device)) for c in self.columns.values()}
+        self.copies = Copies(found)
+        self.device_tiers = {c.name: DeviceTier(c, frames, self.copies) for c in self.columns.values()}
         for tier in self.device_tiers.values():
             tier.grow(len(self.tables["keys"]))
+
+    def home(self, x: torch.Tensor) -> torch.device:
+        """Where a call on ``x`` runs: on the device that keeps pages where ``x`` lies there, else on the CPU."""
+        return x.device if self.on_device(x.device) else CPU
+
+    @property
+    def default(self) -> torch.device:
+        """Where rows go that a caller names by plain numbers."""
+        return CPU if self.copies is None else self.copies.device
+
+    def on_device(self, device: torch.device | None) -> bool:
+        """Has the store pages on ``device``?"""
+        return self.copies is not None and device == self.copies.device
+
+    def tier(self, name: str, device: torch.device | None) -> Tier:
+        return self.device_tiers[name] if self.on_device(device) else self.tiers[name]
 
     def _forget(self) -> None:
         self.generation = self.version = -1
@@ -131,6 +155,10 @@ class Engine:
         """Close what is open; writes nothing."""
         if self.pool is not None:
             self.pool.shutdown()
+        for tier in self.device_tiers.values():
+            tier.pages.free()
+        self.buffers.clear()
+        self.kept.clear()
         for file in self.files.values():
             file.close()
         if hasattr(self, "db"):
@@ -358,24 +386,17 @@ class Engine:
             for page in numbers:
                 tier.drop(page)
             raise
+        tier.bytes_copied += len(numbers) * tier.page_bytes
 
-    def on_device(self, name: str, numbers: list[int]) -> None:
-        """Bring pages into the device tier, by way of the one in memory; at most as many as it has frames."""
-        tier, ram = self.device_tiers[name], self.tiers[name]
-        frames = tier.take(numbers)
-        try:
-            for first in range(0, len(numbers), ram.frames):
-                chunk = numbers[first : first + ram.frames]
-                if missing := [page for page in chunk if ram.frame_of[page] < 0]:
-                    self.resident(name, missing)
-                for page, frame in zip(chunk, frames[first:]):
-                    if ram.frame_of[page] < 0:  # gave way to another of the chunk
-                        self.resident(name, [page])
-                    tier.pages.copy(frame, ram.pages, int(ram.frame_of[page]))
-        except BaseException:
-            for page in numbers:
-                tier.drop(page)
-            raise
+    def buffer(self, name: str, count: int) -> Pages:
+        """The next buffer of a ring of two, of ``count`` pages, once the copies out of it are done."""
+        if name not in self.buffers:
+            self.buffers[name] = deque(Pages(self.columns[name], count, self.copies) for _ in range(2))
+        ring = self.buffers[name]
+        ring.rotate()
+        if name in self.device_tiers:
+            self.device_tiers[name].reclaim(ring[0])
+        return ring[0]
 
     def drop(self, name: str, page: int) -> None:
         """Forget what the page held, in memory and on the device."""

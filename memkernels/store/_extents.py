@@ -43,7 +43,7 @@ class PageFile:
 
     def read_run(self, extent: int, count: int, pages: Pages, at: int) -> list[tuple[int, int]]:
         """:meth:`read` of extents in a row into pages in a row."""
-        if pages.bytes is None or self.size != self.column.slots * self.column.row_bytes:
+        if self.size != self.column.slots * self.column.row_bytes:
             return [self.read(extent + i, pages, at + i) for i in range(count)]
         got = self._fill([pages.bytes[at : at + count].reshape(-1)], extent)
         return [(min(max(got - i * self.size, 0), self.size), pages.crc(at + i, b"")) for i in range(count)]

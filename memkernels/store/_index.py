@@ -26,7 +26,7 @@ from . import _io, _rows, _search
 from ._bitmap import numbers, ones, pages_with_bits
 from ._crc import crc32c
 from ._database import COLUMNS, text_crc, translated
-from ._engine import Engine
+from ._engine import CPU, Engine
 from ._errors import StoreDamaged, StoreError
 from ._writer import Writer
 
@@ -206,7 +206,9 @@ def drop(engine: Writer) -> None:
 
 
 def search(engine: Engine, op: str, query: Tensor, k: int, scale, packed: np.ndarray) -> tuple[Tensor, Tensor]:
-    """As :func:`_search.topk`, approximately."""
+    """As :func:`_search.topk`, approximately; the candidates are found and scored on the CPU."""
+    device = query.device
+    query, scale = _search.moved(CPU, query, scale)
     if not bool((scale > 0).all() if isinstance(scale, Tensor) else scale > 0):
         raise ValueError(f"{op}: scale must be positive with index='approximate'")
     changed, live = engine.maps["changed"], engine.maps["live"]
@@ -224,14 +226,14 @@ def search(engine: Engine, op: str, query: Tensor, k: int, scale, packed: np.nda
     rows = torch.zeros(len(used), engine.columns["keys"].dim, dtype=engine.columns["keys"].read_dtype)
     rows[torch.from_numpy(keep)] = _rows.gather(engine, "keys", used.numpy()[keep])
     scores = _search.rescored(query, rows[at], scale).masked_fill(~some, -torch.inf)
-    best = merged([(scores, slots), _recent(engine, query, k, scale, packed)], k)
+    best = _search.merged([(scores, slots), _recent(engine, query, k, scale, packed)], k)
     lacking = (best[1] < 0).any(1)
     short = lacking & ((best[1] >= 0).sum(1) < min(k, ones(packed))) if lacking.any() else lacking
     if short.any():
         factor = scale[short] if isinstance(scale, Tensor) else scale
         for whole, part in zip(best, _search.topk(engine, query[short], k, factor, packed)):
             whole[short] = part
-    return best
+    return _search.moved(device, *best)
 
 
 @dataclass
@@ -261,17 +263,8 @@ def _recent(engine: Engine, query: Tensor, k: int, scale, packed: np.ndarray) ->
     mask = None if packed is engine.maps["live"].bytes else Bits(packed).has(recent.slots)
     factor = scale.to(dtype) if isinstance(scale, Tensor) else scale
     scores, at = ops.topk_search(query.to(dtype), recent.keys, k, scale=factor, slot_mask=mask)
-    slots = recent.slots[at.clamp(min=0)].masked_fill(at < 0, -1)
-    return scores.to(_search.exact(query.dtype)), slots
-
-
-def merged(parts: list[tuple[Tensor, Tensor]], k: int) -> tuple[Tensor, Tensor]:
-    """The k best of several answers, equal scores by smaller slot."""
-    scores, slots = torch.cat([p[0] for p in parts], 1), torch.cat([p[1] for p in parts], 1)
-    order = slots.argsort(dim=1, stable=True)
-    scores, slots = scores.gather(1, order), slots.gather(1, order)
-    order = scores.argsort(dim=1, descending=True, stable=True)[:, :k]
-    return scores.gather(1, order), slots.gather(1, order)
+    found = recent.slots[at.clamp(min=0)].masked_fill(at < 0, -1)
+    return scores.to(_search.exact(query.dtype)), found
 
 
 class Bits:

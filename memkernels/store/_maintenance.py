@@ -103,6 +103,7 @@ class Maintenance:
             result[tier] = {
                 "hits": sum(counted[tier, name, "hits"] for name in columns),
                 "misses": sum(counted[tier, name, "misses"] for name in columns),
+                "bytes_copied": sum(counted[tier, name, "bytes_copied"] for name in columns),
                 "resident_bytes": sum(t.resident * t.page_bytes for t in columns.values()),
                 "budget_bytes": sum(t.frames * t.page_bytes for t in columns.values()),
             }
@@ -121,5 +122,6 @@ class Maintenance:
         found["bytes_written"] = sum(f.bytes_written for f in engine.files.values()) + engine.log_written
         for tier, columns in (("ram", engine.tiers), ("device", engine.device_tiers)):
             for name, t in columns.items():
-                found[tier, name, "hits"], found[tier, name, "misses"] = t.hits, t.misses
+                for what in ("hits", "misses", "bytes_copied"):
+                    found[tier, name, what] = getattr(t, what)
         return found

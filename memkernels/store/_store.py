@@ -13,8 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import ops
-from . import _arguments, _database, _index, _io, _layout, _rows, _search, _verify, _where
+from . import _arguments, _database, _index, _io, _layout, _rows, _search, _sparse, _verify, _where
 from ._calls import reading, writing
 from ._columns import Column, dtype_name
 from ._database import COLUMNS, translated
@@ -86,7 +85,8 @@ class MemoryStore(Maintenance):
             path: the directory that :meth:`create` made.
             mode: "r" or "w".
             ram_bytes: most bytes of pages in memory; at least two pages of each column. None: a quarter of the memory.
-            device, device_bytes: a device that keeps rows too, and how many bytes of them.
+            device, device_bytes: a device that keeps pages too, and how many bytes of them. Calls on tensors of that
+                device run there.
             snapshot: open what :meth:`snapshot` kept under that name, to read.
             durability: "commit": what is acknowledged is durable. "batch": a power cut may take back the last commits,
                 whole ones, in order; a killed process still loses none.
@@ -285,13 +285,16 @@ class MemoryStore(Maintenance):
         return self._rows("gather", "values", slots)
 
     def _rows(self, op: str, name: str, slots) -> Tensor:
-        if isinstance(slots, Tensor) and not self._engine.device_tiers:
-            at = _rows.places(self._engine, name, slots)
-            if at is not None:
-                return _rows.at_places(self._engine.tiers[name].pages, at)
+        engine = self._engine
+        home = engine.home(slots) if isinstance(slots, Tensor) else engine.default
+        if isinstance(slots, Tensor) and slots.device == home:
+            tier = engine.tier(name, home)
+            if (places := _rows.places(engine, tier, slots)) is not None:
+                with tier.reading() as memory:
+                    return _rows.at_places(memory, places.to(home))
         at, shape = _arguments.numbers(op, slots)
-        _arguments.live(op, self._engine, at)
-        rows = _rows.gather(self._engine, name, at).view(*shape, self._engine.columns[name].dim)
+        _arguments.live(op, engine, at)
+        rows = _rows.gather(engine, name, at, home).view(*shape, engine.columns[name].dim)
         return rows.to(slots.device) if isinstance(slots, Tensor) else rows
 
     @reading
@@ -351,8 +354,8 @@ class MemoryStore(Maintenance):
         scores, slots = self._topk("topk_read", query, k, scale, where, index)
         lse = scores.logsumexp(-1)
         weights = (scores - lse.masked_fill(lse.isneginf(), 0).unsqueeze(-1)).exp()
-        read = self._read_in_place(slots, weights)
-        read = (self._sparse_read(slots, weights) if read is None else read).to(query.dtype)
+        read = _sparse.read_in_place(self._engine, slots, weights)
+        read = (_sparse.read(self._engine, slots, weights) if read is None else read).to(query.dtype)
         lead, home = query.shape[:-1], query.device
         results = [read.view(*lead, -1).to(home)]
         if return_slots:
@@ -379,8 +382,8 @@ class MemoryStore(Maintenance):
         """
         engine = self._engine
         taken = _arguments.query("softmax_read", engine, query)
-        factor = _arguments.scaling("softmax_read", scale, query)
-        flat = taken.cpu().reshape(-1, query.shape[-1])
+        factor = _arguments.scaling("softmax_read", scale, taken)
+        flat = taken.reshape(-1, query.shape[-1])
         read, lse = _search.softmax(engine, flat, factor, self._candidates("softmax_read", where))
         read = read.view(*query.shape[:-1], -1).to(query.device, query.dtype)
         return (read, lse.view(query.shape[:-1]).to(query.device)) if return_lse else read
@@ -391,7 +394,7 @@ class MemoryStore(Maintenance):
         if not isinstance(weights, Tensor) or not weights.is_floating_point():
             raise TypeError("sparse_read: weights must be a float tensor like slots")
         if isinstance(slots, Tensor) and slots.dim() >= 2 and slots.shape == weights.shape:
-            read = self._read_in_place(slots, weights)
+            read = _sparse.read_in_place(self._engine, slots, weights)
             if read is not None:
                 return read
         at, shape = _arguments.numbers("sparse_read", slots)
@@ -401,30 +404,8 @@ class MemoryStore(Maintenance):
             )
         _arguments.live("sparse_read", self._engine, at[at != -1])
         flat = torch.from_numpy(at).view(-1, shape[-1])
-        read = self._sparse_read(flat, weights.cpu().reshape(-1, shape[-1]))
+        read = _sparse.read(self._engine, flat, weights.to(self._engine.home(weights)).reshape(-1, shape[-1]))
         return read.to(weights.dtype).view(*shape[:-1], -1).to(weights.device)
-
-    def _read_in_place(self, slots: Tensor, weights: Tensor) -> Tensor | None:
-        """The read where all values are in memory, and lie as the op takes them."""
-        # Rows in the arena may change before a backward, so they are read in place only where there is none.
-        if torch.is_grad_enabled() and weights.requires_grad:
-            return None
-        memory = self._engine.tiers["values"].pages
-        rows, scales, dtype = memory.rows, memory.scales, weights.dtype
-        if scales is None and rows.dtype != dtype and (rows.dtype != torch.float32 or dtype not in _search.SIXTEEN):
-            return None
-        at = _rows.places(self._engine, "values", slots, none=True)
-        if at is None:
-            return None
-        scales = None if scales is None else scales.to(_search.exact(dtype))
-        return ops.sparse_read(rows, at, weights, value_scale=scales)
-
-    def _sparse_read(self, slots: Tensor, weights: Tensor) -> Tensor:
-        used, at = torch.unique(slots, return_inverse=True)
-        missing = int((used < 0).sum())
-        rows = _rows.gather(self._engine, "values", used[missing:].numpy())
-        exact = _search.exact(weights.dtype)
-        return ops.sparse_read(rows.to(exact), at - missing, weights.to(exact))
 
     def _candidates(self, op: str, where) -> np.ndarray:
         return self._engine.maps["live"].bytes if where is None else _where.matching(self._engine, op, where)
@@ -432,10 +413,10 @@ class MemoryStore(Maintenance):
     def _topk(self, op: str, query: Tensor, k: int, scale, where, index) -> tuple[Tensor, Tensor]:
         engine = self._engine
         taken = _arguments.query(op, engine, query)
-        k, factor = _arguments.neighbours(op, k), _arguments.scaling(op, scale, query)
+        k, factor = _arguments.neighbours(op, k), _arguments.scaling(op, scale, taken)
         if index not in (None, "approximate"):
             raise ValueError(f"{op}: index must be None or 'approximate', got {index!r}")
-        flat = taken.cpu().reshape(-1, query.shape[-1])
+        flat = taken.reshape(-1, query.shape[-1])
         packed = self._candidates(op, where)
         with torch.no_grad():
             if index is None:
@@ -444,22 +425,19 @@ class MemoryStore(Maintenance):
                 scores, slots = _index.search(engine, op, flat, k, factor, packed)
         if torch.is_grad_enabled() and (flat.requires_grad or isinstance(factor, Tensor) and factor.requires_grad):
             some = slots >= 0
-            rows = torch.zeros(*slots.shape, flat.shape[-1], dtype=engine.columns["keys"].read_dtype)
-            rows[some] = _rows.gather(engine, "keys", slots[some].numpy())
+            rows = flat.new_zeros(*slots.shape, flat.shape[-1], dtype=engine.columns["keys"].read_dtype)
+            rows[some] = _rows.gather(engine, "keys", slots[some].cpu().numpy(), flat.device)
             scores = _search.rescored(flat, rows, factor).masked_fill(~some, -torch.inf)
         return scores, slots
 
     @reading
     def prefetch(self, slots) -> None:
-        """Bring the pages of slots into memory, as many as it has room for."""
+        """Bring the pages of slots into memory and on to the device, as many as there is room for."""
         at, _ = _arguments.numbers("prefetch", slots)
         _arguments.live("prefetch", self._engine, at)
         pages = np.unique(at // self._engine.page_slots)
-        for tiers, bring in (
-            (self._engine.tiers, self._engine.resident),
-            (self._engine.device_tiers, self._engine.on_device),
-        ):
-            for name, tier in tiers.items():
+        for tiers in (self._engine.tiers, self._engine.device_tiers):
+            for tier in tiers.values():
                 missing = pages[tier.frame_of[pages] < 0][: tier.frames]
                 if len(missing):
-                    bring(name, missing.tolist())
+                    _rows.bring(self._engine, tier, missing)
