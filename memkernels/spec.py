@@ -83,7 +83,8 @@ class Arg:
         ``"slots"``: 8 bits, or the lead, or float32 beside a 16-bit lead; never differentiable;
         ``"scale"``: what multiplies the rows of such an argument.
     stretch: a last axis of size 1 is stretched.
-    of: for an index the axis that it points into, for a scale the argument whose rows it multiplies.
+    of: for an index the axis that it points into (``""``: none, it is any number from -1 on), for a scale the argument whose
+        rows it multiplies.
 
     For the tests:
 
@@ -121,7 +122,7 @@ class Out:
     lead: the leading dimensions of ``"all"`` arguments or of the ``"memory"``.
     dtype: ``"lead"``, ``"stats"``, ``"index"``, or the name of the argument whose dtype it has.
     grad: may it have a gradient?
-    of: for an index the axis that it points into.
+    of: for an index the axis that it points into; ``""``: none.
     positive: a sum of positive terms. Nothing cancels, so each number must be accurate, however small it is.
     judged: False for a result that only the backward kernel uses and that has no unique right value.
     judge: for the slots that an op chose, the scores that rank them, ``[..., T, slots]``, as a function of all tensors

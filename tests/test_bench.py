@@ -44,6 +44,8 @@ GOALS = {
     ("gated_write", "backward", "float32", "T=2048 N=1024 K=V=64"): "eager",
     ("slot_write", "forward", "float32", "erase and add, T=512 N=1024 V=64"): "loop",
     ("softmax_read_compressed", "forward", "float32", "T=1 N=2^20 K=V=128"): "float32 slots",
+    ("paged_topk_search", "forward", "float32", "T=1 F=1024 S=1024 K=64"): "eager",
+    ("paged_topk_search", "forward", "float32", "T=256 F=256 S=1024 K=64"): "eager",
     ("product_key_search", "forward", "float32", "T=1024 n=512 K=128"): "eager",
     ("additive_read", "forward", "float32", "B=4 T=128 N=512 K=V=128"): "eager",
     ("additive_read", "backward", "float32", "B=4 T=128 N=512 K=V=128"): "eager",

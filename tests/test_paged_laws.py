@@ -127,3 +127,18 @@ def test_best_must_be_whole(backend):
         mk.paged_topk_search(query, keys, pages, k, **best, backend=backend)
     with pytest.raises(TypeError, match="^paged_topk_search: best_scores and best_slots must come together, got None "):
         mk.paged_topk_search(query, keys, pages, k, best_scores=torch.zeros(T, k), backend=backend)
+
+
+@pytest.mark.parametrize("wrong", [-2, 2**62 // S, 2**63 - 1, -(2**63)])
+def test_page_numbers_that_are_none_are_refused_by_the_kernel(wrong):
+    query, keys, pages = randn(T, K).float(), randn(F, S, K).float(), torch.arange(F)
+    pages[3] = wrong
+    with pytest.raises(RuntimeError, match="^paged_topk_search: pages must be in"):
+        mk.paged_topk_search(query, keys, pages, k, backend="cpu")
+
+
+def test_slots_found_before_that_are_none_are_refused_by_the_kernel():
+    query, keys, pages = randn(T, K).float(), randn(F, S, K).float(), torch.arange(F)
+    best = carried(torch.zeros(T, k), torch.full((T, k), -2))
+    with pytest.raises(RuntimeError, match="^paged_topk_search: the slots of best must be in"):
+        mk.paged_topk_search(query, keys, pages, k, **best, backend="cpu")

@@ -130,7 +130,8 @@ class BoundedStore:
             at, shape = _arguments.numbers("use", slots)
             _arguments.live("use", self._engine, at)
             self._see(at)
-            return torch.from_numpy(self._counted[at] / self._unit).view(shape)
+            use = torch.from_numpy(self._counted[at] / self._unit)
+            return use.view(shape)
 
     def least_used(self, count: int) -> Tensor:
         """The ``count`` live slots that would be evicted next, least used first, equal ones by smaller slot.
