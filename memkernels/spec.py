@@ -83,8 +83,8 @@ class Arg:
         ``"slots"``: 8 bits, or the lead, or float32 beside a 16-bit lead; never differentiable;
         ``"scale"``: what multiplies the rows of such an argument.
     stretch: a last axis of size 1 is stretched.
-    of: for an index the axis that it points into (``""``: none, it is any number from -1 on), for a scale the argument whose
-        rows it multiplies.
+    of: for an index the axis that it points into (``""``: none, it is any number from -1 on), for a scale the argument
+        whose rows it multiplies.
 
     For the tests:
 
