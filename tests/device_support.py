@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from memkernels.store import MemoryStore, _engine
-from memkernels.store._columns import aligned
 from memkernels.store._copies import Copies
+from memkernels.store._memory import aligned
 
 
 class Disorder(AssertionError):

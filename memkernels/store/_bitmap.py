@@ -2,27 +2,14 @@
 
 from __future__ import annotations
 
-import mmap
-
 import numpy as np
 
 from ._database import MAP_BLOCK
+from ._memory import zeros
 
 BLOCK_BYTES = MAP_BLOCK // 8
 BIT = np.left_shift(1, np.arange(8)).astype(np.uint8)
 ONES = np.array([bin(i).count("1") for i in range(256)], dtype=np.uint8)
-
-
-HUGE = 1 << 24  # bytes from which huge pages are worth it: a billion slots have 30,000 small ones to be touched
-
-
-def zeros(size: int) -> np.ndarray:
-    """uint8 [size] whose memory the system gives when it is first written."""
-    if size < HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return np.zeros(size, dtype=np.uint8)
-    memory = mmap.mmap(-1, size)
-    memory.madvise(mmap.MADV_HUGEPAGE)
-    return np.frombuffer(memory, dtype=np.uint8)
 
 
 def ones(packed: np.ndarray) -> int:

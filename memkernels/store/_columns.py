@@ -8,20 +8,18 @@ of 4 KiB. A row in the log is the row and, where it has one, its scale.
 
 from __future__ import annotations
 
-import mmap
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ._copies import Copies
 from ._crc import crc32c
 from ._io import ALIGN, round_up
-
-if TYPE_CHECKING:
-    from ._copies import Copies
+from ._memory import aligned
 
 DTYPES = {
     "float32": torch.float32,
@@ -32,7 +30,6 @@ DTYPES = {
     "float8_e4m3fn": torch.float8_e4m3fn,
 }
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
-PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
 SIXTEEN = (torch.bfloat16, torch.float16)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -183,9 +180,3 @@ class DevicePages:
 
     def free(self) -> None:
         self.rows = self.scales = None
-
-
-def aligned(size: int) -> Tensor:
-    """uint8 [size] that begins a page of memory; the system gives it when it is first touched."""
-    memory = mmap.mmap(-1, max(size, 1), flags=PRIVATE)
-    return torch.frombuffer(memory, dtype=torch.uint8)[:size]

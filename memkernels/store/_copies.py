@@ -17,8 +17,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ._columns import aligned
 from ._io import ALIGN
+from ._memory import aligned
 
 Event = Any  # of the module of the device, such as torch.cuda.Event
 Queue = Literal["copy", "compute", "host"]

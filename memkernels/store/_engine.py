@@ -13,7 +13,7 @@ import threading
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,9 +27,6 @@ from ._errors import StoreDamaged, StoreError
 from ._extents import PageFile, Pin, oldest_pin
 from ._log import ALIVE, DEAD, KEYS, VALUES, Change, Pending
 from ._tiers import DeviceTier, Tier, frames_for
-
-if TYPE_CHECKING:
-    from . import _index
 
 CPU = torch.device("cpu")
 READERS = 4  # threads that read pages
@@ -70,7 +67,7 @@ class Engine:
         self.buffers: dict[str, deque[Pages]] = {}  # rings of scans and of copies to the device
         self.kept: dict[tuple[str, ...], tuple] = {}  # what searches on the device made, and what they made it from
         self.index: tuple | None = None  # file and contents of the approximate index
-        self.recent: _index.Recent | None = None  # what changed since it was built
+        self.recent: Any = None  # what changed since it was built, as _index keeps it
         self.indexed: set[str] = set()  # fields of metadata that have an index
         self.seen = -1  # data_version of what is loaded
         if mode == "w":
