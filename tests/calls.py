@@ -10,7 +10,7 @@ from support import randn
 
 import memkernels as mk
 from memkernels.registration import OPS
-from memkernels.spec import several
+from memkernels.spec import several, sizes
 from memkernels.testing import Case
 from memkernels.testing.inputs import make
 
@@ -28,8 +28,8 @@ def _share(*shape: int, dtype) -> torch.Tensor:
 def _declared(op: str, dtype: torch.dtype) -> dict:
     """Arguments of an op that has no entry in the table below, filled as its declaration says."""
     declared = OPS[op]
-    sizes = {"T": T, "N": N, "K": K, "V": V, "k": k, "W": W}
-    inputs = make(declared, Case("small", sizes=sizes, tokens=(B,), memory=(B,)), dtype)
+    axes = {"T": T, "N": N, "K": K, "V": V, "k": k, "W": W}
+    inputs = make(declared, Case("small", sizes=axes, tokens=(B,), memory=(B,)), dtype)
     names = [*(a.name for a in declared.args), *(name for name, _ in declared.params)]
     taken = inspect.signature(getattr(mk, op)).parameters
     given = zip(names, (*inputs.tensors, *inputs.params))
@@ -65,7 +65,7 @@ def arguments(op: str, dtype: torch.dtype = torch.float32, masks: bool = False) 
         },
         "product_key_read": {**pairs, "values": floats(N * N, V), "k": k},
         "product_key_search": {**pairs, "k": k},
-        "paged_topk_search": {"query": query, "keys": floats(2, N, K), "pages": torch.tensor([1, 0]), "k": k},
+        "paged_topk_search": {"query": query, "keys": floats(2, N, K), "pages": torch.tensor([[1, 0], [0, 1]]), "k": k},
         "slot_usage": {"query": query, "keys": keys, "lse": (10 + randn(B, T)).to(exact)},
         "slot_write": {"values": values, "weights": weights, "write": write},
         "softmax_read": read,
@@ -80,10 +80,16 @@ def arguments(op: str, dtype: torch.dtype = torch.float32, masks: bool = False) 
     if op.endswith("_"):
         result["values"] = result["values"].clone()
     if masks and op in SLOT_MASKED:
-        result["slot_mask"] = _whole(4, B, N) > 0
+        result["slot_mask"] = _whole(4, B, *mask_shape(op, "slot_mask")) > 0
     if masks and op in TOKEN_MASKED:
         result["token_mask"] = _whole(4, B, T) > 0
     return result
+
+
+def mask_shape(op: str, name: str) -> tuple[int, ...]:
+    """The axes of a mask of ``op``, without leading dimensions."""
+    axes = next(a.axes for a in OPS[op.removesuffix("_")].args if a.name == name)
+    return sizes(axes, {"T": T, "N": N, "F": 2, "S": N})
 
 
 def _taking(argument: str) -> tuple[str, ...]:

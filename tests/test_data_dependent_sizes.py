@@ -107,6 +107,12 @@ CASES = {
         ),
         (QUERY, randn(2, 3, K), randn(T, k)),
     ),
+    "paged_topk_search_compressed F": (
+        lambda c, b, q: mk.paged_topk_search(
+            q, KEYS8.view(N, 1, K)[c], PAGES[c], k, key_scale=ROW.view(N, 1)[c], backend=b
+        ),
+        (QUERY,),
+    ),
     "product_key_search T": (lambda c, b, q, x: mk.product_key_search(q[c], x, k, backend=b), (QUERY, SUBKEYS)),
     "product_key_search n": (
         lambda c, b, q, x: mk.product_key_search(q, x[c].expand(2, -1, -1), k, backend=b),

@@ -226,6 +226,20 @@ CASES = {
         ),
         (QUERY, MASK),
     ),
+    "paged_topk_search_compressed": (
+        lambda b, q, m, s: mk.paged_topk_search(
+            q,
+            KEYS8[:, :6].unflatten(1, (3, 2)),
+            PAGES,
+            3,
+            key_scale=ROW[:, :6].unflatten(1, (3, 2)),
+            slot_mask=m,
+            best_scores=s,
+            best_slots=FOUND,
+            backend=b,
+        )[0],
+        (QUERY, randn(B, 3, 2, seed=15), randn(B, T, k, seed=16)),
+    ),
     "topk_search_compressed": (
         lambda b, q, m: mk.topk_search(q, KEYS8, 3, key_scale=ROW, slot_mask=m, backend=b)[0],
         (QUERY, MASK),

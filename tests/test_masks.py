@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
-from calls import SLOT_MASKED, TOKEN_MASKED, B, N, T, arguments, run
+from calls import SLOT_MASKED, TOKEN_MASKED, B, N, T, arguments, mask_shape, run
 from support import close
 
 MASKS = [*((op, "slot_mask") for op in SLOT_MASKED), *((op, "token_mask") for op in TOKEN_MASKED)]
-SIZE = {"slot_mask": N, "token_mask": T}
 
 
 def _ones(kind: torch.dtype, *shape: int) -> torch.Tensor:
@@ -19,7 +20,7 @@ def _refused(backend: str, op: str, given: dict, name: str, lead: list[int], oth
     before = {n: x.clone() for n, x in given.items() if isinstance(x, torch.Tensor)}
     for kind in (torch.bool, torch.float32) if name == "slot_mask" else (torch.bool,):
         with pytest.raises(ValueError) as caught:
-            run(op, backend, **{**given, name: _ones(kind, *lead, SIZE[name])})
+            run(op, backend, **{**given, name: _ones(kind, *lead, *mask_shape(op, name))})
         assert str(caught.value) == (
             f"{op.removesuffix('_')}: leading dimensions of {name} must broadcast to {others}, those of the other "
             f"arguments, got {lead}"
@@ -58,9 +59,10 @@ def test_in_place_a_mask_of_another_rank_is_refused(backend, op):
 @pytest.mark.parametrize(("op", "name"), [(op, name) for op, name in MASKS if not op.endswith("_")])
 def test_a_mask_that_broadcasts_within_them_works(backend, op, name):
     given = arguments(op, torch.float64)
-    mask = torch.arange(SIZE[name]) % 3 > 0
-    whole = run(op, "reference", **given, **{name: mask.expand(B, -1)})
-    for own in (mask, mask.expand(1, -1)):
+    shape = mask_shape(op, name)
+    mask = (torch.arange(math.prod(shape)) % 3 > 0).view(shape)
+    whole = run(op, "reference", **given, **{name: mask.expand(B, *shape)})
+    for own in (mask, mask.expand(1, *shape)):
         for got, want in zip(run(op, backend, **given, **{name: own}), whole):
             close(got.double(), want.double(), 1e-12)
     if name == "slot_mask" and "query" in given and op != "slot_usage":  # one memory for all streams, a mask for each

@@ -140,8 +140,8 @@ def paged_topk_search(
         others, as in :func:`topk_search`.
 
     Raises:
-        ValueError: k < 1, or a shape or device does not fit. TypeError: a dtype does not fit, or one of
-        ``best_scores`` and ``best_slots`` comes without the other.
+        ValueError: k < 1, or a shape or device does not fit. TypeError: a dtype does not fit, or best_scores comes
+            without best_slots.
 
     Source: Johnson et al. 2017, Billion-scale similarity search with GPUs; Kwon et al. 2023, Efficient Memory
     Management for Large Language Model Serving with PagedAttention.

@@ -349,7 +349,7 @@ class MemoryStore(Maintenance):
             query and in a scale that is a tensor; never in what lies on the disk.
 
         Raises:
-            as :meth:`topk_search`.
+            ValueError, TypeError: an argument does not fit. StoreDamaged: a page is not what was written.
         """
         scores, slots = self._topk("topk_read", query, k, scale, where, index)
         lse = scores.logsumexp(-1)
@@ -378,7 +378,8 @@ class MemoryStore(Maintenance):
             in query and in a scale that is a tensor; the backward goes over the pages again.
 
         Raises:
-            as :meth:`topk_search`. RuntimeError in a backward: the store changed or was closed since the read.
+            ValueError, TypeError: an argument does not fit. StoreDamaged: a page is not what was written. RuntimeError,
+                in a backward: the store changed or was closed since the read.
         """
         engine = self._engine
         taken = _arguments.query("softmax_read", engine, query)

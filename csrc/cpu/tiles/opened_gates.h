@@ -48,8 +48,8 @@ struct Opened {
     }
   }
 
-  // Turns D = c [token][lane] of n tokens into dS, and adds it to dm [lane]. past [lane]: p before the chunk, then after
-  // it. kept [lane]: g retained; delta [token]: of a softmax. Skipped tokens get zeros in rows that are stored.
+  // Turns D = c [token][lane] of n tokens into dS, and adds it to dm [lane]. past [lane]: p before the chunk, then
+  // after it. kept [lane]: g retained; delta [token]: of a softmax. Skipped tokens get zeros in rows that are stored.
   void to_gradients(Gate kind, int64_t n, const KeyLanes<F>& lanes, F e, const F* kept, const F* delta, F* D, F* past,
                     F* dm) const {
     constexpr int W = kLanes<F>;
