@@ -147,12 +147,12 @@ class Pages:
             crc = crc32c(part, crc)
         return crc
 
-    def patch(self, at: int, offsets: np.ndarray, stored: np.ndarray) -> None:
-        """Put rows of the log into a page."""
-        self.bytes[at][offsets] = stored[:, : self.column.row_bytes]
+    def patch(self, at: int | np.ndarray, offsets: np.ndarray, stored: np.ndarray) -> None:
+        """Put rows of the log into a page, or each into one of its own; of rows at one place the last stays."""
+        self.bytes[at, offsets] = stored[:, : self.column.row_bytes]
         if self.scale_numbers is not None:
             scales = np.ascontiguousarray(stored[:, self.column.row_bytes :]).view(np.float32)
-            self.scale_numbers[at][offsets] = scales[:, 0]
+            self.scale_numbers[at, offsets] = scales[:, 0]
 
     def clear(self, at: int) -> None:
         self.bytes[at] = 0

@@ -288,16 +288,22 @@ class Engine:
                 self.maps["changed"].set(slots)
         for name, flag in zip(COLUMNS, (KEYS, VALUES)):
             if change.flags & flag:
-                table, tier, rows = self.tables[name], self.tiers[name], change.rows[name]
-                for page, group in _log.by_page(slots, self.page_slots):
-                    if seq <= table[page]["generation"]:
-                        continue
-                    offsets = slots[group] % self.page_slots
-                    self.pending[name].add(seq, page, offsets, rows[group])
-                    if (frame := tier.frame_of[page]) >= 0:
-                        tier.pages.patch(frame, offsets, rows[group])
-                    if self.device_tiers:
-                        self.device_tiers[name].drop(page)
+                self._apply_rows(name, slots, change.rows[name], seq)
+
+    def _apply_rows(self, name: str, slots: np.ndarray, rows: np.ndarray, seq: int) -> None:
+        """Rows of a commit, to pages in memory and to what waits for the disk: those that no page there holds yet."""
+        tier, pages = self.tiers[name], slots // self.page_slots
+        ahead = seq > self.tables[name]["generation"][pages]
+        if not ahead.all():
+            slots, rows, pages = slots[ahead], rows[ahead], pages[ahead]
+        frames, offsets = tier.frame_of[pages], slots - pages * self.page_slots
+        here = np.flatnonzero(frames >= 0)
+        if len(here):
+            tier.pages.patch(frames[here], offsets[here], rows[here])
+        for page, group in _log.by_page(slots, self.page_slots):
+            self.pending[name].add(seq, page, offsets[group], rows[group])
+            if self.device_tiers:
+                self.device_tiers[name].drop(page)
 
     def _logged(self, seq: int, size: int) -> None:
         self.log_sizes.append((seq, size))
