@@ -207,7 +207,8 @@ class Drawn:
             return
         x = self.r.choice(indices)
         at = tuple(self.r.randrange(n) for n in x.shape)
-        if (x.storage_offset() + sum(i * s for i, s in zip(at, x.stride())) + 1) * 8 <= x.untyped_storage().nbytes():
+        end = x.storage_offset() + sum((n - 1) * s for n, s in zip(x.shape, x.stride())) + 1
+        if end * 8 <= x.untyped_storage().nbytes():  # not shrunk: torch looks at the storage of the whole view
             x[at] = self.r.choice((self.slots(), *WILD_INTS)) if self.slots() < 2**63 - 1 else -2
 
     def wild_number(self, drawn: list) -> None:
