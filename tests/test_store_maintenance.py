@@ -295,6 +295,31 @@ def test_the_index_proposes_and_present_keys_decide(memory_path):
         assert not list((memory_path / "s").glob("*.faiss")) and store.verify() == []
 
 
+@pytest.mark.parametrize("searched", [False, True])
+def test_what_a_transaction_changed_and_took_back_is_found(memory_path, searched):
+    """Its slots no longer count as those of the index, so they must be searched beside it; filters and later writes
+    see the same."""
+    pytest.importorskip("faiss")
+    keys = clustered(500, 0)
+    with new(memory_path / "s", page_slots=128) as store:
+        store.append(keys, torch.zeros(500, V))
+        store.build_index("IVF5,Flat")
+        query, slots = keys[:20] * 2, torch.arange(20)
+        store.write([30], keys=keys[30:31])
+        store.topk_search(query, 1, index="approximate")  # what it makes must not outlive the transaction
+        with pytest.raises(ZeroDivisionError), store.transaction():
+            store.write(slots, keys=clustered(20, 3))
+            if searched:
+                store.topk_search(query, 1, index="approximate")
+            raise ZeroDivisionError
+        for _ in range(2):
+            found = store.topk_search(query, 2, index="approximate")
+            assert torch.equal(found[1], store.topk_search(query, 2)[1])
+            store.write([31], keys=keys[31:32])
+        store.delete([3])
+        assert not (store.topk_search(query, 2, index="approximate")[1] == 3).any()
+
+
 def test_an_index_that_finds_little_says_so(memory_path):
     pytest.importorskip("faiss")
     with new(memory_path / "s", 3000) as store:

@@ -73,6 +73,7 @@ class Bitmap:
         for value in np.unique(alike[alike != 0]).tolist():
             for run in runs(np.sort(blocks[alike == value])):
                 rows[run] = value
+        self.changes += 1
         self.count += BLOCK_BYTES * int(ONES[alike].sum(dtype=np.int64))
 
     def load_block(self, block: int, blob: bytes) -> None:

@@ -219,7 +219,7 @@ class Database:
         number and bytes of the others.
 
         A map of a billion slots has 15,259 blocks, nearly all of them of one byte. SQLite joins those in one text, and
-        their checksums are made together: a twentieth of the time of a row each.
+        their checksums are made together, where a row each would be most of the time of opening.
         """
         short = "typeof(blob) = 'blob' AND length(blob) = 1 AND typeof(version) = 'integer' AND typeof(crc) = 'integer'"
         joined = "group_concat(printf('%016x%016x%016x', id, version, crc) || hex(blob), '')"

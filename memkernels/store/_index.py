@@ -163,11 +163,8 @@ def _propose(index, query: Tensor, k: int, probes: int) -> Tensor:
     return torch.from_numpy(index.search(query.float().numpy(), OFTEN * k)[1])
 
 
-def loaded(engine: Engine, op: str):
+def loaded(engine: Engine, found: dict):
     """The index that the database names, read and checked once."""
-    found = record(engine)
-    if found is None:
-        raise StoreError(f"{op}: there is no index; build_index makes one")
     if engine.index is None or engine.index[0] != found["file"]:
         data, why = _read(engine, found)
         if why:
@@ -216,8 +213,9 @@ def search(engine: Engine, op: str, query: Tensor, k: int, scale, packed: np.nda
     if isinstance(engine, Writer) and engine.staged is None and found and changed.count > STALE * max(live.count, 1):
         build(engine, found["description"])
         found = record(engine)
-    index = loaded(engine, op)
-    slots = _propose(index, query, k, found["probes"] if found else PROBES)
+    if found is None:
+        raise StoreError(f"{op}: there is no index; build_index makes one")
+    slots = _propose(loaded(engine, found), query, k, found["probes"])
     usable = Bits(packed & ~changed.bytes)
     slots = torch.where(usable.has(slots), slots, -1)
     some = slots >= 0
@@ -241,7 +239,7 @@ class Recent:
     """Live slots that changed since the index was built, in order, and their keys side by side: scattered over all
     pages they would cost a search of a twentieth of the slots the time of one of all."""
 
-    of: tuple  # generation, version, file of the index
+    of: tuple  # generation, the bitmap of what changed, how often it did
     slots: Tensor  # int64 [n]
     keys: Tensor  # [n, K], float32 or float64
 
@@ -253,7 +251,8 @@ def _recent(engine: Engine, query: Tensor, k: int, scale, packed: np.ndarray) ->
     # What a transaction has staged has no generation yet.
     if engine.staged is not None or changed.count * column.dim * dtype.itemsize > RECENT_BYTES:
         return _search.topk(engine, query, k, scale, packed & changed.bytes)
-    recent, of = engine.recent, (engine.generation, engine.version, engine.index and engine.index[0])
+    # A transaction that is undone leaves its slots changed, without a generation.
+    recent, of = engine.recent, (engine.generation, changed, changed.changes)
     if recent is None or recent.of != of:
         slots = numbers(engine.maps["live"].bytes & changed.bytes)
         keys = _rows.gather(engine, "keys", slots).to(dtype)
