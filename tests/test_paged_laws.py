@@ -9,6 +9,8 @@ from support import close, randn
 import memkernels as mk
 
 B, T, F, S, K, k = 2, 9, 7, 12, 5, 6
+TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # one integer holds score and slot, or two do
 
 
 def memory(pages, whole):
@@ -27,24 +29,26 @@ def carried(scores, slots):
 
 @pytest.mark.parametrize("tokens", [1, 9, 40, 150])
 @pytest.mark.parametrize("rounded", [False, True])
-def test_the_order_of_pages_does_not_matter(backend, tokens, rounded):
+@DTYPES
+def test_the_order_of_pages_does_not_matter(backend, tokens, rounded, dtype):
     """Also where most scores are equal: the smaller slot number wins, not the earlier frame."""
-    query, whole = randn(B, tokens, K), randn(B, F * S, K, seed=1)
+    query, whole = randn(B, tokens, K).to(dtype), randn(B, F * S, K, seed=1).to(dtype)
     if rounded:
         query, whole = query.round(), whole.round()
-    wanted = mk.topk_search(query, whole, k, scale=1.0, backend="reference")
+    wanted = mk.topk_search(query.double(), whole.double(), k, scale=1.0, backend="reference")
     for seed in range(4):
         pages = shuffled(F, seed)
         scores, slots = mk.paged_topk_search(query, memory(pages, whole), pages, k, scale=1.0, backend=backend)
         assert torch.equal(slots, wanted[1])
-        close(scores, wanted[0])
+        close(scores.double(), wanted[0], TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("tokens", [1, 9, 150])
 @pytest.mark.parametrize("run", [1, 2, 5])
 @pytest.mark.parametrize("rounded", [False, True])
-def test_runs_that_carry_what_was_found_are_one_search(backend, tokens, run, rounded):
-    query, whole = randn(B, tokens, K), randn(B, F * S, K, seed=1)
+@DTYPES
+def test_runs_that_carry_what_was_found_are_one_search(backend, tokens, run, rounded, dtype):
+    query, whole = randn(B, tokens, K).to(dtype), randn(B, F * S, K, seed=1).to(dtype)
     if rounded:
         query, whole = query.round(), whole.round()
     pages, best = shuffled(F), {}
@@ -53,9 +57,22 @@ def test_runs_that_carry_what_was_found_are_one_search(backend, tokens, run, rou
         found = mk.paged_topk_search(query, memory(part, whole), part, 20, scale=1.0, **best, backend=backend)
         best = carried(*found)
     scores, slots = found
-    wanted = mk.topk_search(query, whole, 20, scale=1.0, backend="reference")
+    wanted = mk.topk_search(query.double(), whole.double(), 20, scale=1.0, backend="reference")
     assert torch.equal(slots, wanted[1])
-    close(scores, wanted[0])
+    close(scores.double(), wanted[0], TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("tokens", [1, 40])
+@DTYPES
+def test_fewer_than_k_found_before_set_no_threshold(backend, tokens, dtype):
+    """Every new slot is worse than what was found, and still among the best k."""
+    query, keys = torch.ones(tokens, 1, dtype=dtype), -torch.arange(2 * S, dtype=dtype).view(2, S, 1)
+    first = mk.paged_topk_search(query, keys[:1], torch.tensor([0]), 20, scale=1.0, backend=backend)
+    assert int((first[1] >= 0).sum()) == S * tokens
+    _, slots = mk.paged_topk_search(
+        query, keys[1:], torch.tensor([1]), 20, scale=1.0, **carried(*first), backend=backend
+    )
+    assert torch.equal(slots, torch.arange(20).expand(tokens, -1))
 
 
 def test_frames_without_a_page_are_not_read(backend):
@@ -71,14 +88,15 @@ def test_frames_without_a_page_are_not_read(backend):
 
 @pytest.mark.parametrize("page", [2**20, 2**32, 2**50])
 @pytest.mark.parametrize("tokens", [1, 30])
-def test_slot_numbers_of_a_large_memory(backend, page, tokens):
+@DTYPES
+def test_slot_numbers_of_a_large_memory(backend, page, tokens, dtype):
     """Slot numbers beyond 32 bits, on both sides of that border."""
-    query, whole = randn(tokens, K).round(), randn(F * S, K, seed=1).round()
+    query, whole = randn(tokens, K).round().to(dtype), randn(F * S, K, seed=1).round().to(dtype)
     pages = shuffled(F)
     near = page // S - 3 + pages
     found = mk.paged_topk_search(query, memory(pages, whole), near, k, scale=1.0, backend=backend)
     wanted = mk.topk_search(query, whole, k, scale=1.0, backend="reference")
-    assert torch.equal(found[1], wanted[1] + (page // S - 3) * S) and torch.equal(found[0], wanted[0].float())
+    assert torch.equal(found[1], wanted[1] + (page // S - 3) * S) and torch.equal(found[0], wanted[0])
     again = mk.paged_topk_search(
         query, memory(pages[:1], whole), pages[:1], k, scale=1.0, **carried(*found), backend=backend
     )
