@@ -82,10 +82,10 @@ def _matrix() -> dict[str, dict[str, dict[str, str | None]]]:
     """op -> backend -> direction -> None, or the sentence that says why not."""
     matrix: dict[str, dict[str, dict[str, str | None]]] = {}
     for op in OPS.values():
-        matrix[op.name] = {"reference": dict.fromkeys(backends.DIRECTIONS)}
+        matrix[op.name] = {"reference": dict.fromkeys(op.directions)}
         for backend in backends.BACKENDS:
             device = backend.devices[0]
-            matrix[op.name][backend.name] = {d: backend.gap(op.name, device, direction=d) for d in backends.DIRECTIONS}
+            matrix[op.name][backend.name] = {d: backend.gap(op.name, device, direction=d) for d in op.directions}
         if op.inplace:
             matrix[f"{op.name}_"] = {
                 "reference": {"forward": None},

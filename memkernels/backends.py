@@ -41,13 +41,17 @@ class Backend:
     def namespace(self) -> str:
         return f"memkernels_{self.name}"
 
+    def takes(self, dtype: torch.dtype) -> bool:
+        """Whether it has kernels for calls of ``dtype``; those on integers need no float at all."""
+        return dtype in self.dtypes or dtype == torch.int64
+
     def gap(self, op: str, device: str, dtype: torch.dtype | None = None, direction: str = "forward") -> str | None:
         """The one sentence that says why this backend cannot run ``op`` there, or None when it can."""
         if (why := self.missing()) is not None:
             return f"{op}: backend {self.name!r} is not available: {why}"
         if device not in self.devices:
             return f"{op}: backend {self.name!r} runs on {' and '.join(self.devices)}, got tensors on {device}"
-        if dtype is not None and dtype not in self.dtypes:
+        if dtype is not None and not self.takes(dtype):
             return f"{op}: backend {self.name!r} has no kernel for {str(dtype).removeprefix('torch.')}"
         if (f"{self.namespace}::{op}{_SUFFIXES[direction]}", device) not in _kernels:
             return f"{op}: backend {self.name!r} has no {direction} kernel on {device}"

@@ -38,15 +38,14 @@ def _tensor(name: str, optional: bool) -> str:
 
 
 def _schemas(op: Op) -> dict[str, str]:
-    """Suffix of an operator's name -> its schema: ``""``, ``"_backward"``, and ``"_"`` where ``op`` has that twin."""
+    """Suffix of an operator's name -> its schema: ``""``, and ``"_backward"`` and ``"_"`` where ``op`` has those."""
     args = [_tensor(a.name, a.optional) for a in op.args]
     params = [f"{kind} {name}" for name, kind in op.params]
     saved = [_tensor(name, False) for name in op.saved]
     grads = [_tensor(f"d_{o.name}", True) for o in op.outputs if o.grad]
-    schemas = {
-        "": _schema(args + params, len(op.outputs)),
-        "_backward": _schema([*args, *saved, *grads, *params, "bool[] wants"], len(op.differentiable)),
-    }
+    schemas = {"": _schema(args + params, len(op.outputs))}
+    if op.differentiable:
+        schemas["_backward"] = _schema([*args, *saved, *grads, *params, "bool[] wants"], len(op.differentiable))
     if op.inplace:
         args[op.index(op.inplace)] = f"Tensor(a!) {op.inplace}"
         schemas["_"] = _schema(args + params, len(op.outputs) - 1)
@@ -62,7 +61,7 @@ def register(op: Op) -> Op:
     OPS[op.name] = op
     for backend, library in _libraries.items():
         _define(op, backend.namespace, library)
-        for suffix in ("", "_backward", "_") if op.inplace else ("", "_backward"):
+        for suffix in op.suffixes:
             note_kernels(f"{backend.namespace}::{op.name}{suffix}")
             count_operator(op, backend.namespace, suffix)
     return op
@@ -83,12 +82,14 @@ def _define_schemas(op: Op, library: torch.library.Library) -> None:
 
 def _define_fakes(op: Op, qualified: str, library: torch.library.Library) -> None:
     """Shapes and dtypes of the results of each operator."""
-    fakes = {"": _fake(op), "_backward": _fake_backward(op)} | ({"_": _fake_inplace(op)} if op.inplace else {})
-    for suffix, fake in fakes.items():
-        torch.library.register_fake(qualified + suffix, fake, lib=library)
+    fakes = {"": _fake, "_backward": _fake_backward, "_": _fake_inplace}
+    for suffix in op.suffixes:
+        torch.library.register_fake(qualified + suffix, fakes[suffix](op), lib=library)
 
 
 def _define_derivatives(op: Op, qualified: str, library: torch.library.Library) -> None:
+    if not op.differentiable:
+        return
     namespace, name = qualified.split("::")
     derivatives = Derivatives(op, getattr(getattr(torch.ops, namespace), f"{name}_backward").default)
     _recorded[qualified] = derivatives.recorded()
@@ -203,8 +204,8 @@ def _eager(
     return run
 
 
-def _plan(op: Op, tensors: list[Tensor | None], name: str, inplace: bool) -> Callable[..., Any]:
-    layout = spec.check(op, tensors)
+def _plan(op: Op, tensors: list[Tensor | None], params: tuple, name: str, inplace: bool) -> Callable[..., Any]:
+    layout = spec.check(op, tensors, () if op.typed is None else params)
     device = next(t.device.type for t in tensors if t is not None)
     few = device == "cuda" and _torch.known(layout.tokens <= FEW)
     formula = _reference_inplace(op) if inplace else op.formula
@@ -221,7 +222,7 @@ def _plan(op: Op, tensors: list[Tensor | None], name: str, inplace: bool) -> Cal
     backend = chosen("in-place" if inplace else "forward")
     if backend is None:
         return formula
-    differentiable = formula if inplace else _differentiable(op, chosen)
+    differentiable = formula if inplace or not op.differentiable else _differentiable(op, chosen)
     return _eager(op, _operator(op, backend, inplace), differentiable, formula)
 
 
@@ -280,15 +281,16 @@ def call(op: Op, tensors: list[Tensor | None], params: tuple, backend: str | Non
 
 def _run(op: Op, tensors: list[Tensor | None], params: tuple, name: str, inplace: bool):
     if torch.compiler.is_compiling():
-        return _plan(op, tensors, name, inplace)(*tensors, *params)
+        return _plan(op, tensors, params, name, inplace)(*tensors, *params)
     key: tuple | None
     try:
-        key = (op.name, name, inplace, *[None if t is None else (t.shape, t.dtype, t.device) for t in tensors])
+        shapes = [None if t is None else (t.shape, t.dtype, t.device) for t in tensors]
+        key = (op.name, name, inplace, None if op.typed is None else params[op.typed], *shapes)
         plan = _plans.get(key)
     except (AttributeError, TypeError):  # not tensors: the check says which; or symbolic sizes, which have no hash
         key = plan = None
     if plan is None:
-        plan = _plan(op, tensors, name, inplace)
+        plan = _plan(op, tensors, params, name, inplace)
         if len(_plans) >= _PLAN_LIMIT:
             _plans.clear()
         if key is not None:

@@ -6,8 +6,8 @@ contract grid of ``testing/`` and the op table of the documentation. A declarati
 argument is filled, what a mask hides, how a result is judged.
 
 Axes, the same letters everywhere: ``T`` tokens, ``N`` slots, ``K`` key width, ``V`` value width, ``k`` neighbours,
-``S`` parts to merge, ``D`` channels of a state, ``n`` half keys of a list. A number (``2``) is a fixed size, a number
-and a letter (``3D``) a multiple, a letter twice (``nn``) a square. Leading dimensions come before them and broadcast. A
+``S`` parts to merge, ``D`` channels of a state, ``n`` half keys of a list, ``B`` branches, ``M`` hash tables. A number
+(``2``) is a fixed size, a number and a letter (``3D``) a multiple, a letter twice (``nn``) a square. Leading dimensions come before them and broadcast. A
 tensor belongs to the *tokens* or to the *memory*; a leading dimension that every memory tensor lacks (or has at size 1)
 is *shared*: its tokens are folded into ``T`` in row-major order.
 """
@@ -27,7 +27,8 @@ from . import _torch
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 COMPRESSED = (torch.int8, torch.float8_e4m3fn)
 MAX_LEAD = 12  # leading dimensions that kernels have room for, beside the two axes of most arguments
-_NAMES = {d: str(d).removeprefix("torch.") for d in (*FLOATS, torch.bool, torch.int64, *COMPRESSED)}
+E8M0 = torch.float8_e8m0fnu  # a power of two in 8 bits: what multiplies a block of columns
+_NAMES = {d: str(d).removeprefix("torch.") for d in (*FLOATS, torch.bool, torch.int64, *COMPRESSED, E8M0)}
 
 
 def stats_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -81,8 +82,11 @@ class Arg:
         ``"bool"``;
         ``"index"``: int64;
         ``"slots"``: 8 bits, or the lead, or float32 beside a 16-bit lead; never differentiable;
-        ``"scale"``: what multiplies the rows of such an argument.
+        ``"scale"``: what multiplies the rows of such an argument;
+        ``"table"``: any of FLOATS, whatever the dtype of the call, or 8 bits; only floats are differentiable;
+        ``"block_scale"``: float32 or float8_e8m0fnu, what multiplies blocks of columns of a table.
     stretch: a last axis of size 1 is stretched.
+    flat: it has no leading dimensions, whatever those of the call.
     of: for an index the axis that it points into (``""``: none, it is any number from -1 on), for a scale the argument
         whose rows it multiplies.
 
@@ -100,6 +104,7 @@ class Arg:
     dtype: str = "same"
     optional: bool = False
     stretch: bool = False
+    flat: bool = False
     of: str = "N"
     fill: str | Callable[..., Tensor] = ""
     hides: bool = False
@@ -112,7 +117,7 @@ class Arg:
     @property
     def is_float(self) -> bool:
         """May it have a gradient?"""
-        return self.dtype not in ("bool", "index", "slots", "scale")
+        return self.dtype not in ("bool", "index", "slots", "scale", "block_scale")
 
 
 @dataclass(frozen=True)
@@ -166,8 +171,10 @@ class Op:
     selected: for an op that chooses slots, the reference with the choice given, called as
         ``selected(*tensors, *params, indices)``: scores that differ by rounding may rank either way, the rest follows.
     params: (name, schema type) of the options that are not tensors, e.g. ``("scale", "float")``. An int is the size of
-        the axis of its name.
-    usual: option -> its value in tests that do not say; see :meth:`usual_option`.
+        the axis of its name. A ``("dtype", "ScalarType")`` is the dtype of the call where no argument is its lead; a
+        call without either is one on integers.
+    usual: option -> its value in tests that do not say, or a function of the sizes of the axes; see
+        :meth:`usual_option`.
     traits: what else a case of the grid may need beside axes, arguments, options and results, such as ``"gates"``.
     saved: results that the backward kernel takes as inputs.
     autocast: arguments cast to the autocast dtype while autocast is on.
@@ -193,10 +200,13 @@ class Op:
     usual: Mapping[str, object] = field(default_factory=dict, hash=False)
     traits: tuple[str, ...] = ()
     queries: tuple[int, ...] = field(init=False, repr=False)  # positions of the arguments that ``scale`` multiplies
+    typed: int | None = field(init=False, repr=False)  # position among the options of the one that sets the dtype
 
     def __post_init__(self):
         places = tuple(i for i, a in enumerate(self.args) if a.name.endswith("query"))
         object.__setattr__(self, "queries", places)
+        typed = next((i for i, (_, kind) in enumerate(self.params) if kind == "ScalarType"), None)
+        object.__setattr__(self, "typed", typed)
 
     def formula(self, *inputs):
         """The reference, whose results are those of an operator of torch: a single one is bare."""
@@ -207,6 +217,22 @@ class Op:
         return tuple(a for a in self.args if a.is_float)
 
     @property
+    def dtypes(self) -> tuple[torch.dtype, ...]:
+        """The dtypes that a call may have."""
+        leads = self.typed is not None or any(a.dtype == "lead" for a in self.args)
+        return FLOATS if leads else (torch.int64,)
+
+    @property
+    def directions(self) -> tuple[str, ...]:
+        """What a backend may have kernels for: an op on integers has no backward pass."""
+        return ("forward", "backward") if self.differentiable else ("forward",)
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        """What ends the names of its operators."""
+        return ("", *(["_backward"] if self.differentiable else []), *(["_"] if self.inplace else []))
+
+    @property
     def choice(self) -> Out | None:
         """The result that tells which slots were chosen, of an op that chooses any."""
         return None if self.selected is None else next(o for o in self.outputs if o.dtype == "index")
@@ -214,14 +240,18 @@ class Op:
     def index(self, name: str | None) -> int:
         return next(i for i, a in enumerate(self.args) if a.name == name)
 
-    def usual_option(self, name: str, axes: Mapping[str, int]) -> object:
-        """The value of an option in tests that do not say, where ``axes`` gives each letter its size."""
+    def usual_option(self, name: str, axes: Mapping[str, int], dtype: torch.dtype = torch.float32) -> object:
+        """The value of an option in tests that do not say, where ``axes`` gives each letter its size.
+
+        dtype: of the call.
+        """
         if name in self.usual:
-            return self.usual[name]
+            usual = self.usual[name]
+            return usual(axes) if callable(usual) else usual
         if name == "scale":
             return max(axes["K"], 1) ** -0.5
         kind = dict(self.params)[name]
-        return axes[name] if kind == "int" else {"float": 1.0, "bool": False}[kind]
+        return axes[name] if kind == "int" else {"float": 1.0, "bool": False, "ScalarType": dtype}[kind]
 
 
 @dataclass(frozen=True)
@@ -319,26 +349,33 @@ def _axes_text(arg: Arg, axes: dict[str, int]) -> str:
     return "[..., " + ", ".join(f"{n}={a.size(axes)}" if a.letter in axes else n for n, a in named) + "]"
 
 
-def _check_dtype(op: Op, arg: Arg, tensor: Tensor, lead: Tensor, content: Tensor | None) -> None:
+# What arguments of these kinds may be, whatever the dtype of the call.
+_ANY_CALL = {
+    "bool": (torch.bool,),
+    "index": (torch.int64,),
+    "lead": FLOATS,
+    "table": (*FLOATS, *COMPRESSED),
+    "block_scale": (torch.float32, E8M0),
+}
+
+
+def _check_dtype(op: Op, arg: Arg, tensor: Tensor, lead: torch.dtype, content: Tensor | None) -> None:
+    """``lead``: the dtype of the call."""
     wanted: tuple[torch.dtype, ...]
-    if arg.dtype == "bool":
-        wanted = (torch.bool,)
-    elif arg.dtype == "index":
-        wanted = (torch.int64,)
-    elif arg.dtype == "lead":
-        wanted = FLOATS
+    if arg.dtype in _ANY_CALL:
+        wanted = _ANY_CALL[arg.dtype]
     elif arg.dtype == "same":
-        wanted = (lead.dtype,)
+        wanted = (lead,)
     elif arg.dtype == "slots":
-        wanted = (lead.dtype, stats_dtype(lead.dtype), *COMPRESSED)
+        wanted = (lead, stats_dtype(lead), *COMPRESSED)
     elif arg.dtype in ("stats", "scale"):
-        wanted = (stats_dtype(lead.dtype),)
+        wanted = (stats_dtype(lead),)
     elif arg.dtype == "mask":
-        wanted = (torch.bool, lead.dtype, stats_dtype(lead.dtype))
+        wanted = (torch.bool, lead, stats_dtype(lead))
     elif content is not None and content is not tensor:
         wanted = (content.dtype,)
     else:
-        wanted = (lead.dtype, stats_dtype(lead.dtype))
+        wanted = (lead, stats_dtype(lead))
     if tensor.dtype not in wanted:
         names = " or ".join(dict.fromkeys(_NAMES[d] for d in wanted))
         raise TypeError(f"{op.name}: {arg.name} must be {names}, got {_NAMES.get(tensor.dtype, tensor.dtype)}")
@@ -347,10 +384,12 @@ def _check_dtype(op: Op, arg: Arg, tensor: Tensor, lead: Tensor, content: Tensor
 def check(op: Op, tensors: Sequence[Tensor | None], params: Sequence[Any] = ()) -> Layout:
     """Bind the axes of ``op`` to ``tensors`` or raise the one sentence that says what is wrong."""
     axes: dict[str, int] = {name: value for (name, kind), value in zip(op.params, params) if kind == "int"}
-    leader, lead = next(((a, t) for a, t in zip(op.args, tensors) if a.dtype == "lead"), (None, None))
+    leader, lead = next(((a, t) for a, t in zip(op.args, tensors) if a.dtype == "lead"), (op.args[0], tensors[0]))
     lead = lead if isinstance(lead, Tensor) else None
-    if leader is not None and lead is not None:  # first, because the others are checked against it
-        _check_dtype(op, leader, lead, lead, None)
+    dtype = torch.int64 if op.typed is None else params[op.typed]
+    if leader.dtype == "lead" and lead is not None:  # first, because the others are checked against it
+        _check_dtype(op, leader, lead, lead.dtype, None)
+        dtype = lead.dtype
     content = next((t for a, t in zip(op.args, tensors) if a.dtype == "content" and isinstance(t, Tensor)), None)
     leads: list[tuple[str, tuple[int, ...]]] = []
     memory: list[tuple[str, tuple[int, ...]]] = []
@@ -358,7 +397,7 @@ def check(op: Op, tensors: Sequence[Tensor | None], params: Sequence[Any] = ()) 
     for arg, tensor in zip(op.args, tensors):
         if tensor is None and arg.optional:
             continue
-        tensor = _check_tensor(op, arg, tensor, lead, content)
+        tensor = _check_tensor(op, arg, tensor, lead, dtype, content)
         own = _bind(op, arg, tuple(tensor.shape), axes)
         if arg.dtype in ("mask", "bool", "scale"):
             masks.append((arg, own))
@@ -368,15 +407,16 @@ def check(op: Op, tensors: Sequence[Tensor | None], params: Sequence[Any] = ()) 
             memory.append((arg.name, own))
     whole = _broadcast(op, leads)
     _check_masks(op, masks, whole)
-    assert lead is not None
-    return Layout(axes, whole, _broadcast(op, memory) if memory else whole, lead.dtype)
+    return Layout(axes, whole, _broadcast(op, memory) if memory else whole, dtype)
 
 
-def _check_tensor(op: Op, arg: Arg, tensor: object, lead: Tensor | None, content: Tensor | None) -> Tensor:
-    """``tensor``, if it is a dense tensor of a dtype and on a device that fit the lead."""
+def _check_tensor(
+    op: Op, arg: Arg, tensor: object, lead: Tensor | None, dtype: torch.dtype, content: Tensor | None
+) -> Tensor:
+    """``tensor``, if it is a dense tensor of a dtype and on a device that fit the lead and the dtype of the call."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{op.name}: {arg.name} must be a tensor, got {type(tensor).__name__}")
-    _check_dtype(op, arg, tensor, tensor if lead is None else lead, content)
+    _check_dtype(op, arg, tensor, tensor.dtype if lead is None else dtype, content)
     if lead is not None and tensor.device != lead.device:
         raise ValueError(f"{op.name}: {arg.name} must be on {lead.device}, got {tensor.device}")
     if (kind := _kind(tensor)) is not None:
@@ -398,6 +438,8 @@ def _bind(op: Op, arg: Arg, shape: tuple[int, ...], axes: dict[str, int]) -> tup
     if not fits:
         known = {a: n for a, n in axes.items() if any(a in letters(b.axes) for b in op.args if b.name != arg.name)}
         raise ValueError(f"{op.name}: {arg.name} must be {_axes_text(arg, known)}, got {list(shape)}")
+    if arg.flat and split:
+        raise ValueError(f"{op.name}: {arg.name} must be {_axes_text(arg, axes).replace('..., ', '')}, got {list(shape)}")
     room = MAX_LEAD + 2 - max(2, *(len(a.parsed) for a in op.args))
     if split > room:
         raise ValueError(

@@ -1,14 +1,18 @@
 """The operations. One module per op: contract, reference, declaration, public function."""
 
+from ._hashing import odd_multipliers, prime_sizes
 from .additive_read import additive_read
 from .address import address
 from .cache_logprobs import cache_logprobs
 from .cache_nll import cache_nll
 from .cell_scan import cell_scan
+from .gather_rows import gather_rows
 from .gated_scan import gated_scan
 from .gated_write import gated_write, gated_write_
+from .memory_gate import memory_gate
 from .memory_scan import memory_scan
 from .merge_reads import merge_reads
+from .ngram_slots import ngram_slots
 from .paged_topk_search import paged_topk_search
 from .product_key_read import product_key_read
 from .product_key_search import product_key_search
@@ -28,11 +32,16 @@ __all__ = [
     "cache_nll",
     "cell_scan",
     "gated_scan",
+    "gather_rows",
     "gated_write",
     "gated_write_",
+    "memory_gate",
     "memory_scan",
     "merge_reads",
+    "ngram_slots",
+    "odd_multipliers",
     "paged_topk_search",
+    "prime_sizes",
     "product_key_read",
     "product_key_search",
     "slot_usage",

@@ -47,16 +47,23 @@ def _float(op: str, name: str, value: object, wanted: str) -> float:
 
 def neighbours(op: str, k: int) -> int:
     """``k``, an integer of at least 1."""
-    result = k
-    if isinstance(k, bool) or not isinstance(k, int):
+    return integer(op, "k", k, 1)
+
+
+def integer(op: str, name: str, value: Any, least: int | None) -> int:
+    """``value`` as an int of at least ``least`` (None: any), which an operator of torch takes if there is one."""
+    result = value
+    if isinstance(value, bool) or not isinstance(value, int):
         try:
-            result = _index(k)
+            result = _index(value)
         except TypeError:
-            raise TypeError(f"{op}: k must be an int, got {_kind(k)}") from None
-    if result < 1:
-        raise ValueError(f"{op}: k must be at least 1, got {result}")
+            raise TypeError(f"{op}: {name} must be an int, got {_kind(value)}") from None
+    if least is None:
+        return result
+    if result < least:
+        raise ValueError(f"{op}: {name} must be at least {least}, got {result}")
     if result > LARGEST:
-        raise ValueError(f"{op}: k must be at most {LARGEST}, got an int beyond it")
+        raise ValueError(f"{op}: {name} must be at most {LARGEST}, got an int beyond it")
     return result
 
 

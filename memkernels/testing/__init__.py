@@ -17,10 +17,10 @@ import torch
 
 from .. import backends
 from ..registration import OPS
-from ..spec import FLOATS, Op
+from ..spec import Op
 from .cases import CASES, Case, cases
 from .compare import TOLERANCE
-from .grid import DIRECTIONS, Row, Subject, find_backends, find_device, find_dtype, find_op, nan_in_new_memory, subjects
+from .grid import DIRECTIONS, DTYPES, Row, Subject, find_backends, find_device, find_dtype, find_op, nan_in_new_memory, subjects
 from .report import report, summary
 
 __all__ = [
@@ -65,7 +65,7 @@ def check(
     """
     device = find_device(device)
     ops = list(OPS.values()) if op is None else [find_op(op)]
-    dtypes = list(FLOATS) if dtype is None else [find_dtype(dtype)]
+    dtypes = [*DTYPES] if dtype is None else [find_dtype(dtype)]
     names = find_backends(backend, device)
     work = subjects(ops, dtypes, device, quick)
     rows: list[Row] = []
@@ -89,7 +89,7 @@ def check(
 
 def _claims(name: str, dtype: torch.dtype) -> bool:
     """Whether a backend takes ``dtype`` at all. One that does not is asked about it only by name."""
-    return all(dtype in b.dtypes for b in backends.BACKENDS if b.name == name)
+    return all(b.takes(dtype) for b in backends.BACKENDS if b.name == name)
 
 
 def _why_not(op: str, name: str, dtype: torch.dtype, device: str, direction: str) -> str | None:
@@ -100,7 +100,7 @@ def _why_not(op: str, name: str, dtype: torch.dtype, device: str, direction: str
 
 def _gaps(op: Op, name: str, dtype: torch.dtype, device: str, named: bool) -> list[Row]:
     kind = str(dtype).removeprefix("torch.")
-    directions = DIRECTIONS if op.inplace else backends.DIRECTIONS
+    directions = (*op.directions, *(["in place"] if op.inplace else []))
     whys = {direction: _why_not(op.name, name, dtype, device, direction) for direction in directions}
     gap = not named and all(b.missing() is None for b in backends.BACKENDS if b.name == name)
     return [Row(op.name, name, kind, device, "-", d, math.nan, 0.0, gap, why, gap) for d, why in whys.items() if why]

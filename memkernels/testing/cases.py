@@ -13,6 +13,7 @@ from types import MappingProxyType
 from ..spec import Op, letters
 
 SIZES = MappingProxyType({"T": 7, "N": 33, "K": 16, "V": 24, "k": 4, "S": 3, "D": 20, "W": 50, "n": 6, "h": 8, "F": 6})
+SIZES = MappingProxyType({**SIZES, "B": 3, "M": 6, "J": 3, "P": 2, "I": 2})
 UNMET = 5  # size of an axis that no case names
 
 
@@ -22,8 +23,8 @@ class Case:
     traits.
 
     sizes: axis -> size. tokens, memory: leading dimensions of the two sides; ``leads`` overrides them by argument.
-    give: argument -> how it is filled where that is not the usual way (a function name of ``inputs.py``); optional
-        arguments that are not named are left out.
+    give: argument -> how it is filled where that is not the usual way (a function name of ``inputs.py``), or ``""`` for
+        the usual way; optional arguments that are not named are left out.
     layout: how tensors lie in memory. params: option -> value.
     wants: arguments that require a gradient (default: all float ones). cotangents: results that have a gradient.
     mixed: float32 content beside a 16-bit query (only such dtypes take the case).
@@ -54,7 +55,7 @@ class Case:
 def _names(op: Op) -> set[str]:
     names = {*op.traits, *(a.name for a in op.args), *(f"-> {o.name}" for o in op.outputs), *(n for n, _ in op.params)}
     names = names.union(*(letters(a.axes) for a in op.args), *(letters(o.axes) for o in op.outputs))
-    return names | ({"mixed"} if any(a.dtype == "content" for a in op.args) else set())
+    return names | ({"mixed"} if any(a.dtype in ("content", "table") for a in op.args) else set())
 
 
 def _sizes(**sizes: int) -> Mapping[str, int]:

@@ -21,6 +21,7 @@ from .compare import Verdict, distance, norms, small_ones, special_values, table
 from .inputs import SIXTEEN_BIT, Inputs, make, takes
 
 DIRECTIONS = (*backends.DIRECTIONS, "in place")
+DTYPES = (*spec.FLOATS, torch.int64)  # int64: of ops on integers
 
 
 @contextlib.contextmanager
@@ -132,9 +133,13 @@ class Subject:
     def _run(self, formula: Callable, tensors, wanting: list[int] | None = None) -> Run:
         return Run(formula, tensors, self.inputs.params, self.wanting if wanting is None else wanting, self.cotangents)
 
+    def _run_doubled(self, formula: Callable) -> Run:
+        inputs = self.inputs
+        return Run(formula, inputs.doubled(), inputs.doubled_params(self.op), self.wanting, self.cotangents)
+
     @functools.cached_property
     def _doubled(self) -> Run:
-        return self._run(self.op.reference, self.inputs.doubled())
+        return self._run_doubled(self.op.reference)
 
     @functools.cached_property
     def plain(self) -> Run:
@@ -146,7 +151,7 @@ class Subject:
         selected = self.op.selected
         if selected is None:
             return self._doubled
-        return self._run(lambda *inputs: selected(*inputs, indices), self.inputs.doubled())
+        return self._run_doubled(lambda *inputs: selected(*inputs, indices))
 
     def directions(self) -> list[str]:
         result = ["forward"] + (["backward"] if self.wanting else [])
@@ -277,6 +282,7 @@ def subjects(
         (op, case, dtype, device)
         for op in ops
         for dtype in dtypes
+        if dtype in op.dtypes
         for case in cases(op, quick=quick)
         if takes(case, dtype)
     ]
@@ -289,8 +295,8 @@ def find_op(name: str) -> Op:
 
 
 def find_dtype(dtype: torch.dtype | str) -> torch.dtype:
-    named = {str(d).removeprefix("torch."): d for d in spec.FLOATS}
-    if dtype in spec.FLOATS:
+    named = {str(d).removeprefix("torch."): d for d in DTYPES}
+    if dtype in DTYPES:
         return dtype
     if dtype not in named:
         raise ValueError(f"dtype must be one of {', '.join(named)}, got {dtype}")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..spec import COMPRESSED, Arg, Axis, Op, letters, sizes, stats_dtype
+from ..spec import COMPRESSED, E8M0, FLOATS, Arg, Axis, Op, letters, sizes, stats_dtype
 from .cases import SIZES, UNMET, Case
 
 SIXTEEN_BIT = (torch.bfloat16, torch.float16)
@@ -29,12 +29,16 @@ class Inputs:
         return [
             i
             for i, (a, t) in enumerate(zip(op.args, self.tensors))
-            if a.is_float and t is not None and t.is_floating_point() and (case.wants is None or a.name in case.wants)
+            if a.is_float and t is not None and t.dtype in FLOATS and (case.wants is None or a.name in case.wants)
         ]
 
     def doubled(self) -> list[Tensor | None]:
         """The same numbers in float64, in memory of their own."""
-        return [t.double() if t is not None and t.is_floating_point() else t for t in self.tensors]
+        return [t.double() if t is not None and t.dtype in FLOATS else t for t in self.tensors]
+
+    def doubled_params(self, op: Op) -> tuple:
+        """The options of that call: one that is the dtype is float64."""
+        return tuple(torch.float64 if i == op.typed else p for i, p in enumerate(self.params))
 
 
 def takes(case: Case, dtype: torch.dtype) -> bool:
@@ -53,14 +57,15 @@ def make(op: Op, case: Case, dtype: torch.dtype, device: str = "cpu") -> Inputs:
             tensors.append(None)
             continue
         lead = case.leads.get(arg.name, case.memory if arg.side == "memory" else case.tokens)
+        lead = () if arg.flat else lead
         shape = (*lead, *sizes(arg.axes, axes))
         places = Axis.parse(arg.of).size(axes) if arg.dtype == "index" else 0
         tensors.append(FILL[_kind(arg, case)](shape, _dtype(arg, dtype, case), random, places))
     _poison(op, case, tensors)
-    params = tuple(case.params.get(name, op.usual_option(name, axes)) for name, _ in op.params)
+    params = tuple(case.params.get(name, op.usual_option(name, axes, dtype)) for name, _ in op.params)
     tensors = [t if t is None else LAYOUT[case.layout](t.to(device), a) for a, t in zip(op.args, tensors)]
     for i, arg in enumerate(op.args):
-        if callable(arg.fill) and tensors[i] is not None and arg.name not in case.give:
+        if callable(arg.fill) and tensors[i] is not None and not case.give.get(arg.name):
             tensors[i] = arg.fill(*tensors, *params)
     return Inputs(tensors, params, seed)
 
@@ -74,24 +79,28 @@ def _unmet(op: Op) -> dict[str, int]:
 
 def _scaled(op: Op, arg: Arg, tensors: list[Tensor | None]) -> list[Tensor | None]:
     """The slots whose rows ``arg`` multiplies, if it is a scale."""
-    return [tensors[op.index(arg.of)]] if arg.dtype == "scale" else []
+    return [tensors[op.index(arg.of)]] if arg.dtype in ("scale", "block_scale") else []
 
 
 def _kind(arg: Arg, case: Case) -> str:
     """How an argument is filled: as the case says, as its declaration says, or as its dtype asks for."""
-    if arg.name in case.give:
+    if case.give.get(arg.name):
         return case.give[arg.name]
     if arg.fill and not callable(arg.fill):
         return arg.fill
     kinds = {"bool": "token_mask", "index": "index", "stats": "stats", "slots": "int8", "scale": "row_scale"}
+    kinds["block_scale"] = "row_scale"
     return kinds.get(arg.dtype, "normal")
 
 
 def _dtype(arg: Arg, dtype: torch.dtype, case: Case) -> torch.dtype:
     kind = arg.dtype
-    if kind == "slots":
-        given = case.give.get(arg.name, "int8")
+    if kind in ("slots", "table"):
+        given = case.give.get(arg.name, "int8" if kind == "slots" else "normal")
+        dtype = stats_dtype(dtype) if case.mixed else dtype
         return {"int8": torch.int8, "float8": torch.float8_e4m3fn}.get(given, dtype)
+    if kind == "block_scale":
+        return E8M0 if case.give.get(arg.name) == "power_of_two" else torch.float32
     if kind in ("stats", "scale") or (kind == "content" and case.mixed):
         return stats_dtype(dtype)
     if kind == "mask":
@@ -192,6 +201,9 @@ FILL: dict[str, Callable[..., Tensor]] = {
     "int8": lambda shape, dtype, random, places: torch.randint(-127, 128, shape, generator=random).to(torch.int8),
     "float8": lambda shape, dtype, random, places: (100 * torch.randn(shape, generator=random)).to(dtype),
     "row_scale": lambda shape, dtype, random, places: torch.rand(shape, generator=random).to(dtype) / 64,
+    "power_of_two": lambda shape, dtype, random, places: (
+        torch.randint(-12, 3, shape, generator=random).float().exp2().to(dtype)
+    ),
     "zeros": lambda shape, dtype, random, places: torch.zeros(shape, dtype=dtype),
     "ones": lambda shape, dtype, random, places: torch.ones(shape, dtype=dtype),
     "bits": lambda shape, dtype, random, places: torch.randint(0, 2, shape, generator=random).to(dtype),
