@@ -58,7 +58,7 @@ def gather_rows_kernel(
 ):  # fmt: skip
     """Tiles [entries, columns]; [entries, blocks of BLOCK_V columns with a scale each, BLOCK_V] where BLOCK_C > 0.
 
-    block: columns that share a scale where BLOCK_C = 0; None: the whole row.
+    block: columns that share a scale, BLOCK_V where BLOCK_C > 0; None: the whole row.
     """
     pid = tl.program_id(0)
     width: tl.constexpr = BLOCK_V if BLOCK_C == 0 else BLOCK_C * BLOCK_V
@@ -70,6 +70,9 @@ def gather_rows_kernel(
     slot = tl.where(ok, slot, 0)
     dtype: tl.constexpr = out[0].dtype.element_ty
     start = (pid % steps) * width
+    factor = None
+    if scales is not None and block is None:  # before slots become a tile, all columns of which would load it
+        factor = _factor(tl.load(scales[0] + slot * scales[3], mask=ok, other=0))[:, None]
     if BLOCK_C == 0:
         d = (start + tl.arange(0, BLOCK_V))[None, :]
         row, slot, ok, t_ok = t[:, None], slot[:, None], ok[:, None], t_ok[:, None]
@@ -78,15 +81,11 @@ def gather_rows_kernel(
         d = c * BLOCK_V + tl.arange(0, BLOCK_V)[None, None, :]
         row, slot, ok, t_ok = t[:, None, None], slot[:, None, None], ok[:, None, None], t_ok[:, None, None]
     x = tl.load(values[0] + slot * values[3] + d, mask=ok & (d < V), other=0)
-    factor = None
-    if scales is not None:
-        place = scales[0] + slot * scales[3]
-        if BLOCK_C > 0:
-            factor = _factor(tl.load(place + c, mask=ok & (c * BLOCK_V < V), other=0))
-        elif block is None:
-            factor = _factor(tl.load(place, mask=ok, other=0))
-        else:
-            factor = _factor(tl.load(place + d // block, mask=ok & (d < V), other=0))
+    if scales is not None and block is not None:
+        if BLOCK_C == 0:
+            c = d // block
+        place = scales[0] + slot * scales[3] + c
+        factor = _factor(tl.load(place, mask=ok & (c * block < V), other=0))
     target = out[0] + row.to(tl.int64) * out[1] + d
     tl.store(target, _converted(x, factor, dtype), mask=t_ok & (d < V), eviction_policy=EVICT)
 
@@ -97,7 +96,7 @@ def _blocks(V: int, block: int, most: int, scaled: bool) -> tuple[int, int, int 
     if not scaled or block >= V:
         return 0, columns, None
     if block & (block - 1) == 0 and block <= columns:
-        return columns // block, block, None
+        return columns // block, block, block
     return 0, columns, block
 
 
