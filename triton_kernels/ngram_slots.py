@@ -136,9 +136,7 @@ def ngram_slots(
 ) -> Tensor:  # fmt: skip
     """slots int64 ``[..., T, M]``."""
     T, J, M = tokens.shape[-1], multipliers.shape[-1], len(orders) * heads
-    call = Call(
-        "ngram_slots", [("tokens", tokens, (T,)), ("history", history, (J - 1,)), ("first", first, (T,))], []
-    )
+    call = Call("ngram_slots", [("tokens", tokens, (T,)), ("history", history, (J - 1,)), ("first", first, (T,))], [])
     for x in (tokens, sizes, multipliers, token_map, history, first, ignore):
         call.require(x is None or x.dtype == torch.int64, "all tensors must be int64")
     call.require(heads >= 1 and len(orders) >= 1, "there must be an order and a head")
