@@ -1,4 +1,4 @@
-"""ngram_slots, prime_sizes and odd_multipliers against the published formula in Python's integers, which do not wrap."""
+"""ngram_slots, prime_sizes and odd_multipliers against the published formula in Python's integers, which never wrap."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_a_million_random_ngrams(backend):
     mix, wanted, offset = padded[2:] * factors[0], [], 0
     for n in ORDERS:
         mix = mix ^ (padded[3 - n : len(padded) - n + 1] * factors[n - 1])
-        for m in range(HEADS):
+        for _ in range(HEADS):
             size = sizes[len(wanted)]
             wanted.append(offset + np.mod(mix, size))
             offset += size
