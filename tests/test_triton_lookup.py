@@ -149,7 +149,7 @@ def equal(got, wanted):
 
 def check(what, kind, V, block, dtype, powers=False, N=9, shape=(2, 21)):
     places = torch.randint(0, 256, (N, V), generator=random_of, dtype=torch.uint8)
-    places[0, :: max(1, V // 3)] = torch.tensor([0, 1, 127, 255], dtype=torch.uint8).repeat(V)[: len(places[0, :: max(1, V // 3)])]
+    places[0, :4] = torch.tensor([0, 1, 127, 255], dtype=torch.uint8)[:V]
     table = places.view(kind)
     numbers = torch.tensor([NUMBERS[kind][i] for i in places.view(torch.int8 if kind == torch.int8 else torch.uint8)
                             .flatten().tolist()], dtype=torch.float64).view(N, V)
@@ -220,8 +220,9 @@ for wrong in (9, -2, 2**40, -(2**62)):
     i[3] = wrong
     raises(f"index {wrong}", "gather_rows: an index is outside [-1, 9)", lambda: launch(table, i, scale, 20, half))
     leaf = torch.randn(9, 4, requires_grad=True)
-    back = lambda: torch.ops.memkernels_triton.gather_rows_backward(leaf, i, None, torch.ones(6, 4), 4, torch.float32, [True])
-    raises(f"index {wrong}, backward", "gather_rows_backward: an index is outside [-1, 9)", back)
+    back, given = torch.ops.memkernels_triton.gather_rows_backward, (torch.ones(6, 4), 4, torch.float32, [True])
+    raises(f"index {wrong}, backward", "gather_rows_backward: an index is outside [-1, 9)",
+           lambda: back(leaf, i, None, *given))
 
 # A table of more than 2^31 numbers, of whose pages few are ever touched.
 V = 2**16
@@ -248,7 +249,8 @@ def check(what, lead, B, D, signed=True, eps=1e-6, dtype=torch.float32, weights=
     for place, other in leads:
         shapes[place] = (*other, *shapes[place][len(lead):])
     tensors = [torch.randn(s, generator=random_of) for s in shapes]
-    tensors[1] = tensors[1] / 4 + tensors[0] * torch.tensor([1.0, -1.0]).repeat(B)[:B, None] if not leads else tensors[1]
+    if not leads:  # a key close to the hidden state or its opposite
+        tensors[1] = tensors[1] / 4 + tensors[0] * torch.tensor([1.0, -1.0]).repeat(B)[:B, None]
     if change:
         change(tensors)
     kinds = [dtype] * 3 + [weights or dtype] * 2
@@ -264,8 +266,9 @@ def check(what, lead, B, D, signed=True, eps=1e-6, dtype=torch.float32, weights=
         size = max(float(b.abs().max()) if b.numel() else 0.0, 0.05)
         error = float((a.double() - b).abs().max()) / size if b.numel() else 0.0
         expect(f"{what}, {place}: {error:.1e}", a.shape == b.shape and error <= most)
-    again = run(lambda *x: mk.memory_gate(*x, eps=eps, signed_sqrt=signed, backend="triton"), None)
-    expect(f"{what}: other bits", all(torch.equal(a, b) for a, b in zip(got, again)))
+    if "parts" in what:
+        again = run(lambda *x: mk.memory_gate(*x, eps=eps, signed_sqrt=signed, backend="triton"), None)
+        expect(f"{what}: other bits", all(torch.equal(a, b) for a, b in zip(got, again)))
 
 for signed in (True, False):
     check("one number", (), 1, 1, signed)
@@ -293,10 +296,11 @@ tensors = [torch.randn(s, generator=random_of) for s in ((9, 2, 40), (9, 2, 40),
 ops = torch.ops.memkernels_triton
 _, *stats = ops.memory_gate(*five, 1e-6, True)
 every = ops.memory_gate_backward(*five, *stats, d, 1e-6, True, [True] * 5)
-for wants in itertools.product((True, False), repeat=5):
+for wants in ((False,) * 4 + (True,), *((*x, False) for x in itertools.product((True, False), repeat=4))):
     some = ops.memory_gate_backward(*five, *stats, d, 1e-6, True, list(wants))
     expect(f"wants {wants}", all(torch.equal(a, b) if w else a.numel() == 0 for a, b, w in zip(some, every, wants)))
-raises("weights of another shape", "hidden_weight must have 2 dimensions", lambda: ops.memory_gate(*five[:3], d, d, 1e-6, True))
+raises("weights of another shape", "hidden_weight must have 2 dimensions",
+       lambda: ops.memory_gate(*five[:3], d, d, 1e-6, True))
 raises("another dtype", "key and value must have the dtype of hidden",
        lambda: ops.memory_gate(five[0], five[1].half(), *five[2:], 1e-6, True))
 """

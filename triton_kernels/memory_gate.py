@@ -2,9 +2,9 @@
 
     g = r_h r_k <h w, k> / sqrt(D),     w = w_h w_k,     r_x = 1 / sqrt(mean(x^2) + eps)
 
-A program takes one branch of several tokens, so that the weights, which all tokens share, are loaded once for them. Rows
-are summed block by block, each within a warp: no barriers, and registers for many loads at once. Hidden states, keys
-and values are read once, the result is written once: bound by bandwidth. Where tokens are few, a program has one.
+A program takes one branch of several tokens, so that the weights, which all tokens share, are loaded once for them.
+Rows are summed block by block, each within a warp: no barriers, and registers for many loads at once. Hidden states,
+keys and values are read once, the result is written once: bound by bandwidth. Where tokens are few, a program has one.
 
 Backward, with da = <d_b, v>, ds = da a (1 - a), dg = ds / (2 sqrt(|g|)) or ds, c = dg r_h r_k / sqrt(D):
 
@@ -12,8 +12,8 @@ Backward, with da = <d_b, v>, ds = da a (1 - a), dg = ds / (2 sqrt(|g|)) or ds, 
     dw_h = w_k G,     dw_k = w_h G,     G = sum_t c h k
 
 A first kernel makes the numbers of each row: it needs whole rows of d and v. After that every column stands alone, so
-that a second kernel takes blocks of columns and of tokens, with all branches one after the other: dv stays in registers,
-and G is a partial sum per block of tokens. These are added in order. d is read twice, all else once.
+that a second kernel takes blocks of columns and of tokens, with all branches one after the other: dv stays in
+registers, and G is a partial sum per block of tokens. These are added in order. d is read twice, all else once.
 """
 
 from __future__ import annotations

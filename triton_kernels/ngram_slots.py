@@ -87,7 +87,7 @@ def ngram_slots_kernel(
     total, T, B1, W, ignored, pad, heads, tables,
     ORDERS: tl.constexpr, J: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """holds [programs, 2]: whether each token read has a place, and whether sizes are at least 1, their sum in range."""
+    """holds [programs, 2]: each token read has a place; sizes are at least 1, and their sum is in range."""
     start = tl.program_id(0).to(tl.int64) * BLOCK_T
     e = start + tl.arange(0, BLOCK_T)
     ok = e < total

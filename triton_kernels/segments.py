@@ -175,9 +175,10 @@ class Segments:
         out, count = gradient.rows(), call.F * self.T
         common = {"plan": p, "CHUNK": CHUNK, "BLOCK_D": block}
         launch(
-            segment_kernel, chunks * triton.cdiv(D, block), self.order, self.slots, numbers if numbers is None else numbers.contiguous(),
-            call.rows(x), out, border, count, self.N, self.k, D, call.B, call.batches[1],
-            self.T if call.F > 1 else None, self.entries, scale, **common,
+            segment_kernel, chunks * triton.cdiv(D, block), self.order, self.slots,
+            numbers if numbers is None else numbers.contiguous(), call.rows(x), out, border,
+            count, self.N, self.k, D, call.B, call.batches[1], self.T if call.F > 1 else None, self.entries, scale,
+            **common,
         )  # fmt: skip
         launch(
             border_kernel, chunks * triton.cdiv(D, block), self.slots, out, border,
