@@ -53,7 +53,7 @@ def _converted(x, factor, dtype: tl.constexpr):
 
 @triton.jit
 def gather_rows_kernel(
-    values, indices, scales, out, total, N, V, inner, block,
+    values, indices, scales, out, total, slots, V, inner, block,
     BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_V: tl.constexpr, EVICT: tl.constexpr,
 ):  # fmt: skip
     """Tiles [entries, columns]; [entries, blocks of BLOCK_V columns with a scale each, BLOCK_V] where BLOCK_C > 0.
@@ -66,7 +66,7 @@ def gather_rows_kernel(
     t = (pid // steps) * BLOCK_T + tl.arange(0, BLOCK_T)
     t_ok = t < total
     slot = tl.load(tokens(indices, tl.full([], 0, tl.int32), 1, t, inner), mask=t_ok, other=-1)
-    ok = (slot >= 0) & (slot < N)
+    ok = (slot >= 0) & (slot < slots)
     slot = tl.where(ok, slot, 0)
     dtype: tl.constexpr = out[0].dtype.element_ty
     start = (pid % steps) * width

@@ -37,7 +37,7 @@ def _token(tokens, history, b, B1, t, ok, before):
 
 
 @triton.jit
-def _mapped(token, token_map, ignore, W, ignored, pad):
+def _mapped(token, token_map, ignore, words, ignored, pad):
     """What stands for a token in n-grams, whether it is ignored, and whether it has a place in the map."""
     none = token < 0
     if ignore is not None:
@@ -46,7 +46,7 @@ def _mapped(token, token_map, ignore, W, ignored, pad):
     place = tl.full(token.shape, 1, tl.int1)
     x = token
     if token_map is not None:
-        place = none | (token < W)
+        place = none | (token < words)
         x = tl.load(token_map + token, mask=place & (none == 0), other=0)
     return tl.where(none, pad, x), none, place
 
@@ -84,15 +84,16 @@ def _remainder(x, d, inverse, wrap):
 @triton.jit
 def ngram_slots_kernel(
     tokens, history, first, sizes, multipliers, token_map, ignore, slots, holds,
-    total, T, B1, W, ignored, pad, heads, tables,
+    total, length, B1, words, ignored, pad, heads, tables,
     ORDERS: tl.constexpr, J: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """holds [programs, 2]: each token read has a place; sizes are at least 1, and their sum is in range."""
+    """total: tokens of all streams, each of ``length``. holds [programs, 2]: each token that was read has a place; sizes
+    are at least 1, and their sum is in range."""
     start = tl.program_id(0).to(tl.int64) * BLOCK_T
     e = start + tl.arange(0, BLOCK_T)
     ok = e < total
-    ahead = (start % T).to(tl.int32) + tl.arange(0, BLOCK_T)  # of the beginning of the first stream
-    b, t = (start // T).to(tl.int32) + ahead // T, ahead % T
+    ahead = (start % length).to(tl.int32) + tl.arange(0, BLOCK_T)  # of the beginning of the first stream
+    b, t = (start // length).to(tl.int32) + ahead // length, ahead % length
     if first is not None:
         begin = tl.load(batch(first, b, B1) + t.to(tl.int64) * first[4], mask=ok, other=0)
     mix = tl.zeros([BLOCK_T], tl.int64)
@@ -101,7 +102,7 @@ def ngram_slots_kernel(
     sized = tl.full([BLOCK_H], 1, tl.int1)
     for j in tl.static_range(J):
         token = _token(tokens, history, b, B1, t - j, ok, J - 1)
-        x, none, place = _mapped(token, token_map, ignore, W, ignored, pad)
+        x, none, place = _mapped(token, token_map, ignore, words, ignored, pad)
         placed = placed & place
         if j == 0:
             gone = none
