@@ -87,8 +87,8 @@ def ngram_slots_kernel(
     total, length, B1, words, ignored, pad, heads, tables,
     ORDERS: tl.constexpr, J: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """total: tokens of all streams, each of ``length``. holds [programs, 2]: each token that was read has a place; sizes
-    are at least 1, and their sum is in range."""
+    """total: tokens of all streams, each of ``length``. holds [programs, 2]: each token that was read has a place;
+    sizes are at least 1, and their sum is in range."""
     start = tl.program_id(0).to(tl.int64) * BLOCK_T
     e = start + tl.arange(0, BLOCK_T)
     ok = e < total
@@ -167,12 +167,12 @@ def examples(x: Inputs) -> Iterator[Example]:
     def numbers(*shape: int) -> Tensor:
         return x.integers(*shape, below=x.slots) + 1
 
-    ids, sizes = x.integers(2, x.tokens, below=x.slots), numbers(16)
+    ids, sizes = x.integers(2, 8 * x.tokens, below=x.slots), numbers(16)
     options = ([2, 3], 8, 0)
     table, images = x.integers(x.slots, below=x.slots), x.integers(2, below=x.slots)
     yield Example(ngram_slots, (ids, sizes, numbers(3), table, None, None, images, *options), main=True)
     yield Example(ngram_slots, (ids, sizes, numbers(3), None, None, None, None, *options), variant="no map")
-    first, before = x.integers(2, x.tokens, below=x.tokens), x.integers(2, 2, below=x.slots)
+    first, before = x.integers(*ids.shape, below=x.tokens), x.integers(2, 2, below=x.slots)
     packed = (ids, sizes, numbers(3), table, before, first, images, *options)
     yield Example(ngram_slots, packed, variant="history and packed")
     few = (ids[:, :FEW], sizes, numbers(3), table, before, None, None, *options)
