@@ -63,12 +63,11 @@ def _rows_before(sizes, tables, BLOCK: tl.constexpr):
 
 @triton.jit
 def _inverse(d):
-    """What divides by an unsigned ``d``: floor((2^64 - 1) / d), and 2^64 mod d, by which a negative number is too large
-    when taken as unsigned."""
+    """What divides by an unsigned ``d``: floor((2^64 - 1) / d), and 2^64 mod d in 1 .. d, by which a negative number is
+    too large when taken as unsigned."""
     most = tl.full(d.shape, -1, tl.int64).to(tl.uint64, bitcast=True)
     inverse = most // d
-    wrap = most - inverse * d + 1
-    return inverse, tl.where(wrap == d, wrap - d, wrap)
+    return inverse, most - inverse * d + 1
 
 
 @triton.jit
