@@ -78,6 +78,25 @@ def test_second_derivatives(backend, name):
         close(got, wanted, 1e-10)
 
 
+@pytest.mark.parametrize("name", ["sparse_read", "topk_read", "gather_rows"])
+def test_compiled_code_breaks_its_graph_and_has_the_same_gradient(native, name):
+    reads = {
+        **READS,
+        "gather_rows": (lambda b, s, v: mk.gather_rows(v, INDICES, sparse_grad=s, backend=b), (randn(N, V),)),
+    }
+    run, tensors = reads[name][:2]
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *x: run(native, True, *x).sin(), backend="aot_eager")
+
+    def gradients(function):
+        leaves = given(tensors, native)
+        return torch.autograd.grad(function(*leaves).sum(), leaves)
+
+    for got, wanted in zip(gradients(compiled), gradients(lambda *x: run(native, True, *x).sin())):
+        assert got.layout == wanted.layout
+        close(got.to_dense().double(), wanted.to_dense().double(), 1e-12 if native != "triton" else 1e-5)
+
+
 def test_a_memory_of_many_slots_costs_what_it_touched(native):
     """2^40 bytes of gradient would not fit: the table is one number, expanded."""
     if native == "triton":

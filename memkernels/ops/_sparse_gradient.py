@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._torch import outside_graphs
 from ..registration import backward_kernel, call, first_derivative, resolved
 from ..spec import Arg, Op, bare, several
 
@@ -62,10 +63,9 @@ class _Gather(torch.autograd.Function):
         return _sparse(slots, sums, shape), None, None, None, None
 
 
-@torch.compiler.disable
 def gather_rows_sparse(op: Op, values: Tensor, indices: Tensor, dtype: torch.dtype, backend: str | None) -> Tensor:
     """:func:`gather_rows` of float values whose gradient is sparse."""
-    return _Gather.apply(values, indices, dtype, op, resolved(backend))
+    return outside_graphs(_Gather.apply, values, indices, dtype, op, resolved(backend))
 
 
 class _Read(torch.autograd.Function):
@@ -122,14 +122,13 @@ def _spread(arg: Arg, gradient: Tensor | None, slots: Tensor, like: Tensor | Non
     return torch.zeros_like(like).index_copy(0, slots, gradient)
 
 
-@torch.compiler.disable
 def read_sparse(op: Op, tensors: list, params: tuple, backend: str | None):
     """``call(op, tensors, params)`` where the gradients of tables are sparse."""
     for arg, t in zip(op.args, tensors):
         if arg.side == "memory" and isinstance(t, Tensor) and t.dim() > len(arg.parsed):
             axes = ", ".join(arg.axes.split())
             raise ValueError(f"{op.name}: {arg.name} must be [{axes}] with sparse_grad, got {list(t.shape)}")
-    return _Read.apply(op, params, resolved(backend), *tensors)
+    return outside_graphs(_Read.apply, op, params, resolved(backend), *tensors)
 
 
 def wants_sparse(name: str, sparse_grad: object, *tables: object) -> bool:
