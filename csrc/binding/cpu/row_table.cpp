@@ -84,7 +84,8 @@ int64_t opened(const char* op, table::Source& s, const Tensor& like, const std::
     const int64_t columns = div_up(p.V, block);
     p.scale = rows_of(op, "scale", *scale, p.N, columns), entry.memory.push_back(*scale);
     p.scale_dtype = dtype_of(op, "scale", *scale);
-    check(p.scale_dtype == DType::f32 || p.scale_dtype == DType::e8m0, op, ": scale must be float32 or float8_e8m0fnu");
+    check(p.scale_dtype == DType::f32 || p.scale_dtype == DType::e8m0, op,
+          ": scale must be float32, or float8_e8m0fnu as uint8");
     p.scale_row = columns * size_of(p.scale_dtype);
   }
   s.gather = &gather, s.threads = int(threads), s.most_tickets = tickets, s.most_bytes = bytes;
