@@ -202,7 +202,8 @@ class RowTable:
             memory = _table_open.in_ram(path, fd, head)
             return cls(path, head, tier, _table_open.host(str(path), head, memory, out_dtype, chosen.bounds), memory)
         if tier == "shared":
-            copy = _table_open.shared(path, fd, head)
+            copy = _table_open.shared(path, head)
+            head = copy.head
             size = head.layout.sizes[0]
             memory = copy.memory[:size], copy.memory[size:]
             made = _table_open.host(str(path), head, memory, out_dtype, chosen.bounds, copy.release)

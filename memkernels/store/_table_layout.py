@@ -84,13 +84,13 @@ class Layout:
 
     def rows_of(self, memory: Tensor) -> Tensor:
         """uint8 [sizes[0]] as rows [N, V]."""
-        return memory[: self.rows * self.row_bytes].view(self.dtype).view(self.rows, self.width)
+        return _shaped(memory[: self.rows * self.row_bytes], self.dtype, self.rows, self.width)
 
     def scales_of(self, memory: Tensor) -> Tensor | None:
         """uint8 [sizes[1]] as scales [N, columns]."""
         if not self.scale:
             return None
-        return memory[: self.rows * self.scale_bytes].view(self.scale_dtype).view(self.rows, self.columns)
+        return _shaped(memory[: self.rows * self.scale_bytes], self.scale_dtype, self.rows, self.columns)
 
     def check(self, op: str, x: object, count: int | None = None) -> Tensor:
         """Rows ``[M, V]`` that this table can hold, or the sentence that says what they must be."""
@@ -119,6 +119,11 @@ class Layout:
         x = (x / scale.float().unsqueeze(2)).clamp(-most, most)
         x = (x.round() if self.dtype == torch.int8 else x).to(self.dtype)
         return x.view(torch.uint8).reshape(M, -1)[:, : self.width].contiguous().view(self.dtype), scale
+
+
+def _shaped(memory: Tensor, dtype: torch.dtype, *shape: int) -> Tensor:
+    """uint8 [bytes] as a tensor; torch gives no other dtype to one without elements."""
+    return memory.view(dtype).view(shape) if len(memory) else memory.new_empty(shape, dtype=dtype)
 
 
 def quantum(largest: Tensor, most: float, dtype: torch.dtype) -> Tensor:

@@ -45,14 +45,14 @@ def host(name: str, head: Head, memory: tuple[Tensor, Tensor], out_dtype, bounds
     return _table_host.in_memory(name, t, rows, scales, out_dtype, bounds, release or (lambda: None))
 
 
-def shared(path: Path, fd: int, head: Head) -> SharedCopy:
-    def fill(memory: Tensor) -> None:
-        sums = _table_file.read_sums(path, fd, head)
-        size, into = head.layout.sizes[0], memory.numpy()
-        _table_file.load(path, fd, head, sums, 0, into[:size])
-        _table_file.load(path, fd, head, sums, 1, into[size:])
+def shared(path: Path, head: Head) -> SharedCopy:
+    def fill(fd: int, now: Head, memory: Tensor) -> None:
+        sums = _table_file.read_sums(path, fd, now)
+        size, into = now.layout.sizes[0], memory.numpy()
+        _table_file.load(path, fd, now, sums, 0, into[:size])
+        _table_file.load(path, fd, now, sums, 1, into[size:])
 
-    return SharedCopy(path, head, os.fstat(fd), fill)
+    return SharedCopy(path, head, fill)
 
 
 def mapped(path: Path, fd: int, head: Head, out_dtype, bounds: Bounds) -> Host:

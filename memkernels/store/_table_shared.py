@@ -26,7 +26,7 @@ from torch import Tensor
 from ._errors import StoreError, StoreFormat, StoreFull
 from ._io import ALIGN
 from ._memory import HUGE
-from ._table_file import Head
+from ._table_file import Head, read_head
 
 FOLDER = Path("/dev/shm")
 PAGE = struct.Struct("<Q")  # the generation of the file that close() wrote last
@@ -37,18 +37,24 @@ def copy_name(head: Head, status: os.stat_result) -> str:
 
 
 class SharedCopy:
-    """This process's hold of a copy. ``memory`` is uint8 [bytes] of rows and scales, the same in every process."""
+    """This process's hold of a copy. ``memory`` is uint8 [bytes] of rows and scales, the same in every process.
 
-    def __init__(self, path: Path, head: Head, status: os.stat_result, fill: Callable[[Tensor], None]):
+    ``head`` is that of the file as it is while nobody writes it; ``fill`` gets the file, its header and the memory.
+    """
+
+    def __init__(self, path: Path, head: Head, fill: Callable[[int, Head, Tensor], None]):
         self.path = path
         self.guard_path = FOLDER / f"memkernels-{head.identity.hex}.guard"
         self.here = threading.RLock()  # a lock of a file is one for all threads of a process
         if not FOLDER.is_dir():
             raise StoreFormat(f"{path}: tier='shared' needs {FOLDER}, which is not there; use tier='ram' or 'mmap'")
-        with self.guard():
-            self.fd = self._open(FOLDER / copy_name(head, status))
+        with self.guard(), open(path, "rb") as file:
+            self.head = read_head(path, file.fileno())
+            if self.head.identity != head.identity:
+                raise StoreError(f"{path}: was replaced while it was opened; open it again")
+            self.fd = self._open(FOLDER / copy_name(head, os.fstat(file.fileno())))
             try:
-                self._begin(head, fill)
+                self._begin(lambda memory: fill(file.fileno(), self.head, memory))
             except BaseException:
                 if self._alone():
                     self.file().unlink(missing_ok=True)
@@ -62,8 +68,8 @@ class SharedCopy:
         except PermissionError as error:
             raise StoreError(f"{self.path}: its shared copy {file} is another user's ({error.strerror})") from None
 
-    def _begin(self, head: Head, fill: Callable[[Tensor], None]) -> None:
-        size = ALIGN + sum(head.layout.sizes)
+    def _begin(self, fill: Callable[[Tensor], None]) -> None:
+        size = ALIGN + sum(self.head.layout.sizes)
         alone = self._alone()
         if alone:
             os.ftruncate(self.fd, 0)
@@ -79,7 +85,7 @@ class SharedCopy:
                 self.page.madvise(mmap.MADV_HUGEPAGE)
         self.memory: Any = torch.frombuffer(self.page, dtype=torch.uint8)[ALIGN:]
         if alone:
-            self.generation = head.generation
+            self.generation = self.head.generation
             fill(self.memory)
         fcntl.flock(self.fd, fcntl.LOCK_SH)
 
