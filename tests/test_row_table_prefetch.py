@@ -1,4 +1,4 @@
-"""Prefetches: what is read, how often, in which order; bounds, failures, the page cache, and the streams of a device."""
+"""Prefetches: what is read, how often, in which order; bounds, failures, the page cache, streams of a device."""
 
 from __future__ import annotations
 
@@ -222,7 +222,7 @@ def test_a_file_that_is_cut_while_it_is_open_is_one_sentence(disk):
         with open(disk, "r+b") as file:
             file.truncate(4096 * 100)
         good = torch.tensor([5, 6])
-        for turn in range(2):
+        for _ in range(2):
             tickets = [table.prefetch([5, 250]), table.prefetch([6, 250, 251]), table.prefetch(good)]
             for ticket in tickets[:2]:
                 for _ in range(2):
