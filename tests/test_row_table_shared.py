@@ -165,6 +165,20 @@ def test_a_copy_that_all_users_left_by_a_kill_is_filled_again(path):
     assert copies(path) == []
 
 
+def test_a_copy_of_zeros_that_was_left_is_zeros_again(path):
+    """Of a file without blocks nothing is read."""
+    RowTable.create(path.parent / "z", N, V, dtype=torch.float32).close()
+
+    def die() -> None:
+        table = shared(path.parent / "z")
+        table.update(torch.arange(N), torch.ones(N, V))
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    assert wait_for([forked(die)]) == [-signal.SIGKILL]
+    with shared(path.parent / "z") as table:
+        assert not table.gather(torch.arange(N)).any()
+
+
 def test_a_table_that_nobody_closed_leaves_no_copy_at_exit(path):
     code = (
         "import sys; from pathlib import Path\n"

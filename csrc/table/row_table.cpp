@@ -187,7 +187,6 @@ void RowTable::drop(int64_t ticket) {
 void RowTable::close() {
   Lock lock(mutex_);
   closing_ = true;
-  done_.wait(lock, [&] { return active_ == 0; });
   stop_ = true;
   std::vector<std::thread> threads;
   threads.swap(threads_);

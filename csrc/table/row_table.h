@@ -112,7 +112,6 @@ class RowTable {
   std::deque<Job> urgent_, later_;
   std::vector<std::thread> threads_;
   bool closing_ = false, stop_ = false;
-  int64_t active_ = 0;  // requests that are not done
   RowCache cache_;
   std::unordered_map<int64_t, std::pair<Shared, int64_t>> reading_;  // slot: who reads it, and to which place
   std::unordered_map<int64_t, Shared> tickets_;

@@ -44,7 +44,7 @@ bool RowTable::begin(const Shared& request, Lock& lock) {
   if (closing_) throw ReadError("the table is closed");
   start_threads();
   Request& r = *request;
-  ++active_, counts_.rows += int64_t(r.slots.size());
+  counts_.rows += int64_t(r.slots.size());
   if (s_.fd < 0) {
     counts_.hits += int64_t(r.slots.size());
     if (s_.paged && !r.urgent) push(request, Work::advise, 0, 1, false, lock);
@@ -125,6 +125,7 @@ void RowTable::push(const Shared& request, Work work, int64_t first, int64_t sto
 
 // --- the threads ---
 
+// Ends where the table is closed and nothing is left to do: what a job begins is in the queue before it ends.
 void RowTable::serve() {
   Bytes memory;
   for (;;) {
@@ -216,7 +217,6 @@ void RowTable::end(const Shared& request, Lock&) {
   r.loans.clear();
   if (r.keep) ended_.push_back(std::move(r.keep));
   if (r.taken) --counts_.outstanding, counts_.held_bytes -= r.held;
-  --active_;
   done_.notify_all();
 }
 

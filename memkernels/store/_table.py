@@ -227,7 +227,6 @@ class RowTable:
                 return
             if self._dirty and write and self._path is not None:
                 self._head = _table_write.write_back(self._path, self._head, self._memory, self._copy)
-            self._dirty = False
             made, self._made, self._memory = self._made, None, None
             self._finish.detach()
             made.close()

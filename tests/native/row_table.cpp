@@ -39,13 +39,25 @@ int64_t gather(const mk::GatherRows& p, bool) {
   return -1;
 }
 
-// One read in three is interrupted, and one brings a block alone.
+// One read in three is interrupted, and one ends within its second block. A read that begins within a block is refused,
+// as O_DIRECT does.
 ssize_t odd_read(int fd, void* memory, size_t bytes, off_t offset) {
   static std::atomic<int> turn{0};
   const int now = turn.fetch_add(1);
+  if (offset % mk::table::kPage != 0) return fail("a read within a block"), errno = EINVAL, -1;
   if (now % 3 == 0) return errno = EINTR, -1;
   if (const int64_t at = broken; at >= offset && at < offset + int64_t(bytes)) return ++refused, errno = EIO, -1;
-  return ::pread(fd, memory, now % 3 == 1 && bytes > mk::table::kPage ? mk::table::kPage : bytes, offset);
+  return ::pread(fd, memory, now % 3 == 1 && bytes > mk::table::kPage ? mk::table::kPage + 512 : bytes, offset);
+}
+
+// Reads of the block of the held row wait until it is let go.
+std::atomic<int64_t> held[2] = {-1, -1};
+int64_t block_of(int64_t row) { return (kOffset + row * kWidth * 4) / 4096 * 4096; }
+ssize_t held_read(int fd, void* memory, size_t bytes, off_t offset) {
+  for (const std::atomic<int64_t>& row : held) {
+    while (row >= 0 && block_of(row) == offset) std::this_thread::yield();
+  }
+  return ::pread(fd, memory, bytes, offset);
 }
 
 uint32_t draw(uint32_t& state) { return state = state * 1664525u + 1013904223u, state >> 8; }
@@ -105,12 +117,68 @@ void run(const mk::table::Source& source, bool breaks) {
   std::vector<std::thread> threads;
   for (uint32_t i = 1; i <= 4; ++i) threads.emplace_back([&table, i, breaks] { work(table, i, breaks); });
   for (std::thread& t : threads) t.join();
-  table.close();
+  uint32_t state = 99;
+  std::vector<std::vector<int64_t>> slots;
+  std::vector<std::vector<float>> rows;
+  std::vector<int64_t> tickets;
+  for (int i = 0; i < 5 && !breaks; ++i) {
+    slots.push_back(slots_of(state, 2000, kRows)), rows.emplace_back(2000 * kWidth);
+    tickets.push_back(table.prefetch(slots[i].data(), 2000, reinterpret_cast<char*>(rows[i].data()), 0, nullptr));
+  }
+  table.close();  // with all that was begun
+  for (size_t i = 0; i < tickets.size(); ++i) {
+    if (!table.done(tickets[i])) fail("a ticket after close");
+    else if (!table.wait(tickets[i]) || !right(slots[i], rows[i])) fail("rows after close");
+  }
   const mk::table::Counts c = table.counts();
   if (c.outstanding != 0 || c.held_bytes != 0) fail("tickets are left");
   const int64_t outside = kRows;
   float row[kWidth];
   if (table.prefetch(&outside, 1, reinterpret_cast<char*>(row), 0, nullptr) != -1) fail("a slot out of range");
+}
+
+// A request whose rows are lent keeps its memory until they are copied, though its own caller has gone.
+void lend(mk::table::Source source) {
+  source.read = &held_read;
+  RowTable table(source);
+  const std::vector<int64_t> one{100}, both{100, 2000}, other{1000};
+  std::vector<float> first(kWidth), second(2 * kWidth), third(kWidth);
+  auto gather_one = [&](const std::vector<int64_t>& slots, std::vector<float>& rows) {
+    table.gather(slots.data(), 1, reinterpret_cast<char*>(rows.data()), 0);
+  };
+  held[0] = 100, held[1] = 2000;
+  std::thread lender([&] { gather_one(one, first); });
+  while (table.counts().misses < 1) std::this_thread::yield();
+  const int64_t ticket = table.prefetch(both.data(), 2, reinterpret_cast<char*>(second.data()), 0, nullptr);
+  if (table.counts().awaited != 1) fail("a row that is being read is awaited");
+  held[0] = -1;
+  lender.join();
+  for (int i = 0; i < 8; ++i) gather_one(other, third);
+  held[1] = -1;
+  table.wait(ticket);
+  if (!right(one, first) || !right(both, second) || !right(other, third)) fail("a row that was lent");
+}
+
+// Whatever goes, every row that has a frame is found, and none is found twice.
+void cache() {
+  constexpr int64_t kFrames = 50;
+  mk::table::RowCache rows(kFrames, 8);
+  uint32_t state = 7;
+  for (int turn = 0; turn < 3000; ++turn) {
+    const int64_t slot = draw(state) % 400, numbers[1] = {slot * 3};
+    rows.insert(slot, reinterpret_cast<const char*>(numbers));
+    if (turn % 100 != 0) continue;
+    int64_t found = 0;
+    for (int64_t s = 0; s < 400; ++s) {
+      int64_t number;
+      const char* row = rows.find(s);
+      if (row == nullptr) continue;
+      std::memcpy(&number, row, 8);
+      if (number != s * 3) fail("a row of the cache");
+      ++found;
+    }
+    if (found != rows.resident()) fail("a row of the cache that cannot be found");
+  }
 }
 
 }  // namespace
@@ -137,6 +205,8 @@ int main() {
   run(memory, false);
   file.fd = fd, file.offset = kOffset, file.read = &odd_read;
   run(file, false);
+  lend(file);
+  cache();
   file.cache_rows = 150;
   run(file, false);
   broken = kOffset + 8 * 4096 + 5;
