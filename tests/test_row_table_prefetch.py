@@ -121,12 +121,12 @@ def test_direct_reads_leave_the_page_cache_alone(disk):
 
 def test_a_row_that_a_ticket_reads_is_awaited_by_the_next(disk):
     with RowTable.open(disk, tier="direct", threads=1) as table:
-        first = table.prefetch(torch.arange(300))
-        second = table.prefetch(torch.tensor([299, 3, 298]))
+        first = table.prefetch(torch.arange(0, 300, 2))  # a read each
+        second = table.prefetch(torch.tensor([298, 294, 296]))
         del first  # what was begun goes on
-        assert torch.equal(second.wait(), rows()[[299, 3, 298]])
+        assert torch.equal(second.wait(), rows()[[298, 294, 296]])
         stats = table.stats()
-        assert stats["misses"] == 300 and stats["awaited"] == 3 and stats["bytes_read"] == 300 * 4096
+        assert stats["misses"] == 150 and stats["awaited"] == 3 and stats["bytes_read"] == 150 * 4096
 
 
 @pytest.mark.parametrize("tier", HOST)
@@ -162,6 +162,8 @@ def test_dropped_tickets_leak_nothing(tmp_path, tier):
         for turn in range(300):
             with contextlib.suppress(StoreBusy):
                 table.prefetch(some(500, seed=turn), out)
+        while table.stats()["outstanding"] == 64:
+            time.sleep(0.01)
         kept = table.prefetch([1])
     assert kept.wait().shape == (1, V)
     del out

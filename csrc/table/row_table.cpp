@@ -5,6 +5,7 @@
 namespace mk::table {
 namespace {
 
+constexpr int64_t kPlanned = 256;          // slots of a prefetch that the caller plans; a thread plans more
 constexpr int64_t kInPlace = 32;           // rows of a mapped file that the caller touches itself
 constexpr int64_t kChunkRows = 1 << 15;    // of a gather from a file: two chunks are under way
 constexpr int64_t kChunkBytes = 16 << 20;  // of their rows
@@ -139,7 +140,7 @@ int64_t RowTable::prefetch(const int64_t* slots, int64_t n, char* out, int8_t ou
   }
   int64_t ticket = 0;
   try {
-    if (s_.fd >= 0) sort(*request);
+    if (s_.fd >= 0 && n <= kPlanned) sort(*request);
     Lock lock(mutex_);
     ticket = next_ticket_++;
     tickets_.emplace(ticket, request);

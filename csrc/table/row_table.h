@@ -72,7 +72,7 @@ class RowTable {
   DType dtype() const { return s_.rows.dtype; }
 
  private:
-  enum class Work : uint8_t { advise, read, expand };
+  enum class Work : uint8_t { plan, advise, read, expand };
   struct Job {
     std::shared_ptr<Request> request;
     Work work;
@@ -90,6 +90,7 @@ class RowTable {
 
   void sort(Request& r) const;
   bool begin(const Shared& request, Lock&);
+  bool plan_all(const Shared& request, Lock&);
   void start_threads();
   void plan(const Shared& request, const std::vector<int64_t>& wanted, Lock&);
   void cut_ranges(Request& r, size_t from) const;

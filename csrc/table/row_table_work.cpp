@@ -51,6 +51,14 @@ bool RowTable::begin(const Shared& request, Lock& lock) {
     else expand(request, lock);
     return false;
   }
+  if (r.places.size() == r.slots.size()) return plan_all(request, lock);
+  push(request, Work::plan, 0, 1, false, lock);
+  return false;
+}
+
+// The same of a request that is sorted.
+bool RowTable::plan_all(const Shared& request, Lock& lock) {
+  Request& r = *request;
   std::vector<int64_t> all(r.unique.size());
   std::iota(all.begin(), all.end(), 0);
   plan(request, all, lock);
@@ -148,6 +156,12 @@ void RowTable::run(Job job, Bytes& memory) {
   std::string error;
   if (job.work == Work::read) {
     error = read(r, r.ranges[size_t(job.index)], memory);
+  } else if (job.work == Work::plan) {
+    try {
+      sort(r);
+    } catch (const std::bad_alloc&) {
+      error = "out of memory";
+    }
   } else if (job.work == Work::advise) {
     advise(r);
   } else {
@@ -159,6 +173,10 @@ void RowTable::run(Job job, Bytes& memory) {
     ++counts_.reads, counts_.bytes_read += r.ranges[size_t(job.index)].bytes;
     if (r.error.empty()) r.error = error;
     if (--r.reading == 0) finish_reads(job.request, lock);
+  } else if (job.work == Work::plan) {
+    r.error = error;
+    if (error.empty()) plan_all(job.request, lock);
+    else end(job.request, lock);
   } else if (job.work == Work::advise) {
     expand(job.request, lock);
   } else if (--r.expanding == 0) {
