@@ -1,7 +1,7 @@
 // Rows of a table on disk that stay in memory: a hash table of frames, replaced by CLOCK with two bits.
 //
 // A hit raises a frame's count to at most kMostUses, the hand lowers counts as it passes, and the first frame at 0
-// gives way. A row comes in at 0, so one that is read once is the first to go. Not synchronised: its owner holds a lock.
+// gives way. A row comes in at 0, so one that is read once is the first to go. Not synchronised: its owner has a lock.
 #pragma once
 
 #include <cstdint>
