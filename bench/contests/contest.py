@@ -1,9 +1,12 @@
-"""One piece of work, the store's way and its peers' ways: all checked, then the right ones timed in turns."""
+"""One piece of work, the library's way and its peers' ways: all checked, then the right ones timed in turns."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
+
+import torch
+from torch import Tensor
 
 from ..case import OWN
 from ..timers import Spread
@@ -13,10 +16,16 @@ from .turns import Call, Times, take_turns
 Check = Callable[[object], None]
 
 
+def same(got: Tensor, wanted: Tensor) -> None:
+    """Rows that were read, bit by bit."""
+    if got.shape != wanted.shape or not torch.equal(got, wanted):
+        raise Wrong("the rows are not those that were written")
+
+
 class Contest:
     """
     check: raises :class:`Wrong` where a result is not right.
-    before: see :func:`bench.store.turns.take_turns`.
+    before: see :func:`bench.contests.turns.take_turns`.
     """
 
     def __init__(self, what: str, own: Call, check: Check, before: Call | None = None) -> None:

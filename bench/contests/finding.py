@@ -18,7 +18,7 @@ class Goal:
     """``least <= value <= most``, in ``unit``; without any of the two the value is only told.
 
     unit: of the value. ``"x"`` is a ratio to the peer: of times, own to peer's where ``most`` is given, else the
-        peer's to own, so that a higher number is a faster store.
+        peer's to own, so that a higher number is a faster library.
     """
 
     most: float | None = None
