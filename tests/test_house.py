@@ -31,6 +31,7 @@ LAYERS = {
     "_flops": {"spec"},
     "registration": {"_derivatives", "_flops", "_torch", "spec", "backends"},
     "ops": {"_torch", "spec", "registration"},
+    "optim": {"ops", "spec", "backends"},
     "nn": {"", "ops", "spec", "backends"},
     "models": {"", "nn", "ops", "spec", "backends"},
     "integrations": {"", "models", "nn", "ops", "spec", "backends"},
