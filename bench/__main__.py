@@ -71,7 +71,8 @@ def main(arguments: list[str] | None = None) -> int:
 
     print("\n" + text.plain(rows) + "\n")
     first = rows[0]
-    peak = "  ".join(f"{r['dtype']} {r['peak'] / 1e9:.0f} GFLOP/s" for r in {r["dtype"]: r for r in rows}.values())
+    dtypes = {r["dtype"]: r for r in rows if r["peak"]}
+    peak = "  ".join(f"{dtype} {r['peak'] / 1e9:.0f} GFLOP/s" for dtype, r in dtypes.items())
     machine = ", ".join(filter(None, (first["processor"], f"{first['threads']} threads", first["isa"])))
     machine = machine if first["device"] == "cpu" else f"{first['device']}, {machine}"
     print(f"{machine}; multiply-add peak: {peak}; ", end="")

@@ -56,6 +56,25 @@ class Contest:
     def run(self, seconds: float) -> None:
         self.times = take_turns(self.calls, seconds, self.before)
 
+    def alone(self, what: str, goal: Goal, name: str = OWN) -> Finding:
+        """The time of a variant, by itself. ``what``: the work, as this variant does it."""
+        if name in self.absent:
+            return lacking(what, "", goal, self.absent[name])
+        spread = Spread.of(self.times[name].wall)
+        quartiles = {"low": spread.low, "high": spread.high, "samples": spread.samples}
+        return Finding(what, "", goal, spread.median, spread.median, **quartiles)
+
+    def beyond(self, what: str, peer: str, goal: Goal, name: str = OWN) -> Finding:
+        """By what share of its time a variant takes longer than ``peer``."""
+        for one in (peer, name):
+            if one in self.absent:
+                return lacking(what, peer, goal, self.absent[one])
+        own, theirs = (self.times[one].wall for one in (name, peer))
+        spread = Spread.of([a / b - 1 for a, b in zip(own, theirs)])
+        medians = {"own": statistics.median(own), "theirs": statistics.median(theirs)}
+        quartiles = {"low": spread.low, "high": spread.high, "samples": spread.samples}
+        return Finding(what, peer, goal, spread.median, **medians, **quartiles)
+
     def against(self, peer: str, goal: Goal, clock: str = "wall") -> Finding:
         """What the times say of a peer."""
         if peer in self.absent:
