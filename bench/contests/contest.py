@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from .finding import Finding, Goal, Wrong, lacking
 from .turns import Call, Times, take_turns
 
 Check = Callable[[object], None]
+Value = Callable[[float, float], float]  # of the seconds of both sides
 
 
 def same(got: Tensor, wanted: Tensor) -> None:
@@ -66,25 +68,24 @@ class Contest:
 
     def beyond(self, what: str, peer: str, goal: Goal, name: str = OWN) -> Finding:
         """By what share of its time a variant takes longer than ``peer``."""
-        for one in (peer, name):
-            if one in self.absent:
-                return lacking(what, peer, goal, self.absent[one])
-        own, theirs = (self.times[one].wall for one in (name, peer))
-        spread = Spread.of([a / b - 1 for a, b in zip(own, theirs)])
-        medians = {"own": statistics.median(own), "theirs": statistics.median(theirs)}
-        quartiles = {"low": spread.low, "high": spread.high, "samples": spread.samples}
-        return Finding(what, peer, goal, spread.median, **medians, **quartiles)
+        return self._compared(what, name, peer, goal, lambda own, theirs: own / theirs - 1)
+
+    def between(self, what: str, name: str, peer: str, goal: Goal, words: str) -> Finding:
+        """The ratio of two variants. ``words``: for the second."""
+        return replace(self._compared(what, name, peer, goal, goal.ratio), peer=words)
 
     def against(self, peer: str, goal: Goal, clock: str = "wall") -> Finding:
         """What the times say of a peer."""
-        if peer in self.absent:
-            return lacking(self.what, peer, goal, self.absent[peer])
-        own, theirs = (getattr(self.times[name], clock) for name in (OWN, peer))
-        pairs = list(zip(own, theirs))
-        ratios = [b / a for a, b in pairs] if goal.most is None else [a / b for a, b in pairs]
-        spread = Spread.of(ratios)
+        return self._compared(self.what, OWN, peer, goal, goal.ratio, clock)
+
+    def _compared(self, what: str, name: str, peer: str, goal: Goal, value: Value, clock: str = "wall") -> Finding:
+        for one in (name, peer):
+            if one in self.absent:
+                return lacking(what, peer, goal, self.absent[one])
+        own, theirs = (getattr(self.times[one], clock) for one in (name, peer))
+        spread = Spread.of([value(a, b) for a, b in zip(own, theirs)])
         return Finding(
-            what=self.what,
+            what=what,
             peer=peer,
             goal=goal,
             value=spread.median,

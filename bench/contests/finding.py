@@ -6,7 +6,13 @@ from dataclasses import asdict, dataclass
 
 from ..text import seconds, size
 
-NUMBERS = {"s": seconds, "bytes": size, "share": lambda value: f"{value:.3f}", "x": lambda value: f"{value:.2f}x"}
+NUMBERS = {
+    "s": seconds,
+    "bytes": size,
+    "share": lambda value: f"{value:.3f}",
+    "x": lambda value: f"{value:.2f}x",
+    "count": lambda value: f"{value:g}",
+}
 
 
 class Wrong(Exception):
@@ -29,6 +35,10 @@ class Goal:
         if self.most is None and self.least is None:
             return None
         return (self.most is None or value <= self.most) and (self.least is None or value >= self.least)
+
+    def ratio(self, own: float, theirs: float) -> float:
+        """Of times, as ``unit`` says."""
+        return theirs / own if self.most is None else own / theirs
 
     @property
     def text(self) -> str:

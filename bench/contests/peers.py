@@ -32,14 +32,19 @@ class Lmdb:
 
     def __init__(self, path: Path, rows: np.ndarray, sync: bool = True) -> None:
         """rows: uint8 [N, bytes]."""
-        import lmdb
-
-        self.env = lmdb.open(str(path), map_size=64 * rows.nbytes + (64 << 20), sync=sync, metasync=sync)
+        self.options = {"map_size": 64 * rows.nbytes + (64 << 20), "sync": sync, "metasync": sync}
+        self.open(path)
         step = 1 << 16
         for first in range(0, len(rows), step):
             with self.env.begin(write=True) as txn:
                 for i, row in enumerate(rows[first : first + step], first):
                     txn.put(self.key(i), row.tobytes(), append=True)
+
+    def open(self, path: Path) -> None:
+        """Again, after :meth:`close`."""
+        import lmdb
+
+        self.env = lmdb.open(str(path), **self.options)
 
     @staticmethod
     def key(slot: int) -> bytes:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from ..contests import command, peers
-from . import cold, gate, gathers, prefetches, sharing, slots, training
+from . import cold, gate, gathers, prefetches, resident, sharing, slots, tokens, training
 from .setting import Setting
 
-ROWS = command.rows_of((gathers, slots, gate, cold, prefetches, sharing, training))
+ROWS = command.rows_of((gathers, tokens, slots, gate, cold, resident, prefetches, sharing, training))
 
 
 def main(arguments: list[str]) -> int:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import functools
 import itertools
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from memkernels.store import _table_file
+from memkernels.store._table_layout import Layout
 
 from ..cases.gather_rows import dequantised
 from ..contests import setting
@@ -95,12 +99,6 @@ class Setting(setting.Setting):
 
 def write(path: Path, content: Content) -> Path:
     """A file of RowTable. The rows have the bytes of the content as they are, so nothing is quantised."""
-    import uuid
-
-    from memkernels.store._table_layout import Layout
-
-    from memkernels.store import _table_file
-
     layout = Layout(content.count, WIDTH, DTYPE, "row")
     chunks = ((rows.contiguous(), scale.unsqueeze(1)) for rows, scale in content.chunks())
     _table_file.write(path, layout, uuid.uuid4(), 0, chunks)
