@@ -13,7 +13,7 @@ from memkernels.store import RowTable, StoreFormat
 
 from ..contests.contest import Contest, same
 from ..contests.disk import forget
-from ..contests.finding import Finding, Goal, lacking, most
+from ..contests.finding import TOLD, Finding, Goal, lacking, most
 from .cold import THREADS, Draw
 from .setting import OUT, Setting
 
@@ -21,8 +21,9 @@ TIERS = ("direct", "mmap")
 COUNT, FEW = 8_192, 32  # rows of a step
 STEPS = 4  # of a call
 SIDE = 256  # of the matrices of a step
-ALONE, AFTER = "the step alone", "gather, then the step"
+ALONE, AFTER, FETCH = "the steps alone", "gather, then the step", "the fetches alone"
 SHARE = Goal(unit="share")
+GOALS = {"as long as": most(0.03, "share"), "twice as long as": SHARE}
 
 
 class Step:
@@ -71,7 +72,7 @@ class Cold:
 
 
 def prefetch(setting: Setting) -> Iterator[Finding]:
-    """``RowTable.prefetch`` one layer ahead of a step that takes as long as the fetch."""
+    """``RowTable.prefetch`` one layer ahead of a step that takes as long as the fetch, and of one twice as long."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -82,14 +83,20 @@ def prefetch(setting: Setting) -> Iterator[Finding]:
 
 
 def _of(setting: Setting, tier: str) -> Iterator[Finding]:
-    cold, what = Cold(setting, tier), f"prefetch one layer ahead, tier {tier}"
+    cold = Cold(setting, tier)
     try:
         cold()
     except StoreFormat as error:
-        yield lacking(what, ALONE, most(0.03, "share"), f"no O_DIRECT here ({error})")
+        what = f"prefetch one layer ahead, tier {tier}"
+        yield lacking(what, ALONE, GOALS["as long as"], f"no O_DIRECT here ({error})")
         return
-    step = Step(statistics.median(_fetch(cold) for _ in range(3)))
+    fetch = statistics.median(_timed(lambda: fetched(cold)) / STEPS for _ in range(3) if cold() is None)
+    for times, (words, goal) in enumerate(GOALS.items(), 1):
+        yield from _ahead(setting, cold, Step(times * fetch), words, goal)
+    cold.close()
 
+
+def _ahead(setting: Setting, cold: Cold, step: Step, words: str, goal: Goal) -> Iterator[Finding]:
     def ahead() -> Tensor:
         for slots in cold.slots:
             ticket = cold.table.prefetch(slots)
@@ -107,20 +114,25 @@ def _of(setting: Setting, tier: str) -> Iterator[Finding]:
         for _ in cold.slots:
             step()
 
-    what = f"{what}: time of {STEPS} steps, each as long as the fetch of {len(cold.slots[0])} cold rows, beyond"
-    contest = Contest(what, ahead, lambda rows: same(rows, setting.content.rows(cold.slots[-1])), cold)
+    def check(rows: Tensor) -> None:
+        same(rows, setting.content.rows(cold.slots[-1]))
+
+    what = f"{STEPS} steps, each {words} its fetch of {len(cold.slots[0])} cold rows, tier {cold.tier}"
+    contest = Contest(what, ahead, check, cold)
     contest.enter(AFTER, after)
+    contest.enter(FETCH, lambda: fetched(cold), check)
     contest.enter(ALONE, alone, lambda found: None)
     contest.run(setting.seconds)
-    cold.close()
-    yield contest.beyond(f"{what} that of the steps alone", ALONE, most(0.03, "share"))
-    yield contest.beyond(f"{what} that of the steps alone, without prefetch", ALONE, SHARE, AFTER)
+    yield contest.beyond(f"{what}: what shows of a prefetch one layer ahead", ALONE, goal)
+    yield contest.beyond(f"{what}: what shows of a gather before each step", ALONE, SHARE, AFTER)
+    yield contest.between(f"{what}: the fetches alone", FETCH, ALONE, TOLD, ALONE)
 
 
-def _fetch(cold: Cold) -> float:
-    """Seconds of a step's rows."""
-    cold()
-    return statistics.median(_timed(lambda slots=slots: cold.table.prefetch(slots).wait()) for slots in cold.slots)
+def fetched(cold: Cold) -> Tensor:
+    """The rows of all steps, one fetch after the other."""
+    for slots in cold.slots:
+        rows = cold.table.prefetch(slots).wait()
+    return rows
 
 
 ROWS = {"prefetch": prefetch}

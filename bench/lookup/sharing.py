@@ -82,7 +82,8 @@ def shared(setting: Setting) -> Iterator[Finding]:
     yield Finding(f"{what}: memory of all", ONE_COPY, most(1.1), held / once, held, once, "bytes")
     for i, goal in ((0, Goal(unit="s")), (-1, START)):
         seconds = readers[i].started["seconds"]
-        words = f"{what}: open and first rows of the {'first, which fills the copy' if i == 0 else 'last'}"
+        which = "first, which fills the copy" if i == 0 else "last"
+        words = f"{what}: from the call of open to the rows of a token, of the {which}"
         yield Finding(words, "", goal, seconds, seconds)
 
 
