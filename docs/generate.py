@@ -7,7 +7,7 @@ A block stands between ``<!-- generated: NAME -->`` and ``<!-- end: NAME -->``:
 - ``performance``: pictures and tables of the same files, printed by ``bench.report``;
 - ``ladder``, ``limits``: what each step bought, and what loops reach on a free and on a busy core, recorded in
   ``bench/results/ladder.json``;
-- ``store``: what ``python -m bench store`` measured, from its committed result files;
+- ``store``, ``lookup``: what ``python -m bench store`` and ``lookup`` measured, from their committed result files;
 - ``crash``: what the crash laboratory of MemoryStore tried, recorded in ``bench/results/crash_lab.json``;
 - ``predicted``: where main kernels will be bound, as ``python -m bench.predict`` reads it from compiled code.
 
@@ -90,7 +90,7 @@ def op_table(before: str) -> str:
 
 def result_files() -> list[Path]:
     """The committed results of full sizes."""
-    other = re.compile(r"^gpu-|^ladder$|^store-|^crash|-quick$")
+    other = re.compile(r"^gpu-|^ladder$|^store-|^lookup-|^crash|-quick$")
     return sorted(file for file in RESULTS.glob("*.json") if not other.search(file.stem))
 
 
@@ -178,11 +178,20 @@ def limits(before: str) -> str:
 
 def store(before: str) -> str:
     """The promises of MemoryStore beside what was measured, a table per machine."""
-    from bench import results
-    from bench.store import report
+    return _promises("store", "store")
 
-    found = [report.page(results.load(file)) for file in report.files()]
-    return "\n".join(found) or EMPTY.replace("python -m bench", "python -m bench store")
+
+def lookup(before: str) -> str:
+    """The promises of the lookup memory beside what was measured, a table per machine."""
+    return _promises("lookup", "memkernels")
+
+
+def _promises(subject: str, own: str) -> str:
+    from bench import results
+    from bench.contests import report
+
+    found = [report.page(results.load(file), own) for file in report.files(subject)]
+    return "\n".join(found) or EMPTY.replace("python -m bench", f"python -m bench {subject}")
 
 
 def predicted(before: str) -> str:
@@ -249,6 +258,7 @@ def generated(pictures_to: Path) -> dict[str, Callable[[str], str]]:
         "ladder": ladder,
         "limits": limits,
         "store": store,
+        "lookup": lookup,
         "crash": crashes,
         "predicted": predicted,
         "host": host,
