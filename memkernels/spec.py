@@ -27,8 +27,7 @@ from . import _torch
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 COMPRESSED = (torch.int8, torch.float8_e4m3fn)
 MAX_LEAD = 12  # leading dimensions that kernels have room for, beside the two axes of most arguments
-E8M0 = torch.float8_e8m0fnu  # a power of two in 8 bits: what multiplies a block of columns
-_NAMES = {d: str(d).removeprefix("torch.") for d in (*FLOATS, torch.bool, torch.int64, *COMPRESSED, E8M0)}
+_NAMES = {d: str(d).removeprefix("torch.") for d in (*FLOATS, torch.bool, torch.int64, *COMPRESSED, torch.uint8)}
 
 
 def stats_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -84,7 +83,7 @@ class Arg:
         ``"slots"``: 8 bits, or the lead, or float32 beside a 16-bit lead; never differentiable;
         ``"scale"``: what multiplies the rows of such an argument;
         ``"table"``: any of FLOATS, whatever the dtype of the call, or 8 bits; only floats are differentiable;
-        ``"block_scale"``: float32 or float8_e8m0fnu, what multiplies blocks of columns of a table.
+        ``"block_scale"``: what multiplies blocks of columns of a table, float32 or the bits of float8_e8m0fnu in uint8.
     stretch: a last axis of size 1 is stretched.
     flat: it has no leading dimensions, whatever those of the call.
     of: for an index the axis that it points into (``""``: none, it is any number from -1 on), for a scale the argument
@@ -355,7 +354,7 @@ _ANY_CALL = {
     "index": (torch.int64,),
     "lead": FLOATS,
     "table": (*FLOATS, *COMPRESSED),
-    "block_scale": (torch.float32, E8M0),
+    "block_scale": (torch.float32, torch.uint8),
 }
 
 
@@ -439,7 +438,9 @@ def _bind(op: Op, arg: Arg, shape: tuple[int, ...], axes: dict[str, int]) -> tup
         known = {a: n for a, n in axes.items() if any(a in letters(b.axes) for b in op.args if b.name != arg.name)}
         raise ValueError(f"{op.name}: {arg.name} must be {_axes_text(arg, known)}, got {list(shape)}")
     if arg.flat and split:
-        raise ValueError(f"{op.name}: {arg.name} must be {_axes_text(arg, axes).replace('..., ', '')}, got {list(shape)}")
+        raise ValueError(
+            f"{op.name}: {arg.name} must be {_axes_text(arg, axes).replace('..., ', '')}, got {list(shape)}"
+        )
     room = MAX_LEAD + 2 - max(2, *(len(a.parsed) for a in op.args))
     if split > room:
         raise ValueError(

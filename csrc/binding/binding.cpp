@@ -25,6 +25,7 @@ DType dtype_of(const char* op, const char* name, const Tensor& t) {
     case ScalarType::Long: return DType::i64;
     case ScalarType::Char: return DType::i8;
     case ScalarType::Float8_e4m3fn: return DType::e4m3;
+    case ScalarType::Byte: return DType::e8m0;  // its bits: the stable ABI knows no such tensor
     default: fail(op, ": ", name, " has a dtype that no kernel takes");
   }
 }
@@ -202,17 +203,19 @@ View Arguments::view(const Tensor& t, int tail) const {
   return v;
 }
 
-Gradient::Gradient(Arguments& args, const Tensor* argument, bool wanted, Side side, int tail) : tail_(tail) {
+Gradient::Gradient(Arguments& args, const Tensor* argument, bool wanted, Side side, int tail, bool own) : tail_(tail) {
   if (argument == nullptr || !wanted || argument->scalar_type() == ScalarType::Bool) return;
   dtype_ = argument->scalar_type();
-  const auto own = argument->sizes();
-  sizes_.assign(own.begin(), own.end());
+  const auto sizes = argument->sizes();
+  sizes_.assign(sizes.begin(), sizes.end());
   Sizes full = sizes_;
   if (side == Side::tokens || !kSumsInKernels) {
     full = args.sizes(side, {});
     full.insert(full.end(), sizes_.end() - tail, sizes_.end());
   }
-  sum_ = empty(full, stats_type(dtype_));
+  int64_t numbers = 1;
+  for (int64_t size : full) numbers *= size;
+  sum_ = empty(full, own && numbers == argument->numel() ? dtype_ : stats_type(dtype_));
   view_ = args.view(*sum_, tail);
 }
 

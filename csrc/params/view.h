@@ -23,7 +23,7 @@
 
 namespace mk {
 
-enum class DType : int8_t { f32, bf16, f16, f64, boolean, i64, i8, e4m3 };
+enum class DType : int8_t { f32, bf16, f16, f64, boolean, i64, i8, e4m3, e8m0 };
 
 inline bool is_compressed(DType d) { return d == DType::i8 || d == DType::e4m3; }
 
@@ -34,7 +34,8 @@ MK_BOTH inline int64_t size_of(DType d) {
     case DType::f16: return 2;
     case DType::boolean:
     case DType::i8:
-    case DType::e4m3: return 1;
+    case DType::e4m3:
+    case DType::e8m0: return 1;
     default: return 8;
   }
 }

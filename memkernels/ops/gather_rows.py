@@ -13,10 +13,11 @@ from torch import Tensor
 
 from .._torch import known
 from ..registration import call, register
-from ..spec import COMPRESSED, FLOATS, Arg, Op, Out, shaped
+from ..spec import COMPRESSED, FLOATS, Arg, Op, Out, shaped, stats_dtype
 from ._options import integer
 
 _EIGHT_BITS = frozenset(COMPRESSED)
+E8M0 = torch.float8_e8m0fnu
 
 
 def chosen(rows: Tensor, indices: Tensor) -> Tensor:
@@ -29,11 +30,13 @@ def chosen(rows: Tensor, indices: Tensor) -> Tensor:
 
 
 def reference(values: Tensor, indices: Tensor, value_scale: Tensor | None, block: int, dtype: torch.dtype):
-    rows = chosen(values, indices)
-    if value_scale is not None:
-        exact = torch.float64 if dtype == torch.float64 else torch.float32
-        by_column = chosen(value_scale, indices).to(exact).repeat_interleave(block, -1)[..., : values.shape[-1]]
-        rows = rows.to(exact) * by_column
+    exact = stats_dtype(dtype)
+    if value_scale is None:
+        rows = chosen(values.to(exact), indices)  # so that gradients add in that dtype
+    else:
+        scale = value_scale.view(E8M0) if value_scale.dtype == torch.uint8 else value_scale
+        by_column = chosen(scale, indices).to(exact).repeat_interleave(block, -1)[..., : values.shape[-1]]
+        rows = chosen(values, indices).to(exact) * by_column
     return (rows.to(dtype).masked_fill((indices == -1).unsqueeze(-1), 0),)
 
 
@@ -131,7 +134,9 @@ def _result_dtype(name: str, given: torch.dtype, compressed: bool, dtype: torch.
     return dtype
 
 
-def _blocks(name: str, values: Tensor, scale: Tensor | None, block: int | None, width: int) -> tuple[Tensor | None, int]:
+def _blocks(
+    name: str, values: Tensor, scale: Tensor | None, block: int | None, width: int
+) -> tuple[Tensor | None, int]:
     """The scale as ``[N, C]``, and the columns of a block."""
     if block is not None:
         block = integer(name, "block", block, 1)
@@ -144,6 +149,7 @@ def _blocks(name: str, values: Tensor, scale: Tensor | None, block: int | None, 
     if tuple(scale.shape) != wanted:
         axes = "[N]" if block is None else f"[N, ceil(V / block)], block = {block}"
         raise ValueError(f"{name}: value_scale must be {axes}, {list(wanted)}, got {list(scale.shape)}")
+    scale = scale.view(torch.uint8) if scale.dtype == E8M0 else scale
     return (scale.unsqueeze(-1), max(width, 1)) if block is None else (scale, block)
 
 

@@ -35,15 +35,28 @@ def reference(hidden, key, value, hidden_weight, key_weight, eps: float, signed_
     return gated.to(hidden.dtype), *stats
 
 
+def _agreeing(hidden, key, *rest) -> Tensor:
+    """A key close to the hidden state or its opposite: the root of a score near 0 has no digits."""
+    for d in range(-1, -key.dim() - 1, -1):
+        if -d <= hidden.dim() and hidden.shape[d] > key.shape[d]:
+            hidden = hidden.narrow(d, 0, key.shape[d])
+    sign = 1 - 2 * (torch.arange(key[..., 0].numel(), device=key.device) % 2).view(key.shape[:-1]).unsqueeze(-1)
+    return (key / 4 + sign * hidden).to(key.dtype)
+
+
+def _about_one(place: int):
+    return lambda *tensors: (1 + tensors[place] / 4).to(tensors[place].dtype)
+
+
 OP = register(
     Op(
         name="memory_gate",
         args=(
             Arg("hidden", "B D", "tokens", "lead"),
-            Arg("key", "B D", "tokens"),
+            Arg("key", "B D", "tokens", fill=_agreeing),
             Arg("value", "D", "tokens"),
-            Arg("hidden_weight", "B D", "memory", "content", flat=True),
-            Arg("key_weight", "B D", "memory", "content", flat=True),
+            Arg("hidden_weight", "B D", "memory", "content", flat=True, fill=_about_one(3)),
+            Arg("key_weight", "B D", "memory", "content", flat=True, fill=_about_one(4)),
         ),
         params=(("eps", "float"), ("signed_sqrt", "bool")),
         usual={"eps": 1e-6, "signed_sqrt": True},

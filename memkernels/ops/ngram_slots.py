@@ -61,8 +61,18 @@ OP = register(
         name="ngram_slots",
         args=(
             Arg("tokens", "T", "tokens", "index", of="W"),
-            Arg("sizes", "M", "memory", "index", flat=True, of="", fill=lambda tokens, sizes, *_: 7 + 4 * _count(sizes)),
-            Arg("multipliers", "J", "memory", "index", flat=True, of="", fill=lambda *x: odd_multipliers(0, 1, len(x[2]))),
+            Arg(
+                "sizes", "M", "memory", "index", flat=True, of="", fill=lambda tokens, sizes, *_: 7 + 4 * _count(sizes)
+            ),
+            Arg(
+                "multipliers",
+                "J",
+                "memory",
+                "index",
+                flat=True,
+                of="",
+                fill=lambda *x: odd_multipliers(0, 1, len(x[2])),
+            ),
             Arg("token_map", "W", "memory", "index", True, flat=True, of="", fill=lambda *x: 2**33 - 3 * _count(x[3])),
             Arg("history", "P", "tokens", "index", True, of="W"),
             Arg("first", "T", "tokens", "index", True, of="", fill=lambda *x: _count(x[5]) // 3 * 3 - 1 + 0 * x[5]),
@@ -133,7 +143,9 @@ def ngram_slots(
     pad = integer(name, "pad", pad, -LARGEST - 1)
     if not isinstance(ignore, (Tensor, type(None))):
         like = tokens.device if isinstance(tokens, Tensor) else None
-        ignore = torch.tensor([integer(name, "ignore", i, -LARGEST - 1) for i in ignore], dtype=torch.int64, device=like)
+        ignore = torch.tensor(
+            [integer(name, "ignore", i, -LARGEST - 1) for i in ignore], dtype=torch.int64, device=like
+        )
     tensors = [_long(x) for x in (tokens, sizes, multipliers, token_map, history, first, ignore)]
     _check_options(name, orders, heads, *(tensors[i] for i in (1, 2, 4)))
     warn_of_composites(name, tensors[1])
@@ -145,7 +157,9 @@ def _long(x: object) -> object:
     return x.long() if isinstance(x, Tensor) and x.dtype == torch.int32 else x
 
 
-def _check_options(name: str, orders: list[int], heads: int, sizes: object, multipliers: object, history: object) -> None:
+def _check_options(
+    name: str, orders: list[int], heads: int, sizes: object, multipliers: object, history: object
+) -> None:
     """The rules between options and shapes, where those are known; the check of the call looks at the rest."""
     if not orders:
         raise ValueError(f"{name}: orders must name at least one length, got none")

@@ -20,7 +20,18 @@ from ..registration import OPS
 from ..spec import Op
 from .cases import CASES, Case, cases
 from .compare import TOLERANCE
-from .grid import DIRECTIONS, DTYPES, Row, Subject, find_backends, find_device, find_dtype, find_op, nan_in_new_memory, subjects
+from .grid import (
+    DIRECTIONS,
+    DTYPES,
+    Row,
+    Subject,
+    find_backends,
+    find_device,
+    find_dtype,
+    find_op,
+    nan_in_new_memory,
+    subjects,
+)
 from .report import report, summary
 
 __all__ = [

@@ -346,7 +346,63 @@ VALUES = (
     ),
 )
 
+LOOKUP = (
+    Case("int8 rows", ("values", "block"), _sizes(k=70, C=1), give={"values": "int8", "value_scale": ""}, quick=True),
+    Case("float8 rows", ("values", "block"), _sizes(k=70, C=1), give={"values": "float8", "value_scale": ""}),
+    Case(
+        "float8 rows in blocks of 32, powers of two",
+        ("values", "block"),
+        _sizes(V=256, C=8, k=24),
+        give={"values": "float8", "value_scale": "power_of_two"},
+        quick=True,
+    ),
+    Case(
+        "int8 rows in short blocks",
+        ("values", "block"),
+        _sizes(V=71, C=15),
+        params={"block": 5},
+        give={"values": "int8", "value_scale": ""},
+    ),
+    Case(
+        "blocks that end within the row",
+        ("values", "block"),
+        _sizes(V=100, C=2),
+        params={"block": 64},
+        give={"values": "int8", "value_scale": "power_of_two"},
+    ),
+    Case("many rows", ("values", "block"), _sizes(V=64, k=9000), tokens=(), quick=True),
+    Case("rows named often", ("values", "block"), _sizes(V=33, N=3, k=500)),
+    Case("every row -1", ("values", "block"), give={"indices": "index_none"}),
+    Case("token map", ("token_map",), give={"token_map": ""}, quick=True),
+    Case("history", ("history",), give={"history": ""}, quick=True),
+    Case("packed sequences", ("first",), _sizes(T=40), give={"first": ""}, quick=True),
+    Case("ignored tokens", ("ignore",), _sizes(I=9), give={"ignore": ""}, quick=True),
+    Case(
+        "map, history, packed and ignored",
+        ("first",),
+        _sizes(T=700, M=8, J=5, P=4),
+        tokens=(2, 3),
+        leads={"history": (3,), "first": ()},
+        params={"orders": [2, 5], "heads": 4, "pad": -7},
+        give={"token_map": "", "history": "", "first": "", "ignore": ""},
+        quick=True,
+    ),
+    Case("orders in any order", ("orders",), _sizes(M=6, J=4), params={"orders": [4, 1, 2], "heads": 2}),
+    Case("history of single tokens", ("history",), _sizes(T=1), tokens=(300,), give={"history": ""}),
+    Case("plain gate", ("signed_sqrt",), params={"signed_sqrt": False}, quick=True),
+    Case("wide gate", ("signed_sqrt",), _sizes(B=2, D=1300), tokens=(5,), quick=True),
+    Case("many gates", ("signed_sqrt",), _sizes(B=1, D=96), tokens=(1500,)),
+    Case("hidden state of zeros", ("signed_sqrt",), give={"hidden": "zeros"}),
+    Case("opposite key", ("signed_sqrt",), give={"hidden": "ones", "key": "ones", "hidden_weight": "signs"}),
+    Case("NaN in one hidden state", ("signed_sqrt",), tokens=(2, 4), give={"hidden": "nan_token"}),
+    Case("hidden shared by streams", ("signed_sqrt",), tokens=(3, 4), leads={"hidden": (), "value": (1,)}, quick=True),
+    Case("value shared by streams", ("signed_sqrt",), tokens=(3, 4), leads={"value": (4,), "key": (3, 1)}),
+)
+
 GRADIENTS = (
+    Case("gradient of the hidden state only", ("signed_sqrt",), wants=("hidden",)),
+    Case("gradient of the value only", ("signed_sqrt",), wants=("value",)),
+    Case("gradient of the gate's weights only", ("signed_sqrt",), wants=("hidden_weight", "key_weight")),
     Case("gradient of the query only", ("query",), wants=("query",)),
     Case("gradient of the keys only", ("keys",), wants=("keys",)),
     Case("gradient of the values only", ("values",), wants=("values",)),
@@ -373,7 +429,7 @@ GRADIENTS = (
     Case("gradient through retained only", ("-> retained",), cotangents=("retained",)),
 )
 
-CASES = (*SHAPES, *LEADS, *LAYOUTS, *MASKS, *VALUES, *GRADIENTS)
+CASES = (*SHAPES, *LEADS, *LAYOUTS, *MASKS, *VALUES, *LOOKUP, *GRADIENTS)
 
 
 def cases(op: Op, *, quick: bool = False) -> list[Case]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..spec import COMPRESSED, E8M0, FLOATS, Arg, Axis, Op, letters, sizes, stats_dtype
+from ..spec import COMPRESSED, FLOATS, Arg, Axis, Op, letters, sizes, stats_dtype
 from .cases import SIZES, UNMET, Case
 
 SIXTEEN_BIT = (torch.bfloat16, torch.float16)
@@ -100,7 +100,7 @@ def _dtype(arg: Arg, dtype: torch.dtype, case: Case) -> torch.dtype:
         dtype = stats_dtype(dtype) if case.mixed else dtype
         return {"int8": torch.int8, "float8": torch.float8_e4m3fn}.get(given, dtype)
     if kind == "block_scale":
-        return E8M0 if case.give.get(arg.name) == "power_of_two" else torch.float32
+        return torch.uint8 if case.give.get(arg.name) == "power_of_two" else torch.float32
     if kind in ("stats", "scale") or (kind == "content" and case.mixed):
         return stats_dtype(dtype)
     if kind == "mask":
@@ -201,9 +201,9 @@ FILL: dict[str, Callable[..., Tensor]] = {
     "int8": lambda shape, dtype, random, places: torch.randint(-127, 128, shape, generator=random).to(torch.int8),
     "float8": lambda shape, dtype, random, places: (100 * torch.randn(shape, generator=random)).to(dtype),
     "row_scale": lambda shape, dtype, random, places: torch.rand(shape, generator=random).to(dtype) / 64,
-    "power_of_two": lambda shape, dtype, random, places: (
-        torch.randint(-12, 3, shape, generator=random).float().exp2().to(dtype)
-    ),
+    "power_of_two": lambda shape, dtype, random, places: torch.randint(115, 130, shape, generator=random).to(
+        dtype
+    ),  # exponents of float8_e8m0fnu, 127 more
     "zeros": lambda shape, dtype, random, places: torch.zeros(shape, dtype=dtype),
     "ones": lambda shape, dtype, random, places: torch.ones(shape, dtype=dtype),
     "bits": lambda shape, dtype, random, places: torch.randint(0, 2, shape, generator=random).to(dtype),

@@ -34,6 +34,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(memkernels_cpu, m) {
   m.def(
       "slot_places(Tensor slots, Tensor live, int capacity, Tensor frame_of, int page_slots, Tensor(a!) count, "
       "bool none) -> Tensor");
+  m.def("gather_rows_out(Tensor values, Tensor indices, Tensor? value_scale, int block, Tensor(a!) out) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(memkernels_cpu, CompositeExplicitAutograd, m) {
   m.impl("isa", TORCH_BOX(&isa_name));

@@ -1,77 +1,10 @@
 // Scattered rows of any dtype, converted at load. Their weighted sum stays in registers while rows are loaded.
 #include "cpu/tiles/gather.h"
 
+#include "cpu/tiles/load_as.h"
+
 namespace mk::MK_ISA {
 namespace {
-
-template <DType D>
-constexpr int kSize = D == DType::f32                      ? 4
-                      : D == DType::f64                    ? 8
-                      : D == DType::i8 || D == DType::e4m3 ? 1
-                                                           : 2;
-
-// One register of numbers of dtype D.
-template <class F, DType D>
-MK_INLINE Vec<F> load_as(const char* p) {
-  if constexpr (D == DType::f32 || D == DType::f64) {
-    return load<F>(reinterpret_cast<const F*>(p));
-  } else if constexpr (D == DType::i8 || D == DType::e4m3) {
-    if constexpr (sizeof(F) == 4) {
-      return load_compressed<D>(p);
-    } else {
-      F lanes[kLanes<F>];
-      read_compressed<F, D>(p, kLanes<F>, F(1), lanes);
-      return load<F>(lanes);
-    }
-  } else {
-    [[maybe_unused]] const auto* h = reinterpret_cast<const uint16_t*>(p);
-#if defined(__AVX512F__)
-    const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-    if constexpr (D == DType::f16) return (Vec<F>)_mm512_cvtph_ps(x);
-    else return (Vec<F>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16);
-#elif defined(__AVX2__)
-    const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-    if constexpr (D == DType::f16) return (Vec<F>)_mm256_cvtph_ps(x);
-    else return (Vec<F>)_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16);
-#else
-    F lanes[kLanes<F>];
-    for (int i = 0; i < kLanes<F>; ++i) {
-      lanes[i] = D == DType::f16 ? half_to_float(h[i]) : from_bits(uint32_t(h[i]) << 16);
-    }
-    return load<F>(lanes);
-#endif
-  }
-}
-
-// The first n lanes, the others zero; never reads beyond them.
-template <class F, DType D>
-MK_INLINE Vec<F> load_first_as(const char* p, int64_t n) {
-  if constexpr (D == DType::f32 || D == DType::f64) {
-    return load_first<F>(reinterpret_cast<const F*>(p), n);
-  } else {
-    using Bits = std::conditional_t<kSize<D> == 1, uint8_t, uint16_t>;
-    alignas(64) Bits lanes[kLanes<F>] = {};
-    const auto* h = reinterpret_cast<const Bits*>(p);
-    for (int64_t i = 0; i < n; ++i) lanes[i] = h[i];
-    return load_as<F, D>(reinterpret_cast<const char*>(lanes));
-  }
-}
-
-// Calls body.template operator()<D>() with the dtype as a constant.
-template <class F, class Body>
-MK_INLINE void with_dtype(DType dtype, Body&& body) {
-  if (dtype == DType::i8) {
-    body.template operator()<DType::i8>();
-  } else if (dtype == DType::e4m3) {
-    body.template operator()<DType::e4m3>();
-  } else if constexpr (sizeof(F) == 8) {
-    body.template operator()<DType::f64>();
-  } else {
-    if (dtype == DType::f32) body.template operator()<DType::f32>();
-    else if (dtype == DType::bf16) body.template operator()<DType::bf16>();
-    else body.template operator()<DType::f16>();
-  }
-}
 
 // out[0..NV registers) (+)= sum_j weights[j] * row_j, from byte `offset` of each row. The last register has `live`
 // lanes.

@@ -194,6 +194,7 @@ class Buffer {
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
   F* data() { return data_; }
+  const F* data() const { return data_; }
 
  private:
   F* data_;
