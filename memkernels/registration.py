@@ -247,6 +247,12 @@ def _differentiable(op: Op, chosen: Callable[[str], Backend | None]) -> Callable
     return functools.partial(_recorded[f"{backend.namespace}::{op.name}"], operator)
 
 
+def backward_kernel(op: Op, like: Tensor, backend: str) -> Callable[..., Any] | None:
+    """The operator ``<op>_backward`` that serves calls of the dtype of ``like``, None where it is the formula's."""
+    kernels = select(op.name, like.device.type, like.dtype, backend, direction="backward")
+    return None if kernels is None else getattr(getattr(torch.ops, kernels.namespace), f"{op.name}_backward").default
+
+
 def _reference_inplace(op: Op) -> Callable[..., Any]:
     target = op.index(op.inplace)
 

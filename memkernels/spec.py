@@ -7,9 +7,9 @@ argument is filled, what a mask hides, how a result is judged.
 
 Axes, the same letters everywhere: ``T`` tokens, ``N`` slots, ``K`` key width, ``V`` value width, ``k`` neighbours,
 ``S`` parts to merge, ``D`` channels of a state, ``n`` half keys of a list, ``B`` branches, ``M`` hash tables. A number
-(``2``) is a fixed size, a number and a letter (``3D``) a multiple, a letter twice (``nn``) a square. Leading dimensions come before them and broadcast. A
-tensor belongs to the *tokens* or to the *memory*; a leading dimension that every memory tensor lacks (or has at size 1)
-is *shared*: its tokens are folded into ``T`` in row-major order.
+(``2``) is a fixed size, a number and a letter (``3D``) a multiple, a letter twice (``nn``) a square. Leading dimensions
+come before them and broadcast. A tensor belongs to the *tokens* or to the *memory*; a leading dimension that every
+memory tensor lacks (or has at size 1) is *shared*: its tokens are folded into ``T`` in row-major order.
 """
 
 from __future__ import annotations
@@ -438,41 +438,10 @@ def _bind(op: Op, arg: Arg, shape: tuple[int, ...], axes: dict[str, int]) -> tup
         known = {a: n for a, n in axes.items() if any(a in letters(b.axes) for b in op.args if b.name != arg.name)}
         raise ValueError(f"{op.name}: {arg.name} must be {_axes_text(arg, known)}, got {list(shape)}")
     if arg.flat and split:
-        raise ValueError(
-            f"{op.name}: {arg.name} must be {_axes_text(arg, axes).replace('..., ', '')}, got {list(shape)}"
-        )
+        raise ValueError(f"{op.name}: {arg.name} must be [{', '.join(arg.axes.split())}], got {list(shape)}")
     room = MAX_LEAD + 2 - max(2, *(len(a.parsed) for a in op.args))
     if split > room:
         raise ValueError(
             f"{op.name}: {arg.name} must have at most {room} leading dimensions, got {split}, {list(shape)}"
         )
     return shape[:split]
-
-
-def fold_tokens(x: Tensor, memory: Sequence[int], lead: Sequence[int], tail: int) -> Tensor:
-    """Fold the shared leading dimensions of a token tensor into ``T``.
-
-    x: ``[..., T, *tail axes]`` with ``tail`` axes after ``T``. Returns ``[*memory, T', *tail axes]`` where ``T'``
-    counts the shared dimensions and ``T`` in row-major order, which is the order in which shared tokens are written.
-    """
-    kept, shared = _kept_and_shared(memory, lead)
-    x = x.expand(*lead, *x.shape[x.dim() - tail - 1 :])
-    x = x.permute(*kept, *shared, *range(len(lead), x.dim()))
-    tokens = 1
-    for size in x.shape[len(kept) : len(lead) + 1]:
-        tokens *= size
-    return x.reshape(*memory, tokens, *x.shape[x.dim() - tail :] if tail else ())
-
-
-def unfold_tokens(x: Tensor, memory: Sequence[int], lead: Sequence[int], tokens: int) -> Tensor:
-    """Undo :func:`fold_tokens`: ``[*memory, T', D]`` becomes ``[*lead, T, D]`` with ``T = tokens``."""
-    order = [d for part in _kept_and_shared(memory, lead) for d in part]
-    x = x.reshape(*(lead[d] for d in order), tokens, x.shape[-1])
-    return x.permute(*(order.index(d) for d in range(len(lead))), -2, -1)
-
-
-def _kept_and_shared(memory: Sequence[int], lead: Sequence[int]) -> tuple[list[int], list[int]]:
-    """Which dimensions of ``lead`` the memory has, and which its streams share."""
-    own = [1] * (len(lead) - len(memory)) + list(memory)
-    shared = [d for d, size in enumerate(lead) if _torch.known(own[d] == 1) and not _torch.known(size == 1)]
-    return [d for d in range(len(lead)) if d not in shared], shared

@@ -18,6 +18,7 @@ name, backend, direction = sys.argv[1:4]
 op = OPS[name]
 INT_MIN, HUGE = -(2**63), 2**62
 # Checking indices would make the host wait for a GPU. There they must do no harm: test_simt_contract.py.
+FITS = {"pad": lambda value: True, "block": lambda value: value > 0}  # options that may be almost any number
 LOOKS_AT_INDICES = backend != "cuda"
 
 
@@ -32,7 +33,14 @@ def attempt(what: str, arguments: list, must_raise: bool = True) -> None:
 
 
 # The case with the most arguments that the op takes.
-wanted = ("erase tensor, both masks", "erase tensor, token mask", "erase tensor", "float mask", "usual")
+wanted = (
+    "map, history, packed and ignored",
+    "erase tensor, both masks",
+    "erase tensor, token mask",
+    "erase tensor",
+    "float mask",
+    "usual",
+)
 case = next(c for c in wanted if CASE[c].fits(op))
 inputs = subject(name, case, torch.float32).inputs
 tensors = [t if t is None or not t.is_floating_point() else torch.nan_to_num(t) for t in inputs.tensors]
@@ -71,6 +79,7 @@ def put(i: int, tensor) -> list:
 
 run(*[t if t is None else t.clone() for t in tensors], *params)  # unchanged, the arguments must be accepted
 
+leading = [i for i in range(len(names)) if i >= len(op.args) or not op.args[i].flat]
 for i, (label, own, t) in enumerate(zip(names, axes, tensors)):
     if t is None:
         continue
@@ -92,7 +101,8 @@ for i, (label, own, t) in enumerate(zip(names, axes, tensors)):
         ),
         must_raise=False,
     )
-    attempt(f"{label}: other streams", put(i, torch.cat([t, t, t[:1]])))
+    alone = [j for j in leading if tensors[j] is not None] == [i]  # then its streams are those of the call
+    attempt(f"{label}: other streams", put(i, torch.cat([t, t, t[:1]])), must_raise=i in leading and not alone)
     for dtype in (torch.int32, torch.complex64, torch.uint8, torch.float8_e4m3fn):
         fits = t.dtype == torch.int8 and dtype == torch.float8_e4m3fn
         attempt(f"{label}: {dtype}", put(i, torch.zeros(t.shape, dtype=dtype)), must_raise=not fits)
@@ -124,10 +134,13 @@ for i, (label, own, t) in enumerate(zip(names, axes, tensors)):
                 attempt(f"{label}: {wild} at {at}", put(i, changed), must_raise=LOOKS_AT_INDICES and label not in free)
 
 for p, (label, kind) in enumerate(op.params):
-    wild = {"int": [0, -1, INT_MIN, 2**40, HUGE], "float": [float("nan"), float("inf"), -0.0, 1e308], "bool": []}[kind]
-    for value in wild:
+    wild = {"int": [0, -1, INT_MIN, 2**40, HUGE], "float": [float("nan"), float("inf"), -0.0, 1e308], "bool": []}
+    wild |= {"ScalarType": [torch.int64, torch.bool, torch.complex64], "int[]": [[], [0], [-1], [INT_MIN, HUGE]]}
+    for value in wild[kind]:
         changed = [*params[:p], value, *params[p + 1 :]]
-        attempt(f"{label} = {value}", [*tensors, *changed], must_raise=kind == "int" and direction == "forward")
+        fits = label in FITS and FITS[label](value)
+        refused = kind != "float" and direction == "forward" and not fits
+        attempt(f"{label} = {value}", [*tensors, *changed], must_raise=refused)
 if direction == "backward":
     for wants in ([], params[-1][:-1], [*params[-1], True], [True] * 100):
         attempt(f"wants of length {len(wants)}", [*tensors, *params[:-1], wants])

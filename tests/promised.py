@@ -40,5 +40,12 @@ SIGNATURES["product_key_read"] = "(query, subkeys, values, k, *, scale=None, ret
 SIGNATURES["additive_read"] = "(query, keys, values, score_vector, *, slot_mask=None, return_lse=False)"
 SIGNATURES["cache_logprobs"] = "(logits, cache_scores, cache_tokens, mix)"
 SIGNATURES["cache_nll"] = "(logits, targets, cache_scores, cache_tokens, mix)"
+SIGNATURES["ngram_slots"] = (
+    "(tokens, sizes, multipliers, *, orders, heads, token_map=None, history=None, first=None, ignore=None, pad=0)"
+)
+SIGNATURES["gather_rows"] = "(values, indices, *, value_scale=None, block=None, dtype=None, sparse_grad=False)"
+SIGNATURES["memory_gate"] = "(hidden, key, value, hidden_weight, key_weight, *, eps, signed_sqrt=True)"
+# What makes the arguments of an op, in plain Python.
+HELPERS = ("odd_multipliers", "prime_sizes")
 
 PROMISED = tuple(name for name, op in OPS.items() if (op.twin_of or name) in SIGNATURES)

@@ -12,7 +12,6 @@ from promised import PROMISED
 
 import memkernels as mk
 from memkernels.backends import BACKENDS as ROWS
-from memkernels.backends import DIRECTIONS
 from memkernels.registration import OPS
 from memkernels.testing import CASES, Subject
 
@@ -29,7 +28,7 @@ def has(op: str, backend: str, direction: str = "forward") -> bool:
 
 
 def _complete(op: str, backend: str) -> bool:
-    return all(has(op, backend, d) for d in (*DIRECTIONS, *(["in-place"] if OPS[op].inplace else [])))
+    return all(has(op, backend, d) for d in (*OPS[op].directions, *(["in-place"] if OPS[op].inplace else [])))
 
 
 # Ops whose native operators can be called in every direction: the promised ones, and others once they have kernels.

@@ -44,7 +44,7 @@ def test_info_as_json(capsys):
     names = {"reference", *(b.name for b in backends.BACKENDS)}
     assert set(info["backends"]) == names
     assert all(set(row) == names for row in info["ops"].values())
-    assert all(set(by) == set(backends.DIRECTIONS) for op in OPS for by in info["ops"][op].values())
+    assert all(set(by) == set(OPS[op].directions) for op in OPS for by in info["ops"][op].values())
 
 
 def test_info_gives_the_reason_for_a_gap(capsys, monkeypatch):

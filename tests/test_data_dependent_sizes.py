@@ -19,6 +19,7 @@ LOGITS, CACHE, WORDS, MIX = randn(T, 11), randn(T, N), torch.arange(T * N).view(
 KEYS8, ROW = (20 * KEYS).to(torch.int8), torch.sigmoid(randn(N))
 SUBKEYS, LIST, TABLE, PARTS = randn(2, 3, 2), randn(9, 2), randn(9, V), randn(9, T, V)
 PAGES, FOUND = torch.arange(N).flip(0), 100 + torch.arange(T * k).view(T, k)
+WEIGHT = torch.ones(K, dtype=torch.float64)
 CELL, RECURRENT = randn(T, 6), randn(6, 2)
 TOKENS, TARGETS = torch.arange(T) % 3 > 0, torch.arange(T)
 
@@ -112,6 +113,12 @@ CASES = {
             q, KEYS8.view(N, 1, K)[c], PAGES[c], k, key_scale=ROW.view(N, 1)[c], backend=b
         ),
         (QUERY,),
+    ),
+    "gather_rows N": (lambda c, b, v: mk.gather_rows(v[c], INDICES.clamp(max=0), backend=b), (VALUES,)),
+    "gather_rows T": (lambda c, b, v: mk.gather_rows(v, INDICES[c], backend=b), (VALUES,)),
+    "memory_gate T": (
+        lambda c, b, h, x, v: mk.memory_gate(h[c], x[c], v[c], WEIGHT, WEIGHT, eps=1e-3, backend=b),
+        (randn(T, 2, K), 3 * randn(T, 2, K, seed=1), randn(T, K)),
     ),
     "product_key_search T": (lambda c, b, q, x: mk.product_key_search(q[c], x, k, backend=b), (QUERY, SUBKEYS)),
     "product_key_search n": (

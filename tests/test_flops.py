@@ -14,7 +14,7 @@ from memkernels.registration import OPS
 from memkernels.spec import several
 
 # Multiply-adds of one stream at the sizes below, by hand: (forward, backward).
-T, N, K, V, k, S, D, W, n, h, F = 7, 33, 16, 24, 4, 3, 20, 50, 6, 8, 6
+T, N, K, V, k, S, D, W, n, h, F, B = 7, 33, 16, 24, 4, 3, 20, 50, 6, 8, 6, 3
 HAND = {
     "address": (T * N * K, 2 * T * N * K),
     "additive_read": (T * N * (2 * K + V), 3 * T * N * (2 * K + V)),
@@ -36,7 +36,9 @@ HAND = {
     "cell_scan": (3 * T * D * D, 9 * T * D * D),
     "cache_logprobs": (T * (W + N), 2 * T * (W + N)),
     "cache_nll": (T * (W + N), 2 * T * (W + N)),
+    "memory_gate": (4 * B * D, 7 * B * D),
 }
+MOVING = ("ngram_slots", "gather_rows")  # integers and rows: nothing is counted
 
 
 def counted(run) -> dict[str, int]:
@@ -45,13 +47,14 @@ def counted(run) -> dict[str, int]:
     return {str(name).rsplit(".", 1)[-1]: flops for name, flops in counter.get_flop_counts()["Global"].items()}
 
 
-@pytest.mark.parametrize("op", PROMISED)
+@pytest.mark.parametrize("op", [op for op in PROMISED if op not in MOVING])
 @pytest.mark.parametrize("streams", [1, 2])
 def test_every_op_forward_and_backward(native, op, streams):
     s = subject(op, "no leading dimensions", torch.float32)
     tensors = list(s.inputs.tensors)
     if streams == 2:
-        tensors = [t if t is None else torch.stack([t, t]) for t in tensors]
+        flat = [a.flat for a in OPS[op].args]
+        tensors = [t if t is None or one else torch.stack([t, t]) for t, one in zip(tensors, flat)]
     tensors = [t.requires_grad_() if i in s.wanting else t for i, t in enumerate(tensors)]
 
     def run():
@@ -109,5 +112,6 @@ def test_whichever_is_imported_first(first):
 
 
 def test_every_op_declares_its_cost():
-    assert all(OPS[op].flops is not None and OPS[op].backward_flops is not None for op in PROMISED)
-    assert set(HAND) == {op for op in PROMISED if not OPS[op].twin_of}
+    counted = [op for op in PROMISED if op not in MOVING]
+    assert all(OPS[op].flops is not None and OPS[op].backward_flops is not None for op in counted)
+    assert set(HAND) == {op for op in counted if not OPS[op].twin_of}

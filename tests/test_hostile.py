@@ -11,7 +11,7 @@ from support import READY, run_python
 
 from memkernels.registration import OPS
 
-CALLS = [(op, d) for op in READY for d in ("forward", "backward", *(["in place"] if OPS[op].inplace else []))]
+CALLS = [(op, d) for op in READY for d in (*OPS[op].directions, *(["in place"] if OPS[op].inplace else []))]
 CODE = (Path(__file__).parent / "hostile.py").read_text()
 # Every call has a process of its own, because it may crash. Processes are forked from one that has imported torch.
 FORK = """

@@ -130,7 +130,7 @@ case = next(c for c in CASES if c.name == "no leading dimensions")
 found = {"gaps": [], "bits": []}
 for op in (OPS[name] for name in _triton.kernels().operators() if name in OPS):
     for dtype in row.dtypes:
-        found["gaps"] += [g for d in backends.DIRECTIONS if (g := row.gap(op.name, "cpu", dtype, d))]
+        found["gaps"] += [g for d in op.directions if (g := row.gap(op.name, "cpu", dtype, d))]
     if op.inplace and (gap := row.gap(op.name + "_", "cpu")):
         found["gaps"].append(gap)
     subject = Subject(op, case, torch.float32, "cpu")

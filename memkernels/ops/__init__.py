@@ -6,9 +6,9 @@ from .address import address
 from .cache_logprobs import cache_logprobs
 from .cache_nll import cache_nll
 from .cell_scan import cell_scan
-from .gather_rows import gather_rows
 from .gated_scan import gated_scan
 from .gated_write import gated_write, gated_write_
+from .gather_rows import gather_rows
 from .memory_gate import memory_gate
 from .memory_scan import memory_scan
 from .merge_reads import merge_reads

@@ -10,8 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..backends import requested, select
-from ..registration import call
+from ..registration import backward_kernel, call, requested
 from ..spec import Op
 
 
@@ -23,22 +22,21 @@ def named(indices: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class SumRows(torch.autograd.Function):
-    """Sums of rows by place: ``sums[u] = sum over places[j] = u of rows[j]``, in the order of j. [..., k, V] -> [U, V]."""
+    """``sums[u] = sum over places[j] = u of rows[j]``, in the order of j. [..., k, V] -> [U, V]."""
 
     @staticmethod
     def forward(ctx, rows: Tensor, places: Tensor, count: int, dtype: torch.dtype, op: Op, backend: str):
         ctx.save_for_backward(places)
         ctx.op, ctx.backend, ctx.dtype = op, backend, rows.dtype
-        kernels = select(op.name, rows.device.type, rows.dtype, backend, direction="backward")
+        kernel = backward_kernel(op, rows, backend)
         table = rows.new_empty(count, rows.shape[-1], dtype=dtype)
-        if kernels is None:
+        if kernel is None:
             live = rows.masked_fill((places < 0).unsqueeze(-1), 0).flatten(0, -2).to(dtype)
             return table.zero_().index_add_(0, places.clamp(min=0).flatten(), live)
-        run = getattr(torch.ops, kernels.namespace).gather_rows_backward
-        return run(table, places, None, rows, max(rows.shape[-1], 1), rows.dtype, [True])
+        return kernel(table, places, None, rows, max(rows.shape[-1], 1), rows.dtype, [True])
 
     @staticmethod
-    def backward(ctx, d_sums: Tensor):  # type: ignore[override]
+    def backward(ctx, d_sums: Tensor):
         (places,) = ctx.saved_tensors
         width = max(d_sums.shape[-1], 1)
         return call(ctx.op, [d_sums, places, None], (width, ctx.dtype), ctx.backend), None, None, None, None, None
@@ -52,7 +50,7 @@ class _Gather(torch.autograd.Function):
         return call(op, [values, indices, None], (max(values.shape[-1], 1), dtype), backend)
 
     @staticmethod
-    def backward(ctx, d_rows: Tensor):  # type: ignore[override]
+    def backward(ctx, d_rows: Tensor):
         (indices,), (shape, dtype) = ctx.saved_tensors, ctx.table
         slots, places = named(indices)
         sums = SumRows.apply(d_rows.contiguous(), places, slots.shape[0], dtype, ctx.op, ctx.backend)

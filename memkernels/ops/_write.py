@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ..registration import call
-from ..spec import Op, fold_tokens, shaped, stats_dtype
+from ..spec import Op, shaped, stats_dtype
+from ._folds import fold_tokens
 from ._formula import stretch
 from ._options import fraction, scaled, single, stays_tensor
 

@@ -58,8 +58,6 @@ OP = register(
         usual={"block": lambda axes: max(-(-axes["V"] // axes["C"]), 1)},
         outputs=(Out("rows", "k V"),),
         reference=reference,
-        flops=lambda s: 0,
-        backward_flops=lambda s: s["k"] * s["V"],  # the sum over rows that are named more than once
         equation="rows[j] = value_scale[i, v / block] * values[i, v], i = indices[j]",
     )
 )
@@ -111,6 +109,8 @@ def gather_rows(
     if compressed != (value_scale is not None) and isinstance(values, Tensor):
         wanted = "must be a tensor, got None" if compressed else "is for int8 and float8_e4m3fn, got one"
         raise TypeError(f"{name}: value_scale {wanted} beside values in {str(given).removeprefix('torch.')}")
+    if compressed and torch.is_grad_enabled() and values.requires_grad:
+        raise RuntimeError(f"{name}: values must not require a gradient in 8 bits, got one")
     dtype = _result_dtype(name, given, compressed, dtype)
     width = values.shape[-1] if shaped(values) and values.dim() == 2 else 1
     if compressed or block is not None:

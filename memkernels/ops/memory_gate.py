@@ -68,8 +68,8 @@ OP = register(
         ),
         saved=("hidden_rstd", "key_rstd", "score"),
         reference=reference,
-        flops=lambda s: s["B"] * 9 * s["D"],  # two sums of squares, the weighted product, the value
-        backward_flops=lambda s: s["B"] * 18 * s["D"],  # <d, value>, d_hidden, d_key, d_value, d_weights
+        flops=lambda s: 8 * s["B"] * s["D"],  # two sums of squares, the weighted product, the value
+        backward_flops=lambda s: 14 * s["B"] * s["D"],  # <d, value>, d_value, d_hidden, d_key, the sum of d_weights
         equation="sigmoid(s) value, s = signed sqrt of <rms(hidden) w_h, rms(key) w_k> / sqrt(D)",
     )
 )

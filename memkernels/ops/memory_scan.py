@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ..registration import call, register
-from ..spec import LSE_REST, Arg, Op, Out, stats_dtype, unfold_tokens
+from ..spec import LSE_REST, Arg, Op, Out, stats_dtype
+from ._folds import unfold_tokens
 from ._formula import inert, scores, softmax, stretch
 from ._options import scaled
 from ._write import fold, write_tokens

@@ -10,7 +10,8 @@ Hash Embeddings for Efficient Word Representations (several hash functions in pl
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,14 +57,26 @@ def _usual_orders(axes) -> list[int]:
     return [2, 3] if axes["M"] % 2 == 0 and axes["J"] >= 3 else [min(axes["J"], 2)]
 
 
+def _some_tokens(place: int) -> Callable[..., Tensor]:
+    """Tokens below 50 for the tests, some of them no token."""
+
+    def fill(*tensors: Any) -> Tensor:
+        x = tensors[place]
+        return torch.arange(x.numel(), device=x.device).view(x.shape) * 7919 % 51 - 1
+
+    return fill
+
+
+def _count(like: Tensor) -> Tensor:
+    return torch.arange(like.shape[-1], device=like.device)
+
+
 OP = register(
     Op(
         name="ngram_slots",
         args=(
-            Arg("tokens", "T", "tokens", "index", of="W"),
-            Arg(
-                "sizes", "M", "memory", "index", flat=True, of="", fill=lambda tokens, sizes, *_: 7 + 4 * _count(sizes)
-            ),
+            Arg("tokens", "T", "tokens", "index", of="", fill=_some_tokens(0)),
+            Arg("sizes", "M", "memory", "index", flat=True, of="", fill=lambda *x: 7 + 4 * _count(x[1])),
             Arg(
                 "multipliers",
                 "J",
@@ -74,9 +87,9 @@ OP = register(
                 fill=lambda *x: odd_multipliers(0, 1, len(x[2])),
             ),
             Arg("token_map", "W", "memory", "index", True, flat=True, of="", fill=lambda *x: 2**33 - 3 * _count(x[3])),
-            Arg("history", "P", "tokens", "index", True, of="W"),
+            Arg("history", "P", "tokens", "index", True, of="", fill=_some_tokens(4)),
             Arg("first", "T", "tokens", "index", True, of="", fill=lambda *x: _count(x[5]) // 3 * 3 - 1 + 0 * x[5]),
-            Arg("ignore", "I", "memory", "index", True, flat=True, of="W"),
+            Arg("ignore", "I", "memory", "index", True, flat=True, of="", fill=lambda *x: 5 * _count(x[6])),
         ),
         params=(("orders", "int[]"), ("heads", "int"), ("pad", "int")),
         usual={"orders": _usual_orders, "heads": lambda axes: axes["M"] // len(_usual_orders(axes)), "pad": 5},
@@ -85,10 +98,6 @@ OP = register(
         equation="offset_m + (XOR_{j < n(m)} x[t - j] multipliers[j]) mod sizes[m]",
     )
 )
-
-
-def _count(like: Tensor) -> Tensor:
-    return torch.arange(like.shape[-1], device=like.device)
 
 
 def ngram_slots(
@@ -152,7 +161,7 @@ def ngram_slots(
     return call(OP, tensors, (orders, heads, pad), backend)
 
 
-def _long(x: object) -> object:
+def _long(x: Any) -> Any:
     """Indices may be int32."""
     return x.long() if isinstance(x, Tensor) and x.dtype == torch.int32 else x
 
@@ -171,6 +180,6 @@ def _check_options(
     if multipliers.shape[0] < max(orders):
         raise ValueError(f"{name}: multipliers must be at least {max(orders)}, one per token of the longest n-gram, "
                          f"got {multipliers.shape[0]}")  # fmt: skip
-    wanted = multipliers.shape[0] - 1
-    if isinstance(history, Tensor) and history.dim() and history.shape[-1] != wanted:
-        raise ValueError(f"{name}: history must be [..., n_max - 1 = {wanted}], got {list(history.shape)}")
+    before = multipliers.shape[0] - 1
+    if isinstance(history, Tensor) and history.dim() and history.shape[-1] != before:
+        raise ValueError(f"{name}: history must be [..., n_max - 1 = {before}], got {list(history.shape)}")

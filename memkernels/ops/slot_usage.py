@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ..registration import call, register
-from ..spec import Arg, Op, Out, fold_tokens
+from ..spec import Arg, Op, Out
+from ._folds import fold_tokens
 from ._formula import scores, softmax, stretch
 from ._options import scaled
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from .._torch import known
 from ..registration import call, register
-from ..spec import Arg, Op, Out, fold_tokens, stats_dtype
+from ..spec import Arg, Op, Out, stats_dtype
+from ._folds import fold_tokens
 from ._write import check_in_place, erase_options
 
 

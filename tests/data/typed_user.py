@@ -38,6 +38,12 @@ assert_type(mk.merge_reads([q, q], [lse, lse]), Pair)
 assert_type(mk.topk_search(q, k, 2), Pair)
 assert_type(mk.product_key_search(q, subkeys, 2), Pair)
 assert_type(mk.paged_topk_search(q, subkeys, pages, 2, best_scores=lse, best_slots=index), Pair)
+table, slots = torch.randn(9, 4), mk.ngram_slots(index, index[0], index[0], orders=(1,), heads=2)
+assert_type(slots, Tensor)
+assert_type(mk.gather_rows(table, index, sparse_grad=True), Tensor)
+assert_type(mk.memory_gate(q, q, q[..., 0, :], table[0], table[0], eps=1e-6), Tensor)
+assert_type(mk.prime_sizes(10, (1,), 2), Tensor)
+assert_type(mk.odd_multipliers(0, 0, 2), Tensor)
 
 # The same for writes, their forms in place too.
 new_values: Tensor = mk.gated_write(v, k, q, q, erase=0.5)

@@ -33,7 +33,7 @@ class Drawn:
         torch.manual_seed(number)
         names = sorted(OPS)
         self.op: Op = OPS[self.r.choice(names)]
-        self.direction = self.r.choice(("", "_backward") + (("_",) if self.op.inplace else ()))
+        self.direction = self.r.choice(self.op.suffixes)
         letters = {a.letter for arg in self.op.args for a in arg.parsed if a.letter}
         self.axes = {letter: self.r.choice(SIZES) for letter in sorted(letters)}
         if self.chance(0.03):
@@ -124,6 +124,10 @@ class Drawn:
             return self.r.choice((torch.bool, self.dtype, stats))
         if kind == "slots":
             return self.r.choice((torch.int8, torch.float8_e4m3fn))
+        if kind == "table":
+            return self.r.choice((*FLOATS, torch.int8, torch.float8_e4m3fn))
+        if kind == "block_scale":
+            return self.r.choice((torch.float32, torch.uint8))
         table = {"bool": torch.bool, "index": torch.int64, "content": self.content, "stats": stats, "scale": stats}
         return table.get(kind, self.dtype)
 
@@ -132,7 +136,7 @@ class Drawn:
         op = self.op
         drawn: list = []
         for arg in op.args:
-            whole = self.memory if arg.side == "memory" else self.lead
+            whole = [] if arg.flat else self.memory if arg.side == "memory" else self.lead
             lead = list(whole) if self.direction == "_" and arg.name == op.inplace else self.leading(whole)
             tensor = self.tensor(lead + [self.size(a) for a in arg.parsed], self.dtype_of(arg.dtype))
             drawn.append(None if arg.optional and self.chance(0.4) else tensor)
@@ -147,13 +151,20 @@ class Drawn:
                 drawn.append(None if optional and self.chance(0.2) else tensor)
         self.tensors = len(drawn)
         for name, kind in op.params:
-            value = {"int": lambda n=name: self.axes[n], "float": lambda: 0.5, "bool": lambda: self.chance(0.5)}[kind]()
-            drawn.append(value)
+            drawn.append(self.option(name, kind))
         if self.direction == "_backward":
             drawn.append([self.chance(0.8) for _ in op.differentiable])
         for _ in range(self.r.choice((0, 0, 1, 1, 2, 3))):
             self.r.choice(self.changes())(drawn)
         return drawn
+
+    def option(self, name: str, kind: str):
+        """An option, of a value that a call may have."""
+        if kind == "int[]":
+            return [self.r.randrange(1, 4) for _ in range(self.r.choice((1, 2, 3)))]
+        if kind == "ScalarType":
+            return self.dtype
+        return {"int": lambda: self.axes[name], "float": lambda: 0.5, "bool": lambda: self.chance(0.5)}[kind]()
 
     def changes(self) -> list[Callable[[list], None]]:
         options = [self.other_dtype, self.other_size, self.other_rank, self.other_tensor, self.missing, self.shrunk]
@@ -214,7 +225,9 @@ class Drawn:
     def wild_number(self, drawn: list) -> None:
         p = self.r.randrange(len(self.op.params))
         kind = self.op.params[p][1]
-        wild = {"int": WILD_INTS, "float": WILD_FLOATS, "bool": (False, True)}[kind]
+        wild = {"int": WILD_INTS, "float": WILD_FLOATS, "bool": (False, True)}
+        wild |= {"int[]": ([], [0], [2**62], [1] * 1000), "ScalarType": OTHERS + FLOATS}
+        wild = wild[kind]
         drawn[self.tensors + p] = self.r.choice(wild)
 
     def wants(self, drawn: list) -> None:

@@ -35,6 +35,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(memkernels_cpu, m) {
       "slot_places(Tensor slots, Tensor live, int capacity, Tensor frame_of, int page_slots, Tensor(a!) count, "
       "bool none) -> Tensor");
   m.def("gather_rows_out(Tensor values, Tensor indices, Tensor? value_scale, int block, Tensor(a!) out) -> ()");
+  m.def(
+      "sparse_adam(Tensor(a!) values, Tensor(b!) first, Tensor(c!) second, Tensor slots, Tensor gradient, "
+      "float step_size, float beta1, float beta2, float eps) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(memkernels_cpu, CompositeExplicitAutograd, m) {
   m.impl("isa", TORCH_BOX(&isa_name));
