@@ -92,6 +92,9 @@ def test_fold(text, wanted):
 def test_forward_leaves_what_is_no_token():
     found = TokenMap(torch.tensor([3, 0, 3], dtype=torch.int32))
     assert found(torch.tensor([[2, -1], [1, 0]])).tolist() == [[3, -1], [0, 3]]
+    assert found(torch.tensor([1, -5], dtype=torch.int32)).dtype == torch.int64
+    with pytest.raises(IndexError):
+        found(torch.tensor([3]))
     assert found.size == 4 and "3 -> 4" in repr(found)
 
 
@@ -105,26 +108,31 @@ def test_state_dict():
     assert kept.map.tolist() == [0, 1], "a copy is kept"
 
 
+EMPTY = "map must be [vocabulary] with at least one token, got "
+NAMES = type("Names", (), {"get_vocab": lambda self: {"a": 0}})()
+
+
 @pytest.mark.parametrize(
-    ("call", "sentence"),
+    ("make", "given", "sentence"),
     [
-        (lambda: TokenMap([0, 1]), "TokenMap: map must be an int64 or int32 tensor, got list"),
-        (lambda: TokenMap(torch.zeros(3)), "TokenMap: map must be an int64 or int32 tensor, got torch.float32"),
-        (lambda: TokenMap(torch.zeros(2, 2).long()), "TokenMap: map must be [vocabulary] with at least one token, got [2, 2]"),
-        (lambda: TokenMap(torch.zeros(0).long()), "TokenMap: map must be [vocabulary] with at least one token, got [0]"),
-        (lambda: TokenMap(torch.tensor([0, -2])), "TokenMap: map must hold no negative id, got -2"),
-        (lambda: TokenMap.from_tokenizer("words"), "TokenMap: tokenizer must have get_vocab(), got str"),
-        (lambda: TokenMap.from_tokenizer(Bytes()), "TokenMap: tokenizer must have at least one token, got an empty get_vocab()"),
+        (TokenMap, [0, 1], "map must be an int64 or int32 tensor, got list"),
+        (TokenMap, torch.zeros(3), "map must be an int64 or int32 tensor, got torch.float32"),
+        (TokenMap, torch.zeros(2, 2).long(), EMPTY + "[2, 2]"),
+        (TokenMap, torch.zeros(0).long(), EMPTY + "[0]"),
+        (TokenMap, torch.tensor([0, -2]), "map must hold no negative id, got -2"),
+        (TokenMap.from_tokenizer, "words", "tokenizer must have get_vocab(), got str"),
+        (TokenMap.from_tokenizer, Bytes(), "tokenizer must have at least one token, got an empty get_vocab()"),
         (
-            lambda: TokenMap.from_tokenizer(type("Names", (), {"get_vocab": lambda self: {"a": 0}})()),
-            "TokenMap: tokenizer must have convert_tokens_to_string or decode, got Names with neither",
+            TokenMap.from_tokenizer,
+            NAMES,
+            "tokenizer must have convert_tokens_to_string or decode, got Names with neither",
         ),
     ],
-)  # fmt: skip
-def test_bad_input(call, sentence):
+)
+def test_bad_input(make, given, sentence):
     with pytest.raises((TypeError, ValueError)) as caught:
-        call()
-    assert str(caught.value) == sentence
+        make(given)
+    assert str(caught.value) == f"TokenMap: {sentence}"
 
 
 def byte_level():

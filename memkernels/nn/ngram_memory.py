@@ -101,6 +101,10 @@ class NgramMemory(nn.Module):
     sizes: Tensor
     multipliers: Tensor
     ignore: Tensor | None
+    hidden_weight: nn.Parameter
+    key_weight: nn.Parameter
+    input_weight: nn.Parameter
+    weight: nn.Parameter | None
 
     def __init__(
         self,
@@ -257,12 +261,13 @@ class NgramMemory(nn.Module):
 
     def _rows(self, tokens: Tensor, history: NgramHistory, first: Tensor | None, ticket: Ticket | None) -> Tensor:
         """``[..., T, M, head_dim]`` in the dtype of the projections."""
-        if self.table is None:
+        if self.weight is not None:
             if ticket is not None:
                 got = type(ticket).__name__
                 raise TypeError(f"NgramMemory: ticket must be None where the rows are a parameter, got {got}")
             slots = self.slots(tokens, history, first=first)
             return gather_rows(self.weight, slots, sparse_grad=self.sparse_grad, backend=self.backend)
+        assert self.table is not None  # there is one or the other
         if ticket is None:
             found = self.table.gather(self.slots(tokens, history, first=first))
         else:
@@ -294,7 +299,8 @@ class NgramMemory(nn.Module):
     def _next(self, tokens: Tensor, history: NgramHistory, inputs: Tensor) -> NgramHistory:
         before, reach = max(self.orders) - 1, (self.kernel - 1) * self.dilation
         seen = torch.cat([history.tokens, tokens.to(history.tokens.dtype)], -1)
-        return NgramHistory(seen[..., seen.shape[-1] - before :], inputs[..., inputs.shape[-3] - reach :, :, :])
+        kept = inputs[..., inputs.shape[-3] - reach :, :, :]
+        return NgramHistory(seen[..., seen.shape[-1] - before :].clone(), kept.clone())  # not views of a long text
 
     def _checked(self, hidden: Tensor, tokens: Tensor, history: NgramHistory | None) -> NgramHistory:
         """ValueError unless the shapes fit; the history that was given, or an empty one."""
@@ -320,8 +326,8 @@ class NgramMemory(nn.Module):
         """Read rows from ``table`` from now on; the parameter ``weight`` goes, and is no part of ``state_dict``.
 
         Args:
-            table: has ``gather`` and ``prefetch``, such as a :class:`memkernels.store.RowTable`; its ``width``, if it
-                has one, must be ``head_dim``, and its ``rows`` at least those of the layer.
+            table: has ``gather`` and ``prefetch``, such as a :class:`memkernels.store.RowTable`; ``rows`` and ``width``
+                of its ``layout``, or of itself, are checked where it has them.
 
         Raises:
             ValueError: another width, or fewer rows. TypeError: a method is missing.
@@ -329,7 +335,8 @@ class NgramMemory(nn.Module):
         for method in ("gather", "prefetch"):
             if not callable(getattr(table, method, None)):
                 raise TypeError(f"NgramMemory: table must have {method}(slots), got {type(table).__name__}")
-        width, rows = getattr(table, "width", self.head_dim), getattr(table, "rows", self.rows)
+        layout = getattr(table, "layout", table)
+        width, rows = getattr(layout, "width", self.head_dim), getattr(layout, "rows", self.rows)
         if width != self.head_dim:
             raise ValueError(f"NgramMemory: table must have rows of head_dim={self.head_dim} numbers, got {width}")
         if rows < self.rows:

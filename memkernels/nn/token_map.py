@@ -59,8 +59,8 @@ class TokenMap(nn.Module):
         of a longer character; ids that no token has. New ids are dense, in order of their first token.
 
         Args:
-            tokenizer: has ``get_vocab()``, and ``convert_tokens_to_string`` or ``decode``: those of ``transformers`` and
-                ``tokenizers``, among others.
+            tokenizer: has ``get_vocab()``, and ``convert_tokens_to_string`` or ``decode``, as those of ``transformers``
+                and ``tokenizers`` have.
 
         Raises:
             TypeError: ``tokenizer`` lacks these methods. ValueError: its vocabulary is empty.
@@ -89,8 +89,18 @@ class TokenMap(nn.Module):
         return int(self.map.max()) + 1
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """The new ids of ``tokens`` ``[...]``; negative ones, which are no tokens, stay as they are."""
-        return torch.where(tokens < 0, tokens, self.map[tokens.clamp(min=0)])
+        """The new id of each token.
+
+        Args:
+            tokens: int64 or int32 ``[...]``; negative ones are no tokens, and stay as they are.
+
+        Returns:
+            int64 ``[...]``.
+
+        Raises:
+            IndexError: a token is not in the map.
+        """
+        return torch.where(tokens < 0, tokens.long(), self.map[tokens.clamp(min=0)])
 
     def extra_repr(self) -> str:
         return f"{len(self.map)} -> {self.size}" if self.map.device.type != "meta" else f"{len(self.map)}"
