@@ -3,8 +3,8 @@
     import memkernels as mk
     read = mk.softmax_read(query, keys, values)
 
-Operations are in :mod:`memkernels.ops`, modules in :mod:`memkernels.nn`, models in :mod:`memkernels.models`, a memory
-on disk in :mod:`memkernels.store`.
+Operations are in :mod:`memkernels.ops`, modules in :mod:`memkernels.nn`, models in :mod:`memkernels.models`,
+optimizers in :mod:`memkernels.optim`, a memory on disk in :mod:`memkernels.store`.
 """
 
 from typing import TYPE_CHECKING
@@ -16,11 +16,12 @@ from .ops import *  # noqa: F403
 __version__ = "0.1.0"
 __all__ = [*ops.__all__, "use_backend"]
 
-_LAZY = ("models", "nn", "store", "testing")  # imported on first use, to keep the import of the ops fast
+_LAZY = ("models", "nn", "optim", "store", "testing")  # imported on first use, to keep the import of the ops fast
 
 if TYPE_CHECKING:  # a type checker sees the modules, and not a __getattr__ that would excuse every name
     from . import models as models
     from . import nn as nn
+    from . import optim as optim
     from . import store as store
     from . import testing as testing
 else:

@@ -247,6 +247,11 @@ def _differentiable(op: Op, chosen: Callable[[str], Backend | None]) -> Callable
     return functools.partial(_recorded[f"{backend.namespace}::{op.name}"], operator)
 
 
+def resolved(backend: str | None) -> str:
+    """The backend that a call names, or the one that calls without a name get now."""
+    return requested() if backend is None else backend
+
+
 def backward_kernel(op: Op, like: Tensor, backend: str) -> Callable[..., Any] | None:
     """The operator ``<op>_backward`` that serves calls of the dtype of ``like``, None where it is the formula's."""
     kernels = select(op.name, like.device.type, like.dtype, backend, direction="backward")

@@ -40,11 +40,12 @@ def test_as_torch_and_as_the_equation(dtype):
                 exact[slot, c] -= scale * m[slot, c] / (math.sqrt(v[slot, c]) + 1e-6)
         for optimizer in optimizers:
             optimizer.step()
-        if dtype in (torch.bfloat16, torch.float16):
+        tolerance = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}[dtype]
+        close(ours.detach().double(), exact, tolerance)
+        if dtype in (torch.bfloat16, torch.float16):  # torch keeps its moments in 16 bits
             exact = ours.detach().double()  # each step rounds the table
-    tolerance = {torch.float64: 1e-13, torch.float32: 1e-6}.get(dtype, 3e-2)
-    close(ours.detach().double(), exact, tolerance)
-    close(ours.detach().double(), theirs.detach().double(), tolerance)
+        else:
+            close(ours.detach().double(), theirs.detach().double(), tolerance)
     assert optimizers[0].state[ours]["exp_avg"].dtype == (dtype if dtype == torch.float64 else torch.float32)
 
 

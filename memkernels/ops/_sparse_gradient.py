@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..registration import backward_kernel, call, requested
+from ..registration import backward_kernel, call, resolved
 from ..spec import Op
 
 
@@ -61,4 +61,4 @@ class _Gather(torch.autograd.Function):
 @torch.compiler.disable
 def gather_rows_sparse(op: Op, values: Tensor, indices: Tensor, dtype: torch.dtype, backend: str | None) -> Tensor:
     """:func:`gather_rows` of float values whose gradient is sparse."""
-    return _Gather.apply(values, indices, dtype, op, requested() if backend is None else backend)
+    return _Gather.apply(values, indices, dtype, op, resolved(backend))
