@@ -316,6 +316,7 @@ def test_rows_in_a_table(dtype):
     close(history.inputs, last.inputs, 1e-12 if dtype == torch.float64 else 1e-5)
     first = torch.tensor([0, 0, 0, 3, 3, 3, 3, 3, 3]).expand(2, 9)
     packed, _ = served(hidden, tokens, first=first, ticket=served.prefetch(tokens, first=first))
+    close(packed, served(hidden, tokens, first=first)[0], 1e-12)
     close(packed, memory(hidden, tokens, first=first)[0], 1e-12 if dtype == torch.float64 else 1e-5)
 
 
@@ -443,6 +444,7 @@ def test_bad_options(options, sentence):
 
 
 def test_history_is_a_tuple_of_tensors():
+    assert layer(orders=(2, 5)).initial_history().inputs.shape == (15, 1, D), "the longest n-gram is the dilation"
     history = layer().initial_history(2, 3)
     assert isinstance(history, NgramHistory) and history.tokens.shape == (2, 3, 2)
     assert history.inputs.shape == (2, 3, 9, 1, D)

@@ -18,14 +18,15 @@ class Tokenizer:
 
     all_special_ids = (0,)
 
-    def __init__(self, words=WORDS, ids=None):
+    def __init__(self, words=WORDS, ids=None, added=("<pad>",)):
+        self.added = added
         self.ids = dict(zip(words, range(len(words)) if ids is None else ids))
 
     def get_vocab(self):
         return self.ids
 
     def get_added_vocab(self):
-        return {word: number for word, number in self.ids.items() if word == "<pad>"}
+        return {word: number for word, number in self.ids.items() if word in self.added}
 
     def convert_tokens_to_string(self, tokens):
         text = "".join("\N{REPLACEMENT CHARACTER}" if t.startswith("<0x") else t for t in tokens)
@@ -61,6 +62,8 @@ def test_ids_follow_the_order_of_ids_and_gaps_stay_apart():
 def test_special_tokens_do_not_become_words():
     found = TokenMap.from_tokenizer(Tokenizer(["the", "The", "THE"]))
     assert found.map.tolist() == [0, 1, 1], "token 0 is special"
+    found = TokenMap.from_tokenizer(Tokenizer(["<s>", "the", "The", "THE"], added=("The",)))
+    assert found.map.tolist() == [0, 1, 2, 1], "The is added"
 
 
 def test_decode_where_tokens_are_bytes():
