@@ -205,6 +205,25 @@ def _eager(
 
 
 def _plan(op: Op, tensors: list[Tensor | None], params: tuple, name: str, inplace: bool) -> Callable[..., Any]:
+    """What runs calls with tensors like these. Indices may be int32; kernels take int64."""
+    narrow = [
+        i
+        for i, (arg, t) in enumerate(zip(op.args, tensors))
+        if arg.dtype == "index" and isinstance(t, Tensor) and t.dtype == torch.int32
+    ]
+    if not narrow:
+        return _plan_of_kernels(op, tensors, params, name, inplace)
+
+    def widened(inputs):
+        return [x.long() if i in narrow else x for i, x in enumerate(inputs)]
+
+    plan = _plan_of_kernels(op, widened(tensors), params, name, inplace)
+    return lambda *inputs: plan(*widened(inputs))
+
+
+def _plan_of_kernels(
+    op: Op, tensors: list[Tensor | None], params: tuple, name: str, inplace: bool
+) -> Callable[..., Any]:
     layout = spec.check(op, tensors, () if op.typed is None else params)
     device = next(t.device.type for t in tensors if t is not None)
     few = device == "cuda" and _torch.known(layout.tokens <= FEW)

@@ -79,7 +79,7 @@ class Arg:
         ``"stats"``: float32, or float64 for float64;
         ``"mask"``: bool, or float that is added to the scores;
         ``"bool"``;
-        ``"index"``: int64;
+        ``"index"``: int64; calls take int32 too;
         ``"slots"``: 8 bits, or the lead, or float32 beside a 16-bit lead; never differentiable;
         ``"scale"``: what multiplies the rows of such an argument;
         ``"table"``: any of FLOATS, whatever the dtype of the call, or 8 bits; only floats are differentiable;
@@ -376,7 +376,7 @@ def _check_dtype(op: Op, arg: Arg, tensor: Tensor, lead: torch.dtype, content: T
     else:
         wanted = (lead, stats_dtype(lead))
     if tensor.dtype not in wanted:
-        names = " or ".join(dict.fromkeys(_NAMES[d] for d in wanted))
+        names = " or ".join(dict.fromkeys(_NAMES[d] for d in wanted)) + " or int32" * (arg.dtype == "index")
         raise TypeError(f"{op.name}: {arg.name} must be {names}, got {_NAMES.get(tensor.dtype, tensor.dtype)}")
 
 

@@ -157,7 +157,7 @@ BAD = [
     ({"heads": 2.0}, TypeError, "heads must be an int, got float"),
     ({"orders": (2, 4)}, ValueError, "multipliers must be at least 4, one per token of the longest n-gram, got 3"),
     ({"history": torch.zeros(3, dtype=torch.int64)}, ValueError, "history must be [..., n_max - 1 = 2], got [3]"),
-    ({"token_map": torch.zeros(9)}, TypeError, "token_map must be int64, got float32"),
+    ({"token_map": torch.zeros(9)}, TypeError, "token_map must be int64 or int32, got float32"),
     ({"first": torch.zeros(4, dtype=torch.int64)}, ValueError, "first must be [..., T=5], got [4]"),
     ({"token_map": torch.zeros(2, 9, dtype=torch.int64)}, ValueError, "token_map must be [W], got [2, 9]"),
     ({"pad": "0"}, TypeError, "pad must be an int, got str"),
@@ -170,7 +170,7 @@ def test_bad_input_is_one_sentence(backend, change, error, sentence):
     call = {"orders": ORDERS, "heads": HEADS, **change}
     with pytest.raises(error, match=f"^ngram_slots: {re.escape(sentence)}$"):
         mk.ngram_slots(torch.arange(5), SIZES, MULTIPLIERS, backend=backend, **call)
-    with pytest.raises(TypeError, match="^ngram_slots: tokens must be int64, got float32$"):
+    with pytest.raises(TypeError, match="^ngram_slots: tokens must be int64 or int32, got float32$"):
         mk.ngram_slots(torch.ones(5), SIZES, MULTIPLIERS, orders=ORDERS, heads=HEADS, backend=backend)
 
 

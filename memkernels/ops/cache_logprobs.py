@@ -70,8 +70,8 @@ def cache_logprobs(
         logits: ``[..., T, W]`` over a vocabulary of W words, float32, bfloat16, float16 or float64.
         cache_scores: ``[..., T, N]``, how well each of N entries fits the token; dtype of ``logits``, or float32 beside
             16-bit logits. An entry at -inf is empty.
-        cache_tokens: int64 in [-1, W), ``[..., T, N]``, or ``[..., 1, N]`` or ``[N]`` where all tokens see the same
-            entries: the word that followed. -1 is an empty entry; entries of one word add up.
+        cache_tokens: int64 or int32 in [-1, W), ``[..., T, N]``, or ``[..., 1, N]`` or ``[N]`` where all tokens see
+            the same entries: the word that followed. -1 is an empty entry; entries of one word add up.
         mix: the share of the cache: a number in [0, 1], or a float32 tensor ``[..., T]`` (float64 for float64) of such
             numbers. Where every entry is empty it counts as 0.
         backend: as in :func:`softmax_read`.

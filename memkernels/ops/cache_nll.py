@@ -59,7 +59,7 @@ def cache_nll(
 
     Args:
         logits: ``[..., T, W]`` over a vocabulary of W words, float32, bfloat16, float16 or float64.
-        targets: int64 ``[..., T]`` in [-1, W). A target of -1 is ignored: loss 0 and no gradient.
+        targets: int64 or int32 ``[..., T]`` in [-1, W). A target of -1 is ignored: loss 0 and no gradient.
         cache_scores, cache_tokens, mix, backend: as in :func:`cache_logprobs`.
 
     Returns:

@@ -102,8 +102,6 @@ def gather_rows(
     Source: Cheng et al. 2026, Conditional Memory via Scalable Lookup, arXiv 2601.07372.
     """
     name = "gather_rows"
-    if isinstance(indices, Tensor) and indices.dtype == torch.int32:
-        indices = indices.long()
     given = values.dtype if isinstance(values, Tensor) else torch.float32
     compressed = given in _EIGHT_BITS
     if compressed != (value_scale is not None) and isinstance(values, Tensor):

@@ -155,15 +155,10 @@ def ngram_slots(
         ignore = torch.tensor(
             [integer(name, "ignore", i, -LARGEST - 1) for i in ignore], dtype=torch.int64, device=like
         )
-    tensors = [_long(x) for x in (tokens, sizes, multipliers, token_map, history, first, ignore)]
-    _check_options(name, orders, heads, *(tensors[i] for i in (1, 2, 4)))
-    warn_of_composites(name, tensors[1])
+    _check_options(name, orders, heads, sizes, multipliers, history)
+    warn_of_composites(name, sizes)
+    tensors = [tokens, sizes, multipliers, token_map, history, first, ignore]
     return call(OP, tensors, (orders, heads, pad), backend)
-
-
-def _long(x: Any) -> Any:
-    """Indices may be int32."""
-    return x.long() if isinstance(x, Tensor) and x.dtype == torch.int32 else x
 
 
 def _check_options(

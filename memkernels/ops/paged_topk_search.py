@@ -125,7 +125,8 @@ def paged_topk_search(
     Args:
         query: ``[..., T, K]``.
         keys: ``[..., F, S, K]``, F frames of S slots, same dtype, or int8 or float8_e4m3fn with ``key_scale``.
-        pages: int64 ``[..., F]``, the page that lies in each frame, each at most once; -1: none, the frame is not read.
+        pages: int64 or int32 ``[..., F]``, the page that lies in each frame, each at most once; -1: none, the frame is
+            not read.
         k: how many. scale: as in :func:`softmax_read`. slot_mask: ``[..., F, S]``, bool or float.
         key_scale: ``[..., F, S]``, as in :func:`softmax_read`.
         best_scores, best_slots: what a call over other pages of the same memory returned, for the same tokens. The

@@ -68,7 +68,7 @@ def sparse_read(
     Args:
         values: ``[..., N, V]``, dtype of ``weights``, or float32 beside 16-bit weights, or int8 or float8_e4m3fn with
             ``value_scale``.
-        indices: int64 ``[..., T, k]`` in ``[-1, N)``; -1 is ignored, duplicates all count.
+        indices: int64 or int32 ``[..., T, k]`` in ``[-1, N)``; -1 is ignored, duplicates all count.
         weights: ``[..., T, k]``, float32, bfloat16, float16 or float64.
         value_scale, backend: as in :func:`softmax_read`.
 

@@ -81,7 +81,7 @@ def sparse_write(
 
     Args:
         values: ``[..., N, V]``, the memory: dtype of ``weights``, or float32 beside 16-bit weights. It is not modified.
-        indices: int64 ``[..., T, k]`` in ``[-1, N)``; -1 is ignored, duplicates are applied in order.
+        indices: int64 or int32 ``[..., T, k]`` in ``[-1, N)``; -1 is ignored, duplicates are applied in order.
         weights: ``a``, ``[..., T, k]``, float32, bfloat16, float16 or float64. write: ``[..., T, V]``, dtype of
             ``values``.
         erase: 1.0 interpolates (``v + a (w - v)``), 0.0 adds (``v + a w``), a tensor ``[..., T, V]`` in the dtype of
