@@ -67,7 +67,7 @@ class Derivatives:
             grads = self.backward_op(*inputs)
         elif _torch.forward_mode() or (torch.is_grad_enabled() and _torch.transforms_active()):
             # Forward mode or torch.func differentiates this gradient: neither kernel nor autograd layer supports that.
-            return self._by_formula(tensors, d_outputs, params, wants)[2]
+            return self.by_formula(tensors, d_outputs, params, wants)[2]
         elif torch.is_grad_enabled():
             grads = self.backward_op(*inputs)
         else:
@@ -84,7 +84,7 @@ class Derivatives:
         create_graph = torch.is_grad_enabled()
         tensors, d_outputs = ctx.saved_tensors[: self.n + self.n_saved], ctx.saved_tensors[self.n + self.n_saved :]
         with torch.enable_grad():
-            args, d_outputs, firsts = self._by_formula(tensors, d_outputs, ctx.params, ctx.wants)
+            args, d_outputs, firsts = self.by_formula(tensors, d_outputs, ctx.params, ctx.wants)
             live = [(f, g) for f, g in zip(firsts, dd) if f is not None and g is not None and f.requires_grad]
             leaves = [x for x in (*args, *d_outputs) if x is not None and x.requires_grad]
             seconds: Sequence[Tensor | None] = [None] * len(leaves)
@@ -100,7 +100,7 @@ class Derivatives:
         d_args, d_d_outputs = [[by_leaf.get(id(x)) for x in xs] for xs in (args, d_outputs)]
         return (*d_args, *([None] * self.n_saved), *d_d_outputs, *([None] * self.n_params), None)
 
-    def _by_formula(self, tensors, d_outputs, params, wants):
+    def by_formula(self, tensors, d_outputs, params, wants):
         """``(args, d_outputs, gradients of the differentiable args)``, the last in terms of the first two."""
         formula, selected, choice = self.op.reference, self.op.selected, self.op.choice
         # Equal scores may rank either way: differentiate the choice that the forward pass made.

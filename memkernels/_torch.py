@@ -31,6 +31,16 @@ def constant(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
+def outside_graphs(function: Callable[..., Any], *arguments: Any) -> Any:
+    """``function(*arguments)``, where torch.compile traces behind a break of its graph.
+
+    As a function decorated with torch.compiler.disable, which would import the compiler here.
+    """
+    if torch.compiler.is_compiling():
+        return torch.compiler.disable(function)(*arguments)
+    return function(*arguments)
+
+
 def direct(operator: Callable[..., Any]) -> Callable[..., Any]:
     """``operator`` without the Python method around it, which takes 2% of the time of a small call."""
     return getattr(operator, "_op", operator)

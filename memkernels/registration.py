@@ -277,6 +277,11 @@ def backward_kernel(op: Op, like: Tensor, backend: str) -> Callable[..., Any] | 
     return None if kernels is None else getattr(getattr(torch.ops, kernels.namespace), f"{op.name}_backward").default
 
 
+def first_derivative(op: Op, tensors: list, d_outputs: list, params: tuple, wants: list[bool]) -> list[Tensor | None]:
+    """Gradients of the differentiable arguments by the formula; ``tensors``: arguments, then saved results."""
+    return Derivatives(op, op.formula).by_formula(tensors, d_outputs, params, wants)[2]
+
+
 def _reference_inplace(op: Op) -> Callable[..., Any]:
     target = op.index(op.inplace)
 

@@ -16,9 +16,9 @@ SIGNATURES = {
     "merge_reads": "(reads, lses)",
     "slot_usage": "(query, keys, lse, *, scale=None, slot_mask=None)",
     "topk_search": "(query, keys, k, *, scale=None, slot_mask=None, key_scale=None)",
-    "sparse_read": "(values, indices, weights, *, value_scale=None)",
+    "sparse_read": "(values, indices, weights, *, value_scale=None, sparse_grad=False)",
     "topk_read": "(query, keys, values, k, *, scale=None, slot_mask=None, key_scale=None, value_scale=None, "
-    "return_slots=False)",
+    "return_slots=False, sparse_grad=False)",
     "gated_write": "(values, keys, query, write, *, erase=1.0, scale=None, slot_mask=None, token_mask=None, "
     "return_retained=False)",
     "slot_write": "(values, weights, write, *, erase=1.0, token_mask=None)",

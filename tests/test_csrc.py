@@ -16,10 +16,11 @@ LAYERS = {
     "host": set(),
     "cpu/tiles": {"params"},
     "cpu": {"cpu/tiles", "params"},
+    "table": {"params"},
     "cuda/tiles": {"params"},
     "cuda": {"cuda/tiles", "params"},
     "binding": {"cuda/tiles", "params"},
-    "binding/cpu": {"binding", "cpu/tiles", "host", "params"},
+    "binding/cpu": {"binding", "cpu/tiles", "host", "params", "table"},
     "binding/cuda": {"binding", "params"},
 }
 SUFFIXES = (".h", ".cpp", ".cu")

@@ -61,6 +61,21 @@ def test_the_kernel_equals_the_formula_and_leaves_other_rows(tmp_path):
         assert torch.equal(got[others], before[others]) and not torch.equal(got[slots], before[slots])
 
 
+def test_a_gradient_that_is_not_coalesced():
+    """Slots that occur twice and do not ascend, as after several backward passes."""
+    rows = randn(4, V, dtype=torch.float32)
+    once, twice = (torch.nn.Parameter(randn(N, V, dtype=torch.float32)) for _ in range(2))
+    once.grad = torch.sparse_coo_tensor(
+        [[2, 5, 9]], torch.stack([rows[1], rows[0] + rows[2], rows[3]]), (N, V), check_invariants=True
+    )
+    twice.grad = torch.sparse_coo_tensor([[5, 2, 5, 9]], rows, (N, V), check_invariants=True)
+    before = once.detach().clone()
+    for table in (once, twice):
+        SparseAdam([table], lr=0.1).step()
+    close(twice.detach().double(), once.detach().double(), 1e-5)
+    assert (once != before).any(1).nonzero().flatten().tolist() == [2, 5, 9]
+
+
 def test_state_is_saved_and_steps_go_on(tmp_path):
     table, again = (torch.nn.Parameter(randn(N, V, dtype=torch.float32)) for _ in range(2))
     one, other = SparseAdam([table], lr=0.1), SparseAdam([again], lr=0.1)

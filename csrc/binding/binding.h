@@ -128,8 +128,8 @@ class Gradient {
  public:
   // Memory arguments: kernels sum over leading dimensions that the argument lacks (if kSumsInKernels, else as for token
   // arguments). Token arguments: kernels write all leading dimensions, and result() sums those that the argument lacks.
-  // If not wanted, the view is empty. `tail` is the number of trailing dimensions: 2 for rows, 1 for numbers. `own`: the
-  // kernel rounds to the dtype of the argument, except where result() has to sum.
+  // If not wanted, the view is empty. `tail` is the number of trailing dimensions: 2 for rows, 1 for numbers. `own`:
+  // the kernel rounds to the dtype of the argument, except where result() has to sum.
   Gradient(Arguments& args, const Tensor* argument, bool wanted, Side side, int tail, bool own = false);
   View view() const { return view_; }
   void zero();  // for calls in which no kernel runs

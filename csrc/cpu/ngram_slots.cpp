@@ -1,8 +1,8 @@
 // ngram_slots:  mix_n[t] = XOR_{j < n} x[t - j] multipliers[j],  slots[t, m] = offset_m + mix_{n(m)}[t] mod sizes[m]
 //
 // Tiles of tokens run in parallel: first what stands for each token of the tile and for those before it, then a mix per
-// order, then the remainders, bound by their multiplications. A remainder by a size d that is known in advance takes two
-// products in place of a division: with c = floor(2^64 / d) the quotient is high(u c) or one more.
+// order, then the remainders, bound by their multiplications. A remainder by a size d that is known in advance takes
+// two products in place of a division: with c = floor(2^64 / d) the quotient is high(u c) or one more.
 #include "params/ngram_slots.h"
 
 #include <atomic>

@@ -1,4 +1,4 @@
-// sparse_adam:  m += (1 - b1) (g - m),  v += (1 - b2) (g^2 - v),  w -= step m / (sqrt(v) + eps)   on the rows with a gradient
+// sparse_adam:  m += (1 - b1) (g - m),  v += (1 - b2) (g^2 - v),  w -= step m / (sqrt(v) + eps)  on rows with gradients
 //
 // Rows run in parallel, in tiles; lanes run along the row. Each of the four rows is read once and three are written:
 // bound by the bandwidth of scattered rows, which are prefetched.

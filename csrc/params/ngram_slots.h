@@ -5,8 +5,8 @@
 
 namespace mk {
 
-// slots[t, m] = offset_m + (XOR_{j < orders[m / heads]} x[t - j] multipliers[j]) mod sizes[m]. All leading dimensions are
-// folded into the tokens of streams of T.
+// slots[t, m] = offset_m + (XOR_{j < orders[m / heads]} x[t - j] multipliers[j]) mod sizes[m]. All leading dimensions
+// are folded into streams of T tokens.
 struct NgramSlots {
   Lead lead;
   int64_t T, M, heads, pad;
@@ -24,5 +24,5 @@ struct NgramSlots {
 
 }  // namespace mk
 
-// Fills `slots` and returns -1, or returns a token that is not below `vocabulary`; then not all slots have been written.
+// Fills `slots` and returns -1, or returns a token that is not below `vocabulary`; then some slots are not written.
 MK_DECLARE(int64_t, ngram_slots, NgramSlots)

@@ -15,6 +15,7 @@ from .._torch import known
 from ..registration import call, register
 from ..spec import COMPRESSED, FLOATS, Arg, Op, Out, shaped, stats_dtype
 from ._options import integer
+from ._sparse_gradient import gather_rows_sparse, wants_sparse
 
 _EIGHT_BITS = frozenset(COMPRESSED)
 E8M0 = torch.float8_e8m0fnu
@@ -113,9 +114,7 @@ def gather_rows(
     width = values.shape[-1] if shaped(values) and values.dim() == 2 else 1
     if compressed or block is not None:
         value_scale, block = _blocks(name, values, value_scale, block, width)
-    if sparse_grad is not False and _wants_sparse(name, values, sparse_grad):
-        from ._sparse_gradient import gather_rows_sparse
-
+    if wants_sparse(name, sparse_grad, values):
         return gather_rows_sparse(OP, values, indices, dtype, backend)
     return call(OP, [values, indices, value_scale], (block or max(width, 1), dtype), backend)
 
@@ -149,9 +148,3 @@ def _blocks(
         raise ValueError(f"{name}: value_scale must be {axes}, {list(wanted)}, got {list(scale.shape)}")
     scale = scale.view(torch.uint8) if scale.dtype == E8M0 else scale
     return (scale.unsqueeze(-1), max(width, 1)) if block is None else (scale, block)
-
-
-def _wants_sparse(name: str, values: Tensor, sparse_grad: object) -> bool:
-    if sparse_grad is not True:
-        raise TypeError(f"{name}: sparse_grad must be a bool, got {type(sparse_grad).__name__}")
-    return torch.is_grad_enabled() and isinstance(values, Tensor) and values.requires_grad

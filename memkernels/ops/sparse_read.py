@@ -15,6 +15,7 @@ from .._torch import known
 from ..registration import call, register
 from ..spec import Arg, Op, Out, stats_dtype
 from ._compressed import choose, compressed
+from ._sparse_gradient import read_sparse, wants_sparse
 
 
 def gather_rows(rows: Tensor, indices: Tensor) -> Tensor:
@@ -59,6 +60,7 @@ def sparse_read(
     weights: Tensor,
     *,
     value_scale: Tensor | None = None,
+    sparse_grad: bool = False,
     backend: str | None = None,
 ) -> Tensor:
     """Weighted sum of the slots that each token names.
@@ -71,6 +73,7 @@ def sparse_read(
         indices: int64 or int32 ``[..., T, k]`` in ``[-1, N)``; -1 is ignored, duplicates all count.
         weights: ``[..., T, k]``, float32, bfloat16, float16 or float64.
         value_scale, backend: as in :func:`softmax_read`.
+        sparse_grad: the gradient of ``values [N, V]`` is a sparse tensor, as in :func:`gather_rows`.
 
     Returns:
         read ``[..., T, V]`` in the dtype of ``weights``. Differentiable in values and weights; the gradient of values
@@ -83,4 +86,6 @@ def sparse_read(
     Source: Rae et al. 2016, Scaling Memory-Augmented Neural Networks with Sparse Reads and Writes.
     """
     op, tensors = choose(OP, COMPRESSED, [values, indices, weights], {"values": value_scale})
+    if wants_sparse("sparse_read", sparse_grad, values):
+        return read_sparse(op, tensors, (), backend)
     return call(op, tensors, (), backend)

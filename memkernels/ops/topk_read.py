@@ -17,7 +17,8 @@ from ..registration import call, register
 from ..spec import Arg, Op, Out
 from ._compressed import choose, compressed
 from ._formula import inert, scores, softmax, stretch
-from ._options import neighbours, scaled
+from ._options import SIXTEEN_BITS, neighbours, scaled
+from ._sparse_gradient import read_sparse, wants_sparse
 from .sparse_read import gather_rows
 from .topk_search import at, best
 
@@ -86,6 +87,7 @@ def topk_read(
     key_scale: Tensor | None = None,
     value_scale: Tensor | None = None,
     return_slots: Literal[False] = False,
+    sparse_grad: bool = False,
     backend: str | None = None,
 ) -> Tensor: ...
 
@@ -102,6 +104,7 @@ def topk_read(
     key_scale: Tensor | None = None,
     value_scale: Tensor | None = None,
     return_slots: Literal[True],
+    sparse_grad: bool = False,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]: ...
 
@@ -118,6 +121,7 @@ def topk_read(
     key_scale: Tensor | None = None,
     value_scale: Tensor | None = None,
     return_slots: bool,
+    sparse_grad: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]: ...
 
@@ -133,6 +137,7 @@ def topk_read(
     key_scale: Tensor | None = None,
     value_scale: Tensor | None = None,
     return_slots: bool = False,
+    sparse_grad: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
     """Softmax read over the ``k`` best-scoring slots of every token.
@@ -147,6 +152,8 @@ def topk_read(
         key_scale, value_scale: as in :func:`softmax_read`.
         k, scale, slot_mask, backend: as in :func:`topk_search`.
         return_slots: also return which slots were read and with what weight.
+        sparse_grad: the gradients of ``keys [N, K]`` and ``values [N, V]`` are sparse tensors of the rows that were
+            read, as in :func:`gather_rows`.
 
     Returns:
         ``read [..., T, V]`` in the dtype of ``query``; with ``return_slots`` ``(read, indices [..., T, k] int64,
@@ -165,5 +172,10 @@ def topk_read(
     tensors = [query, keys, values, stretch(slot_mask, keys)]
     op, tensors = choose(OP, COMPRESSED, tensors, {"keys": key_scale, "values": value_scale})
     tensors, factor = scaled(op, tensors, scale, "topk_read")
-    result = call(op, tensors, (k, factor), backend)
+    if wants_sparse("topk_read", sparse_grad, keys, values):
+        if isinstance(scale, Tensor) and query.dtype in SIXTEEN_BITS and scale.dim():
+            raise ValueError("topk_read: scale must be a number with sparse_grad and 16-bit keys, got a tensor")
+        result = read_sparse(op, tensors, (k, factor), backend)
+    else:
+        result = call(op, tensors, (k, factor), backend)
     return tuple(result) if return_slots else result[0]

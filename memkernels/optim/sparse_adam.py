@@ -79,14 +79,22 @@ class SparseAdam(torch.optim.Optimizer):
         first, second = group["betas"]
         correction = (1 - second ** state["step"]) ** 0.5 / (1 - first ** state["step"])
         assert table.grad is not None
-        gradient = table.grad.coalesce()
-        rows = gradient.indices()[0], gradient.values().contiguous()
+        rows = _rows(table.grad)
         moments = state["exp_avg"], state["exp_avg_sq"]
         options = group["lr"] * correction, first, second, group["eps"]
         if table.device.type == "cpu" and backends.BACKENDS[0].missing() is None:
             torch.ops.memkernels_cpu.sparse_adam(table, *moments, *rows, *options)
         else:
             by_formula(table, *moments, *rows, *options)
+
+
+def _rows(gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """Its slots, ascending, each once, and their rows. Accumulating into .grad forgets that a gradient is coalesced."""
+    slots = gradient._indices()[0]
+    if not gradient.is_coalesced() and bool((slots[1:] <= slots[:-1]).any()):
+        gradient = gradient.coalesce()
+        slots = gradient._indices()[0]
+    return slots.contiguous(), gradient._values().contiguous()
 
 
 def by_formula(

@@ -61,12 +61,29 @@ class Copies:
         begin = -memory.data_ptr() % ALIGN
         return memory[begin : begin + size]
 
+    def visible(self, memory: Tensor) -> Tensor:
+        """uint8 [size] of :meth:`locked` memory as a tensor of the device, which reads it by its address."""
+        return memory if self.device.type == "cpu" else torch.as_tensor(_Visible(memory), device=self.device)
+
+    def aside(self) -> Any:
+        """What is called in the block goes behind the copies, beside what the device computes."""
+        return self.module.stream(self.stream)
+
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """Memory of the device, which goes back to its allocator only when copies into it are done."""
         memory = torch.empty(shape, dtype=dtype, device=self.device)
         if self.device.type == "cuda":
             memory.record_stream(self.stream)
         return memory
+
+
+class _Visible:
+    """Page-locked memory for :func:`torch.as_tensor`, which keeps this object with the tensor."""
+
+    def __init__(self, memory: Tensor):
+        self.memory = memory
+        where = {"data": (memory.data_ptr(), False), "version": 3}
+        self.__cuda_array_interface__ = {"shape": (len(memory),), "typestr": "|u1", "strides": None, **where}
 
 
 def usable(device: torch.device | str) -> torch.device:

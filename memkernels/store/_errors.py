@@ -8,7 +8,8 @@ class StoreError(RuntimeError):
 
 
 class StoreBusy(StoreError):
-    """Another process, or another object of this one, has the store open for writing."""
+    """Another process, or another object of this one, has the store open for writing; or too many tickets of a table
+    are outstanding."""
 
 
 class StoreDamaged(StoreError):

@@ -51,14 +51,18 @@ def lay_out(directory: Path, key_dim, value_dim, key_dtype, value_dtype, page_sl
 
 
 def _size(name: str, value: Any, most: int) -> int:
+    return whole("create", name, value, 1, most)
+
+
+def whole(op: str, name: str, value: Any, least: int, most: int) -> int:
     if isinstance(value, bool):
-        raise TypeError(f"create: {name} must be an int, got bool")
+        raise TypeError(f"{op}: {name} must be an int, got bool")
     try:
         number = operator.index(value)
     except TypeError:
-        raise TypeError(f"create: {name} must be an int, got {type(value).__name__}") from None
-    if not 1 <= number <= most:
-        raise ValueError(f"create: {name} must be in 1..{most}, got {number}")
+        raise TypeError(f"{op}: {name} must be an int, got {type(value).__name__}") from None
+    if not least <= number <= most:
+        raise ValueError(f"{op}: {name} must be in {least}..{most}, got {number}")
     return number
 
 
