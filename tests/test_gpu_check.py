@@ -316,7 +316,9 @@ def rounds():
 
 
 def test_the_rounds_are_the_whole_grid_once(rounds):
-    grid = {(op.name, c.name, str(d)[6:]) for op in OPS.values() for d in FLOATS for c in cases_of(op) if takes(c, d)}
+    grid = {
+        (op.name, c.name, str(d)[6:]) for op in OPS.values() for d in op.dtypes for c in cases_of(op) if takes(c, d)
+    }
     flat = [subject for some in rounds for subject in some]
     assert set(flat) == grid and len(flat) == len(grid)
 
@@ -325,7 +327,9 @@ def test_the_smoke_is_small_and_meets_every_kernel_and_every_edge(rounds):
     smoke = rounds[0]
     assert 50 <= len(smoke) <= 100
     named = {case.name: case for op in OPS.values() for case in cases_of(op)}
-    assert {(op, dtype) for op, _, dtype in smoke} >= {(op, d) for op in OPS for d in ("bfloat16", "float32")}
+    assert {(op, dtype) for op, _, dtype in smoke} >= {
+        (op, d) for op in OPS for d in ("bfloat16", "float32", "int64") if getattr(torch, d) in OPS[op].dtypes
+    }
     assert "float16" in {dtype for _, _, dtype in smoke}
     met = {edge for op, case, _ in smoke for edge in telling.edges_of(OPS[op], named[case])}
     every = {e for op in OPS.values() for c in cases_of(op) for e in telling.edges_of(op, c) if not c.wants}

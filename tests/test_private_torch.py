@@ -15,7 +15,7 @@ from memkernels import _torch
 HOME = "memkernels/_torch.py"
 # triton_kernels never imports memkernels; the undocumented names that it uses are listed here.
 ALSO = {
-    ("triton_kernels/sparse_read.py", "torch._assert_async"),
+    ("triton_kernels/layout.py", "torch._assert_async"),
     ("triton_kernels/replay.py", "torch.utils._python_dispatch.TorchDispatchMode"),
     ("triton_kernels/replay.py", "torch.utils._pytree"),
 }

@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import quick
+import torch
 from support import ROOT, run_python
 
 from memkernels import _triton, backends
@@ -31,7 +32,9 @@ LONG = (
     "8 tokens",
     "every size 63",
     "erase tensor, token mask",
+    "many gates",
     "many parts",
+    "many rows",
     "many tokens, few channels",
     "one token, many slots",
     "poisoned empty slots, bool",
@@ -58,7 +61,12 @@ VIEWS = (
 )
 VIEWED = "softmax_read"
 # Also in float16, which the interpreter multiplies correctly.
-HALF = ("every size 3", "float mask", "content in float32")
+HALF = (
+    "every size 3",
+    "float mask",
+    "content in float32",
+    "float8 rows in blocks of 32, powers of two",
+)
 
 GRID = """
 import json, sys
@@ -86,14 +94,16 @@ def result_of(code: str, *args: str) -> object:
 
 def wanted(op: str, config: pytest.Config) -> dict[str, list[str]]:
     """Case -> dtypes of the grid of one op."""
+    given = OPS[op].dtypes
+    dtype = "float32" if torch.float32 in given else "int64"
     if config.getoption("quick"):
-        return {quick.TRITON_CASE: ["float32"]}
+        return {quick.TRITON_CASE: [dtype]}
     result = {}
     for case in cases(OPS[op]):
         repeats = case.name in LONG and case.name != CUT.get(op) or case.name in VIEWS and op != VIEWED
         if not case.mixed and not repeats:
-            result[case.name] = ["float32"]
-        if case.name in HALF:
+            result[case.name] = [dtype]
+        if case.name in HALF and torch.float16 in given:
             result[case.name] = [*result.get(case.name, ()), "float16"]
     return result
 
@@ -129,7 +139,7 @@ row = next(b for b in backends.BACKENDS if b.name == "triton")
 case = next(c for c in CASES if c.name == "no leading dimensions")
 found = {"gaps": [], "bits": []}
 for op in (OPS[name] for name in _triton.kernels().operators() if name in OPS):
-    for dtype in row.dtypes:
+    for dtype in (dtype for dtype in op.dtypes if row.takes(dtype)):
         found["gaps"] += [g for d in op.directions if (g := row.gap(op.name, "cpu", dtype, d))]
     if op.inplace and (gap := row.gap(op.name + "_", "cpu")):
         found["gaps"].append(gap)
@@ -140,7 +150,8 @@ for op in (OPS[name] for name in _triton.kernels().operators() if name in OPS):
         leaves = [tensors[i].requires_grad_() for i in subject.wanting]
         results = several(getattr(torch.ops.memkernels_triton, op.name)(*tensors, *subject.inputs.params))
         pairs = [(results[i], d) for i, d in subject.cotangents(results).items()]
-        runs.append([*results, *torch.autograd.grad([r for r, _ in pairs], leaves, [d for _, d in pairs])])
+        gradients = torch.autograd.grad([r for r, _ in pairs], leaves, [d for _, d in pairs]) if leaves else ()
+        runs.append([*results, *gradients])
     if not all(torch.equal(a, b) for a, b in zip(*runs)):
         found["bits"].append(op.name)
 torch.manual_seed(0)

@@ -62,6 +62,18 @@ class Call:
         if not holds:
             raise RuntimeError(f"{self.op}: {what}")
 
+    def require_on_device(self, holds: Tensor, what: str) -> None:
+        """Fail on the device, without a synchronisation, where ``holds``, one bool, is False."""
+        torch._assert_async(holds, f"{self.op}: {what}")
+
+    def flat(self, name: str, x: Tensor | None, *sizes: int | None) -> Tensor | None:
+        """An argument without leading dimensions, ``sizes`` as those of tails, whose last dimension is contiguous."""
+        if x is None:
+            return None
+        self.require(x.device == self.device, f"{name} must be on {self.device}")
+        self.require(self._lead(name, x, sizes) == (), f"{name} must have {len(sizes)} dimensions, got {x.dim()}")
+        return unit_last(x)
+
     def floats(self, *tensors: Tensor | None) -> None:
         """All given tensors are float32, bfloat16 or float16."""
         for t in tensors:

@@ -49,14 +49,16 @@ def segment_kernel(
     outside = tl.load(sorted_slots + chunk * CHUNK - 1 + tl.arange(0, 1), mask=chunk > 0, other=-1)
     live = slot < none
     entry = tl.load(order + e, mask=live, other=0)
-    g = tl.load(numbers + entry, mask=live, other=0.0).to(tl.float32)
+    if numbers is not None:
+        g = tl.load(numbers + entry, mask=live, other=0.0).to(tl.float32)
     b = tl.where(live, slot // N, 0).to(tl.int32)
     if x is None:
         terms = tl.broadcast_to(g[:, None], [CHUNK, BLOCK_D])
     else:
         rows = tokens(x, b, B1, ((entry // k) % T).to(tl.int32), inner)
         terms = tl.load(rows[:, None] + d[None, :], mask=live[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
-        terms = terms * g[:, None]
+        if numbers is not None:
+            terms = terms * g[:, None]
     starts = tl.broadcast_to((slot != ahead).to(tl.int32)[:, None], [CHUNK, BLOCK_D])
     _, total = tl.associative_scan((starts, terms), 0, _since)
     crossed = slot == outside  # the stretch came in over the border in front
@@ -157,10 +159,10 @@ class Segments:
         known = (named >= 0) & (named < slots)
         self.slots, self.order = torch.sort(torch.where(known, named + first, call.B * slots).flatten(), stable=True)
 
-    def sum(self, gradient: Gradient, numbers: Tensor, x: Tensor | None, scale: float) -> None:
+    def sum(self, gradient: Gradient, numbers: Tensor | None, x: Tensor | None, scale: float) -> None:
         """Fill ``gradient`` (of a memory argument) from ``numbers [B, F * T, k]`` and token rows ``x [..., T, D]``.
 
-        x: None stands for 1, where the argument has one number per slot.
+        numbers: None stands for 1. x: None does, where the argument has one number per slot; not both.
         """
         gradient.fill(0.0)
         call, D = self.call, 1 if x is None else x.shape[-1]
@@ -173,9 +175,10 @@ class Segments:
         out, count = gradient.rows(), call.F * self.T
         common = {"plan": p, "CHUNK": CHUNK, "BLOCK_D": block}
         launch(
-            segment_kernel, chunks * triton.cdiv(D, block), self.order, self.slots, numbers.contiguous(),
-            call.rows(x), out, border, count, self.N, self.k, D, call.B, call.batches[1],
-            self.T if call.F > 1 else None, self.entries, scale, **common,
+            segment_kernel, chunks * triton.cdiv(D, block), self.order, self.slots,
+            numbers if numbers is None else numbers.contiguous(), call.rows(x), out, border,
+            count, self.N, self.k, D, call.B, call.batches[1], self.T if call.F > 1 else None, self.entries, scale,
+            **common,
         )  # fmt: skip
         launch(
             border_kernel, chunks * triton.cdiv(D, block), self.slots, out, border,

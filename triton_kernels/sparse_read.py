@@ -74,7 +74,7 @@ def check_indices(call: Call, indices: Tensor, slots: int) -> None:
     call.require(indices.dtype == torch.int64, "indices must be int64")
     if indices.numel():
         known = ((indices >= -1) & (indices < slots)).all()
-        torch._assert_async(known, f"{call.op}: an index is outside [-1, {slots})")
+        call.require_on_device(known, f"an index is outside [-1, {slots})")
 
 
 def _call(

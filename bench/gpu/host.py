@@ -16,7 +16,7 @@ import torch
 
 from memkernels.backends import BACKENDS, DIRECTIONS, Backend
 from memkernels.registration import OPS
-from memkernels.spec import several
+from memkernels.spec import Op, several
 from memkernels.testing import CASES, Subject
 
 from .stand_in import Record
@@ -58,6 +58,10 @@ def calls(subject: Subject, backend: Backend) -> Iterator[tuple[str, Callable[[]
     yield "backward", lambda: backward(*both)
 
 
+def _dtype(op: Op) -> torch.dtype:
+    return torch.bfloat16 if torch.bfloat16 in op.dtypes else op.dtypes[0]
+
+
 def main() -> int:
     argparse.ArgumentParser(
         prog="python -m bench.gpu.host", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -68,7 +72,7 @@ def main() -> int:
     with torch._C._AutoDispatchBelowAutograd():  # as calls that eager mode makes
         for backend in (b for b in BACKENDS if "cuda" in b.devices):
             for op in (op for op in OPS.values() if case.fits(op)):
-                for direction, call in calls(Subject(op, case, torch.bfloat16, "cuda"), backend):
+                for direction, call in calls(Subject(op, case, _dtype(op), "cuda"), backend):
                     call()
                     record.reset()
                     call()

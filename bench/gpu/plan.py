@@ -40,7 +40,7 @@ def plan(device: str, ops: list[str], names: list[str]) -> dict:
     for backend in wanted:
         able = [op for op in chosen if backend.gap(op.name, device) is None]
         for tasks, subjects in zip(rounds, telling.rounds(able)):
-            tasks += [_task(backend, device, *s) for s in subjects if s[2] in _dtypes(backend)]
+            tasks += [_task(backend, device, *s) for s in subjects if backend.takes(getattr(torch, s[2]))]
     return {
         "rounds": rounds,
         "speed": [
@@ -72,21 +72,17 @@ def environment(device: str) -> dict:
         return {**known, "python": platform.python_version(), "torch": torch.__version__, "memkernels": mk.__version__}
 
 
-def _dtypes(backend: backends.Backend) -> list[str]:
-    return [str(dtype).removeprefix("torch.") for dtype in backend.dtypes]
-
-
 def _task(backend: backends.Backend, device: str, op: str, case: str, dtype: str) -> dict:
-    without = [d for d in backends.DIRECTIONS if backend.gap(op, device, getattr(torch, dtype), d) is not None]
+    without = [d for d in OPS[op].directions if backend.gap(op, device, getattr(torch, dtype), d) is not None]
     return {"op": op, "backend": backend.name, "dtype": dtype, "case": case, "without": without}
 
 
 def _gaps(op: Op, backend: backends.Backend, device: str) -> list[dict]:
     found = []
-    for dtype in _dtypes(backend):
-        for direction in backends.DIRECTIONS:
-            if (why := backend.gap(op.name, device, getattr(torch, dtype), direction)) is not None:
-                row = dict(zip(rows.KEY, (op.name, backend.name, dtype, "-", direction)))
+    for dtype in filter(backend.takes, op.dtypes):
+        for direction in op.directions:
+            if (why := backend.gap(op.name, device, dtype, direction)) is not None:
+                row = dict(zip(rows.KEY, (op.name, backend.name, str(dtype).removeprefix("torch."), "-", direction)))
                 found.append({"stage": "grid", **row, "status": rows.GAP, "message": why})
     return found
 

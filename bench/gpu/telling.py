@@ -11,12 +11,12 @@ import math
 from collections.abc import Iterable
 
 from memkernels.registration import OPS
-from memkernels.spec import FLOATS, Op, letters
+from memkernels.spec import Op, letters
 from memkernels.testing import CASES, Case, cases
 from memkernels.testing.cases import SIZES
 from memkernels.testing.inputs import takes
 
-DTYPES = ("bfloat16", "float32", "float16")  # of the telling rounds: those that a GPU has kernels for
+DTYPES = ("bfloat16", "float32", "float16", "int64")  # of the telling rounds: a GPU has kernels for them
 FEW = 16  # tokens: up to so many stream a memory
 MANY = 256  # tokens: beyond so many, several blocks
 LONG = 1000  # slots: beyond so many, parts that are joined
@@ -32,15 +32,15 @@ Subject = tuple[str, str, str]  # op, case, dtype
 def rounds(ops: Iterable[Op]) -> list[list[Subject]]:
     """All subjects of ``ops``, each in one of three rounds.
 
-    The first has every op in bfloat16, in float32 and on each of its ``PATHS``, every family of ops in float16, and
-    every edge in some op. The second has every op in float16 too, and every edge in every family. The third is the
-    rest.
+    The first has every op in bfloat16 and in float32, or in int64, and on each of its ``PATHS``, every family of ops in
+    float16, and every edge in some op. The second has every op in float16 too, and every edge in every family. The
+    third is the rest.
     """
     every: list[Subject] = []
     first: dict[Subject, set] = {}
     second: dict[Subject, set] = {}
     for op in ops:
-        for dtype in FLOATS:
+        for dtype in op.dtypes:
             for case in (case for case in cases(op) if takes(case, dtype)):
                 subject = (op.name, case.name, str(dtype).removeprefix("torch."))
                 every.append(subject)
