@@ -189,6 +189,41 @@ def test_a_wrong_result_has_no_speed(row, monkeypatch, tmp_path):
     assert status == 1 and told["value"] is told["own"] is None and told["why"].startswith("wrong")
 
 
+def test_reads_are_those_of_the_rows(monkeypatch, tmp_path):
+    """The same reads on both sides: more of them are wrong, and so are reads of other blocks."""
+    stats = RowTable.stats
+    with monkeypatch.context() as changed:
+        changed.setattr(RowTable, "stats", lambda self: stats(self) | {"bytes_read": stats(self)["bytes_read"] + 4096})
+        status, (told,) = ran(tmp_path, tmp_path / "more.json", "--only", "direct")
+        assert status == 1 and "the rows took" in told["why"]
+    read = _native.host().direct_reads
+
+    def other(path, offsets, sizes, threads):
+        seconds, size, mark = read(path, offsets, sizes, threads)
+        return seconds, size, mark ^ 1
+
+    monkeypatch.setattr(_native.host(), "direct_reads", other)
+    status, rows = ran(tmp_path, tmp_path / "other.json", "--only", "direct")
+    assert status == 1 and [row["peer"] for row in rows if row["why"].startswith("wrong")] == ["O_DIRECT"]
+
+
+def test_a_step_that_changes_another_row_is_wrong(monkeypatch):
+    trained = training.Training(256, 48)
+    for name in trained.optimizers:
+        trained.step(name)
+        trained.check(name)
+
+    def stray(self) -> None:
+        step(self)
+        (table,) = self.param_groups[0]["params"]
+        named = set(table.grad.coalesce().indices()[0].tolist())
+        table.data[min(set(range(256)) - named), 0] += 1
+
+    monkeypatch.setattr(SparseAdam, "step", stray)
+    with pytest.raises(Wrong, match="a row that no token named has changed"):
+        trained.check(training.FUSED)
+
+
 def test_a_process_that_reads_other_rows_is_seen(tmp_path):
     content = Content.of(256)
     at = torch.arange(0, content.count, 7)
