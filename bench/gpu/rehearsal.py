@@ -44,8 +44,8 @@ RESULT = ROOT / "bench" / "results" / "gpu" / "rehearsal.json"
 # these hold tiles of rows whose addresses are more than the registers there are. Right, and slow; rows that are a
 # multiple of 16 columns do not spill in any kernel.
 ODD_ROWS_SPILL = (
-    *("additive_slot_kernel", "cell_gates_kernel", "delta_kernel", "query_gradient_kernel", "segment_kernel"),
-    *("slot_gradient_kernel", "write_carry_kernel", "write_slot_kernel"),
+    *("additive_slot_kernel", "cell_gates_kernel", "delta_kernel", "memory_gate_gradient_kernel"),
+    *("query_gradient_kernel", "segment_kernel", "slot_gradient_kernel", "write_carry_kernel", "write_slot_kernel"),
 )
 SHIM = re.compile(r"^(aoti_torch|torch)_\w+$")
 
