@@ -2,6 +2,7 @@
 
     python -m bench [op ...] [--quick] [--threads N] [--device cpu] [--out FILE] [--compare FILE]
     python -m bench store [--only ROW ...] [--quick] [--large]
+    python -m bench lookup [--only ROW ...] [--quick]
     python -m bench.report FILE
 
 A case (:mod:`bench.cases`) declares its inputs, its work and its goals once. A peer (:mod:`bench.peers`) is one file.

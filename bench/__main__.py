@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 import time
 from pathlib import Path
@@ -46,12 +47,12 @@ def measure(chosen: list[Case], settings: Settings) -> list[dict]:
 
 def main(arguments: list[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else arguments
-    if words[:1] == ["store"]:
-        from .store.command import main as store
-
-        return store(words[1:])
+    if words[:1] in (["store"], ["lookup"]):
+        return importlib.import_module(f".{words[0]}.command", __package__).main(words[1:])
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("ops", nargs="*", metavar="op", help="only these ops; or store, with options of its own")
+    parser.add_argument(
+        "ops", nargs="*", metavar="op", help="only these ops; or store, or lookup: with their own options"
+    )
     parser.add_argument("--quick", action="store_true", help="small sizes, under two minutes; goals are not judged")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: those torch would use")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -70,7 +71,8 @@ def main(arguments: list[str] | None = None) -> int:
 
     print("\n" + text.plain(rows) + "\n")
     first = rows[0]
-    peak = "  ".join(f"{r['dtype']} {r['peak'] / 1e9:.0f} GFLOP/s" for r in {r["dtype"]: r for r in rows}.values())
+    dtypes = {r["dtype"]: r for r in rows if r["peak"]}
+    peak = "  ".join(f"{dtype} {r['peak'] / 1e9:.0f} GFLOP/s" for dtype, r in dtypes.items())
     machine = ", ".join(filter(None, (first["processor"], f"{first['threads']} threads", first["isa"])))
     machine = machine if first["device"] == "cpu" else f"{first['device']}, {machine}"
     print(f"{machine}; multiply-add peak: {peak}; ", end="")

@@ -6,6 +6,7 @@ import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -84,7 +85,7 @@ class Case:
     name: str = ""
     direction: str = "forward"
     dtype: str = "float32"
-    options: Mapping[str, int] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
     goals: tuple[Goal, ...] = ()
     grads: tuple[str, ...] = ()
     autograd: bool = False

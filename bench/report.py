@@ -22,7 +22,7 @@ def machine(row: dict) -> str:
 
 
 def label(row: dict) -> str:
-    short = {"float32": "", "bfloat16": " bf16", "float64": " f64"}[row["dtype"]]
+    short = {"float32": "", "bfloat16": " bf16", "float64": " f64", "int64": ""}[row["dtype"]]
     direction = " backward" if row["direction"] == "backward" else ""
     return f"{text.op_name(row)}{direction}{short}  {row['case'].replace('call overhead, ', 'overhead ')}"
 

@@ -7,7 +7,8 @@ A block stands between ``<!-- generated: NAME -->`` and ``<!-- end: NAME -->``:
 - ``performance``: pictures and tables of the same files, printed by ``bench.report``;
 - ``ladder``, ``limits``: what each step bought, and what loops reach on a free and on a busy core, recorded in
   ``bench/results/ladder.json``;
-- ``store``: what ``python -m bench store`` measured, from its committed result files;
+- ``store``, ``lookup``: what ``python -m bench store`` and ``lookup`` measured, from their committed result files;
+- ``ngram_memory``: what ``examples/ngram_memory.py --out`` measured;
 - ``crash``: what the crash laboratory of MemoryStore tried, recorded in ``bench/results/crash_lab.json``;
 - ``predicted``: where main kernels will be bound, as ``python -m bench.predict`` reads it from compiled code.
 
@@ -23,6 +24,7 @@ import io
 import json
 import os
 import re
+import statistics
 import sys
 import tempfile
 from collections.abc import Callable
@@ -90,7 +92,7 @@ def op_table(before: str) -> str:
 
 def result_files() -> list[Path]:
     """The committed results of full sizes."""
-    other = re.compile(r"^gpu-|^ladder$|^store-|^crash|-quick$")
+    other = re.compile(r"^gpu-|^ladder$|^store-|^lookup-|^ngram_memory|^crash|-quick$")
     return sorted(file for file in RESULTS.glob("*.json") if not other.search(file.stem))
 
 
@@ -178,11 +180,45 @@ def limits(before: str) -> str:
 
 def store(before: str) -> str:
     """The promises of MemoryStore beside what was measured, a table per machine."""
-    from bench import results
-    from bench.store import report
+    return _promises("store", "store")
 
-    found = [report.page(results.load(file)) for file in report.files()]
-    return "\n".join(found) or EMPTY.replace("python -m bench", "python -m bench store")
+
+def lookup(before: str) -> str:
+    """The promises of the lookup memory beside what was measured, a table per machine."""
+    return _promises("lookup", "memkernels")
+
+
+def ngram_memory(before: str) -> str:
+    """What examples/ngram_memory.py measured: models, then generation, per machine."""
+    from bench import results
+    from bench.report import machine
+
+    text = ""
+    for file in sorted(results.DIRECTORY.glob("ngram_memory-*.json")):
+        rows = results.load(file)
+        models = [row for row in rows if "bits per byte" in row]
+        text += f"{machine(rows[0])}; {rows[0]['setup']['steps']} steps; commit {rows[0]['commit']}.\n\n"
+        text += "| model | parameters | operations per token | bits per byte held out, by seed | trained, tokens/s |\n"
+        text += "| --- | --- | --- | --- | --- |\n"
+        for row in models:
+            bits = ", ".join(f"{x:.4f}" for x in row["bits per byte"])
+            speed = f"{statistics.median(row['tokens/s']):,.0f}"
+            text += f"| {row['row']} | {row['parameters']:,} | {row['operations']:,.0f} | {bits} | {speed} |\n"
+        text += "\n| generation | tier | tokens/s, rows in RAM | tokens/s, rows on disk | disk / RAM |\n"
+        text += "| --- | --- | --- | --- | --- |\n"
+        for row in (row for row in rows if row not in models):
+            speeds = (f"{row[f'tokens/s, rows {where}']:,.1f}" for where in ("in RAM", "on disk"))
+            cells = [row["row"].removeprefix("generation, "), row["tier"], *speeds, f"{row['disk / RAM']:.3f}"]
+            text += "| " + " | ".join(cells) + " |\n"
+    return text or EMPTY.replace("python -m bench", "python examples/ngram_memory.py")
+
+
+def _promises(subject: str, own: str) -> str:
+    from bench import results
+    from bench.contests import report
+
+    found = [report.page(results.load(file), own) for file in report.files(subject)]
+    return "\n".join(found) or EMPTY.replace("python -m bench", f"python -m bench {subject}")
 
 
 def predicted(before: str) -> str:
@@ -249,6 +285,8 @@ def generated(pictures_to: Path) -> dict[str, Callable[[str], str]]:
         "ladder": ladder,
         "limits": limits,
         "store": store,
+        "lookup": lookup,
+        "ngram_memory": ngram_memory,
         "crash": crashes,
         "predicted": predicted,
         "host": host,

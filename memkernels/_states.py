@@ -15,6 +15,7 @@ STATES = (
     "memkernels.models.similarity_lm.SimilarityOutput",
     "memkernels.nn.external_memory.MemoryState",
     "memkernels.nn.neural_cache.CacheState",
+    "memkernels.nn.ngram_memory.NgramHistory",
     "memkernels.nn.replacement.SlotUse",
 )
 

@@ -46,6 +46,15 @@ GOALS = {
     ("softmax_read_compressed", "forward", "float32", "T=1 N=2^20 K=V=128"): "float32 slots",
     ("paged_topk_search", "forward", "float32", "T=1 F=1024 S=1024 K=64"): "eager",
     ("paged_topk_search", "forward", "float32", "T=256 F=256 S=1024 K=64"): "eager",
+    ("ngram_slots", "forward", "int64", "T=4096 M=16"): "loop eager",
+    ("ngram_slots", "forward", "int64", "T=4096 M=24"): "loop eager",
+    (*("gather_rows", "forward", "bfloat16"), "float8_e4m3fn to bfloat16, T=8192 N=2^22 V=256"): "eager torch.compile",
+    **{
+        ("memory_gate", direction, dtype, f"T={tokens * 4 // size} B={b} D={d}"): "bandwidth eager torch.compile"
+        for direction in ("forward", "backward")
+        for b, d, tokens in ((1, 1024, 5120), (4, 2560, 512))
+        for dtype, size in (("float32", 4), ("bfloat16", 2))
+    },
     ("product_key_search", "forward", "float32", "T=1024 n=512 K=128"): "eager",
     ("additive_read", "forward", "float32", "B=4 T=128 N=512 K=V=128"): "eager",
     ("additive_read", "backward", "float32", "B=4 T=128 N=512 K=V=128"): "eager",

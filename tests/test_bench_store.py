@@ -13,12 +13,14 @@ import torch
 from bench import results
 from bench.__main__ import main
 from bench.case import OWN
-from bench.store import command, large, report, space, sparse
-from bench.store.contest import Contest
-from bench.store.finding import TOLD, Finding, Goal, Wrong, least, most, summary
-from bench.store.peers import PACKAGES, missing
+from bench.contests import report
+from bench.contests.command import renewed
+from bench.contests.contest import Contest
+from bench.contests.finding import TOLD, Finding, Goal, Wrong, least, most, summary
+from bench.contests.peers import PACKAGES, missing
+from bench.contests.turns import Times, take_turns
+from bench.store import command, large, space, sparse
 from bench.store.traces import belady, clustered, lru, scattered
-from bench.store.turns import Times, take_turns
 from docs import generate
 from memkernels.store import MemoryStore
 
@@ -86,7 +88,7 @@ def test_nothing_is_left_on_the_disk(run):
 
 
 def test_the_table_has_every_row(run):
-    page = report.page(run[1])
+    page = report.page(run[1], "store")
     assert page.count("\n| ") == len(run[1]) + 2
     assert all(f"| {row['what']} |" in page for row in run[1])
 
@@ -190,17 +192,17 @@ def test_goals(value, goal: Goal, reached):
 def test_a_run_renews_its_rows_alone(tmp_path):
     path = tmp_path / "rows.json"
     results.save([{"row": "hits", "old": 1}, {"row": "gather", "old": 1}], path)
-    kept = command.renewed([{"row": "gather", "old": 0}, {"row": "large", "old": 0}], path)
+    kept = renewed([{"row": "gather", "old": 0}, {"row": "large", "old": 0}], path, command.NAMES)
     assert [(row["row"], row["old"]) for row in kept] == [("gather", 0), ("hits", 1), ("large", 0)]
 
 
 def test_results_of_the_store_are_no_results_of_cases(tmp_path, monkeypatch):
-    for name in ("store-machine.json", "crash_lab.json"):
+    for name in ("store-machine.json", "lookup-machine.json", "crash_lab.json"):
         results.save([{"row": "gather"}], tmp_path / name)
     monkeypatch.setattr(results, "DIRECTORY", tmp_path)
     monkeypatch.setattr(generate, "RESULTS", tmp_path)
     assert results.committed() == [] and generate.result_files() == []
-    assert [file.name for file in report.files()] == ["store-machine.json"]
+    assert [file.name for file in report.files("store")] == ["store-machine.json"]
 
 
 # --- what rows stand on ---

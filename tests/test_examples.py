@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 
 import pytest
 import torch
@@ -77,6 +78,19 @@ def larger_than_memory(tmp_path):
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
 
 
+def ngram_memory(tmp_path):
+    measured = run("ngram_memory", True, (0,), tmp_path / "result.json")
+    memory, compute, size = (measured[kind] for kind in ("n-grams", "same compute", "same parameters"))
+    assert 1 <= compute["operations"] / memory["operations"] < 1.02
+    assert 1 <= size["parameters"] / memory["parameters"] < 1.02 and size["operations"] > memory["operations"]
+    assert memory["bits per byte"][0] < min(compute["bits per byte"][0], size["bits per byte"][0]) - 0.2
+    assert compute["bits per byte"][0] < 4.5, "untrained models would be easy to beat"
+    for streams in (1, 2):
+        assert measured[f"generation, streams: {streams}"]["disk / RAM"] > 0.2
+    rows = json.loads((tmp_path / "result.json").read_text())["rows"]
+    assert [row["row"] for row in rows] == list(measured) and all(row["processor"] and row["commit"] for row in rows)
+
+
 CHECKS = {
     check.__name__: check
     for check in (
@@ -86,6 +100,7 @@ CHECKS = {
         slots_read,
         knowledge_base,
         larger_than_memory,
+        ngram_memory,
     )
 }
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from memkernels import _host as host
@@ -73,9 +75,71 @@ def test_more_threads_than_cores():
     assert host.multiply_add_peak("float32", threads=host.cores() + 1, seconds=0.02) > 0
 
 
+def aligned(size: int) -> np.ndarray:
+    """uint8 [size] that begins a page."""
+    return np.frombuffer(mmap.mmap(-1, size), np.uint8)
+
+
+@pytest.mark.parametrize("threads, ahead", [(1, 0), (2, 16), (3, 1), (5, 100)])
+@pytest.mark.parametrize("row_bytes, count", [(64, 1), (256, 37), (320, 2)])
+def test_random_rows_writes_each_piece_twice(row_bytes, count, threads, ahead):
+    random = np.random.default_rng(row_bytes + count)
+    table = random.integers(256, size=(50, row_bytes), dtype=np.uint8)
+    rows, out = random.integers(50, size=count), aligned(count * 2 * row_bytes)
+    host.random_rows(table, row_bytes, rows, out, threads, ahead)
+    pieces = [row[b : b + 64] for row in table[rows] for b in range(0, row_bytes, 64) for _ in range(2)]
+    assert out.tobytes() == b"".join(piece.tobytes() for piece in pieces)
+
+
+@pytest.fixture
+def blocks(tmp_path):
+    """A file of 32 blocks, and their numbers."""
+    path = tmp_path / "blocks"
+    numbers = np.random.default_rng(0).integers(256, size=(32, 4096), dtype=np.uint8)
+    path.write_bytes(numbers.tobytes())
+    try:
+        os.close(os.open(path, os.O_RDONLY | os.O_DIRECT))
+    except OSError as error:
+        pytest.skip(f"no O_DIRECT here ({error})")
+    return path, numbers
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_direct_reads_reads_what_it_is_told(blocks, threads):
+    path, numbers = blocks
+    at, length = np.array([3, 31, 0, 9, 3]), np.array([1, 1, 2, 4, 2])
+    seconds, size, mark = host.direct_reads(str(path), 4096 * at, 4096 * length, threads)
+    first = [int.from_bytes(numbers[i, :8].tobytes(), sys.byteorder) for i in at]
+    assert size == 10 * 4096 and seconds > 0
+    assert mark == first[0] ^ first[1] ^ first[2] ^ first[3] ^ first[4]
+
+
+def test_direct_reads_tells_where_a_file_ends(blocks):
+    with pytest.raises(RuntimeError, match="direct_reads: the file ends within a range"):
+        host.direct_reads(str(blocks[0]), np.array([31 * 4096]), np.array([8192]))
+    with pytest.raises(RuntimeError, match="the system refused to open .*No such file"):
+        host.direct_reads(str(blocks[0].parent / "none"), np.array([0]), np.array([4096]))
+
+
+ROWS, TABLE, PAIR = np.array([0]), np.zeros(128, np.uint8), aligned(4096)[:128]
+
+
 @pytest.mark.parametrize(
     "call, says",
     [
+        (lambda: host.random_rows(TABLE, 64, np.array([2]), PAIR), "rows must be within the table"),
+        (lambda: host.random_rows(TABLE, 64, np.array([-1]), PAIR), "rows must be within the table"),
+        (lambda: host.random_rows(TABLE, 64, ROWS, PAIR[:64]), r"out must have 2 \* row_bytes for each row"),
+        (lambda: host.random_rows(TABLE, 64, ROWS, aligned(4096)[32:160]), "out must be aligned to 64 bytes"),
+        (lambda: host.random_rows(TABLE, 40, ROWS, PAIR), "row_bytes must be a multiple of 64"),
+        (lambda: host.random_rows(TABLE[::2], 64, ROWS, PAIR), "table must be contiguous, with items of 1 bytes"),
+        (lambda: host.random_rows(TABLE, 64, ROWS.astype(np.int32), PAIR), "rows must be contiguous, with items of 8"),
+        (lambda: host.random_rows(TABLE, 64, ROWS, PAIR, 0), "threads must be at least 1"),
+        (lambda: host.random_rows(TABLE, 64, ROWS, PAIR, 1, -1), "ahead must not be negative"),
+        (lambda: host.direct_reads("", np.array([1]), np.array([4096])), "must be multiples of 4096"),
+        (lambda: host.direct_reads("", np.array([0]), np.array([100])), "must be multiples of 4096"),
+        (lambda: host.direct_reads("", np.array([0]), np.array([0, 0])), "sizes must be as many as offsets"),
+        (lambda: host.direct_reads("", np.array([0]), np.array([0]), 0), "threads must be at least 1"),
         (lambda: host.multiply_add_peak("int8", 1, 0.1), "dtype must be float32, float64 or bfloat16, got int8"),
         (
             lambda: host.multiply_add_peak("float32", 1, 0.1, "sse9"),

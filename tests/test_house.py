@@ -31,8 +31,8 @@ LAYERS = {
     "_flops": {"spec"},
     "registration": {"_derivatives", "_flops", "_torch", "spec", "backends"},
     "ops": {"_torch", "spec", "registration"},
+    "nn": {"", "ops", "spec", "backends", "store"},  # of the store only at a call: NgramMemory.save_table
     "optim": {"ops", "spec", "backends"},
-    "nn": {"", "ops", "spec", "backends"},
     "models": {"", "nn", "ops", "spec", "backends"},
     "integrations": {"", "models", "nn", "ops", "spec", "backends"},
     "store": {"", "nn", "ops", "spec", "backends", "_native", "_torch"},

@@ -19,6 +19,7 @@ def states() -> dict:
         "memory": mk.nn.ExternalMemory(5, 4, 8).initial_state(2),
         "streaming": mk.nn.StreamingMemory(8, 5, heads=2).initial_state(3),
         "cache": mk.nn.NeuralCache(4, 8).initial_state(2),
+        "ngrams": mk.nn.NgramMemory(8, 5).initial_history(2),
         "use": use,
         "rnn": mk.models.MemoryRNN(3, 4, 5).initial_state(2),
         "output": mk.models.MemoryTransformerLM(11, d_model=8, heads=2, layers=1, mem_size=4)(torch.zeros(1, 3).long()),

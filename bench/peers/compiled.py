@@ -40,3 +40,11 @@ def cache_nll(logits, targets, cache_scores, cache_tokens, mix):
 
 def cache_logprobs(logits, cache_scores, cache_tokens, mix):
     return lambda: _compiled(eager.mixed)(logits, cache_scores, cache_tokens, mix)
+
+
+def gather_rows(values, indices, value_scale, dtype):
+    return lambda: _compiled(eager.embedded)(values, indices, value_scale, dtype)
+
+
+def memory_gate(hidden, key, value, hidden_weight, key_weight, eps, signed_sqrt):
+    return lambda: _compiled(eager.gated)(hidden, key, value, hidden_weight, key_weight, eps, signed_sqrt)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 NAME = "eager"
 DIRECTIONS = ("forward", "backward")
@@ -192,3 +193,44 @@ def mixed(logits, cache_scores, cache_tokens, mix):
 
 def cache_logprobs(logits, cache_scores, cache_tokens, mix):
     return lambda: mixed(logits, cache_scores, cache_tokens, mix)
+
+
+def ngram_slots(tokens, sizes, multipliers, token_map, orders, heads):
+    """Without ignored tokens, from the beginning of a text on, with 0 before it."""
+    before, factors = max(orders) - 1, multipliers.tolist()
+    by_table = torch.tensor([n - 1 for n in orders for _ in range(heads)], device=tokens.device)
+    offsets = sizes.cumsum(0) - sizes
+
+    def run():
+        x = F.pad(token_map[tokens], (before, 0))
+        mixes = [x[..., before:] * factors[0]]
+        for j in range(1, before + 1):
+            mixes.append(mixes[-1] ^ (x[..., before - j : -j] * factors[j]))
+        return torch.remainder(torch.stack(mixes, -1)[..., by_table], sizes).add_(offsets)
+
+    return run
+
+
+def embedded(values, indices, value_scale, dtype):
+    """Of rows in 8 bits, which F.embedding takes as bytes."""
+    rows = F.embedding(indices, values.view(torch.uint8)).view(values.dtype)
+    return (rows.float() * value_scale[indices].unsqueeze(-1)).to(dtype)
+
+
+def gather_rows(values, indices, value_scale=None, dtype=None):
+    if value_scale is None:
+        return lambda: F.embedding(indices, values)
+    return lambda: embedded(values, indices, value_scale, dtype)
+
+
+def gated(hidden, key, value, hidden_weight, key_weight, eps, signed_sqrt):
+    width = hidden.shape[-1:]
+    query = F.rms_norm(hidden, width, eps=eps) * hidden_weight
+    score = (query * (F.rms_norm(key, width, eps=eps) * key_weight)).sum(-1) * width[0] ** -0.5
+    if signed_sqrt:
+        score = score.sign() * score.abs().clamp(min=1e-6).sqrt()
+    return torch.sigmoid(score).unsqueeze(-1) * value.unsqueeze(-2)
+
+
+def memory_gate(hidden, key, value, hidden_weight, key_weight, eps, signed_sqrt):
+    return lambda: gated(hidden, key, value, hidden_weight, key_weight, eps, signed_sqrt)

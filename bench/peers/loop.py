@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 NAME = "loop"
@@ -80,5 +81,25 @@ def memory_scan(values, keys, read_query, write_query, write):
             memory.lerp_(write[t], gates[t])
             torch.mv(memory.mT, weights[t], out=reads[t])
         return reads
+
+    return run
+
+
+def ngram_slots(tokens, sizes, multipliers, token_map, orders, heads):
+    """NumPy on the numbers of one token at a time."""
+    tokens, sizes, multipliers, token_map = (x.numpy() for x in (tokens, sizes, multipliers, token_map))
+    longest = max(orders)
+    by_table = np.repeat(np.array(orders) - 1, heads)
+    offsets, factors = np.cumsum(sizes) - sizes, multipliers[:longest]
+
+    def run():
+        slots = np.empty((len(tokens), len(sizes)), np.int64)
+        last = np.zeros(longest, np.int64)  # the last one first
+        for t, token in enumerate(tokens):
+            last[1:] = last[:-1]
+            last[0] = token_map[token]
+            mixes = np.bitwise_xor.accumulate(last * factors)
+            slots[t] = offsets + mixes[by_table] % sizes
+        return torch.from_numpy(slots)
 
     return run

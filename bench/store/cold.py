@@ -11,10 +11,10 @@ from torch import Tensor
 
 from memkernels.store import MemoryStore
 
-from . import exact
-from .contest import Contest
-from .direct import Direct, Mapped, forget
-from .finding import Finding, Wrong, least
+from ..contests.contest import Contest, same
+from ..contests.disk import forget
+from ..contests.finding import Finding, Wrong, least
+from .direct import Direct, Mapped
 from .setting import Setting
 
 RAW, MAPPED = "O_DIRECT", "memmap"
@@ -51,7 +51,7 @@ def cold(setting: Setting) -> Iterator[Finding]:
         contest = Contest(
             f"{batch} random pages of {width >> 10} KiB, cold, 4 threads",
             of_store,
-            lambda found: exact.same(found[1], memory.values[torch.from_numpy(found[0] * size)]),
+            lambda found: same(found[1], memory.values[torch.from_numpy(found[0] * size)]),
             before=lambda: forget(path),
         )
         if direct.why:

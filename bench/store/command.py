@@ -1,91 +1,20 @@
-"""Run rows, print what they find, write it to the result file of this machine. Exit status 1 for a wrong result."""
+"""The rows of the store, and the option that it has beside the others."""
 
 from __future__ import annotations
 
-import argparse
-import shutil
-import tempfile
-import time
-from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
-
-import torch
-
-from memkernels.store import _io
-
-from .. import results
-from . import cold, commits, finding, index, large, opening, peers, reads, scans, searches, space, traces
-from .finding import Finding, Wrong
+from ..contests import command
+from . import cold, commits, index, large, opening, peers, reads, scans, searches, space, traces
 from .setting import Setting
 
-Row = Callable[[Setting], Iterator[Finding]]
-GROUPS = (reads, searches, cold, commits, space, opening, index, scans, traces)
-ROWS: dict[str, Row] = {name: row for group in GROUPS for name, row in group.ROWS.items()}
-
-
-def measure(name: str, row: Row, setting: Setting, where: dict) -> list[dict]:
-    """What a row finds, as it stands in the result file. A row that is wrong says so and has no numbers."""
-    found = []
-    begin = time.perf_counter()
-    try:
-        for one in row(setting):
-            found.append(_entry(name, one, where, setting.quick))
-            print(finding.summary(found[-1]), flush=True)
-    except Wrong as error:
-        wrong = Finding(what=row.__doc__.splitlines()[0], peer="", goal=finding.TOLD, why=f"wrong: {error}")
-        found = [_entry(name, wrong, where, setting.quick)]
-        print(finding.summary(found[-1]), flush=True)
-    print(f"[{name}: {time.perf_counter() - begin:.0f} s]", flush=True)
-    return found
-
-
-def _entry(name: str, one: Finding, where: dict, quick: bool) -> dict:
-    entry = {"row": name, **one.row(), **where}
-    return {**entry, "reached": None} if quick else entry
-
-
-def failed(rows: Iterable[dict]) -> bool:
-    return any(row["why"].startswith("wrong") for row in rows)
-
-
-def renewed(rows: list[dict], path: Path) -> list[dict]:
-    """Rows of an earlier run, of names that this one did not run, and ``rows``."""
-    before = results.load(path) if path.exists() else []
-    names = {row["row"] for row in rows}
-    order = [*ROWS, *large.ROWS]
-    return sorted([row for row in before if row["row"] not in names] + rows, key=lambda row: order.index(row["row"]))
-
-
-def result_path(where: dict) -> Path:
-    """One file per machine, thread count and instruction set."""
-    return results.DIRECTORY / f"store-{results.default_path(where, quick=False).name}"
+ROWS = command.rows_of((reads, searches, cold, commits, space, opening, index, scans, traces))
+NAMES = (*ROWS, *large.ROWS)
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench store", description=__doc__)
-    parser.add_argument("--only", nargs="+", metavar="ROW", choices=ROWS, default=[], help=f"of {', '.join(ROWS)}")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes; goals are not judged, no file is written")
+    parser = command.parser_of("store", ROWS)
     parser.add_argument("--large", action="store_true", help="instead: a store of many gigabytes, deleted afterwards")
-    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="on the disk to measure")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: those torch would use")
-    parser.add_argument("--out", type=Path, help="result file, whose rows of other names stay; default: bench/results")
     options = parser.parse_args(arguments)
     if options.large and options.only:
         parser.error("--large is a row of its own, and goes without --only")
     rows = large.ROWS if options.large else {name: ROWS[name] for name in options.only or ROWS}
-    torch.set_num_threads(options.threads)
-    where = {**results.environment("cpu", options.threads), "versions": peers.versions()}
-    where["filesystem"] = _io.filesystem(options.folder)
-    path = options.out or (None if options.quick else result_path(where))
-    folder = Path(tempfile.mkdtemp(prefix="memkernels-bench-", dir=options.folder))
-    setting, found = Setting(folder, options.quick, options.threads), []
-    try:
-        for name, row in rows.items():
-            found += measure(name, row, setting, where)
-            if path is not None:  # after each row, so that what breaks a later one loses nothing
-                results.save(renewed(found, path), path)
-    finally:
-        shutil.rmtree(folder)
-    if path is not None:
-        print(f"written to {path}")
-    return int(failed(found))
+    return command.run("store", rows, Setting, options, peers.versions(), NAMES)

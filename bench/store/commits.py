@@ -12,10 +12,9 @@ import torch
 
 from memkernels.store import MemoryStore
 
-from . import exact
-from .contest import Contest
-from .finding import TOLD, Finding, Wrong, least, most
-from .peers import Lmdb, missing
+from ..contests.contest import Contest, same
+from ..contests.finding import TOLD, Finding, Wrong, least, most
+from ..contests.peers import Lmdb, missing
 from .setting import Memory, Setting, normal
 
 RAW, LMDB = "append and fdatasync", "LMDB"
@@ -124,7 +123,7 @@ def commit(setting: Setting) -> Iterator[Finding]:
 
 def _was_written(found: tuple) -> None:
     table, slots, new = found
-    exact.same(torch.from_numpy(table.read(slots)), torch.from_numpy(new))
+    same(torch.from_numpy(table.read(slots)), torch.from_numpy(new))
 
 
 def _check_whole(memory: Memory) -> None:

@@ -82,12 +82,3 @@ class Mapped:
 
         list(self.pool.map(read, range(len(numbers))))
         return out
-
-
-def forget(path: Path) -> None:
-    """Drop a file from the system's cache."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-    finally:
-        os.close(fd)

@@ -13,10 +13,10 @@ from torch import Tensor
 from memkernels import ops
 from memkernels.store import MemoryStore
 
+from ..contests.contest import Contest
+from ..contests.finding import TOLD, Finding, Wrong, lacking, least
+from ..contests.peers import missing
 from . import exact
-from .contest import Contest
-from .finding import TOLD, Finding, Wrong, lacking, least
-from .peers import missing
 from .setting import Memory, Setting, normal, warm
 
 EXACT, FAISS = "exact, one tensor", "faiss alone"

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from memkernels.store import MemoryStore
 
-from .finding import Finding, Goal, Wrong
+from ..contests.finding import Finding, Goal, Wrong
 from .setting import Setting
 
 DIM, DTYPE = 64, torch.bfloat16

@@ -14,9 +14,9 @@ import torch
 from memkernels.store import MemoryStore
 from memkernels.store._database import ENTRY
 
+from ..contests.contest import Contest
+from ..contests.finding import TOLD, Finding, Wrong, most
 from . import sparse
-from .contest import Contest
-from .finding import TOLD, Finding, Wrong, most
 from .setting import Setting
 
 ROWS_OF_SQLITE = "a row per page"

@@ -1,9 +1,7 @@
-"""The peers: packages that may be absent, their versions, and what several rows make of them."""
+"""The versions of the peers and of what the store itself stands on, and Lance."""
 
 from __future__ import annotations
 
-import importlib
-import importlib.metadata
 import sqlite3
 from pathlib import Path
 
@@ -13,57 +11,12 @@ from torch import Tensor
 
 from memkernels.store import _crc
 
-PACKAGES = {"LMDB": ("lmdb", "lmdb"), "Lance": ("lance", "pylance"), "faiss": ("faiss", "faiss-cpu")}
-
-
-def missing(name: str) -> str:
-    """Why a peer cannot run here; "" where it can."""
-    module, package = PACKAGES[name]
-    try:
-        importlib.import_module(module)
-    except ImportError as error:
-        return f"{error} (pip install {package})"
-    return ""
+from ..contests import peers
 
 
 def versions() -> dict[str, str]:
     """Of what is installed, and of what the store itself stands on."""
-    found = {"SQLite": sqlite3.sqlite_version, "crc32c": f"by {_crc.SOURCE}"}
-    for name, (_, package) in PACKAGES.items():
-        if not missing(name):
-            found[name] = importlib.metadata.version(package)
-    return found
-
-
-class Lmdb:
-    """Rows under their slot number, in one LMDB environment; a commit is durable unless ``sync`` is off."""
-
-    def __init__(self, path: Path, rows: np.ndarray, sync: bool = True) -> None:
-        """rows: uint8 [N, bytes]."""
-        import lmdb
-
-        self.env = lmdb.open(str(path), map_size=64 * rows.nbytes + (64 << 20), sync=sync, metasync=sync)
-        step = 1 << 16
-        for first in range(0, len(rows), step):
-            with self.env.begin(write=True) as txn:
-                for i, row in enumerate(rows[first : first + step], first):
-                    txn.put(self.key(i), row.tobytes(), append=True)
-
-    @staticmethod
-    def key(slot: int) -> bytes:
-        return slot.to_bytes(8, "big")
-
-    def write(self, slots: np.ndarray, rows: np.ndarray) -> None:
-        with self.env.begin(write=True) as txn:
-            for slot, row in zip(slots.tolist(), rows):
-                txn.put(self.key(slot), row.tobytes())
-
-    def read(self, slots: np.ndarray) -> np.ndarray:
-        with self.env.begin(buffers=True) as txn:
-            return np.stack([np.frombuffer(txn.get(self.key(slot)), np.uint8) for slot in slots.tolist()])
-
-    def close(self) -> None:
-        self.env.close()
+    return {"SQLite": sqlite3.sqlite_version, "crc32c": f"by {_crc.SOURCE}", **peers.versions(peers.PACKAGES)}
 
 
 def lance_values(path: Path, values: Tensor):

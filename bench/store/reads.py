@@ -9,10 +9,10 @@ import torch
 
 from memkernels import ops
 
-from . import exact
-from .contest import Contest
-from .finding import Finding, least, most
-from .peers import lance_values, missing
+from ..contests.contest import Contest, same
+from ..contests.finding import Finding, least, most
+from ..contests.peers import missing
+from .peers import lance_values
 from .setting import Setting, warm
 
 BARE, LANCE = "sparse_read", "Lance"
@@ -34,7 +34,7 @@ def gather(setting: Setting) -> Iterator[Finding]:
             contest = Contest(
                 f"gather of {count} warm slots",
                 lambda slots=slots: store.gather(slots),
-                lambda got, wanted=wanted: exact.same(got, wanted),
+                lambda got, wanted=wanted: same(got, wanted),
             )
             contest.enter(BARE, lambda at=at, ones=ones: ops.sparse_read(values, at, ones))
             if take is None:

@@ -20,9 +20,9 @@ from torch import Tensor
 from memkernels import ops
 from memkernels.store import MemoryStore
 
+from ..contests.finding import TOLD, Finding, Wrong, most
 from ..memory import ENVIRONMENT, peak_extra
 from . import exact
-from .finding import TOLD, Finding, Wrong, most
 from .setting import Memory, Setting, normal
 
 MAPPED = "memmap"

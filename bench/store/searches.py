@@ -9,10 +9,10 @@ import torch
 from memkernels import ops
 from memkernels.store import MemoryStore
 
+from ..contests.contest import Contest
+from ..contests.finding import TOLD, Finding, Wrong, most
 from . import exact
-from .contest import Contest
 from .direct import Direct
-from .finding import TOLD, Finding, Wrong, most
 from .setting import Memory, Setting, normal, warm
 
 TOKENS, BEST = 16, 32

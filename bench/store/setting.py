@@ -1,4 +1,4 @@
-"""How a run is made, and the memory that most rows share."""
+"""The memory that most rows share."""
 
 from __future__ import annotations
 
@@ -12,31 +12,16 @@ from torch import Tensor
 
 from memkernels.store import MemoryStore
 
+from ..contests import setting
+
 PIECE = 1 << 17  # slots of one append
 
 
 @dataclass(frozen=True)
-class Setting:
-    """
-    folder: an empty folder on the disk that is measured; rows leave nothing in it that later rows do not use.
-    quick: sizes at which everything runs within seconds. Their figures say nothing, and goals are not judged.
-    """
-
-    folder: Path
-    quick: bool = False
-    threads: int = 1
-
-    def size(self, full: int, quick: int) -> int:
-        return quick if self.quick else full
-
+class Setting(setting.Setting):
     @property
     def page_slots(self) -> int:
         return self.size(1024, 64)
-
-    @property
-    def seconds(self) -> float:
-        """About how long one contest is timed."""
-        return 0.02 if self.quick else 4.0
 
     @functools.cached_property
     def memory(self) -> Memory:

@@ -15,10 +15,10 @@ import torch
 from memkernels.store import MemoryStore
 from memkernels.store._engine import named
 
-from . import exact
+from ..contests.contest import same
+from ..contests.finding import TOLD, Finding, lacking, most
+from ..contests.peers import Lmdb, missing
 from .commits import Own, rows_of
-from .finding import TOLD, Finding, lacking, most
-from .peers import Lmdb, missing
 from .setting import Memory, Setting, normal
 
 NEEDED, LMDB = "live + pinned", "LMDB"
@@ -92,7 +92,7 @@ def space(setting: Setting) -> Iterator[Finding]:
     own.close()
     with MemoryStore.open(memory.path) as store:
         everything = torch.cat(store.read(torch.arange(len(rows))), 1).view(torch.uint8)
-        exact.same(everything, torch.from_numpy(wanted))
+        same(everything, torch.from_numpy(wanted))
     yield _lmdb(setting, what, commits, rows, wanted, compacted)
     shutil.rmtree(memory.path)
 
@@ -115,7 +115,7 @@ def _lmdb(setting: Setting, what: str, commits: int, rows, wanted, compacted: in
     with looking(look):
         for slots, new in overwrites(commits, rows):
             peer.write(slots, new)
-    exact.same(torch.from_numpy(peer.read(np.arange(len(rows)))), torch.from_numpy(wanted))
+    same(torch.from_numpy(peer.read(np.arange(len(rows)))), torch.from_numpy(wanted))
     peer.close()
     used = on_disk(folder)
     shutil.rmtree(folder)

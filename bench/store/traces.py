@@ -16,8 +16,8 @@ import torch
 
 from memkernels.store import MemoryStore
 
-from . import exact
-from .finding import TOLD, Finding, least
+from ..contests.contest import same
+from ..contests.finding import TOLD, Finding, least
 from .setting import Memory, Setting, normal
 
 BELADY, LRU = "Belady", "LRU"
@@ -101,7 +101,7 @@ def hits(setting: Setting) -> Iterator[Finding]:
         with MemoryStore.open(memory.path, ram_bytes=budget) as store:
             rows = [store.gather(slot) for slot in torch.from_numpy(trace)]
             counted = store.stats()
-        exact.same(torch.stack(rows), memory.values[torch.from_numpy(trace)])
+        same(torch.stack(rows), memory.values[torch.from_numpy(trace)])
         own = counted["hits"] / len(trace)
         for peer, rule, goal in ((BELADY, belady, GOALS[name]), (LRU, lru, TOLD)):
             theirs = rule(trace // size, frames) / len(trace)

@@ -8,8 +8,6 @@
 // Each loop is written once and compiled per instruction set through function attributes, chosen at run time.
 #include "host/ceilings.h"
 
-#include <pthread.h>
-#include <sched.h>
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -153,13 +151,6 @@ SumLoop choose_sum() {
   if (has["avx2"]) return sum_avx2;
 #endif
   return sum_baseline;
-}
-
-void pin(int core) {
-  cpu_set_t set;
-  CPU_ZERO(&set);
-  CPU_SET(core, &set);
-  pthread_setaffinity_np(pthread_self(), sizeof(set), &set);  // if refused, only accuracy suffers
 }
 
 // Seconds of the fastest round, of at least four, in which every thread runs work(thread) once. The threads take the

@@ -1,5 +1,6 @@
 #include "host/processor.h"
 
+#include <pthread.h>
 #include <sched.h>
 #include <unistd.h>
 
@@ -151,6 +152,13 @@ std::vector<int> usable_cores() {
     for (unsigned i = 0; i < std::max(1u, std::thread::hardware_concurrency()); ++i) cores.push_back(int(i));
   }
   return cores;
+}
+
+void pin(int core) {
+  cpu_set_t set;
+  CPU_ZERO(&set);
+  CPU_SET(core, &set);
+  pthread_setaffinity_np(pthread_self(), sizeof(set), &set);  // if refused, only accuracy suffers
 }
 
 }  // namespace memkernels::host

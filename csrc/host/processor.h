@@ -21,4 +21,7 @@ std::map<std::string, int64_t> caches();
 // The numbers of the cores that this process may run on.
 std::vector<int> usable_cores();
 
+// Keeps the calling thread on one core.
+void pin(int core);
+
 }  // namespace memkernels::host

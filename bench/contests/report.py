@@ -1,4 +1,4 @@
-"""Result files as a table of docs/store.md."""
+"""Result files as tables of the docs."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from .. import results
 from ..report import machine
 from .finding import NUMBERS, number
 
-HEADER = ("what", "store", "against", "of the peer", "value", "quartiles", "goal", "reached")
+HEADER = ("what", "own", "against", "of the peer", "value", "quartiles", "goal", "reached")
 
 
-def files() -> list[Path]:
-    """The committed results."""
-    return sorted(results.DIRECTORY.glob("store-*.json"))
+def files(subject: str) -> list[Path]:
+    """The committed results of ``python -m bench SUBJECT``."""
+    return sorted(results.DIRECTORY.glob(f"{subject}-*.json"))
 
 
 def cells(row: dict) -> tuple[str, ...]:
@@ -34,15 +34,16 @@ def cells(row: dict) -> tuple[str, ...]:
     )
 
 
-def table(rows: Sequence[dict]) -> str:
-    lines = [HEADER, ("---",) * len(HEADER), *map(cells, rows)]
+def table(rows: Sequence[dict], own: str) -> str:
+    header = [own if word == "own" else word for word in HEADER]
+    lines = [header, ("---",) * len(HEADER), *map(cells, rows)]
     return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
 
 
-def page(rows: Sequence[dict]) -> str:
-    """A machine's rows, under what they were measured with."""
+def page(rows: Sequence[dict], own: str) -> str:
+    """A machine's rows, under what they were measured with. ``own``: the head of the library's column."""
     newest = max(rows, key=lambda row: row["date"])
     commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
-    peers = ", ".join(f"{name} {version}" for name, version in newest["versions"].items())
-    made = f"torch {newest['torch']}, {peers}; commit {commits}, {newest['date'][:10]}"
-    return f"{machine(newest)}, {newest['filesystem']}; {made}.\n\n{table(rows)}"
+    peers = "".join(f", {name} {version}" for name, version in newest["versions"].items())
+    made = f"torch {newest['torch']}{peers}; commit {commits}, {newest['date'][:10]}"
+    return f"{machine(newest)}, {newest['filesystem']}; {made}.\n\n{table(rows, own)}"

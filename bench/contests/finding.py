@@ -6,7 +6,13 @@ from dataclasses import asdict, dataclass
 
 from ..text import seconds, size
 
-NUMBERS = {"s": seconds, "bytes": size, "share": lambda value: f"{value:.3f}", "x": lambda value: f"{value:.2f}x"}
+NUMBERS = {
+    "s": seconds,
+    "bytes": size,
+    "share": lambda value: f"{value:.3f}",
+    "x": lambda value: f"{value:.2f}x",
+    "count": lambda value: f"{value:g}",
+}
 
 
 class Wrong(Exception):
@@ -18,7 +24,7 @@ class Goal:
     """``least <= value <= most``, in ``unit``; without any of the two the value is only told.
 
     unit: of the value. ``"x"`` is a ratio to the peer: of times, own to peer's where ``most`` is given, else the
-        peer's to own, so that a higher number is a faster store.
+        peer's to own, so that a higher number is a faster library.
     """
 
     most: float | None = None
@@ -29,6 +35,10 @@ class Goal:
         if self.most is None and self.least is None:
             return None
         return (self.most is None or value <= self.most) and (self.least is None or value >= self.least)
+
+    def ratio(self, own: float, theirs: float) -> float:
+        """Of times, as ``unit`` says."""
+        return theirs / own if self.most is None else own / theirs
 
     @property
     def text(self) -> str:
