@@ -2,8 +2,8 @@
 // backward:     dv_i = sum over i[j] = i of d_j
 //
 // Entries run in parallel, in tiles; lanes run along the row. Each chosen row is read once from wherever the table lies
-// and written once: bound by the bandwidth of scattered rows, so rows are prefetched kRowsAhead ahead, and results
-// larger than the caches take non-temporal stores. 8-bit numbers are exact in float, their product with the scale is
+// and written once: bound by the bandwidth of scattered rows, many of which must be in flight at once (gather_tile), and
+// results larger than the caches take non-temporal stores. 8-bit numbers are exact in float, their product with the scale is
 // rounded once, and once more to the dtype of the result: the numbers of plain PyTorch, to the bit. dv is a segmented
 // sum over the entries sorted by slot (cpu/tiles/segments.h).
 #include "params/gather_rows.h"
@@ -18,7 +18,7 @@ namespace mk::MK_ISA {
 namespace {
 
 constexpr int64_t kTileBytes = 1 << 17;  // of the result per task
-constexpr int64_t kRowsAhead = 16;
+constexpr int64_t kStageBytes = 1 << 14;
 constexpr int W = kLanes<float>;
 constexpr int64_t kUnit = 2 * W;  // columns that become a whole register of 16-bit numbers
 
@@ -51,12 +51,10 @@ MK_INLINE void convert(const char* src, char* dst, int64_t n, float scale, Put p
   }
 }
 
-// A row of another dtype than the result, or of 8 bits.
+// A row of another dtype than the result, or of 8 bits with its scales.
 template <DType D, DType O, class Put>
-MK_INLINE void convert_row(const GatherRows& p, int64_t i, char* dst, Put put) {
-  const char* src = p.values + i * p.row;
+MK_INLINE void convert_row(const GatherRows& p, const char* src, const char* scale, char* dst, Put put) {
   if constexpr (D != DType::i8 && D != DType::e4m3) return convert<D, O>(src, dst, p.V, 1.0f, put);
-  const char* scale = p.scale + i * p.scale_row;
   // Blocks of less than a register, or that end within one, are not written with whole registers.
   const int64_t step = least(p.block, p.V);
   for (int64_t c = 0, b = 0; c < p.V; c += step, ++b) {
@@ -78,66 +76,94 @@ MK_INLINE void copy_row(const char* src, char* dst, int64_t bytes, Put put) {
 }
 
 template <DType D>
-void convert_to_double(const GatherRows& p, int64_t i, double* dst) {
-  const char *src = p.values + i * p.row, *scale = p.scale + i * p.scale_row;
+void convert_to_double(const GatherRows& p, const char* src, const char* scale, double* dst) {
   for (int64_t c = 0, b = 0; c < p.V; c += p.block, ++b) {
     const int64_t n = least(p.block, p.V - c);
     read_compressed<double, D>(src + c, n, double(scale_at(scale, p.scale_dtype, b)), dst + c);
   }
 }
 
-// Entries [j, end) of the gather; row(i, dst) fills a row of the result.
+// Room for rows with their scales.
+struct Stage {
+  int64_t scale, stride, rows;
+  bool staged;
+  Stage(int64_t bytes, int64_t factors)
+      : scale(round_up(bytes, 64)),
+        stride(scale + round_up(factors, 64)),
+        rows(most(1, kStageBytes / most(stride, 1))) {
+    staged = stride <= kStageBytes / 4;  // longer rows bring their own parallelism
+  }
+};
+
+// Entries [j, end) of the gather, which row(src, scale, dst) converts one by one.
+//
+// Rows are first copied to `stage`, in the L1 cache: loads that nothing waits for, so that those of a dozen rows are in
+// flight at once. While a row is converted the processor looks ahead no further than that row, and prefetches of rows
+// that miss the TLB are late.
 template <class Row>
-MK_INLINE void gather_tile(const GatherRows& p, int64_t j, int64_t end, Row&& row) {
+MK_INLINE void gather_tile(const GatherRows& p, int64_t j, int64_t end, char* stage, Row&& row) {
   const int64_t bytes = p.V * size_of(p.dtype), out_bytes = p.V * size_of(p.out_dtype);
-  auto prefetch = [&](int64_t at) {
-    const int64_t i = p.indices[least(at, end - 1)];
-    const char* ahead = p.values + (i < 0 ? 0 : i) * p.row;
-    for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(ahead + b, 0, 2);
-    if (p.scale != nullptr) __builtin_prefetch(p.scale + (i < 0 ? 0 : i) * p.scale_row, 0, 2);
-  };
-  for (int64_t a = j; a < least(end, j + kRowsAhead); ++a) prefetch(a);
-  for (; j < end; ++j) {
-    prefetch(j + kRowsAhead);
-    char* dst = p.out + j * out_bytes;
-    if (p.indices[j] < 0) std::memset(dst, 0, size_t(out_bytes));
-    else row(p.indices[j], dst);
+  const int64_t factors = p.scale == nullptr ? 0 : div_up(p.V, p.block) * size_of(p.scale_dtype);
+  const Stage s(bytes, factors);
+  for (; j < end; j += s.rows) {
+    const int64_t n = least(s.rows, end - j);
+    for (int64_t r = 0; r < n && s.staged; ++r) {
+      const int64_t i = p.indices[j + r];
+      if (i < 0) continue;
+      copy_row(p.values + i * p.row, stage + r * s.stride, bytes, Store{});
+      if (factors != 0) std::memcpy(stage + r * s.stride + s.scale, p.scale + i * p.scale_row, size_t(factors));
+    }
+    for (int64_t r = 0; r < n; ++r) {
+      const int64_t i = p.indices[j + r];
+      char* dst = p.out + (j + r) * out_bytes;
+      const char* held = stage + r * s.stride;
+      if (i < 0) std::memset(dst, 0, size_t(out_bytes));
+      else if (s.staged) row(held, held + s.scale, dst);
+      else row(p.values + i * p.row, p.scale + i * p.scale_row, dst);
+    }
   }
 }
 
 template <DType D, DType O>
-void gather_as(const GatherRows& p, int64_t j, int64_t end, bool non_temporal) {
+void gather_as(const GatherRows& p, int64_t j, int64_t end, char* stage, bool non_temporal) {
   with_stores(non_temporal, [&](auto put) {
-    gather_tile(p, j, end, [&](int64_t i, char* dst) { convert_row<D, O>(p, i, dst, put); });
+    gather_tile(p, j, end, stage,
+                [&](const char* src, const char* scale, char* dst) { convert_row<D, O>(p, src, scale, dst, put); });
   });
 }
 
 template <DType O>
-void gather_to(const GatherRows& p, int64_t j, int64_t end, bool non_temporal) {
+void gather_to(const GatherRows& p, int64_t j, int64_t end, char* stage, bool non_temporal) {
   switch (p.dtype) {
-    case DType::f32: return gather_as<DType::f32, O>(p, j, end, non_temporal);
-    case DType::bf16: return gather_as<DType::bf16, O>(p, j, end, non_temporal);
-    case DType::f16: return gather_as<DType::f16, O>(p, j, end, non_temporal);
-    case DType::i8: return gather_as<DType::i8, O>(p, j, end, non_temporal);
-    default: return gather_as<DType::e4m3, O>(p, j, end, non_temporal);
+    case DType::f32: return gather_as<DType::f32, O>(p, j, end, stage, non_temporal);
+    case DType::bf16: return gather_as<DType::bf16, O>(p, j, end, stage, non_temporal);
+    case DType::f16: return gather_as<DType::f16, O>(p, j, end, stage, non_temporal);
+    case DType::i8: return gather_as<DType::i8, O>(p, j, end, stage, non_temporal);
+    default: return gather_as<DType::e4m3, O>(p, j, end, stage, non_temporal);
   }
 }
 
-void gather_some(const GatherRows& p, int64_t j, int64_t end, bool non_temporal) {
-  if (p.dtype == p.out_dtype) {
-    const int64_t bytes = p.V * size_of(p.dtype);
-    return with_stores(non_temporal, [&](auto put) {
-      gather_tile(p, j, end, [&](int64_t i, char* dst) { copy_row(p.values + i * p.row, dst, bytes, put); });
-    });
-  }
+// Rows as they are: nothing but loads and stores, so they need no stage.
+void copy_some(const GatherRows& p, int64_t j, int64_t end, bool non_temporal) {
+  const int64_t bytes = p.V * size_of(p.dtype);
+  with_stores(non_temporal, [&](auto put) {
+    for (; j < end; ++j) {
+      if (p.indices[j] < 0) std::memset(p.out + j * bytes, 0, size_t(bytes));
+      else copy_row(p.values + p.indices[j] * p.row, p.out + j * bytes, bytes, put);
+    }
+  });
+}
+
+void gather_some(const GatherRows& p, int64_t j, int64_t end, char* stage, bool non_temporal) {
+  if (p.dtype == p.out_dtype) return copy_some(p, j, end, non_temporal);
   switch (p.out_dtype) {
-    case DType::f32: return gather_to<DType::f32>(p, j, end, non_temporal);
-    case DType::bf16: return gather_to<DType::bf16>(p, j, end, non_temporal);
-    case DType::f16: return gather_to<DType::f16>(p, j, end, non_temporal);
+    case DType::f32: return gather_to<DType::f32>(p, j, end, stage, non_temporal);
+    case DType::bf16: return gather_to<DType::bf16>(p, j, end, stage, non_temporal);
+    case DType::f16: return gather_to<DType::f16>(p, j, end, stage, non_temporal);
     default:
-      return gather_tile(p, j, end, [&](int64_t i, char* dst) {
-        if (p.dtype == DType::i8) convert_to_double<DType::i8>(p, i, reinterpret_cast<double*>(dst));
-        else convert_to_double<DType::e4m3>(p, i, reinterpret_cast<double*>(dst));
+      return gather_tile(p, j, end, stage, [&](const char* src, const char* scale, char* dst) {
+        if (p.dtype == DType::i8) convert_to_double<DType::i8>(p, src, scale, reinterpret_cast<double*>(dst));
+        else convert_to_double<DType::e4m3>(p, src, scale, reinterpret_cast<double*>(dst));
       });
   }
 }
@@ -151,8 +177,9 @@ int64_t gather_rows(const GatherRows& p) {
   const int64_t bytes = p.V * size_of(p.out_dtype), tile = most(1, kTileBytes / most(bytes, 1));
   if (bytes == 0) return -1;
   const bool non_temporal = is_non_temporal(p.out, bytes, p.count * bytes);
-  parallel(div_up(p.count, tile), 0,
-           [&](int64_t task, char*) { gather_some(p, task * tile, least(p.count, (task + 1) * tile), non_temporal); });
+  parallel(div_up(p.count, tile), kStageBytes, [&](int64_t task, char* stage) {
+    gather_some(p, task * tile, least(p.count, (task + 1) * tile), stage, non_temporal);
+  });
   return -1;
 }
 

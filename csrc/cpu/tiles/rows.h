@@ -59,10 +59,20 @@ MK_INLINE Vec<float> load_compressed(const char* p) {
   if constexpr (D == DType::i8) {
     return __builtin_convertvector(x, Vec<float>);
   } else {
+#if defined(__AVX512F__)
+    // The bits are those of a float16 of 1/256 the size, whose denormals the conversion knows.
+    const __m256i t = _mm256_cvtepu8_epi16(bytes);
+    const __m256i size = _mm256_and_si256(_mm256_slli_epi16(t, 7), _mm256_set1_epi16(0x3f80));
+    const __m256i half = _mm256_or_si256(size, _mm256_and_si256(_mm256_slli_epi16(t, 8), _mm256_set1_epi16(-0x8000)));
+    const __mmask16 nan = _mm256_cmpeq_epi16_mask(size, _mm256_set1_epi16(0x3f80));
+    const __m512 number = _mm512_mul_ps(_mm512_cvtph_ps(half), _mm512_set1_ps(256));
+    return (Vec<float>)_mm512_mask_mov_ps(number, nan, _mm512_castsi512_ps(_mm512_set1_epi32(0x7fc00000)));
+#else
     const Lanes rest = x & 0x7f, sign = (x & 0x80) << 24, normal = (rest << 20) + (120 << 23), nan = x * 0 + 0x7fc00000;
     // A denormal is a multiple of 2^-9. A product gives it even where denormal floats count as 0.
     const auto tiny = (Lanes)(__builtin_convertvector(rest, Vec<float>) * 0x1p-9f);
     return (Vec<float>)(sign | (rest == 0x7f ? nan : rest < 8 ? tiny : normal));
+#endif
   }
 }
 
