@@ -114,7 +114,9 @@ def _mixed(x: int) -> int:
 
 def warn_of_composites(op: str, sizes: object) -> None:
     """Warn of sizes that are no primes, where the host can look at them without waiting for a device."""
-    if isinstance(sizes, Tensor) and sizes.device.type == "cpu" and not torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or type(sizes) is not Tensor or sizes.device.type != "cpu":
+        return
+    if not sizes.is_nested and sizes.layout == torch.strided and sizes.dtype == torch.int64:
         wrong = _composites(tuple(sizes.flatten().tolist()))
         if wrong:
             sentence = f"{op}: sizes should be primes, which spread n-grams best (prime_sizes), got {', '.join(wrong)}"
