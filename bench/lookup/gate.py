@@ -26,7 +26,7 @@ from . import compiled
 from .setting import Setting
 
 EAGER, BANDWIDTH = "eager", "read bandwidth"
-BRANCHES, WIDTHS, DTYPES = (1, 4), (1024, 2560, 5120), ("float32", "bfloat16")
+BRANCHES, WIDTHS, DTYPES = (1, 4), (1024, 5120), ("float32", "bfloat16")
 
 
 def gate(setting: Setting) -> Iterator[Finding]:
