@@ -207,7 +207,7 @@ def ngram_memory(before: str) -> str:
         text += "\n| generation | tier | tokens/s, rows in RAM | tokens/s, rows on disk | disk / RAM |\n"
         text += "| --- | --- | --- | --- | --- |\n"
         for row in (row for row in rows if row not in models):
-            speeds = (f"{row[f'tokens/s, rows {where}']:,.1f}" for where in ("in RAM", "on disk"))
+            speeds = (f"{row['tokens/s, ' + where]:,.1f}" for where in ("RAM", "disk"))
             cells = [row["row"].removeprefix("generation, "), row["tier"], *speeds, f"{row['disk / RAM']:.3f}"]
             text += "| " + " | ".join(cells) + " |\n"
     return text or EMPTY.replace("python -m bench", "python examples/ngram_memory.py")
