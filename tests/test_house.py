@@ -32,7 +32,7 @@ LAYERS = {
     "registration": {"_derivatives", "_flops", "_torch", "spec", "backends"},
     "ops": {"_torch", "spec", "registration"},
     "nn": {"", "ops", "spec", "backends", "store"},  # of the store only at a call: NgramMemory.save_table
-    "optim": {"ops", "spec", "backends"},
+    "optim": {"ops", "spec", "_native"},
     "models": {"", "nn", "ops", "spec", "backends"},
     "integrations": {"", "models", "nn", "ops", "spec", "backends"},
     "store": {"", "nn", "ops", "spec", "backends", "_native", "_torch"},

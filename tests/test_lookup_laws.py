@@ -37,14 +37,10 @@ def same_bits(got: torch.Tensor, wanted: torch.Tensor) -> None:
     assert torch.equal(got.view(kind)[~nan], wanted.view(kind)[~nan])
 
 
-def kinds(backend: str) -> list[torch.dtype]:
-    return [d for d in FLOATS if backend != "triton" or d != torch.bfloat16]  # not in the interpreter
-
-
 @pytest.mark.parametrize("width", [V, 72, 5, 1, 300])
 def test_float_rows_are_those_of_the_table(backend, width):
-    for given in kinds(backend):
-        for wanted in kinds(backend):
+    for given in FLOATS:
+        for wanted in FLOATS:
             values = table(given, width)
             rows = values[INDICES.clamp(min=0)].masked_fill((INDICES < 0).unsqueeze(-1), 0).to(wanted)
             same_bits(mk.gather_rows(values, INDICES, dtype=wanted, backend=backend), rows)
@@ -52,8 +48,7 @@ def test_float_rows_are_those_of_the_table(backend, width):
                 mk.gather_rows(values, INDICES.int(), backend=backend), rows if wanted == given else rows_of(values)
             )
     doubles = table(torch.float64, width)
-    if backend != "triton":
-        assert torch.equal(mk.gather_rows(doubles, INDICES, backend=backend), rows_of(doubles))
+    assert torch.equal(mk.gather_rows(doubles, INDICES, backend=backend), rows_of(doubles))
 
 
 def rows_of(values: torch.Tensor) -> torch.Tensor:
@@ -70,7 +65,7 @@ def test_dequantised_rows_are_rounded_once(backend, given, width, block):
     powers = torch.randint(100, 150, (N, blocks), generator=torch.Generator().manual_seed(2), dtype=torch.uint8)
     for each in (scale, powers.view(torch.float8_e8m0fnu)):
         factor = each.float().repeat_interleave(block or width, 1)[:, :width]
-        for wanted in kinds(backend):
+        for wanted in FLOATS:
             rows = rows_of(values.float() * factor).to(wanted)
             given_scale = each.squeeze(1) if block is None else each
             got = mk.gather_rows(values, INDICES, value_scale=given_scale, block=block, dtype=wanted, backend=backend)
@@ -89,8 +84,6 @@ def test_the_extremes_of_e8m0(backend):
 @pytest.mark.parametrize("offset", [0, 1])
 def test_a_large_result_is_written_whole(native, offset):
     """16 MiB take non-temporal stores where rows are aligned; either way every byte is written."""
-    if native == "triton":
-        pytest.skip("large for the interpreter")
     values = torch.randn(3000, 256 + offset).to(torch.float8_e4m3fn)
     indices = torch.randint(-1, 3000, (40_000,), generator=torch.Generator().manual_seed(3))
     scale = torch.rand(3000)
@@ -121,8 +114,6 @@ def test_gather_into_memory_of_the_caller():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_a_sparse_gradient_is_the_dense_one(backend, dtype):
-    if backend == "triton" and dtype != torch.float32:
-        pytest.skip("not a dtype of the interpreter")
     values = randn(N, V).to(dtype).requires_grad_()
     d = randn(3, 7, V, seed=1).to(dtype)
     (dense,) = torch.autograd.grad(mk.gather_rows(values, INDICES, backend=backend), values, d)
@@ -144,8 +135,6 @@ def rows_of_zero(d: torch.Tensor) -> torch.Tensor:
 
 
 def test_second_derivatives_through_a_sparse_gradient(backend):
-    if backend == "triton":
-        pytest.skip("float64")
     values, d = randn(N, 5).requires_grad_(), randn(3, 7, 5, seed=1).requires_grad_()
 
     def twice(sparse: bool):
@@ -246,20 +235,13 @@ def gate_by_loops(hidden, key, value, w_h, w_k, eps, signed_sqrt):
 @pytest.mark.parametrize("shape", [(3, 2, 20), (2, 1, 1), (2, 4, 33)])
 def test_the_gate_by_loops(backend, shape, signed_sqrt):
     T, B, D = shape
-    exact = torch.float32 if backend == "triton" else torch.float64
     tensors = [randn(T, B, D), randn(T, B, D, seed=1), randn(T, D, seed=2), randn(B, D, seed=3), randn(B, D, seed=4)]
-    wanted = gate_by_loops(*tensors, 1e-5, signed_sqrt)
-    given = [x.to(exact) for x in tensors]
-    got = mk.memory_gate(*given, eps=1e-5, signed_sqrt=signed_sqrt, backend=backend)
-    close(got.double(), wanted, 1e-12 if exact == torch.float64 else 1e-4)
-    one = [x.to(exact) for x in (*tensors[:3], tensors[3][0], tensors[4][0])]  # [D]: the weights of every branch
+    got = mk.memory_gate(*tensors, eps=1e-5, signed_sqrt=signed_sqrt, backend=backend)
+    close(got, gate_by_loops(*tensors, 1e-5, signed_sqrt), 1e-12)
+    one = [*tensors[:3], tensors[3][0], tensors[4][0]]  # [D]: the weights of every branch
     weights = [w[:1].expand(B, D) for w in tensors[3:]]
     got = mk.memory_gate(*one, eps=1e-5, signed_sqrt=signed_sqrt, backend=backend)
-    close(
-        got.double(),
-        gate_by_loops(*tensors[:3], *weights, 1e-5, signed_sqrt),
-        1e-12 if exact == torch.float64 else 1e-4,
-    )
+    close(got, gate_by_loops(*tensors[:3], *weights, 1e-5, signed_sqrt), 1e-12)
 
 
 def test_a_score_of_zero_and_tiny_ones(backend):
@@ -270,9 +252,7 @@ def test_a_score_of_zero_and_tiny_ones(backend):
     key = torch.zeros(3, 1, 4)
     key[:, 0, 1], key[:, 0, 0] = 1.0, 1e-8
     hidden.requires_grad_()
-    out = mk.memory_gate(
-        hidden, key, value.expand(3, 4), torch.ones(4), torch.ones(4), eps=0.0 + 1e-12, backend=backend
-    )
+    out = mk.memory_gate(hidden, key, value.expand(3, 4), torch.ones(4), torch.ones(4), eps=1e-12, backend=backend)
     root = torch.sigmoid(torch.tensor([0.0, 1e-3, -1e-3]))
     close(out[:, 0].double().detach(), (root[:, None] * value).double(), 1e-6)
     assert torch.equal(out[0, 0], value / 2)

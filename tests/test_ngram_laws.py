@@ -47,8 +47,6 @@ def by_formula(tokens, sizes, multipliers, orders, heads, token_map=None, histor
 
 def test_a_million_random_ngrams(backend):
     """Ids up to 2^31, so that products wrap: numpy's 64-bit integers, and Python's for a sample."""
-    if backend == "triton":
-        pytest.skip("the interpreter takes minutes; the grid has what differs")
     generator = np.random.default_rng(0)
     tokens = generator.integers(0, 2**31, 1_000_000)
     sizes, factors = SIZES.numpy(), MULTIPLIERS.numpy()
@@ -193,9 +191,8 @@ def test_sizes_that_are_no_primes_are_warned_of(backend):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         mk.ngram_slots(torch.arange(5), SIZES, MULTIPLIERS, orders=ORDERS, heads=HEADS, backend=backend)
-    for name, wrong in (("prime_sizes", lambda: mk.prime_sizes(0, (2,), 1)),):
-        with pytest.raises(ValueError, match=f"^{name}: base must be at least 1, got 0$"):
-            wrong()
+    with pytest.raises(ValueError, match="^prime_sizes: base must be at least 1, got 0$"):
+        mk.prime_sizes(0, (2,), 1)
     with pytest.raises(ValueError, match="^prime_sizes: base must be one number or one per order, 2, got 3$"):
         mk.prime_sizes([5, 6, 7], (2, 3), 1)
     with pytest.raises(TypeError, match="^odd_multipliers: seed must be an int, got float$"):

@@ -2,10 +2,10 @@
 // backward:     dv_i = sum over i[j] = i of d_j
 //
 // Entries run in parallel, in tiles; lanes run along the row. Each chosen row is read once from wherever the table lies
-// and written once: bound by the bandwidth of scattered rows, many of which must be in flight at once (gather_tile), and
-// results larger than the caches take non-temporal stores. 8-bit numbers are exact in float, their product with the scale is
-// rounded once, and once more to the dtype of the result: the numbers of plain PyTorch, to the bit. dv is a segmented
-// sum over the entries sorted by slot (cpu/tiles/segments.h).
+// and written once: bound by the bandwidth of scattered rows, many of which must be in flight at once (gather_tile).
+// Results larger than the caches take non-temporal stores. 8-bit numbers are exact in float, their product with the
+// scale is rounded once, and once more to the dtype of the result: the numbers of plain PyTorch, to the bit. dv is a
+// segmented sum over the entries sorted by slot (cpu/tiles/segments.h).
 #include "params/gather_rows.h"
 
 #include <algorithm>

@@ -116,7 +116,7 @@ def warn_of_composites(op: str, sizes: object) -> None:
     """Warn of sizes that are no primes, where the host can look at them without waiting for a device."""
     if torch.compiler.is_compiling() or type(sizes) is not Tensor or sizes.device.type != "cpu":
         return
-    if not sizes.is_nested and sizes.layout == torch.strided and sizes.dtype == torch.int64:
+    if not sizes.is_nested and sizes.layout == torch.strided and sizes.dtype in (torch.int64, torch.int32):
         wrong = _composites(tuple(sizes.flatten().tolist()))
         if wrong:
             sentence = f"{op}: sizes should be primes, which spread n-grams best (prime_sizes), got {', '.join(wrong)}"

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import backends
+from .. import _native
 from ..ops._options import number
 from ..spec import FLOATS, stats_dtype
 
@@ -23,7 +23,8 @@ class SparseAdam(torch.optim.Optimizer):
     """``torch.optim.SparseAdam`` in one pass: the same equation, step by step the same numbers up to rounding.
 
     The moments of rows without a gradient stay as they are, and so do those rows. torch's own form reads and writes
-    each touched row about ten times; on the CPU a kernel reads and writes it once. On other devices its formula runs.
+    each touched row about ten times; on the CPU a kernel reads and writes it once. On other devices, and where the
+    native library is missing, its formula runs.
 
     Args:
         params: tables ``[N, V]``, contiguous floats, with coalesced sparse gradients such as those of
@@ -82,7 +83,7 @@ class SparseAdam(torch.optim.Optimizer):
         rows = _rows(table.grad)
         moments = state["exp_avg"], state["exp_avg_sq"]
         options = group["lr"] * correction, first, second, group["eps"]
-        if table.device.type == "cpu" and backends.BACKENDS[0].missing() is None:
+        if table.device.type == "cpu" and _native.missing() is None:
             torch.ops.memkernels_cpu.sparse_adam(table, *moments, *rows, *options)
         else:
             by_formula(table, *moments, *rows, *options)

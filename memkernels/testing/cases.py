@@ -12,8 +12,10 @@ from types import MappingProxyType
 
 from ..spec import Op, letters
 
-SIZES = MappingProxyType({"T": 7, "N": 33, "K": 16, "V": 24, "k": 4, "S": 3, "D": 20, "W": 50, "n": 6, "h": 8, "F": 6})
-SIZES = MappingProxyType({**SIZES, "B": 3, "M": 6, "J": 3, "P": 2, "I": 2})
+SIZES = MappingProxyType(
+    {"T": 7, "N": 33, "K": 16, "V": 24, "k": 4, "S": 3, "D": 20, "W": 50, "n": 6, "h": 8, "F": 6}
+    | {"B": 3, "M": 6, "J": 3, "P": 2, "I": 2}
+)
 UNMET = 5  # size of an axis that no case names
 
 

@@ -12,9 +12,15 @@ from ..spec import Op, stats_dtype
 
 # Largest error of a result, by the dtype of the call (of the result, where that is a float32 statistic of a 16-bit
 # call). A few hundred roundings for float32 and float64, which have long sums; two for the 16-bit types, which
-# accumulate in float32 and are rounded at the end. A result may also be twice as wrong as plain PyTorch at that dtype.
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float64: 1e-13}
-TOLERANCE[torch.int64] = 0.0
+# accumulate in float32 and are rounded at the end; none for integers. A result may also be twice as wrong as plain
+# PyTorch at that dtype.
+TOLERANCE = {
+    torch.float32: 1e-5,
+    torch.bfloat16: 1e-2,
+    torch.float16: 2e-3,
+    torch.float64: 1e-13,
+    torch.int64: 0.0,
+}
 
 # A result is measured against its own largest number, but never against less than this share of the largest number of
 # all results (or this much, absolutely): where terms cancel to almost nothing only the size of the terms is meaningful.

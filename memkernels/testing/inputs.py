@@ -88,9 +88,8 @@ def _kind(arg: Arg, case: Case) -> str:
         return case.give[arg.name]
     if arg.fill and not callable(arg.fill):
         return arg.fill
-    kinds = {"bool": "token_mask", "index": "index", "stats": "stats", "slots": "int8", "scale": "row_scale"}
-    kinds["block_scale"] = "row_scale"
-    return kinds.get(arg.dtype, "normal")
+    kinds = {"bool": "token_mask", "slots": "int8", "scale": "row_scale", "block_scale": "row_scale"}
+    return kinds.get(arg.dtype, arg.dtype if arg.dtype in ("index", "stats") else "normal")
 
 
 def _dtype(arg: Arg, dtype: torch.dtype, case: Case) -> torch.dtype:
@@ -201,9 +200,8 @@ FILL: dict[str, Callable[..., Tensor]] = {
     "int8": lambda shape, dtype, random, places: torch.randint(-127, 128, shape, generator=random).to(torch.int8),
     "float8": lambda shape, dtype, random, places: (100 * torch.randn(shape, generator=random)).to(dtype),
     "row_scale": lambda shape, dtype, random, places: torch.rand(shape, generator=random).to(dtype) / 64,
-    "power_of_two": lambda shape, dtype, random, places: torch.randint(115, 130, shape, generator=random).to(
-        dtype
-    ),  # exponents of float8_e8m0fnu, 127 more
+    # bits of float8_e8m0fnu: exponents, 127 more
+    "power_of_two": lambda shape, dtype, random, places: torch.randint(115, 130, shape, generator=random).to(dtype),
     "zeros": lambda shape, dtype, random, places: torch.zeros(shape, dtype=dtype),
     "ones": lambda shape, dtype, random, places: torch.ones(shape, dtype=dtype),
     "bits": lambda shape, dtype, random, places: torch.randint(0, 2, shape, generator=random).to(dtype),

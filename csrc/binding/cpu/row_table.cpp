@@ -195,12 +195,11 @@ void counted(int64_t number, const Tensor& counts) {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(memkernels_cpu, m) {
   m.def(
-      "row_table_memory(Tensor values, Tensor? scale, int block, bool paged, int threads, int tickets, int bytes) -> "
-      "int");
+      "row_table_memory(Tensor values, Tensor? scale, int block, bool paged, int threads, int tickets, int bytes) "
+      "-> int");
   m.def(
-      "row_table_file(int fd, int offset, int rows, Tensor like, Tensor? scale, int block, int cache_rows, int "
-      "threads, "
-      "int tickets, int bytes) -> int");
+      "row_table_file(int fd, int offset, int rows, Tensor like, Tensor? scale, int block, int cache_rows, "
+      "int threads, int tickets, int bytes) -> int");
   m.def("row_table_gather(int table, Tensor slots, Tensor(a!) out) -> int");
   m.def("row_table_prefetch(int table, Tensor slots, Tensor(a!) out) -> int");
   m.def("row_table_wait(int table, int ticket) -> bool");
