@@ -8,6 +8,7 @@ A block stands between ``<!-- generated: NAME -->`` and ``<!-- end: NAME -->``:
 - ``ladder``, ``limits``: what each step bought, and what loops reach on a free and on a busy core, recorded in
   ``bench/results/ladder.json``;
 - ``store``, ``lookup``: what ``python -m bench store`` and ``lookup`` measured, from their committed result files;
+- ``everyday``: the ratios of ``python -m bench --everyday``, losses included;
 - ``ngram_memory``: what ``examples/ngram_memory.py --out`` measured;
 - ``crash``: what the crash laboratory of MemoryStore tried, recorded in ``bench/results/crash_lab.json``;
 - ``predicted``: where main kernels will be bound, as ``python -m bench.predict`` reads it from compiled code.
@@ -92,7 +93,7 @@ def op_table(before: str) -> str:
 
 def result_files() -> list[Path]:
     """The committed results of full sizes."""
-    other = re.compile(r"^gpu-|^ladder$|^store-|^lookup-|^ngram_memory|^crash|-quick$")
+    other = re.compile(r"^gpu-|^ladder$|^store-|^lookup-|^ngram_memory|^crash|^everyday-|-quick$")
     return sorted(file for file in RESULTS.glob("*.json") if not other.search(file.stem))
 
 
@@ -186,6 +187,15 @@ def store(before: str) -> str:
 def lookup(before: str) -> str:
     """The promises of the lookup memory beside what was measured, a table per machine."""
     return _promises("lookup", "memkernels")
+
+
+def everyday(before: str) -> str:
+    """Ratios of everyday calls to plain PyTorch, a part per machine."""
+    from bench import results
+    from bench.everyday import summary
+
+    found = [summary.page(results.load(file)) for file in summary.files()]
+    return "\n".join(found) or EMPTY.replace("python -m bench", "python -m bench --everyday")
 
 
 def ngram_memory(before: str) -> str:
@@ -286,6 +296,7 @@ def generated(pictures_to: Path) -> dict[str, Callable[[str], str]]:
         "limits": limits,
         "store": store,
         "lookup": lookup,
+        "everyday": everyday,
         "ngram_memory": ngram_memory,
         "crash": crashes,
         "predicted": predicted,

@@ -45,7 +45,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 class Setup(NamedTuple):
-    """Sizes of a run; ``rates`` are learning rates by model, the best on the validation files (``--tune``)."""
+    """Sizes of a run; ``rates`` are learning rates by model: for the first two the best on the validation files
+    (``--tune``), and for the third that of the second."""
 
     vocabulary: int = 2048
     dim: int = 128

@@ -39,26 +39,30 @@ class Derivatives:
         self.without_grad = [i for i, o in enumerate(op.outputs) if not o.grad]
         names = [o.name for o in op.outputs]
         self.saved = [names.index(name) for name in op.saved]
+        self.none = (None,) * (self.n + self.n_params)
+
+    # Python is most of the time of a small training step, so the two functions of every step are written for it.
 
     def setup_context(self, ctx, inputs, output):
         output = several(output)
         ctx.set_materialize_grads(False)
         if self.without_grad:
-            ctx.mark_non_differentiable(*(output[i] for i in self.without_grad))
+            ctx.mark_non_differentiable(*[output[i] for i in self.without_grad])
         ctx.params = inputs[self.n :]
-        ctx.save_for_backward(*inputs[: self.n], *(output[i] for i in self.saved))
+        ctx.save_for_backward(*inputs[: self.n], *[output[i] for i in self.saved])
 
     def backward(self, ctx, *d_outputs):
-        n, n_params = self.n, self.n_params
-        needs = ctx.needs_input_grad[len(ctx.needs_input_grad) - n - n_params :]  # Recorded has one input more
-        wants = [bool(needs[i]) for i in self.differentiable]
+        needs = ctx.needs_input_grad
+        first = len(needs) - len(self.none)  # Recorded has one input more
+        wants = [needs[first + i] for i in self.differentiable]
         given = [d_outputs[i] for i in self.with_grad]
-        result: list[Tensor | None] = [None] * (n + n_params)
-        if not any(wants) or all(d is None for d in given):
-            return tuple(result)
+        if True not in wants or all(d is None for d in given):
+            return self.none
         grads = self._first(ctx.saved_tensors, given, ctx.params, wants)
+        result: list[Tensor | None] = [*self.none]
         for i, grad, want in zip(self.differentiable, grads, wants):
-            result[i] = grad if want else None
+            if want:
+                result[i] = grad
         return tuple(result)
 
     def _first(self, tensors, d_outputs, params, wants) -> Sequence[Tensor | None]:

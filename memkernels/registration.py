@@ -205,11 +205,11 @@ def _eager(
 
 
 def _plan(op: Op, tensors: list[Tensor | None], params: tuple, name: str, inplace: bool) -> Callable[..., Any]:
-    """What runs calls with tensors like these. Indices may be int32; kernels take int64."""
+    """What runs calls with tensors like these. Indices and ranges may be int32; kernels take int64."""
     narrow = [
         i
         for i, (arg, t) in enumerate(zip(op.args, tensors))
-        if arg.dtype == "index" and isinstance(t, Tensor) and t.dtype == torch.int32
+        if arg.dtype in spec.INTEGERS and isinstance(t, Tensor) and t.dtype == torch.int32
     ]
     if not narrow:
         return _plan_of_kernels(op, tensors, params, name, inplace)

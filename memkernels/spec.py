@@ -79,7 +79,7 @@ class Arg:
         ``"stats"``: float32, or float64 for float64;
         ``"mask"``: bool, or float that is added to the scores;
         ``"bool"``;
-        ``"index"``: int64; calls take int32 too;
+        ``"index"``, ``"range"``: int64; calls take int32 too. A range has the slots that a token may address;
         ``"slots"``: 8 bits, or the lead, or float32 beside a 16-bit lead; never differentiable;
         ``"scale"``: what multiplies the rows of such an argument;
         ``"table"``: any of FLOATS, whatever the dtype of the call, or 8 bits; only floats are differentiable;
@@ -116,7 +116,7 @@ class Arg:
     @property
     def is_float(self) -> bool:
         """May it have a gradient?"""
-        return self.dtype not in ("bool", "index", "slots", "scale", "block_scale")
+        return self.dtype not in ("bool", "index", "range", "slots", "scale", "block_scale")
 
 
 @dataclass(frozen=True)
@@ -295,7 +295,7 @@ def _broadcast(op: Op, shapes: list[tuple[str, tuple[int, ...]]]) -> tuple[int, 
 
 
 def _check_masks(op: Op, shapes: list[tuple[Arg, tuple[int, ...]]], lead: tuple[int, ...]) -> None:
-    """Refuse leading dimensions that only a mask has: it was meant as ``[T, N]``, and masks are ``[..., N]``."""
+    """Refuse leading dimensions that only masks or ranges have: a mask was meant as ``[T, N]``, and is ``[..., N]``."""
     for arg, shape in shapes:
         own = lead[len(lead) - len(shape) :]
         if len(shape) > len(lead) or any(size != whole and size != 1 for size, whole in zip(shape, own)):
@@ -348,10 +348,13 @@ def _axes_text(arg: Arg, axes: dict[str, int]) -> str:
     return "[..., " + ", ".join(f"{n}={a.size(axes)}" if a.letter in axes else n for n, a in named) + "]"
 
 
+INTEGERS = ("index", "range")  # kinds of arguments that are int64, and int32 in calls
+
 # What arguments of these kinds may be, whatever the dtype of the call.
 _ANY_CALL = {
     "bool": (torch.bool,),
     "index": (torch.int64,),
+    "range": (torch.int64,),
     "lead": FLOATS,
     "table": (*FLOATS, *COMPRESSED),
     "block_scale": (torch.float32, torch.uint8),
@@ -376,7 +379,7 @@ def _check_dtype(op: Op, arg: Arg, tensor: Tensor, lead: torch.dtype, content: T
     else:
         wanted = (lead, stats_dtype(lead))
     if tensor.dtype not in wanted:
-        names = " or ".join(dict.fromkeys(_NAMES[d] for d in wanted)) + " or int32" * (arg.dtype == "index")
+        names = " or ".join(dict.fromkeys(_NAMES[d] for d in wanted)) + " or int32" * (arg.dtype in INTEGERS)
         raise TypeError(f"{op.name}: {arg.name} must be {names}, got {_NAMES.get(tensor.dtype, tensor.dtype)}")
 
 
@@ -398,7 +401,7 @@ def check(op: Op, tensors: Sequence[Tensor | None], params: Sequence[Any] = ()) 
             continue
         tensor = _check_tensor(op, arg, tensor, lead, dtype, content)
         own = _bind(op, arg, tuple(tensor.shape), axes)
-        if arg.dtype in ("mask", "bool", "scale"):
+        if arg.dtype in ("mask", "bool", "scale", "range"):
             masks.append((arg, own))
         else:
             leads.append((arg.name, own))

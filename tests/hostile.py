@@ -32,12 +32,21 @@ def attempt(what: str, arguments: list, must_raise: bool = True) -> None:
         print(f"ACCEPTED {what}", flush=True)
 
 
+def attempt_range(what: str, i: int, changed: torch.Tensor) -> None:
+    """Any integers make a range: results are those of the range clipped to the slots there are."""
+    print(what, flush=True)
+    clipped = changed.contiguous().clamp(0, Axis.parse(op.args[i].of).size(bound))
+    got, wanted = several(run(*put(i, changed))), several(run(*put(i, clipped)))
+    torch.testing.assert_close(got, wanted, rtol=0, atol=0, equal_nan=True)
+
+
 # The case with the most arguments that the op takes.
 wanted = (
     "map, history, packed and ignored",
     "erase tensor, both masks",
     "erase tensor, token mask",
     "erase tensor",
+    "ranges, float mask",
     "float mask",
     "usual",
 )
@@ -47,7 +56,10 @@ tensors = [t if t is None or not t.is_floating_point() else torch.nan_to_num(t) 
 names = [a.name for a in op.args]
 axes = [a.axes.split() for a in op.args]
 params = list(inputs.params)
+if all(t is None or t.dim() == len(own) for t, own in zip(tensors, axes)):  # then nothing would tell streams apart
+    tensors = [t if t is None or a.flat else torch.stack([t, t]) for t, a in zip(tensors, op.args)]
 masks = {a.name for a in op.args if a.dtype == "mask"}
+ranges = {a.name for a in op.args if a.dtype == "range"}
 bound = check(op, tensors, params).axes
 # How many slots the indices of each argument, and of each result that the backward pass takes, may name.
 free = {a.name for a in op.args if not a.of} | {f"saved {o.name}" for o in op.outputs if not o.of}
@@ -126,7 +138,17 @@ for i, (label, own, t) in enumerate(zip(names, axes, tensors)):
         put(i, torch._neg_view(t)) if t.is_floating_point() else put(i, t),
         must_raise=False,
     )
-    if t.dtype == torch.int64:
+    if label in ranges:
+        for wild in (-1, 2**31, 2**40, 2**62, 2**63 - 1, INT_MIN):
+            for at in (0, 1, t.numel() - 2, t.numel() - 1):  # the first and the stop of the first and the last token
+                changed = t.clone()
+                changed.view(-1)[at] = wild
+                attempt_range(f"{label}: {wild} at {at}", i, changed)
+            attempt_range(f"{label}: {wild} everywhere", i, torch.full_like(t, wild))
+        attempt_range(f"{label}: all numbers", i, torch.tensor([INT_MIN, 2**63 - 1]).expand(t.shape))
+        attempt_range(f"{label}: backwards", i, torch.tensor([2**63 - 1, INT_MIN]).expand(t.shape))
+        attempt_range(f"{label}: as columns", i, t.mT.contiguous().mT)
+    elif t.dtype == torch.int64:
         for wild in (places[label], -2, 2**31, 2**40, 2**63 - 1, INT_MIN):
             for at in (0, t.numel() - 1):
                 changed = t.clone()

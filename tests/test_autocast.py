@@ -43,7 +43,7 @@ def _check(op: str, backend: str, given: dict, low: torch.dtype) -> None:
     if op in NEW_VALUES:
         assert results[NEW_VALUES[op]].dtype == given["values"].dtype
     # Where rounding changes the ranking, the chosen scores change little, but the indices may be others.
-    searches = ("topk_search", "paged_topk_search", "product_key_search")
+    searches = ("topk_search", "paged_topk_search", "product_key_search", "indexer_search")
     compared = {**dict.fromkeys(searches, 1), "topk_read": 0, "product_key_read": 0}.get(op)
     for got, want in list(zip(results, _exact(op, given)))[:compared]:
         close(got.detach().double(), want.double(), 3e-2)

@@ -21,6 +21,8 @@ SUBKEYS, LIST, TABLE, PARTS = randn(2, 3, 2), randn(9, 2), randn(9, V), randn(9,
 PAGES, FOUND = torch.arange(N).flip(0), 100 + torch.arange(T * k).view(T, k)
 WEIGHT = torch.ones(K, dtype=torch.float64)
 CELL, RECURRENT = randn(T, 6), randn(6, 2)
+HEADS, HEAD_WEIGHTS, SINK = randn(T, 2, K, seed=2), randn(T, 2, seed=3), randn(T, seed=4)
+TABLE8, RANGES = (20 * TABLE).to(torch.int8), mk.causal_range(T, N, window=4, offset=2)
 TOKENS, TARGETS = torch.arange(T) % 3 > 0, torch.arange(T)
 
 # name -> (function(chosen, backend, *leaves), leaves); the chosen are slots (N), tokens (T), streams (B), parts (S),
@@ -45,6 +47,10 @@ CASES = {
     "softmax_read T": (
         lambda c, b, q, x, v, m: mk.softmax_read(q[c], x, v, slot_mask=m, backend=b),
         (QUERY, KEYS, VALUES, MASK),
+    ),
+    "softmax_read T, ranges": (
+        lambda c, b, q, x, v: mk.softmax_read(q[c], x, v, slot_range=RANGES[c], return_lse=True, backend=b),
+        (QUERY, KEYS, VALUES),
     ),
     "softmax_read B": (
         lambda c, b, q, x, v, m: mk.softmax_read(q[c], x[c], v[c], slot_mask=m[c], backend=b),
@@ -88,6 +94,10 @@ CASES = {
         (QUERY, KEYS, VALUES, MASK),
     ),
     "topk_read T": (lambda c, b, q, x, v: mk.topk_read(q[c], x, v, k, backend=b), (QUERY, KEYS, VALUES)),
+    "topk_read T, sink": (
+        lambda c, b, q, x, v, s: mk.topk_read(q[c], x, v, k, sink=s[c], return_lse=True, backend=b),
+        (QUERY, KEYS, VALUES, SINK),
+    ),
     "topk_read_compressed N": (
         lambda c, b, q: mk.topk_read(q, KEYS8[c], VALUES[c], k, key_scale=ROW[c], backend=b),
         (QUERY,),
@@ -97,6 +107,39 @@ CASES = {
     "sparse_read_compressed T": (
         lambda c, b, a: mk.sparse_read(KEYS8, INDICES[c], a[c], value_scale=ROW, backend=b),
         (SHARES,),
+    ),
+    "selected_scores N": (
+        lambda c, b, q, x: mk.selected_scores(q, x[c], INDICES.clamp(max=0), backend=b),
+        (QUERY, KEYS),
+    ),
+    "selected_scores T": (lambda c, b, q, x: mk.selected_scores(q[c], x, INDICES[c], backend=b), (QUERY, KEYS)),
+    "selected_scores_compressed T": (
+        lambda c, b, q: mk.selected_scores(q[c], KEYS8, INDICES[c], key_scale=ROW, backend=b),
+        (QUERY,),
+    ),
+    "selected_read N": (
+        lambda c, b, q, x, v, m: mk.selected_read(
+            q, x[c], v[c], INDICES.clamp(max=0), slot_mask=m[c], return_weights=True, backend=b
+        ),
+        (QUERY, KEYS, VALUES, MASK),
+    ),
+    "selected_read T": (
+        lambda c, b, q, x, v, m: mk.selected_read(q[c], x, v, INDICES[c], slot_mask=m, return_lse=True, backend=b),
+        (QUERY, KEYS, VALUES, MASK),
+    ),
+    "selected_read_compressed T": (
+        lambda c, b, q: mk.selected_read(
+            q[c], KEYS8, KEYS8, INDICES[c], key_scale=ROW, value_scale=ROW, return_weights=True, backend=b
+        ),
+        (QUERY,),
+    ),
+    "indexer_search N": (
+        lambda c, b, q, w, x, m: mk.indexer_search(q, w, x[c], k, slot_mask=m[c], backend=b),
+        (HEADS, HEAD_WEIGHTS, KEYS, MASK),
+    ),
+    "indexer_search T": (
+        lambda c, b, q, w, x: mk.indexer_search(q[c], w[c], x, k, slot_range=RANGES[c], backend=b),
+        (HEADS, HEAD_WEIGHTS, KEYS),
     ),
     "paged_topk_search F": (
         lambda c, b, q, x, m: mk.paged_topk_search(q, x[c], PAGES[c], k, slot_mask=m[c], backend=b),
@@ -128,6 +171,12 @@ CASES = {
     "product_key_read T": (
         lambda c, b, q, x, v: mk.product_key_read(q[c], x, v, k, backend=b),
         (QUERY, SUBKEYS, TABLE),
+    ),
+    "product_key_read_compressed T": (
+        lambda c, b, q, x: mk.product_key_read(
+            q[c], x, TABLE8, k, value_scale=ROW, return_slots=True, return_lse=True, backend=b
+        ),
+        (QUERY, SUBKEYS),
     ),
     "gated_write N": (
         lambda c, b, v, x, q, w, m: mk.gated_write(v[c], x[c], q, w, slot_mask=m[c], return_retained=True, backend=b),
@@ -161,6 +210,10 @@ CASES = {
     ),
     "sparse_write T": (
         lambda c, b, v, a, w: mk.sparse_write(v, INDICES[c], a[c], w[c], backend=b),
+        (VALUES, SHARES, WRITE),
+    ),
+    "sparse_write T, token mask": (
+        lambda c, b, v, a, w: mk.sparse_write(v, INDICES[c], a[c], w[c], token_mask=TOKENS[c], backend=b),
         (VALUES, SHARES, WRITE),
     ),
     "memory_scan N": (
@@ -219,8 +272,7 @@ def test_compiled_as_eager(backend, case):
         pytest.skip("an unrolled loop")
     function, tensors = CASES[case]
     compiled = torch.compile(lambda c, *x: function(c, backend, *x), fullgraph=True, backend="aot_eager")
-    named = case in ("sparse_read N", "sparse_write N")  # their indices would be out of range for a single slot
-    for few in (False,) if named else (False, True):  # the other size is 1, which a guard would have excluded
+    for few in (False, True):  # the other size is 1, which a guard would have excluded
         wanted = several(function(chosen(case, few), "reference", *tensors))
         for got, want in zip(several(compiled(chosen(case, few), *tensors)), wanted):
             close(got, want)

@@ -14,7 +14,7 @@ from memkernels.registration import OPS
 from memkernels.spec import several
 
 # Multiply-adds of one stream at the sizes below, by hand: (forward, backward).
-T, N, K, V, k, S, D, W, n, h, F, B = 7, 33, 16, 24, 4, 3, 20, 50, 6, 8, 6, 3
+T, N, K, V, k, S, D, W, n, h, F, B, H = 7, 33, 16, 24, 4, 3, 20, 50, 6, 8, 6, 3, 3
 HAND = {
     "address": (T * N * K, 2 * T * N * K),
     "additive_read": (T * N * (2 * K + V), 3 * T * N * (2 * K + V)),
@@ -23,6 +23,9 @@ HAND = {
     "topk_search": (T * N * K, 2 * T * k * K),
     "topk_read": (T * N * K + T * k * V, 2 * T * k * (K + V)),
     "sparse_read": (T * k * V, 2 * T * k * V),
+    "selected_scores": (T * k * K, 2 * T * k * K),
+    "selected_read": (T * k * (K + V), 2 * T * k * (K + V)),
+    "indexer_search": (T * N * H * (K + 1), T * k * H * (3 * K + 1)),
     "paged_topk_search": (T * F * S * K, 2 * T * k * K),
     "product_key_search": (2 * T * n * h, 4 * T * k * h),
     "product_key_read": (2 * T * n * h + T * k * V, 2 * T * k * (2 * h + V)),
@@ -83,7 +86,7 @@ def test_meta_fake_and_compiled_calls(native):
         fakes = [mode.from_tensor(x) for x in tensors]
         assert counted(lambda: mk.softmax_read(*fakes, backend=native)) == wanted
     run = operator(native, "softmax_read")
-    assert counted(lambda: run(*(x.to("meta") for x in tensors), None, 0.5)) == wanted
+    assert counted(lambda: run(*(x.to("meta") for x in tensors), None, None, 0.5)) == wanted
     torch._dynamo.reset()
     compiled = torch.compile(lambda *x: mk.softmax_read(*x, backend=native), backend="aot_eager")
     compiled(*tensors)

@@ -35,6 +35,8 @@ MASK, ERASE = randn(B, N, seed=4), torch.sigmoid(randn(B, T, V, seed=5))
 WEIGHTS = torch.sigmoid(randn(B, T, N, seed=6))
 LSE = torch.logsumexp(K**-0.5 * QUERY @ KEYS.mT + 0.1, -1)
 INDICES = torch.tensor([[-1, 2, 2], [0, 6, 1], [3, 3, 3], [-1, -1, -1]])
+NAMED = torch.tensor([[-1, 2, 2], [0, 6, 1], [3, 3, 3], [5, -1, 4]])
+HEADS = randn(B, T, 2, K, seed=18)
 SHARES = torch.sigmoid(randn(B, T, k, seed=7))
 KEYS8, VALUES8 = (20 * KEYS).to(torch.int8), (20 * VALUES).to(torch.float8_e4m3fn)
 ROW = torch.rand(B, N, generator=torch.Generator().manual_seed(8), dtype=torch.float64) / 10
@@ -44,6 +46,7 @@ WEIGHT, INITIAL = 0.5 * randn(3 * V, V, seed=10), randn(B, V, seed=11)
 SCAN = (VALUES, KEYS, QUERY, randn(B, T, K, seed=12), WRITE)
 
 VECTOR, SUBKEYS, TABLE = randn(K, seed=8), randn(2, 4, 2, seed=9), randn(16, V, seed=13)
+TABLE8, ROW8 = (20 * TABLE).to(torch.int8), randn(16, seed=14).abs()
 LOGITS, CACHE, MIX = randn(B, T, 6, seed=10), randn(B, T, N, seed=11), torch.sigmoid(randn(B, T, seed=12))
 PAGED, PAGES, FOUND = randn(B, 3, 2, K, seed=14), torch.tensor([4, -1, 2]), 100 + torch.arange(k).expand(T, k)
 WORDS = torch.randint(-1, 6, (B, T, N), generator=torch.Generator().manual_seed(4))
@@ -113,6 +116,10 @@ CASES = {
         lambda b, *x: mk.product_key_read(*x, k, scale=0.7, return_slots=True, backend=b)[::2],
         (randn(B, T, 4), randn(B, 2, 4, 2), TABLE),
     ),
+    "product_key_read with its lse": (
+        lambda b, *x: mk.product_key_read(*x, k, return_lse=True, backend=b),
+        (randn(B, T, 4), SUBKEYS, TABLE),
+    ),
     "product_key_read, every pair": (
         lambda b, *x: mk.product_key_read(*x, 20, backend=b),
         (randn(B, T, 4), SUBKEYS, TABLE.expand(B, -1, -1)),
@@ -148,6 +155,32 @@ CASES = {
         (QUERY, KEYS, LSE, MASK),
     ),
     "slot_usage, shared memory": (lambda b, *x: mk.slot_usage(*x, slot_mask=BOOL[0], backend=b), (QUERY, KEYS[0], LSE)),
+    "selected_scores": (
+        lambda b, q, x: torch.nan_to_num(mk.selected_scores(q, x, INDICES, backend=b), neginf=0.0),
+        (QUERY, KEYS),
+    ),
+    "selected_read": (
+        lambda b, *x: mk.selected_read(*x, NAMED, return_weights=True, return_lse=True, backend=b),
+        (QUERY, KEYS, VALUES),
+    ),
+    "selected_read, empty slots": (
+        lambda b, q, x, v, m: mk.selected_read(
+            q, x, v, INDICES, slot_mask=m.masked_fill(empty(MASK)[1], -torch.inf), backend=b
+        ),
+        (QUERY, KEYS, VALUES, MASK),
+    ),
+    "selected_read, shared memory": (
+        lambda b, *x: mk.selected_read(*x, INDICES, scale=0.7, backend=b),
+        (QUERY, KEYS[0], VALUES[:1]),
+    ),
+    "indexer_search": (
+        lambda b, *x: mk.indexer_search(*x, k, backend=b)[0],
+        (HEADS, randn(B, T, 2, seed=17), KEYS),
+    ),
+    "indexer_search, float mask and shared keys": (
+        lambda b, q, w, x, m: mk.indexer_search(q, w, x, k, slot_mask=m, scale=0.8, backend=b)[0],
+        (HEADS, randn(T, 2, seed=17), KEYS[0], MASK[0]),
+    ),
     "topk_search": (lambda b, q, x: mk.topk_search(q, x, k, backend=b)[0], (QUERY, KEYS)),
     "topk_search, float mask": (
         lambda b, q, x, m: mk.topk_search(q, x, k, slot_mask=m, backend=b)[0],
@@ -161,6 +194,14 @@ CASES = {
     "topk_read with its weights": (
         lambda b, q, x, v, m: mk.topk_read(q, x, v, k, slot_mask=m, return_slots=True, backend=b)[::2],
         (QUERY, KEYS, VALUES, MASK),
+    ),
+    "topk_read with its lse": (
+        lambda b, q, x, v, m: mk.topk_read(q, x, v, k, slot_mask=m, return_lse=True, backend=b),
+        (QUERY, KEYS, VALUES, MASK),
+    ),
+    "topk_read with a sink": (
+        lambda b, *x: mk.topk_read(*x[:3], k, sink=x[3], return_slots=True, return_lse=True, backend=b)[::2],
+        (QUERY, KEYS, VALUES, randn(T)),
     ),
     "topk_read, more than all": (
         lambda b, *x: mk.topk_read(*x, N + 2, slot_mask=BOOL, backend=b),
@@ -213,6 +254,10 @@ CASES = {
         lambda b, v, a, w, e: mk.sparse_write(v, INDICES.expand(B, T, k), a, w, erase=e, backend=b),
         (VALUES, SHARES, WRITE, ERASE),
     ),
+    "sparse_write, token mask": (
+        lambda b, v, a, w, e: mk.sparse_write(v, INDICES.expand(B, T, k), a, w, erase=e, token_mask=TOKENS, backend=b),
+        (VALUES, SHARES, WRITE, ERASE),
+    ),
     "sparse_write, shared memory": (
         lambda b, v, a, w: mk.sparse_write(v, INDICES, a, w, backend=b),
         (VALUES[0], SHARES, WRITE),
@@ -241,9 +286,23 @@ CASES = {
         )[0],
         (QUERY, randn(B, 3, 2, seed=15), randn(B, T, k, seed=16)),
     ),
+    "selected_scores_compressed": (
+        lambda b, q: torch.nan_to_num(mk.selected_scores(q, KEYS8, INDICES, key_scale=ROW, backend=b), neginf=0.0),
+        (QUERY,),
+    ),
+    "selected_read_compressed": (
+        lambda b, q, m: mk.selected_read(
+            q, KEYS8, VALUES8, NAMED, key_scale=ROW, value_scale=ROW, slot_mask=m, return_lse=True, backend=b
+        ),
+        (QUERY, MASK),
+    ),
     "topk_search_compressed": (
         lambda b, q, m: mk.topk_search(q, KEYS8, 3, key_scale=ROW, slot_mask=m, backend=b)[0],
         (QUERY, MASK),
+    ),
+    "product_key_read_compressed": (
+        lambda b, q, x: mk.product_key_read(q, x, TABLE8, 3, value_scale=ROW8, return_lse=True, backend=b),
+        (randn(B, T, 4), SUBKEYS),
     ),
     "topk_read_compressed": (
         lambda b, q, m: mk.topk_read(q, KEYS8, VALUES8, 3, key_scale=ROW, value_scale=ROW, slot_mask=m, backend=b),

@@ -19,7 +19,7 @@ def test_tensors_whose_storage_ends_too_early(bytes_left):
     keys.untyped_storage().resize_(bytes_left)
     refused(
         f"softmax_read: keys reaches beyond its storage of {bytes_left} bytes",
-        *("softmax_read", torch.randn(3, 16), keys, torch.randn(64, 16), None, 0.25),
+        *("softmax_read", torch.randn(3, 16), keys, torch.randn(64, 16), None, None, 0.25),
     )
 
 
@@ -28,7 +28,7 @@ def test_a_storage_that_ends_with_the_last_element_is_enough():
     keys = whole[:, :3]
     keys.untyped_storage().resize_((63 * 16 + 3) * 4)
     query, values = torch.randn(5, 3), torch.randn(64, 2)
-    got, *_ = operator("cpu", "softmax_read")(query, keys, values, None, 0.5)
+    got, *_ = operator("cpu", "softmax_read")(query, keys, values, None, None, 0.5)
     wanted = torch.softmax(query.double() @ keys.double().T / 2, -1) @ values.double()
     torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=1e-5)
 
@@ -56,7 +56,7 @@ def test_strides_of_single_rows_may_be_any_number():
     far = 2**62
     query = torch.randn(1, 8).as_strided((1, 1, 8), (far, far, 1))
     keys, values = torch.randn(5, 8), torch.randn(5, 3)
-    got, *_ = operator("cpu", "softmax_read")(query, keys, values, None, 0.5)
+    got, *_ = operator("cpu", "softmax_read")(query, keys, values, None, None, 0.5)
     wanted = torch.softmax(query.double() @ keys.double().T / 2, -1) @ values.double()
     torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=1e-5)
 
@@ -66,17 +66,17 @@ def test_sizes_that_cannot_be_counted():
     most = 2**40
     refused(
         f"softmax_read: dimension -2 of query must be at most {most}, got {2 * most}",
-        *("softmax_read", one.expand(2 * most, 1), one, one, None, 1.0),
+        *("softmax_read", one.expand(2 * most, 1), one, one, None, None, 1.0),
     )
     refused(
         f"softmax_read: the sizes of the arguments are too large, their product must be at most {2**61}",
-        *("softmax_read", wide.expand(2**30, 2**20), wide.expand(2**30, 2**20), one.expand(2**30, 1), None, 1.0),
+        *("softmax_read", wide.expand(2**30, 2**20), wide.expand(2**30, 2**20), one.expand(2**30, 1), None, None, 1.0),
     )
     refused(
         f"softmax_read: the product of the leading dimensions must be at most {most}",
-        *("softmax_read", one.expand(2**21, 1, 1, 1), one.expand(2**21, 1, 1), one, None, 1.0),
+        *("softmax_read", one.expand(2**21, 1, 1, 1), one.expand(2**21, 1, 1), one, None, None, 1.0),
     )
     refused(
         f"softmax_read: out of memory, could not allocate {2**42} bytes",
-        *("softmax_read", one.expand(most, 1), one, one, None, 1.0),
+        *("softmax_read", one.expand(most, 1), one, one, None, None, 1.0),
     )

@@ -61,6 +61,18 @@ def test_the_kernel_equals_the_formula_and_leaves_other_rows(tmp_path):
         assert torch.equal(got[others], before[others]) and not torch.equal(got[slots], before[slots])
 
 
+def test_rows_of_several_tasks():
+    """Tasks take so many bytes of rows; every row between two of them is stepped once, and no other."""
+    n = 5000  # rows of 300 floats: 6 MB
+    slots, gradient = torch.arange(0, n, 2), torch.rand(n // 2, 300) + 0.5
+    kernel, formula = ([torch.zeros(n, 300) for _ in range(3)] for _ in range(2))
+    torch.ops.memkernels_cpu.sparse_adam(*kernel, slots, gradient, 0.1, 0.9, 0.99, 1e-8)
+    by_formula(*formula, slots, gradient, 0.1, 0.9, 0.99, 1e-8)
+    for got, wanted in zip(kernel, formula):
+        close(got.double(), wanted.double(), 1e-6)
+        assert got[::2].all() and not got[1::2].any()
+
+
 def test_a_gradient_that_is_not_coalesced():
     """Slots that occur twice and do not ascend, as after several backward passes."""
     rows = randn(4, V, dtype=torch.float32)

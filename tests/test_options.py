@@ -12,6 +12,7 @@ import torch._dynamo.testing
 from calls import CHOOSING, ERASING, MIXING, SCALED, B, T, arguments, k, run
 from support import close, randn
 
+from memkernels.registration import OPS
 from memkernels.testing import TOLERANCE
 
 HALF = (
@@ -90,7 +91,7 @@ def one_by_one(op: str, given: dict, scale: torch.Tensor) -> list[torch.Tensor]:
     for b in range(B):
         factors = scale.double().expand(B, T)[b].tolist()
         own = {n: x[b] if isinstance(x, torch.Tensor) else x for n, x in given.items()}
-        tokens = [n for n in ("query", "read_query", "write_query", "write", "lse") if n in own]
+        tokens = [a.name for a in OPS[op].args if a.side == "tokens" and isinstance(own.get(a.name), torch.Tensor)]
         parts = []
         for t, factor in enumerate(factors):
             step = {**own, **{n: own[n][t : t + 1] for n in tokens}}

@@ -83,7 +83,7 @@ launch = package.launcher("softmax_read")
 ok = []
 for seed in range(3):
     q, k, v = randn(2, 5, 16, seed=seed), randn(2, 40, 16, seed=seed + 10), randn(2, 40, 16, seed=seed + 20)
-    ok.append(same(launch(q, k, v, None, 0.25)[0], q, k, v))
+    ok.append(same(launch(q, k, v, None, None, 0.25)[0], q, k, v))
 print(json.dumps([ok, len(launch.replays)]))
 """)
     assert found == [[True] * 3, 1]
@@ -96,7 +96,7 @@ launch = package.launcher("softmax_read")
 together = randn(2, 40, 48)
 q, k, v = (together[..., 16 * i : 16 * (i + 1)] for i in range(3))
 apart = [torch.empty_strided(x.shape, x.stride()).copy_(randn(2, 40, 16, seed=i)) for i, x in enumerate((q, k, v))]
-ok = [same(launch(*x, None, 0.25)[0], *x) for x in ((q, k, v), apart, (q, q, q), (apart[0], k, k))]
+ok = [same(launch(*x, None, None, 0.25)[0], *x) for x in ((q, k, v), apart, (q, q, q), (apart[0], k, k))]
 print(json.dumps([ok, len(launch.replays)]))
 """)
     assert found[0] == [True] * 4
@@ -110,9 +110,12 @@ q, k, v = randn(2, 5, 16), randn(2, 40, 16, seed=1), randn(2, 40, 16, seed=2)
 spread = k[:1].expand(2, 40, 16)
 turned = v.transpose(-1, -2).contiguous().transpose(-1, -2)
 kinds = [(q, k, v), (q, spread, v), (q, k, turned), (q[:, ::2], k, v), (q.half(), k.half(), v.half())]
-ok = [torch.allclose(launch(*x, None, 0.25)[0].double(), mk.softmax_read(*(y.double() for y in x), backend="reference"),
-                     atol=1e-5 if x[0].dtype == torch.float32 else 1e-2) for x in kinds]
-other = launch(q, k, v, None, 0.5)[0]
+ok = []
+for x in kinds:
+    want = mk.softmax_read(*(y.double() for y in x), backend="reference")
+    atol = 1e-5 if x[0].dtype == torch.float32 else 1e-2
+    ok.append(torch.allclose(launch(*x, None, None, 0.25)[0].double(), want, atol=atol))
+other = launch(q, k, v, None, None, 0.5)[0]
 ok.append(torch.allclose(other.double(), mk.softmax_read(q.double(), k.double(), v.double(), scale=0.5), atol=1e-5))
 print(json.dumps([ok, len(launch.replays)]))
 """)
@@ -186,7 +189,7 @@ def test_tensors_of_several_devices_are_refused(interpreted):
     found = interpreted("""
 launch = package.launcher("softmax_read")
 q, k, v = randn(2, 5, 16), randn(2, 40, 16), randn(2, 40, 16)
-launch(q, k, v, None, 0.25)
+launch(q, k, v, None, None, 0.25)
 class Elsewhere(Tensor):
     def get_device(self):
         return 0
@@ -194,7 +197,7 @@ class Elsewhere(Tensor):
     def device(self):
         return torch.device("cuda", 0)
 try:
-    launch(q, k.as_subclass(Elsewhere), v, None, 0.25)
+    launch(q, k.as_subclass(Elsewhere), v, None, None, 0.25)
     print(json.dumps("taken"))
 except RuntimeError as error:
     print(json.dumps(str(error)))
@@ -220,7 +223,7 @@ def identities(name, *shapes, dtype=torch.bfloat16, aligned=(), **more):
     return [build.identity for *_, build in recording.launches]
 
 def read(T=64, N=256, K=64, V=64, B=2, **more):
-    return identities("softmax_read", (B, T, K), (B, N, K), (B, N, V), None, 0.125, **more)
+    return identities("softmax_read", (B, T, K), (B, N, K), (B, N, V), None, None, 0.125, **more)
 """
 
 
@@ -266,7 +269,7 @@ def test_a_stride_of_a_dimension_of_size_one_does_not_matter(answer):
         COMPILED
         + """
 odd = torch.empty_strided((200, 1, 64), (64, 7, 1), dtype=torch.bfloat16, device="meta")
-args = ((200, 256, 64), (200, 256, 64), None, 0.125)
+args = ((200, 256, 64), (200, 256, 64), None, None, 0.125)
 print(json.dumps(identities("softmax_read", odd, *args) == identities("softmax_read", (200, 1, 64), *args)))
 """
     )
@@ -284,7 +287,7 @@ given = {name: torch.empty(shape, dtype=torch.bfloat16, device="meta") for name,
 for x in given.values():
     recording.place(x)
 with recording:
-    plain("softmax_read")(given["q"], given["k"], given["v"][..., 32:], given["mask"], 0.125)
+    plain("softmax_read")(given["q"], given["k"], given["v"][..., 32:], given["mask"], None, 0.125)
 launch = recording.steps[-1]
 launch.kernel, launch.function, launch.packed, launch.stream = launch, "function", "packed", lambda device: 7
 got = []

@@ -64,9 +64,9 @@ for wild in WILD:
     assert torch.equal(read[[0, 1, 3, 4, 5, 6]], wanted[[0, 1, 3, 4, 5, 6]]), wild
     for found, wanted in zip(*both("sparse_read_backward", write, [True] * 2)):
         assert torch.equal(found, wanted), wild
-    found, wanted = both("sparse_write", write, None, 1.0)
+    found, wanted = both("sparse_write", write, None, None, 1.0)
     assert torch.equal(found, wanted), wild
-    for found, wanted in zip(*both("sparse_write_backward", write, write.sigmoid(), du, 1.0, [True] * 4)):
+    for found, wanted in zip(*both("sparse_write_backward", write, write.sigmoid(), None, du, 1.0, [True] * 4)):
         assert torch.equal(found, wanted), wild
 print("DONE")
 """

@@ -117,7 +117,7 @@ def softmax_read(s: Scores) -> list[str]:
 
 def lse_and_rest(s: Scores) -> list[str]:
     """lse is the float32 number nearest to the truth or its neighbour; lse + rest is the truth."""
-    read, lse, rest = operator("cuda", "softmax_read")(s.query, s.keys, s.keys, s.mask, s.scale)
+    read, lse, rest = operator("cuda", "softmax_read")(s.query, s.keys, s.keys, s.mask, None, s.scale)
     known = s.scale * (s.query.double() @ s.keys[0].double()) + (0.0 if s.mask is None else s.mask[0].double())
     left = s.exact.logsumexp(-1) - s.exact[:, 0]
     wrong = differ(f"{s.name}: read", read, s.weights @ s.keys.double(), s.query.dtype)
@@ -244,11 +244,11 @@ def a_weight_is_at_most_one() -> str:
     run, back = operator("cuda", "softmax_read"), operator("cuda", "softmax_read_backward")
     for tokens in (ONE, MANY):
         q, k, v, g = torch.zeros(tokens, K), torch.zeros(70, K), randn(70, V).float(), torch.ones(tokens, V)
-        read, lse, rest = run(q, k, v, None, 1.0)
-        largest = back(q, k, v, None, read, lse - 100, rest, g, None, 1.0, [False, False, True, False])[2].max()
+        read, lse, rest = run(q, k, v, None, None, 1.0)
+        largest = back(q, k, v, None, None, read, lse - 100, rest, g, None, 1.0, [False, False, True, False])[2].max()
         wrong += [] if largest == tokens else [f"T={tokens}: weights of {largest / tokens} on average"]
         lse[0] = math.nan
-        d_values = back(q, k, v, None, read, lse, rest, g, None, 1.0, [False, False, True, False])[2]
+        d_values = back(q, k, v, None, None, read, lse, rest, g, None, 1.0, [False, False, True, False])[2]
         wrong += [] if bool(d_values.isnan().all()) else [f"T={tokens}: a NaN is gone"]
     # Scores of -1e6, equal for all slots, which the two passes of a write round differently.
     query, keys = -1e4 * (2 + randn(MANY, 64).float()), (2 + randn(1, 64, seed=1).float()).expand(70, -1)

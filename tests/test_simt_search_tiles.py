@@ -81,7 +81,7 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
     def search(tokens, slots, offset):
         tensors = [randn(*s, dtype=torch.float32).to(dtype) for s in ((tokens, 24), (slots, 24))]
         moved = [torch.empty(x.numel() + offset, dtype=dtype)[offset:].view(x.shape).copy_(x) for x in tensors]
-        return b"".join(bits(x) for x in run(*moved, None, 12, 0.2))
+        return b"".join(bits(x) for x in run(*moved, None, None, 12, 0.2))
 
     for tokens, slots in ((20, 1500), (200, 70)):
         first = search(tokens, slots, 0)
@@ -107,7 +107,7 @@ query, keys = (randn(*s, dtype=torch.float32) for s in ((70, 24), (300, 24)))
 exact = query.double() @ keys.double().T * 0.2
 for precision in ("highest", "high"):
     torch.set_float32_matmul_precision(precision)
-    scores, indices = run(query, keys, None, 12, 0.2)
+    scores, indices = run(query, keys, None, None, 12, 0.2)
     assert all(len(set(row)) == 12 for row in indices.tolist())
     assert (scores[:, 1:] <= scores[:, :-1]).all()
     missed = (exact.topk(12).values - exact.gather(-1, indices)).abs().max() / exact.abs().max()

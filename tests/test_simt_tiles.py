@@ -79,8 +79,8 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
         tensors = [randn(*s, dtype=torch.float32).to(dtype) for s in sizes]
         moved = [torch.empty(x.numel() + offset, dtype=dtype)[offset:].view(x.shape).copy_(x) for x in tensors]
         *inputs, g = moved
-        read, lse, rest = run(*inputs, None, 0.2)
-        gradients = back(*inputs, None, read, lse, rest, g, None, 0.2, [True, True, True, False])
+        read, lse, rest = run(*inputs, None, None, 0.2)
+        gradients = back(*inputs, None, None, read, lse, rest, g, None, 0.2, [True, True, True, False])
         return b"".join(bits(x) for x in (read, lse, rest, *gradients))
 
     for tokens, slots in ((20, 600), (300, 40)):
@@ -108,7 +108,7 @@ for tokens in (1, 70):
         sizes = ((tokens, 24), (33, 24), (33, 40))
         q, k, v = (randn(*s, dtype=torch.float32).to(d) for s, d in zip(sizes, (keys, keys, values)))
         try:
-            run(q, k, v, None, 0.2)
+            run(q, k, v, None, None, 0.2)
         except RuntimeError as error:
             assert "softmax_read: values must have the dtype of the keys, or float32" in str(error)
         else:
@@ -116,7 +116,7 @@ for tokens in (1, 70):
     # A query of another dtype than its keys is streamed, however many tokens there are.
     q, k, v = randn(tokens, 24).float(), randn(33, 24).bfloat16(), randn(33, 40).bfloat16()
     wanted = (q.double() @ k.double().T * 0.2).softmax(-1) @ v.double()
-    torch.testing.assert_close(run(q, k, v, None, 0.2)[0].double(), wanted, rtol=0, atol=1e-5)
+    torch.testing.assert_close(run(q, k, v, None, None, 0.2)[0].double(), wanted, rtol=0, atol=1e-5)
 print("DONE")
 """
 
@@ -136,10 +136,10 @@ run, back = operator("cuda", "softmax_read"), operator("cuda", "softmax_read_bac
 def worst(sizes, inputs, g):
     q, k, v = (x * randn(*s).half() for x, s in zip(inputs, sizes))
     g = g * randn(sizes[0][0], sizes[2][1]).half()
-    read, lse, rest = run(q, k, v, None, 1.0)
+    read, lse, rest = run(q, k, v, None, None, 1.0)
     exact = [x.double().requires_grad_() for x in (q, k, v)]
     wanted = torch.autograd.grad(((exact[0] @ exact[1].T).softmax(-1) @ exact[2]), exact, g.double())
-    found = back(q, k, v, None, read, lse, rest, g, None, 1.0, [True, True, True, False])
+    found = back(q, k, v, None, None, read, lse, rest, g, None, 1.0, [True, True, True, False])
     return [float((f.double() - w).abs().max() / w.abs().max()) for f, w in zip(found, wanted)]
 
 
@@ -170,8 +170,8 @@ wanted += torch.autograd.grad(wanted[0], exact, g.double())
 
 
 def errors():
-    read, lse, rest = run(*inputs, None, 0.2)
-    found = [read, lse, *back(*inputs, None, read, lse, rest, g, None, 0.2, [True, True, True, False])[:3]]
+    read, lse, rest = run(*inputs, None, None, 0.2)
+    found = [read, lse, *back(*inputs, None, None, read, lse, rest, g, None, 0.2, [True, True, True, False])[:3]]
     return [float((f.double() - w).abs().max() / w.abs().max()) for f, w in zip(found, wanted)]
 
 

@@ -72,6 +72,35 @@ def test_gradients_of_slots_that_are_named_often(native, erase, t):
         close(got, want)
 
 
+@pytest.mark.parametrize("erase", ERASE)
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_masked_token_is_as_if_absent(backend, erase, shared):
+    """Whatever its weights and its write hold, NaN too; the others keep every bit, in place as well."""
+    values, indices, weights, write = case(B, memory=() if shared else None)
+    e = erase_of(erase, write)
+    mask = torch.arange(T) % 3 != 1
+    hidden = [x.clone() for x in (weights, write, e) if isinstance(x, torch.Tensor)]
+    for x in hidden:
+        x[:, ~mask] = torch.nan
+    leaves = [x.requires_grad_() for x in (values.clone(), *hidden)]
+    options = {"erase": leaves[3] if erase == "tensor" else erase, "token_mask": mask, "backend": backend}
+    got = mk.sparse_write(leaves[0], indices, *leaves[1:3], **options)
+    left = [x[:, mask].clone().requires_grad_() for x in (weights, write, e) if isinstance(x, torch.Tensor)]
+    few = [values.clone().requires_grad_(), *left]
+    kept = few[3] if erase == "tensor" else erase
+    wanted = mk.sparse_write(few[0], indices[:, mask], *few[1:3], erase=kept, backend=backend)
+    assert bits(got) == bits(wanted)
+    for i, (a, b) in enumerate(
+        zip(*(torch.autograd.grad(r.square().sum(), x) for r, x in ((got, leaves), (wanted, few))))
+    ):
+        close(a if i == 0 else a[:, mask], b)
+        assert i == 0 or (a[:, ~mask] == 0).all()
+    own = values.clone()
+    options["erase"] = leaves[3].detach() if erase == "tensor" else erase
+    mk.sparse_write_(own, indices, *(x.detach() for x in leaves[1:3]), **options)
+    assert bits(own) == bits(got)
+
+
 def test_an_index_of_minus_one_is_as_if_absent(backend):
     values, indices, weights, write = case(B)
     write = write.clone()

@@ -30,6 +30,9 @@ INTERPRETER = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
 LONG = (
     "1000 tokens",
     "8 tokens",
+    "a range of many slots",
+    "causal ranges, more slots than tokens",
+    "empty ranges, many tokens",
     "every size 63",
     "erase tensor, token mask",
     "many gates",
@@ -38,15 +41,17 @@ LONG = (
     "many tokens, few channels",
     "one token, many slots",
     "poisoned empty slots, bool",
+    "ranges, several blocks",
     "scores ascend",
     "several chunks of tokens, token mask",
     "several panels of tokens",
     "slots just above many blocks",
+    "windows",
 )
 # Loops over tokens are cut into parts only when they are long: once where sums over parts are added, once where
 # parts of a write are joined, once where parts of a scan follow one another.
 CUT = {"gated_scan": "many tokens, few channels", "slot_usage": "1000 tokens", "slot_write": "1000 tokens"}
-# Layouts, which the code that all launchers share handles: one op is enough.
+# Layouts, and ranges of all kinds, which code that all kernels share handles: one op is enough.
 VIEWS = (
     "expanded with stride 0",
     "grouped heads",
@@ -57,7 +62,21 @@ VIEWS = (
     "memory shared by all",
     "memory shared, size 1",
     "no leading dimensions",
+    "ranges shared by streams",
+    "ranges, NaN in keys and values of some slots",
+    "ranges, NaN in values of some slots",
+    "ranges, NaN in values of some slots, many tokens",
+    "ranges, expanded with stride 0",
+    "ranges, float mask",
+    "ranges, last dimension strided",
+    "ranges, memory shared by few tokens",
+    "ranges, no slots",
+    "ranges, no tokens",
+    "ranges, odd widths",
+    "ranges, shared memory",
+    "ranges, sliced out of NaN",
     "tokens shared by memories",
+    "wide windows",
 )
 VIEWED = "softmax_read"
 # Also in float16, which the interpreter multiplies correctly.

@@ -178,12 +178,12 @@ AGAIN = """
 # A score that was rounded another way when the lse was taken: a weight ends at 1, and NaN stays NaN.
 q, k, v = torch.zeros(T, K), torch.zeros(N, K), torch.ones(N, V)
 q[1] = torch.nan
-read = torch.ops.memkernels_triton.softmax_read(q, k, v, None, 1.0)[0]
+read = torch.ops.memkernels_triton.softmax_read(q, k, v, None, None, 1.0)[0]
 backward = torch.ops.memkernels_triton.softmax_read_backward
 for queries, wanted in ((q[::2], 2.0), (q, torch.nan)):
     n = len(queries)
     lse, rest = torch.full((n,), -64.0), torch.zeros(n)
-    dv = backward(queries, k, v, None, read[:n], lse, rest, torch.ones(n, V), None, 1.0, [True] * 4)[2]
+    dv = backward(queries, k, v, None, None, read[:n], lse, rest, torch.ones(n, V), None, 1.0, [True] * 4)[2]
     compare(f"{n} tokens", [dv], [torch.full((N, V), wanted)], 1e-6)
 """
 

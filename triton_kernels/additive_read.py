@@ -31,13 +31,13 @@ from torch import Tensor
 from .declare import Example, Inputs, operator
 from .launch import launch_in_parts, plan, width
 from .layout import Call, Gradient, precision
+from .ranges import load_ranges, meets, only, product_within, slot_bounds, within
 from .score_gradients import from_scores, row_dots, shifted_lse
 from .softmax_read import finish_read, read_blocks
 from .tiles import (
     columns,
     dots,
     open_slots,
-    product,
     put,
     slot_block,
     slots,
@@ -80,7 +80,7 @@ def additive_scores(
 
 @triton.jit
 def additive_read_kernel(
-    q, k, v, u, mask, read, lse, rest, sizes, cut,
+    q, k, v, u, mask, ranges, read, lse, rest, sizes, cut,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_V: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -101,13 +101,16 @@ def additive_read_kernel(
     m = tl.full([BLOCK_T], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_T], tl.float32)
     acc = tl.zeros([BLOCK_T, BLOCK_V], tl.float32)
-    for n0 in range(part * span, tl.minimum(N, (part + 1) * span), BLOCK_N):
+    first, stop = load_ranges(ranges, b, B1, t, inner, t_ok, N)
+    begin, end = slot_bounds(ranges, first, stop, part * span, tl.minimum(N, (part + 1) * span), BLOCK_N)
+    for n0 in range(begin, end, BLOCK_N):
         n = n0 + tl.arange(0, BLOCK_N)
         ok, bias = open_slots(mask, b, B1, n, N)
         s = additive_scores(q_rows, t_ok, slots(k, b, B1, n), ok, bias, u, b, B1, K, BLOCK_T, BLOCK_N, BLOCK_A)
-        p, shrink, m, total = weigh(tl.where(ok[None, :], s, float("-inf")), m, total)
+        live = within(ranges, ok[None, :], first[:, None], stop[:, None], n[None, :])
+        p, shrink, m, total = weigh(tl.where(live, s, float("-inf")), m, total)
         v0 = tile(slots(v, b, B1, n), ok, V, column, BLOCK_V)
-        acc = product(p.to(v0.dtype), v0, acc * shrink[:, None], PRECISION)
+        acc = product_within(ranges, p, v0, live, N - n0, acc * shrink[:, None], PRECISION)
     read_rows = tokens(read, b, B1, t, inner) + part.to(tl.int64) * read_part
     lse_rows = tokens(lse, b, B1, t, inner) + part.to(tl.int64) * lse_part
     rest_rows = tokens(rest, b, B1, t, inner) + part.to(tl.int64) * lse_part
@@ -143,7 +146,7 @@ class TokensCut(NamedTuple):
 
 @triton.jit
 def additive_query_kernel(
-    q, k, v, u, mask, kept, d_q, sizes, cut,
+    q, k, v, u, mask, ranges, kept, d_q, sizes, cut,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_A: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_V: tl.constexpr,
     V_STEPS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -167,22 +170,23 @@ def additive_query_kernel(
     delta_t = tl.load(tokens(kept.delta, b, B1, t, inner), mask=t_ok, other=0.0)
     own = tl.arange(0, CHUNKS)
     acc = tl.zeros([CHUNKS, BLOCK_A, BLOCK_T], tl.float32)
-    for n0 in range(part * span, tl.minimum(N, (part + 1) * span), BLOCK_N):
+    first, stop = load_ranges(ranges, b, B1, t, inner, t_ok, N)
+    begin, end = slot_bounds(ranges, first, stop, part * span, tl.minimum(N, (part + 1) * span), BLOCK_N)
+    for n0 in range(begin, end, BLOCK_N):
         n = n0 + tl.arange(0, BLOCK_N)
         ok, bias = open_slots(mask, b, B1, n, N)
         k_rows = slots(k, b, B1, n)
         v_rows, v0 = slot_block(v, b, B1, n, ok, V, BLOCK_V)
         s = additive_scores(q_rows, t_ok, k_rows, ok, bias, u, b, B1, K, BLOCK_T, BLOCK_N, BLOCK_A)
         dp = dots(dr0, dr_rows, t_ok, v0, v_rows, ok, V, BLOCK_V, V_STEPS, PRECISION)
-        p, ds = from_scores(
-            s, lse_t[:, None], rest_t[:, None], dp, delta_t[:, None], t_ok[:, None] & ok[None, :], "read"
-        )
-        ds = tl.trans(ds)[:, None, :]
+        live = within(ranges, t_ok[:, None] & ok[None, :], first[:, None], stop[:, None], n[None, :])
+        p, ds = from_scores(s, lse_t[:, None], rest_t[:, None], dp, delta_t[:, None], live, "read")
+        ds, live = tl.trans(ds)[:, None, :], tl.trans(live)[:, None, :]
         for c in range(CHUNKS):
             a = column + c * BLOCK_A
             k_a = tile(k_rows, ok, K, a, BLOCK_A).to(tl.float32)
             _, slope = tanh_slope(k_a[:, :, None] + upright(q_rows, t_ok, K, a, BLOCK_A)[None, :, :])
-            g = tl.sum(ds * slope, 0) * vector(u, b, B1, a + tl.arange(0, BLOCK_A), K)[:, None]
+            g = tl.sum(only(ranges, live, ds * slope), 0) * vector(u, b, B1, a + tl.arange(0, BLOCK_A), K)[:, None]
             acc += tl.where((own == c)[:, None, None], g[None, :, :], 0.0)
     a = column + own[:, None] * BLOCK_A + tl.arange(0, BLOCK_A)[None, :]
     rows = tokens(d_q, b, B1, t, inner) + part.to(tl.int64) * q_part
@@ -192,7 +196,7 @@ def additive_query_kernel(
 
 @triton.jit
 def additive_slot_kernel(
-    q, k, v, u, mask, kept, d_u, d_k, d_v, d_m, sizes, cut,
+    q, k, v, u, mask, ranges, kept, d_u, d_k, d_v, d_m, sizes, cut,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_A: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_V: tl.constexpr,
     V_STEPS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -205,7 +209,8 @@ def additive_slot_kernel(
     pid = tl.program_id(0)
     blocks = tl.cdiv(N, BLOCK_N)
     block = pid % blocks
-    n = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    n0 = block * BLOCK_N
+    n = n0 + tl.arange(0, BLOCK_N)
     pid = pid // blocks
     steps = tl.maximum(tl.cdiv(K, CHUNKS * BLOCK_A), V_STEPS)
     step = pid % steps
@@ -225,32 +230,36 @@ def additive_slot_kernel(
     for t0 in range(part * span, tl.minimum(T, (part + 1) * span), BLOCK_T):
         t = t0 + tl.arange(0, BLOCK_T)
         t_ok = t < T
-        q_rows = tokens(q, b, B1, t, inner)
-        dr_rows, dr0 = token_block(kept.d_read, b, B1, t, inner, t_ok, V, BLOCK_V)
-        lse_t = shifted_lse(kept.lse, b, B1, t, inner, T)
-        rest_t = tl.load(tokens(kept.rest, b, B1, t, inner), mask=t_ok, other=0.0)
-        delta_t = tl.load(tokens(kept.delta, b, B1, t, inner), mask=t_ok, other=0.0)
-        s = additive_scores(q_rows, t_ok, k_rows, ok, bias, u, b, B1, K, BLOCK_T, BLOCK_N, BLOCK_A)
-        dp = dots(dr0, dr_rows, t_ok, v0, v_rows, ok, V, BLOCK_V, V_STEPS, PRECISION)
-        p, ds = from_scores(
-            s, lse_t[:, None], rest_t[:, None], dp, delta_t[:, None], t_ok[:, None] & ok[None, :], "read"
-        )
-        total += tl.sum(ds, 0)
-        if d_v is not None:
-            right = columns(dr0, dr_rows, t_ok, V, step * BLOCK_V, BLOCK_V, V_STEPS)
-            dv_acc = product(tl.trans(p).to(right.dtype), right, dv_acc, PRECISION)
-        if d_k is not None or d_u is not None:
-            ds = ds[:, None, :]
-            for c in range(CHUNKS):
-                a = column + c * BLOCK_A
-                q_a = tile(q_rows, t_ok, K, a, BLOCK_A).to(tl.float32)
-                h, slope = tanh_slope(q_a[:, :, None] + upright(k_rows, ok, K, a, BLOCK_A)[None, :, :])
-                here = (own == c)[:, None, None]
-                if d_k is not None:
-                    g = tl.sum(ds * slope, 0) * vector(u, b, B1, a + tl.arange(0, BLOCK_A), K)[:, None]
-                    dk_acc += tl.where(here, g[None, :, :], 0.0)
-                if d_u is not None:
-                    du_acc += tl.where(here, tl.sum(ds * h, 0)[None, :, :], 0.0)
+        first, stop = load_ranges(ranges, b, B1, t, inner, t_ok, N)
+        if ranges is None or meets(first, stop, n0, n0 + BLOCK_N):
+            q_rows = tokens(q, b, B1, t, inner)
+            dr_rows, dr0 = token_block(kept.d_read, b, B1, t, inner, t_ok, V, BLOCK_V)
+            lse_t = shifted_lse(kept.lse, b, B1, t, inner, T)
+            rest_t = tl.load(tokens(kept.rest, b, B1, t, inner), mask=t_ok, other=0.0)
+            delta_t = tl.load(tokens(kept.delta, b, B1, t, inner), mask=t_ok, other=0.0)
+            s = additive_scores(q_rows, t_ok, k_rows, ok, bias, u, b, B1, K, BLOCK_T, BLOCK_N, BLOCK_A)
+            dp = dots(dr0, dr_rows, t_ok, v0, v_rows, ok, V, BLOCK_V, V_STEPS, PRECISION)
+            live = within(ranges, t_ok[:, None] & ok[None, :], first[:, None], stop[:, None], n[None, :])
+            p, ds = from_scores(s, lse_t[:, None], rest_t[:, None], dp, delta_t[:, None], live, "read")
+            total += tl.sum(ds, 0)
+            if d_v is not None:
+                right = columns(dr0, dr_rows, t_ok, V, step * BLOCK_V, BLOCK_V, V_STEPS)
+                dv_acc = product_within(ranges, tl.trans(p), right, tl.trans(live), T - t0, dv_acc, PRECISION)
+            if d_k is not None or d_u is not None:
+                ds, live = ds[:, None, :], live[:, None, :]
+                for c in range(CHUNKS):
+                    a = column + c * BLOCK_A
+                    q_a = tile(q_rows, t_ok, K, a, BLOCK_A).to(tl.float32)
+                    h, slope = tanh_slope(q_a[:, :, None] + upright(k_rows, ok, K, a, BLOCK_A)[None, :, :])
+                    here = (own == c)[:, None, None]
+                    if d_k is not None:
+                        g = (
+                            tl.sum(only(ranges, live, ds * slope), 0)
+                            * vector(u, b, B1, a + tl.arange(0, BLOCK_A), K)[:, None]
+                        )
+                        dk_acc += tl.where(here, g[None, :, :], 0.0)
+                    if d_u is not None:
+                        du_acc += tl.where(here, tl.sum(only(ranges, live, ds * h), 0)[None, :, :], 0.0)
     offset = part.to(tl.int64)
     a = column + own[:, None] * BLOCK_A + tl.arange(0, BLOCK_A)[None, :]
     if d_k is not None:
@@ -267,44 +276,64 @@ def additive_slot_kernel(
 
 
 def _call(
-    op: str, query: Tensor, keys: Tensor, values: Tensor, score_vector: Tensor, slot_mask: Tensor | None, *more: tuple
-) -> Call:
+    op: str, query: Tensor, keys: Tensor, values: Tensor, score_vector: Tensor, slot_mask: Tensor | None,
+    slot_range: Tensor | None, *more: tuple,
+) -> Call:  # fmt: skip
     (T, K), (N, V) = query.shape[-2:], values.shape[-2:]
     memory = [("keys", keys, (N, K)), ("values", values, (N, V)), ("score_vector", score_vector, (K,))]
-    call = Call(op, [("query", query, (T, K)), *more], [*memory, ("slot_mask", slot_mask, (N,))])
+    tokens = [("query", query, (T, K)), ("slot_range", slot_range, (T, 2)), *more]
+    call = Call(op, tokens, [*memory, ("slot_mask", slot_mask, (N,))])
     call.floats(query, keys, values, score_vector)
     call.mask(slot_mask)
+    call.ranges(slot_range)
     return call
 
 
+def _row(kernel: str, ranges: Tensor | tuple | None) -> str:
+    """The name of the configurations. Comparing slots with ranges takes registers."""
+    return kernel if ranges is None else f"{kernel}_ranged"
+
+
 def _read(call: Call, sources: tuple, query: Tensor, values: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    p = plan("additive_read", max(query.shape[-1], values.shape[-1]), query, values)
+    p = plan(_row("additive_read", sources[-1]), max(query.shape[-1], values.shape[-1]), query, values)
     return read_blocks(call, additive_read_kernel, p, sources, query, values, dtype, BLOCK_A=COLUMNS)
 
 
-def _sources(call: Call, query: Tensor, keys: Tensor, values: Tensor, score_vector: Tensor, mask: Tensor | None):
-    numbers = call.slot_numbers(score_vector), call.slot_numbers(mask)
+def _sources(
+    call: Call, query: Tensor, keys: Tensor, values: Tensor, score_vector: Tensor, mask: Tensor | None,
+    ranges: Tensor | None,
+) -> tuple:  # fmt: skip
+    numbers = call.slot_numbers(score_vector), call.slot_numbers(mask), call.rows(ranges)
     return call.rows(query), call.slots(keys), call.slots(values), *numbers
 
 
 @operator
-def additive_read(query: Tensor, keys: Tensor, values: Tensor, score_vector: Tensor, slot_mask: Tensor | None):
+def additive_read(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    score_vector: Tensor,
+    slot_mask: Tensor | None,
+    slot_range: Tensor | None,
+):
     """read ``[..., T, V]``, lse and lse_rest ``[..., T]``."""
-    call = _call("additive_read", query, keys, values, score_vector, slot_mask)
-    return _read(call, _sources(call, query, keys, values, score_vector, slot_mask), query, values, query.dtype)
+    call = _call("additive_read", query, keys, values, score_vector, slot_mask, slot_range)
+    sources = _sources(call, query, keys, values, score_vector, slot_mask, slot_range)
+    return _read(call, sources, query, values, query.dtype)
 
 
 @operator
 def additive_read_backward(
-    query: Tensor, keys: Tensor, values: Tensor, score_vector: Tensor, slot_mask: Tensor | None, read: Tensor,
-    lse: Tensor, lse_rest: Tensor, d_read: Tensor | None, d_lse: Tensor | None, wants: list[bool],
+    query: Tensor, keys: Tensor, values: Tensor, score_vector: Tensor, slot_mask: Tensor | None,
+    slot_range: Tensor | None, read: Tensor, lse: Tensor, lse_rest: Tensor, d_read: Tensor | None,
+    d_lse: Tensor | None, wants: list[bool],
 ):  # fmt: skip
     """Gradients of query, keys, values, score_vector and a float mask."""
     (T, K), (N, V) = query.shape[-2:], values.shape[-2:]
     d_read = read.new_zeros(V).expand(read.shape) if d_read is None else d_read
     more = [("read", read, (T, V)), ("d_read", d_read, (T, V))]
     more += [("lse", lse, (T,)), ("lse_rest", lse_rest, (T,)), ("d_lse", d_lse, (T,))]
-    call = _call("additive_read_backward", query, keys, values, score_vector, slot_mask, *more)
+    call = _call("additive_read_backward", query, keys, values, score_vector, slot_mask, slot_range, *more)
     call.require(len(wants) == 5, "wants must have 5 entries")
     call.floats(read, d_read)
     call.stats(lse, lse_rest, d_lse)
@@ -314,7 +343,7 @@ def additive_read_backward(
     d_vector = Gradient(call, score_vector, wants[3], "memory", K)
     d_mask = Gradient(call, slot_mask, wants[4], "memory", N)
 
-    sources = _sources(call, query, keys, values, score_vector, slot_mask)
+    sources = _sources(call, query, keys, values, score_vector, slot_mask, slot_range)
     if read.dtype != torch.float32:
         read = _read(call, sources, query, values, torch.float32)[0]
     delta = row_dots(call, d_read, read, d_lse)
@@ -323,7 +352,7 @@ def additive_read_backward(
     wide = width(V, query, values)
     chunks = min(triton.next_power_of_2(triton.cdiv(K, COLUMNS)), GRADIENT_COLUMNS // COLUMNS)
     steps = triton.cdiv(K, chunks * COLUMNS)
-    p = plan("additive_gradient", max(K, V), query, values)
+    p = plan(_row("additive_gradient", slot_range), max(K, V), query, values)
     c = p.config
     constants = {
         "plan": p, "BLOCK_T": c.block_t, "BLOCK_N": c.block_n, "BLOCK_A": COLUMNS, "CHUNKS": chunks,
@@ -352,4 +381,5 @@ def additive_read_backward(
 
 def examples(x: Inputs) -> Iterator[Example]:
     q, k, v = (x(2, n, x.width) for n in (x.tokens, x.slots, x.slots))
-    yield Example(additive_read, (q, k, v, x(x.width), None), main=True)
+    yield Example(additive_read, (q, k, v, x(x.width), None, None), main=True)
+    yield Example(additive_read, (q, k, v, x(x.width), None, x.ranges(2, x.tokens)), variant="ranges", heavy=True)

@@ -75,6 +75,12 @@ class Inputs:
         x = torch.empty(shape, dtype=torch.int64, device=self.device)
         return x if x.is_meta else x.random_(0, below)
 
+    def ranges(self, *shape: int) -> Tensor:
+        """Of every token: the slots before a place that moves on with the tokens."""
+        x = torch.zeros((*shape, 2), dtype=torch.int64, device=self.device)
+        x[..., 1] = torch.arange(1, shape[-1] + 1, device=self.device) * (self.slots // self.tokens)
+        return x
+
     def compressed(self, *shape: int, dtype: torch.dtype) -> Tensor:
         """Rows of 8-bit slots."""
         return torch.zeros(shape, dtype=dtype, device=self.device)

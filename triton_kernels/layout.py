@@ -97,6 +97,11 @@ class Call:
         """A mask is bool or float."""
         self.require(slot_mask is None or slot_mask.dtype in (torch.bool, *FLOATS), "slot_mask must be bool or float")
 
+    def ranges(self, slot_range: Tensor | None) -> None:
+        """Ranges of slots are int64."""
+        fits = slot_range is None or slot_range.dtype == torch.int64
+        self.require(fits, "slot_range must be int64")
+
     def _lead(self, name: str, tensor: Tensor, tail: tuple) -> tuple[int, ...]:
         shape, n = tuple(tensor.shape), len(tail)
         self.require(tensor.layout == torch.strided, f"{name} must be a dense tensor")

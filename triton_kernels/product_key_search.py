@@ -49,10 +49,10 @@ def pair_ranks(scores, indices, row, row_ok, T, n, k, found, first, columns, at)
 
 @triton.jit
 def pair_kernel(
-    half_scores, half_indices, scores, indices, weights, rows, T, n, k, found,
+    half_scores, half_indices, scores, indices, weights, lse, rows, T, n, k, found,
     LIST: tl.constexpr, LEVELS: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """The k best pairs of a block of tokens: their scores or weights, and their slots."""
+    """The k best pairs of a block of tokens: their scores, or weights and lse, and their slots."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     row_ok = row < rows
     c = tl.arange(0, LIST)
@@ -69,7 +69,9 @@ def pair_kernel(
     if scores is not None:
         tl.store(scores + at, score.to(scores.dtype.element_ty), mask=inside)
     if weights is not None:
-        tl.store(weights + at, shares(score, (c < k)[None, :]), mask=inside)
+        p, whole = shares(score, (c < k)[None, :])
+        tl.store(weights + at, p, mask=inside)
+        tl.store(lse + row, whole, mask=row_ok)
 
 
 @triton.jit
@@ -95,22 +97,27 @@ def halves(query: Tensor, subkeys: Tensor) -> Tensor:
     return query.unflatten(-1, (2, subkeys.shape[-1])).movedim(-2, -3)
 
 
-def calls(op: str, query: Tensor, subkeys: Tensor, *more: tuple, values: Tensor | None = None) -> tuple[Call, Call]:
+def calls(
+    op: str, query: Tensor, subkeys: Tensor, *more: tuple, values: Tensor | None = None,
+    value_scale: Tensor | None = None,
+) -> tuple[Call, Call]:  # fmt: skip
     """The call, and the search of both halves: a leading dimension more, the last, which query and subkeys have."""
     (n, h), T = subkeys.shape[-2:], query.shape[-2]
     table = [] if values is None else [("values", values, (n * n, None))]
+    table += [] if value_scale is None else [("value_scale", value_scale, (n * n,))]
     call = Call(op, [("query", query, (T, 2 * h)), *more], [("subkeys", subkeys, (2, n, h)), *table])
-    call.floats(query, subkeys, values)
+    call.floats(query, subkeys)
     call.require(n * n <= INDEX_LIMIT, f"n * n slots must be counted in 31 bits, got n = {n}")
-    table = [(name, x.unsqueeze(-3), tail) for name, x, tail in table]
+    table = [(name, x.unsqueeze(-1 - len(tail)), tail) for name, x, tail in table]
     return call, Call(op, [("query", halves(query, subkeys), (T, h))], [("subkeys", subkeys, (n, h)), *table])
 
 
 def search_pairs(
     call: Call, query: Tensor, subkeys: Tensor, k: int, scale: float, scores: Tensor | None, indices: Tensor,
-    weights: Tensor | None,
+    weights: Tensor | None, lse: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """Fill scores or weights, and indices, each contiguous ``[..., T, k]``. call: of the halves."""
+    """Fill scores or weights, and indices, each contiguous ``[..., T, k]``; and beside weights ``lse``, contiguous
+    ``[..., T]``. call: of the halves."""
     T, n = query.shape[-2], subkeys.shape[-2]
     call.require(k >= 1, "k must be at least 1")
     found = min(k, max(n, 1))
@@ -126,11 +133,13 @@ def search_pairs(
         if scores is not None:
             scores.copy_(score.view(indices.shape))
         if weights is not None:
-            weights.copy_(shares_tensor(score).view(indices.shape))
+            p, whole = shares_tensor(score)
+            weights.copy_(p.view(weights.shape))
+            lse.copy_(whole.view(lse.shape))
         return
     size = max(16, triton.next_power_of_2(k))
     launch(
-        pair_kernel, triton.cdiv(rows, p.config.block_t), *lists, scores, indices, weights, rows, T, n, k, found,
+        pair_kernel, triton.cdiv(rows, p.config.block_t), *lists, scores, indices, weights, lse, rows, T, n, k, found,
         plan=p, LIST=size, LEVELS=size.bit_length(), BLOCK_T=p.config.block_t,
     )  # fmt: skip
 

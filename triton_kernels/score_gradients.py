@@ -12,8 +12,9 @@ where ds is made on the fly, tile by tile, from what the op kept (KIND):
 
 Two kernels, because one sum runs over slots and the other over tokens: `query_gradient_kernel` keeps a block of tokens
 and streams slots; `slot_gradient_kernel` keeps a block of slots and streams tokens. Each computes ds again; no
-atomics, so the order of every sum is fixed. Where programs are too few for the device, the streamed axis is split and
-the float32 parts are added in their order. Rows wider than a block go to further programs.
+atomics, so the order of every sum is fixed. Blocks that no range of a token meets are left out (ranges.py). Where
+programs are too few for the device, the streamed axis is split and the float32 parts are added in their order. Rows
+wider than a block go to further programs.
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import launch, launch_in_parts, plan, width
+from .launch import bits, launch, launch_in_parts, narrowed, plan, width
 from .layout import Call, Gradient, precision
+from .ranges import BORDER, inner_bounds, is_due, load_ranges, loop_bounds, place, product_within, slot_bounds, within
 from .tiles import (
     LOG2E,
     columns,
     dots,
     open_slots,
-    product,
     put,
     row_scales,
     scaled,
@@ -43,6 +44,8 @@ from .tiles import (
     token_block,
     tokens,
 )
+
+RANGED = {16: 128, 32: 64}  # the widest block of columns where tokens have ranges, by bits of an element: more spill
 
 
 @triton.jit
@@ -126,7 +129,7 @@ class TokensCut(NamedTuple):
 
 @triton.jit
 def query_gradient_kernel(
-    q, k, v, mask, k_scale, v_scale, kept, d_q, d_lse, sizes, cut, scale,
+    q, k, v, mask, ranges, k_scale, v_scale, kept, d_q, d_lse, sizes, cut, scale,
     KIND: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, K_STEPS: tl.constexpr,
     BLOCK_V: tl.constexpr, V_STEPS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -156,41 +159,48 @@ def query_gradient_kernel(
         dr_rows, dr0 = token_block(kept.d_read, b, B1, t, inner, t_ok, V, BLOCK_V)
     acc = tl.zeros([BLOCK_T, BLOCK_K], tl.float32)
     row_sum = tl.zeros([BLOCK_T], tl.float32)
-    for n0 in range(part * span, tl.minimum(N, (part + 1) * span), BLOCK_N):
-        n = n0 + tl.arange(0, BLOCK_N)
-        ok, bias = open_slots(mask, b, B1, n, N)
-        k_rows, k0 = slot_block(k, b, B1, n, ok, K, BLOCK_K)
-        live = t_ok[:, None] & ok[None, :]
-        if KIND == "read" or KIND == "usage":
-            dot = dots(q0, q_rows, t_ok, k0, k_rows, ok, K, BLOCK_K, K_STEPS, PRECISION)
-            if k_scale is not None:
-                dot *= row_scales(k_scale, b, B1, n, ok)[None, :]
-            s = scores(dot, scale, bias[None, :])
-            if KIND == "read":
-                v_rows, v0 = slot_block(v, b, B1, n, ok, V, BLOCK_V)
-                dp = dots(dr0, dr_rows, t_ok, v0, v_rows, ok, V, BLOCK_V, V_STEPS, PRECISION)
-                if v_scale is not None:
-                    dp *= row_scales(v_scale, b, B1, n, ok)[None, :]
-                gradient = dp
+    first, stop = load_ranges(ranges, b, B1, t, inner, t_ok, N)
+    begin, end = slot_bounds(ranges, first, stop, part * span, tl.minimum(N, (part + 1) * span), BLOCK_N)
+    inner_n, outer_n = inner_bounds(ranges, first, stop, t_ok, begin, end, BLOCK_N)
+    for edge in tl.static_range(1 if ranges is None else 2):
+        bounds = ranges if edge else None
+        lowest, highest = loop_bounds(edge, begin, inner_n, outer_n, end)
+        for at in tl.range(lowest, highest, BORDER if edge else BLOCK_N, num_stages=1 if edge else None):
+            n0 = place(edge, at, inner_n, outer_n)
+            n = n0 + tl.arange(0, BORDER if edge else BLOCK_N)
+            ok, bias = open_slots(mask, b, B1, n, N)
+            k_rows, k0 = slot_block(k, b, B1, n, ok, K, BLOCK_K)
+            live = within(bounds, t_ok[:, None] & ok[None, :], first[:, None], stop[:, None], n[None, :])
+            if KIND == "read" or KIND == "usage":
+                dot = dots(q0, q_rows, t_ok, k0, k_rows, ok, K, BLOCK_K, K_STEPS, PRECISION)
+                if k_scale is not None:
+                    dot *= row_scales(k_scale, b, B1, n, ok)[None, :]
+                s = scores(dot, scale, bias[None, :])
+                if KIND == "read":
+                    v_rows, v0 = slot_block(v, b, B1, n, ok, V, BLOCK_V)
+                    dp = dots(dr0, dr_rows, t_ok, v0, v_rows, ok, V, BLOCK_V, V_STEPS, PRECISION)
+                    if v_scale is not None:
+                        dp *= row_scales(v_scale, b, B1, n, ok)[None, :]
+                    gradient = dp
+                else:
+                    gradient = tl.load(slots(kept.du, b, B1, n), mask=ok, other=0.0)[None, :]
+                _, ds = from_scores(s, lse_t[:, None], rest_t[:, None], gradient, delta_t[:, None], live, KIND)
             else:
-                gradient = tl.load(slots(kept.du, b, B1, n), mask=ok, other=0.0)[None, :]
-            _, ds = from_scores(s, lse_t[:, None], rest_t[:, None], gradient, delta_t[:, None], live, KIND)
-        else:
-            dw_tile = tl.load(tokens(kept.dw, b, B1, t, inner)[:, None] + n[None, :], mask=live, other=0.0).to(
-                tl.float32
-            )
-            w_tile = dw_tile
-            if KIND != "given":
-                w_tile = tl.load(tokens(kept.w, b, B1, t, inner)[:, None] + n[None, :], mask=live, other=0.0).to(
+                dw_tile = tl.load(tokens(kept.dw, b, B1, t, inner)[:, None] + n[None, :], mask=live, other=0.0).to(
                     tl.float32
                 )
-            ds = from_weights(w_tile, dw_tile, delta_t[:, None], live, KIND)
-        row_sum += tl.sum(ds, 1)
-        if d_q is not None:
-            right = columns(k0, k_rows, ok, K, column, BLOCK_K, K_STEPS)
-            if k_scale is not None:
-                right = scaled(right, row_scales(k_scale, b, B1, n, ok), q[0].dtype.element_ty)
-            acc = product(ds.to(right.dtype), right, acc, PRECISION)
+                w_tile = dw_tile
+                if KIND != "given":
+                    w_tile = tl.load(tokens(kept.w, b, B1, t, inner)[:, None] + n[None, :], mask=live, other=0.0).to(
+                        tl.float32
+                    )
+                ds = from_weights(w_tile, dw_tile, delta_t[:, None], live, KIND)
+            row_sum += tl.sum(ds, 1)
+            if d_q is not None:
+                right = columns(k0, k_rows, ok, K, column, BLOCK_K, K_STEPS)
+                if k_scale is not None:
+                    right = scaled(right, row_scales(k_scale, b, B1, n, ok), q[0].dtype.element_ty)
+                acc = product_within(bounds, ds, right, live, N - n0, acc, PRECISION)
     offset = part.to(tl.int64)
     if d_q is not None:
         put(tokens(d_q, b, B1, t, inner) + offset * q_part, t_ok, K, column, acc * scale, BLOCK_K)
@@ -200,7 +210,7 @@ def query_gradient_kernel(
 
 @triton.jit
 def slot_gradient_kernel(
-    q, k, v, mask, k_scale, v_scale, kept, d_k, d_v, d_m, sizes, cut, scale,
+    q, k, v, mask, ranges, k_scale, v_scale, kept, d_k, d_v, d_m, sizes, cut, scale,
     KIND: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, K_STEPS: tl.constexpr,
     BLOCK_V: tl.constexpr, V_STEPS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -209,7 +219,9 @@ def slot_gradient_kernel(
     parts, span, k_part, v_part, m_part = cut
     pid = tl.program_id(0)
     blocks = tl.cdiv(N, BLOCK_N)
-    n = (pid % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    n0 = (pid % blocks) * BLOCK_N
+    n1 = tl.minimum(n0 + BLOCK_N, N)
+    n = n0 + tl.arange(0, BLOCK_N)
     pid = pid // blocks
     MOST: tl.constexpr = K_STEPS if K_STEPS > V_STEPS else V_STEPS
     step = pid % MOST
@@ -227,47 +239,53 @@ def slot_gradient_kernel(
         dv_acc = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
     dk_acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     total = tl.zeros([BLOCK_N], tl.float32)
-    for t0 in range(part * span, tl.minimum(T, (part + 1) * span), BLOCK_T):
-        t = t0 + tl.arange(0, BLOCK_T)
-        t_ok = t < T
-        q_rows, q0 = token_block(q, b, B1, t, inner, t_ok, K, BLOCK_K)
-        live = ok[:, None] & t_ok[None, :]
-        delta_t = tl.zeros([BLOCK_T], tl.float32)
-        rest_t = tl.zeros([BLOCK_T], tl.float32)
-        if KIND == "read" or KIND == "softmax":
-            delta_t = tl.load(tokens(kept.delta, b, B1, t, inner), mask=t_ok, other=0.0)
-        if KIND == "read" or KIND == "usage":
-            lse_t = shifted_lse(kept.lse, b, B1, t, inner, T)
-            dot = dots(k0, k_rows, ok, q0, q_rows, t_ok, K, BLOCK_K, K_STEPS, PRECISION)
-            if k_scale is not None:
-                dot *= row_scales(k_scale, b, B1, n, ok)[:, None]
-            s = scores(dot, scale, bias[:, None])
-            if KIND == "read":
-                dr_rows, dr0 = token_block(kept.d_read, b, B1, t, inner, t_ok, V, BLOCK_V)
-                dp = dots(v0, v_rows, ok, dr0, dr_rows, t_ok, V, BLOCK_V, V_STEPS, PRECISION)
-                if v_scale is not None:
-                    dp *= row_scales(v_scale, b, B1, n, ok)[:, None]
-                rest_t = tl.load(tokens(kept.rest, b, B1, t, inner), mask=t_ok, other=0.0)
-                p, ds = from_scores(s, lse_t[None, :], rest_t[None, :], dp, delta_t[None, :], live, KIND)
-                if d_v is not None:
-                    right = columns(dr0, dr_rows, t_ok, V, step * BLOCK_V, BLOCK_V, V_STEPS)
-                    dv_acc = product(p.to(right.dtype), right, dv_acc, PRECISION)
-            else:
-                p, ds = from_scores(s, lse_t[None, :], rest_t[None, :], d_n[:, None], delta_t[None, :], live, KIND)
-        else:
-            dw_tile = tl.load(tokens(kept.dw, b, B1, t, inner)[None, :] + n[:, None], mask=live, other=0.0).to(
-                tl.float32
-            )
-            w_tile = dw_tile
-            if KIND != "given":
-                w_tile = tl.load(tokens(kept.w, b, B1, t, inner)[None, :] + n[:, None], mask=live, other=0.0).to(
-                    tl.float32
-                )
-            ds = from_weights(w_tile, dw_tile, delta_t[None, :], live, KIND)
-        total += tl.sum(ds, 1)
-        if d_k is not None:
-            right_q = columns(q0, q_rows, t_ok, K, step * BLOCK_K, BLOCK_K, K_STEPS)
-            dk_acc = product(ds.to(right_q.dtype), right_q, dk_acc, PRECISION)
+    for edge in tl.static_range(1 if ranges is None else 2):
+        bounds = ranges if edge else None
+        for t0 in range(part * span, tl.minimum(T, (part + 1) * span), BORDER if edge else BLOCK_T):
+            if ranges is None or is_due(edge, ranges, b, B1, t0, inner, T, N, n0, n1, BLOCK_T):
+                t = t0 + tl.arange(0, BORDER if edge else BLOCK_T)
+                t_ok = t < T
+                first, stop = load_ranges(bounds, b, B1, t, inner, t_ok, N)
+                q_rows, q0 = token_block(q, b, B1, t, inner, t_ok, K, BLOCK_K)
+                live = within(bounds, ok[:, None] & t_ok[None, :], first[None, :], stop[None, :], n[:, None])
+                delta_t = tl.zeros(t.shape, tl.float32)
+                rest_t = tl.zeros(t.shape, tl.float32)
+                if KIND == "read" or KIND == "softmax":
+                    delta_t = tl.load(tokens(kept.delta, b, B1, t, inner), mask=t_ok, other=0.0)
+                if KIND == "read" or KIND == "usage":
+                    lse_t = shifted_lse(kept.lse, b, B1, t, inner, T)
+                    dot = dots(k0, k_rows, ok, q0, q_rows, t_ok, K, BLOCK_K, K_STEPS, PRECISION)
+                    if k_scale is not None:
+                        dot *= row_scales(k_scale, b, B1, n, ok)[:, None]
+                    s = scores(dot, scale, bias[:, None])
+                    if KIND == "read":
+                        dr_rows, dr0 = token_block(kept.d_read, b, B1, t, inner, t_ok, V, BLOCK_V)
+                        dp = dots(v0, v_rows, ok, dr0, dr_rows, t_ok, V, BLOCK_V, V_STEPS, PRECISION)
+                        if v_scale is not None:
+                            dp *= row_scales(v_scale, b, B1, n, ok)[:, None]
+                        rest_t = tl.load(tokens(kept.rest, b, B1, t, inner), mask=t_ok, other=0.0)
+                        p, ds = from_scores(s, lse_t[None, :], rest_t[None, :], dp, delta_t[None, :], live, KIND)
+                        if d_v is not None:
+                            right = columns(dr0, dr_rows, t_ok, V, step * BLOCK_V, BLOCK_V, V_STEPS)
+                            dv_acc = product_within(bounds, p, right, live, T - t0, dv_acc, PRECISION)
+                    else:
+                        p, ds = from_scores(
+                            s, lse_t[None, :], rest_t[None, :], d_n[:, None], delta_t[None, :], live, KIND
+                        )
+                else:
+                    dw_tile = tl.load(tokens(kept.dw, b, B1, t, inner)[None, :] + n[:, None], mask=live, other=0.0).to(
+                        tl.float32
+                    )
+                    w_tile = dw_tile
+                    if KIND != "given":
+                        w_tile = tl.load(
+                            tokens(kept.w, b, B1, t, inner)[None, :] + n[:, None], mask=live, other=0.0
+                        ).to(tl.float32)
+                    ds = from_weights(w_tile, dw_tile, delta_t[None, :], live, KIND)
+                total += tl.sum(ds, 1)
+                if d_k is not None:
+                    right_q = columns(q0, q_rows, t_ok, K, step * BLOCK_K, BLOCK_K, K_STEPS)
+                    dk_acc = product_within(bounds, ds, right_q, live, T - t0, dk_acc, PRECISION)
     offset = part.to(tl.int64)
     if d_k is not None:
         put(slots(d_k, b, B1, n) + offset * k_part, n < N, K, step * BLOCK_K, dk_acc * scale, BLOCK_K)
@@ -299,6 +317,7 @@ def score_gradients(
     read: Tensor | None = None, lse: Tensor | None = None, lse_rest: Tensor | None = None,
     d_lse: Tensor | Gradient | None = None, d_usage: Tensor | None = None, weights: Tensor | None = None,
     d_weights: Tensor | tuple | None = None, key_scale: Tensor | None = None, value_scale: Tensor | None = None,
+    slot_range: Tensor | None = None,
 ):  # fmt: skip
     """Run both kernels for one KIND.
 
@@ -309,6 +328,9 @@ def score_gradients(
     V = values.shape[-1] if values is not None else 1
     count, sizes = call.F * T, call.sizes(T, N, K, V)
     wide_k, wide_v = width(K, query, values), width(V, query, values)
+    if slot_range is not None:
+        most = RANGED[bits(query, values)]
+        wide_k, wide_v = narrowed(wide_k, most), narrowed(wide_v, most)
     delta = None
     if kind == "read":
         delta = row_dots(call, d_read, read, d_lse)
@@ -316,7 +338,7 @@ def score_gradients(
         delta = row_dots(call, weights, d_weights)
     sources = (
         call.rows(query), call.slots(keys), call.slots(values), call.slot_numbers(slot_mask),
-        call.slot_numbers(key_scale), call.slot_numbers(value_scale),
+        call.rows(slot_range), call.slot_numbers(key_scale), call.slot_numbers(value_scale),
         Kept(
             call.rows(d_read), call.numbers(lse), call.numbers(lse_rest),
             None if delta is None else (delta, *delta.stride()), call.slot_numbers(d_usage), call.rows(weights),
@@ -329,13 +351,18 @@ def score_gradients(
     }  # fmt: skip
     # The other kinds read [T, N] arguments, and multiply once where these do so three times.
     by_scores = kind in ("read", "usage")
+
+    def name(side: str) -> str:
+        """Of the rows of the table. Comparing slots with ranges takes registers."""
+        return f"{side}_sums" if not by_scores else f"{side}_gradient" + ("" if slot_range is None else "_ranged")
+
     d_q = d_query.rows() if d_query is not None else None
     d_lse_rows = None
     if isinstance(d_lse, Gradient) and d_lse.wanted:
         d_lse_rows = (d_lse.view, *d_lse.view.stride())
     if d_q is not None or d_lse_rows is not None:
         packed = key_scale is not None or value_scale is not None
-        p = plan("query_gradient" if by_scores else "query_sums", max(K, V), query, values, compressed=packed)
+        p = plan(name("query") if not packed else "query_gradient", max(K, V), query, values, compressed=packed)
         c = p.config
         launch_in_parts(
             call, query_gradient_kernel, call.B * triton.cdiv(count, c.block_t) * wide_k.steps, N, c.block_n,
@@ -344,7 +371,7 @@ def score_gradients(
         )  # fmt: skip
     targets = [g.rows() if g is not None else None for g in (d_keys, d_values, d_mask)]
     if any(target is not None for target in targets):
-        p = plan("slot_gradient" if by_scores else "slot_sums", max(K, V), query, values)
+        p = plan(name("slot"), max(K, V), query, values)
         c = p.config
         programs = call.B * triton.cdiv(N, c.block_n) * max(wide_k.steps, wide_v.steps)
         launch_in_parts(

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import launch, plan, width
+from .launch import Plan, launch, plan, width
 from .layout import Call, Gradient
 from .tiles import add, batch, decoded, tile, tokens
 
@@ -33,14 +33,10 @@ def _since(fresh, total, starts, x):
 
 
 @triton.jit
-def segment_kernel(
-    order, sorted_slots, numbers, x, out, border, T, N, k, D, B, B1, inner, entries, scale,
-    CHUNK: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """One chunk of sorted entries and block of columns. A sorted slot is b N + i, and B N where there is none."""
-    pid = tl.program_id(0)
-    chunk = (pid % tl.cdiv(entries, CHUNK)).to(tl.int64)
-    d = (pid // tl.cdiv(entries, CHUNK)) * BLOCK_D + tl.arange(0, BLOCK_D)
+def chunk_entries(order, sorted_slots, chunk, N, B, entries, CHUNK: tl.constexpr):
+    """Sorted entries of a chunk: places, slots, those of the entries after and ahead of them and of the last one
+    outside, whether they name a slot, which entries they are, and their batch. A sorted slot is b N + i, B N where
+    there is none."""
     e = chunk * CHUNK + tl.arange(0, CHUNK)
     none = tl.full([], 1, tl.int64) * B * N
     slot = tl.load(sorted_slots + e, mask=e < entries, other=none)
@@ -49,16 +45,16 @@ def segment_kernel(
     outside = tl.load(sorted_slots + chunk * CHUNK - 1 + tl.arange(0, 1), mask=chunk > 0, other=-1)
     live = slot < none
     entry = tl.load(order + e, mask=live, other=0)
-    if numbers is not None:
-        g = tl.load(numbers + entry, mask=live, other=0.0).to(tl.float32)
     b = tl.where(live, slot // N, 0).to(tl.int32)
-    if x is None:
-        terms = tl.broadcast_to(g[:, None], [CHUNK, BLOCK_D])
-    else:
-        rows = tokens(x, b, B1, ((entry // k) % T).to(tl.int32), inner)
-        terms = tl.load(rows[:, None] + d[None, :], mask=live[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
-        if numbers is not None:
-            terms = terms * g[:, None]
+    return e, slot, after, ahead, outside, live, entry, b
+
+
+@triton.jit
+def store_stretches(
+    terms, out, border, chunk, e, slot, after, ahead, outside, live, b, d, N, D, B1, scale,
+    CHUNK: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Sum the ``terms [CHUNK, BLOCK_D]`` of each slot in a chunk: store what ends here, leave what crosses a border."""
     starts = tl.broadcast_to((slot != ahead).to(tl.int32)[:, None], [CHUNK, BLOCK_D])
     _, total = tl.associative_scan((starts, terms), 0, _since)
     crossed = slot == outside  # the stretch came in over the border in front
@@ -73,6 +69,30 @@ def segment_kernel(
     half = tl.where(crossed, 0, 1)
     piece = border + (chunk * 2 + half) * D
     tl.store(piece[:, None] + d[None, :], total, mask=((ends & crossed) | goes_on)[:, None] & columns)
+
+
+@triton.jit
+def segment_kernel(
+    order, sorted_slots, numbers, x, out, border, T, N, k, D, B, B1, inner, entries, scale,
+    CHUNK: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One chunk of sorted entries and block of columns."""
+    pid = tl.program_id(0)
+    chunk = (pid % tl.cdiv(entries, CHUNK)).to(tl.int64)
+    d = (pid // tl.cdiv(entries, CHUNK)) * BLOCK_D + tl.arange(0, BLOCK_D)
+    e, slot, after, ahead, outside, live, entry, b = chunk_entries(order, sorted_slots, chunk, N, B, entries, CHUNK)
+    if numbers is not None:
+        g = tl.load(numbers + entry, mask=live, other=0.0).to(tl.float32)
+    if x is None:
+        terms = tl.broadcast_to(g[:, None], [CHUNK, BLOCK_D])
+    else:
+        rows = tokens(x, b, B1, ((entry // k) % T).to(tl.int32), inner)
+        terms = tl.load(rows[:, None] + d[None, :], mask=live[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
+        if numbers is not None:
+            terms = terms * g[:, None]
+    store_stretches(
+        terms, out, border, chunk, e, slot, after, ahead, outside, live, b, d, N, D, B1, scale, CHUNK, BLOCK_D
+    )  # fmt: skip
 
 
 @triton.jit
@@ -105,6 +125,24 @@ def border_kernel(sorted_slots, out, border, N, D, B, B1, entries, scale, CHUNK:
 
 
 @triton.jit
+def gathered_dots(
+    x, rows, scales, b, B1, t, inner, t_ok, slot, ok, D, BLOCK_D: tl.constexpr, D_STEPS: tl.constexpr
+):  # fmt: skip
+    """<x_t, rows[slot[t, j]]> of tokens ``t`` [BLOCK_T] and their slots [BLOCK_T, BLOCK_J], in float32; 0 where not
+    ``ok``. scales: None, or what multiplies compressed rows."""
+    SHAPE: tl.constexpr = slot.shape
+    total = tl.zeros(SHAPE, tl.float32)
+    row = tl.reshape(batch(rows, b, B1) + tl.where(ok, slot, 0) * rows[3], [SHAPE[0] * SHAPE[1]])
+    for step in range(D_STEPS):
+        x_t = tile(tokens(x, b, B1, t, inner), t_ok, D, step * BLOCK_D, BLOCK_D).to(tl.float32)
+        picked = decoded(tile(row, tl.reshape(ok, [SHAPE[0] * SHAPE[1]]), D, step * BLOCK_D, BLOCK_D), tl.float32)
+        total += tl.sum(tl.reshape(picked, [SHAPE[0], SHAPE[1], BLOCK_D]) * x_t[:, None, :], 2)
+    if scales is not None:
+        total *= tl.load(batch(scales, b, B1) + tl.where(ok, slot, 0) * scales[3], mask=ok, other=0.0)
+    return total
+
+
+@triton.jit
 def chosen_dots_kernel(
     x, rows, indices, scales, out, T, N, k, D, B1, inner,
     BLOCK_T: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, D_STEPS: tl.constexpr,
@@ -120,14 +158,7 @@ def chosen_dots_kernel(
     inside = t_ok[:, None] & (j < k)[None, :]
     slot = tl.load(tokens(indices, b, B1, t, inner)[:, None] + j[None, :], mask=inside, other=-1)
     ok = (slot >= 0) & (slot < N)
-    total = tl.zeros([BLOCK_T, BLOCK_J], tl.float32)
-    row = tl.reshape(batch(rows, b, B1) + tl.where(ok, slot, 0) * rows[3], [BLOCK_T * BLOCK_J])
-    for step in range(D_STEPS):
-        x_t = tile(tokens(x, b, B1, t, inner), t_ok, D, step * BLOCK_D, BLOCK_D).to(tl.float32)
-        picked = decoded(tile(row, tl.reshape(ok, [BLOCK_T * BLOCK_J]), D, step * BLOCK_D, BLOCK_D), tl.float32)
-        total += tl.sum(tl.reshape(picked, [BLOCK_T, BLOCK_J, BLOCK_D]) * x_t[:, None, :], 2)
-    if scales is not None:
-        total *= tl.load(batch(scales, b, B1) + tl.where(ok, slot, 0) * scales[3], mask=ok, other=0.0)
+    total = gathered_dots(x, rows, scales, b, B1, t, inner, t_ok, slot, ok, D, BLOCK_D, D_STEPS)
     result = tl.where(ok, total, 0.0)
     tl.store(out + ((b.to(tl.int64) * T + t) * k)[:, None] + j[None, :], result, mask=inside)
 
@@ -164,21 +195,27 @@ class Segments:
 
         numbers: None stands for 1. x: None does, where the argument has one number per slot; not both.
         """
+        D = 1 if x is None else x.shape[-1]
+        p = plan("segments", D, x, numbers)
+        given = numbers if numbers is None else numbers.contiguous(), self.call.rows(x)
+        self.add(gradient, segment_kernel, p, D, min(COLUMNS, triton.next_power_of_2(D)), given, scale)
+
+    def add(
+        self, gradient: Gradient, kernel, p: Plan, D: int, block: int, given: tuple, scale: float, *more: int,
+        **constants: int,
+    ) -> None:  # fmt: skip
+        """Fill ``gradient`` with what ``kernel``, which takes ``given`` and ``more``, makes of chunks of entries."""
         gradient.fill(0.0)
-        call, D = self.call, 1 if x is None else x.shape[-1]
         if not gradient.wanted or not self.entries or not self.N:
             return
-        p = plan("segments", D, x, numbers)
-        block = min(COLUMNS, triton.next_power_of_2(D))
-        chunks = triton.cdiv(self.entries, CHUNK)
+        call, chunks = self.call, triton.cdiv(self.entries, CHUNK)
         border = call.scratch(chunks, 2, D)
         out, count = gradient.rows(), call.F * self.T
         common = {"plan": p, "CHUNK": CHUNK, "BLOCK_D": block}
         launch(
-            segment_kernel, chunks * triton.cdiv(D, block), self.order, self.slots,
-            numbers if numbers is None else numbers.contiguous(), call.rows(x), out, border,
+            kernel, chunks * triton.cdiv(D, block), self.order, self.slots, *given, out, border,
             count, self.N, self.k, D, call.B, call.batches[1], self.T if call.F > 1 else None, self.entries, scale,
-            **common,
+            *more, **common, **constants,
         )  # fmt: skip
         launch(
             border_kernel, chunks * triton.cdiv(D, block), self.slots, out, border,

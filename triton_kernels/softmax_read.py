@@ -26,12 +26,12 @@ from .declare import COMPRESSED, FEW, SCALE, Example, Inputs, operator
 from .launch import Plan, launch, plan, summed, width
 from .layout import Call, Gradient, precision
 from .merge_reads import merge_parts
+from .ranges import BORDER, inner_bounds, load_ranges, loop_bounds, place, product_within, slot_bounds, within
 from .score_gradients import score_gradients
 from .tiles import (
     dots,
     log_total,
     open_slots,
-    product,
     put,
     row_scales,
     scaled,
@@ -68,7 +68,7 @@ class Cut(NamedTuple):
 
 @triton.jit
 def softmax_read_kernel(
-    q, k, v, mask, k_scale, v_scale, read, lse, rest, sizes, cut, scale,
+    q, k, v, mask, ranges, k_scale, v_scale, read, lse, rest, sizes, cut, scale,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, K_STEPS: tl.constexpr,
     BLOCK_V: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -89,19 +89,27 @@ def softmax_read_kernel(
     m = tl.full([BLOCK_T], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_T], tl.float32)
     acc = tl.zeros([BLOCK_T, BLOCK_V], tl.float32)
-    for n0 in range(part * span, tl.minimum(N, (part + 1) * span), BLOCK_N):
-        n = n0 + tl.arange(0, BLOCK_N)
-        ok, bias = open_slots(mask, b, B1, n, N)
-        k_rows, k0 = slot_block(k, b, B1, n, ok, K, BLOCK_K)
-        dot = dots(q0, q_rows, t_ok, k0, k_rows, ok, K, BLOCK_K, K_STEPS, PRECISION)
-        if k_scale is not None:
-            dot *= row_scales(k_scale, b, B1, n, ok)[None, :]
-        s = tl.where(ok[None, :], scores(dot, scale, bias[None, :]), float("-inf"))
-        p, shrink, m, total = weigh(s, m, total)
-        v0 = tile(slots(v, b, B1, n), ok, V, column, BLOCK_V)
-        if v_scale is not None:
-            v0 = scaled(v0, row_scales(v_scale, b, B1, n, ok), q0.dtype)
-        acc = product(p.to(v0.dtype), v0, acc * shrink[:, None], PRECISION)
+    first, stop = load_ranges(ranges, b, B1, t, inner, t_ok, N)
+    begin, end = slot_bounds(ranges, first, stop, part * span, tl.minimum(N, (part + 1) * span), BLOCK_N)
+    inner_n, outer_n = inner_bounds(ranges, first, stop, t_ok, begin, end, BLOCK_N)
+    for edge in tl.static_range(1 if ranges is None else 2):
+        bounds = ranges if edge else None
+        lowest, highest = loop_bounds(edge, begin, inner_n, outer_n, end)
+        for at in tl.range(lowest, highest, BORDER if edge else BLOCK_N, num_stages=1 if edge else None):
+            n0 = place(edge, at, inner_n, outer_n)
+            n = n0 + tl.arange(0, BORDER if edge else BLOCK_N)
+            ok, bias = open_slots(mask, b, B1, n, N)
+            k_rows, k0 = slot_block(k, b, B1, n, ok, K, BLOCK_K)
+            dot = dots(q0, q_rows, t_ok, k0, k_rows, ok, K, BLOCK_K, K_STEPS, PRECISION)
+            if k_scale is not None:
+                dot *= row_scales(k_scale, b, B1, n, ok)[None, :]
+            live = within(bounds, ok[None, :], first[:, None], stop[:, None], n[None, :])
+            s = tl.where(live, scores(dot, scale, bias[None, :]), float("-inf"))
+            p, shrink, m, total = weigh(s, m, total)
+            v0 = tile(slots(v, b, B1, n), ok, V, column, BLOCK_V)
+            if v_scale is not None:
+                v0 = scaled(v0, row_scales(v_scale, b, B1, n, ok), q0.dtype)
+            acc = product_within(bounds, p, v0, live, N - n0, acc * shrink[:, None], PRECISION)
     read_rows = tokens(read, b, B1, t, inner) + part.to(tl.int64) * read_part
     lse_rows = tokens(lse, b, B1, t, inner) + part.to(tl.int64) * lse_part
     rest_rows = tokens(rest, b, B1, t, inner) + part.to(tl.int64) * lse_part
@@ -109,54 +117,57 @@ def softmax_read_kernel(
 
 
 def _call(
-    op: str, query: Tensor, keys: Tensor, values: Tensor, slot_mask: Tensor | None, *more: tuple,
-    key_scale: Tensor | None = None, value_scale: Tensor | None = None,
+    op: str, query: Tensor, keys: Tensor, values: Tensor, slot_mask: Tensor | None, slot_range: Tensor | None,
+    *more: tuple, key_scale: Tensor | None = None, value_scale: Tensor | None = None,
 ) -> Call:  # fmt: skip
     T, K = query.shape[-2:]
     N, V = values.shape[-2:]
     memory = [("keys", keys, (N, K)), ("values", values, (N, V)), ("slot_mask", slot_mask, (N,))]
     memory += [("key_scale", key_scale, (N,)), ("value_scale", value_scale, (N,))]
-    call = Call(op, [("query", query, (T, K)), *more], memory)
+    call = Call(op, [("query", query, (T, K)), ("slot_range", slot_range, (T, 2)), *more], memory)
     call.floats(query)
     call.compressed("keys", keys, key_scale)
     call.compressed("values", values, value_scale)
     call.mask(slot_mask)
+    call.ranges(slot_range)
     return call
 
 
 @operator
-def softmax_read(query: Tensor, keys: Tensor, values: Tensor, slot_mask: Tensor | None, scale: float):
+def softmax_read(
+    query: Tensor, keys: Tensor, values: Tensor, slot_mask: Tensor | None, slot_range: Tensor | None, scale: float
+):
     """read ``[..., T, V]``, lse and lse_rest ``[..., T]``."""
-    call = _call("softmax_read", query, keys, values, slot_mask)
-    return _read(call, query, keys, values, slot_mask, scale)
+    call = _call("softmax_read", query, keys, values, slot_mask, slot_range)
+    return _read(call, query, keys, values, slot_mask, slot_range, scale)
 
 
 @operator
 def softmax_read_compressed(
-    query: Tensor, keys: Tensor, values: Tensor, slot_mask: Tensor | None, key_scale: Tensor | None,
-    value_scale: Tensor | None, scale: float,
+    query: Tensor, keys: Tensor, values: Tensor, slot_mask: Tensor | None, slot_range: Tensor | None,
+    key_scale: Tensor | None, value_scale: Tensor | None, scale: float,
 ):  # fmt: skip
     """The same over slots of which keys, values or both have 8 bits and a scale."""
     scales = {"key_scale": key_scale, "value_scale": value_scale}
-    call = _call("softmax_read_compressed", query, keys, values, slot_mask, **scales)
-    return _read(call, query, keys, values, slot_mask, scale, **scales)
+    call = _call("softmax_read_compressed", query, keys, values, slot_mask, slot_range, **scales)
+    return _read(call, query, keys, values, slot_mask, slot_range, scale, **scales)
 
 
 def softmax_lse(
-    call: Call, query: Tensor, keys: Tensor, slot_mask: Tensor | None, scale: float
+    call: Call, query: Tensor, keys: Tensor, slot_mask: Tensor | None, scale: float, slot_range: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """lse and lse_rest alone: a read of keys' first column, which costs what the scores cost."""
-    return _read(call, query, keys, keys[..., :1], slot_mask, scale)[1:]
+    return _read(call, query, keys, keys[..., :1], slot_mask, slot_range, scale)[1:]
 
 
 def _read(
-    call: Call, query: Tensor, keys: Tensor, values: Tensor, slot_mask: Tensor | None, scale: float,
-    key_scale: Tensor | None = None, value_scale: Tensor | None = None,
+    call: Call, query: Tensor, keys: Tensor, values: Tensor, slot_mask: Tensor | None, slot_range: Tensor | None,
+    scale: float, key_scale: Tensor | None = None, value_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     K, V = query.shape[-1], values.shape[-1]
     wide = summed(K, query, values)
     sources = call.rows(query), call.slots(keys), call.slots(values), call.slot_numbers(slot_mask)
-    sources = *sources, call.slot_numbers(key_scale), call.slot_numbers(value_scale)
+    sources = *sources, call.rows(slot_range), call.slot_numbers(key_scale), call.slot_numbers(value_scale)
     packed = key_scale is not None or value_scale is not None
     p = plan("softmax_read", max(K, V), query, values, compressed=packed)
     return read_blocks(
@@ -201,9 +212,9 @@ def read_blocks(
 
 @operator
 def softmax_read_compressed_backward(
-    query: Tensor, keys: Tensor, values: Tensor, slot_mask: Tensor | None, key_scale: Tensor | None,
-    value_scale: Tensor | None, read: Tensor, lse: Tensor, lse_rest: Tensor, d_read: Tensor | None,
-    d_lse: Tensor | None, scale: float, wants: list[bool],
+    query: Tensor, keys: Tensor, values: Tensor, slot_mask: Tensor | None, slot_range: Tensor | None,
+    key_scale: Tensor | None, value_scale: Tensor | None, read: Tensor, lse: Tensor, lse_rest: Tensor,
+    d_read: Tensor | None, d_lse: Tensor | None, scale: float, wants: list[bool],
 ):  # fmt: skip
     """Gradients of query and a float mask."""
     (T, K), (N, V) = query.shape[-2:], values.shape[-2:]
@@ -211,7 +222,7 @@ def softmax_read_compressed_backward(
     more = [("read", read, (T, V)), ("d_read", d_read, (T, V))]
     more += [("lse", lse, (T,)), ("lse_rest", lse_rest, (T,)), ("d_lse", d_lse, (T,))]
     scales = {"key_scale": key_scale, "value_scale": value_scale}
-    call = _call("softmax_read_compressed_backward", query, keys, values, slot_mask, *more, **scales)
+    call = _call("softmax_read_compressed_backward", query, keys, values, slot_mask, slot_range, *more, **scales)
     call.require(len(wants) == 2, "wants must have 2 entries")
     call.floats(read, d_read)
     call.stats(lse, lse_rest, d_lse)
@@ -219,22 +230,23 @@ def softmax_read_compressed_backward(
     d_mask = Gradient(call, slot_mask, wants[1], "memory", N)
     score_gradients(
         call, "read", query, keys, slot_mask, scale, d_query, None, d_mask,
-        values=values, d_read=d_read, read=read, lse=lse, lse_rest=lse_rest, d_lse=d_lse, **scales,
+        values=values, d_read=d_read, read=read, lse=lse, lse_rest=lse_rest, d_lse=d_lse,
+        slot_range=slot_range, **scales,
     )  # fmt: skip
     return d_query.result(), d_mask.result()
 
 
 @operator
 def softmax_read_backward(
-    query: Tensor, keys: Tensor, values: Tensor, slot_mask: Tensor | None, read: Tensor, lse: Tensor,
-    lse_rest: Tensor, d_read: Tensor | None, d_lse: Tensor | None, scale: float, wants: list[bool],
+    query: Tensor, keys: Tensor, values: Tensor, slot_mask: Tensor | None, slot_range: Tensor | None, read: Tensor,
+    lse: Tensor, lse_rest: Tensor, d_read: Tensor | None, d_lse: Tensor | None, scale: float, wants: list[bool],
 ):  # fmt: skip
     """Gradients of query, keys, values and a float mask."""
     (T, K), (N, V) = query.shape[-2:], values.shape[-2:]
     d_read = read.new_zeros(V).expand(read.shape) if d_read is None else d_read
     more = [("read", read, (T, V)), ("d_read", d_read, (T, V))]
     more += [("lse", lse, (T,)), ("lse_rest", lse_rest, (T,)), ("d_lse", d_lse, (T,))]
-    call = _call("softmax_read_backward", query, keys, values, slot_mask, *more)
+    call = _call("softmax_read_backward", query, keys, values, slot_mask, slot_range, *more)
     call.require(len(wants) == 4, "wants must have 4 entries")
     call.floats(read, d_read)
     call.stats(lse, lse_rest, d_lse)
@@ -245,22 +257,24 @@ def softmax_read_backward(
     score_gradients(
         call, "read", query, keys, slot_mask, scale, d_query, d_keys, d_mask,
         values=values, d_values=d_values, d_read=d_read, read=read, lse=lse, lse_rest=lse_rest, d_lse=d_lse,
+        slot_range=slot_range,
     )  # fmt: skip
     return d_query.result(), d_keys.result(), d_values.result(), d_mask.result()
 
 
 def examples(x: Inputs) -> Iterator[Example]:
-    def read(T: int, N: int, mask: Tensor | None = None, **which) -> Example:
+    def read(T: int, N: int, mask: Tensor | None = None, ranges: Tensor | None = None, **which) -> Example:
         q, k, v = (x(2, n, x.width) for n in (T, N, N))
-        return Example(softmax_read, (q, k, v, mask, SCALE), **which)
+        return Example(softmax_read, (q, k, v, mask, ranges, SCALE), **which)
 
     mask = x(2, x.slots, dtype=torch.float32)
     yield read(x.tokens, x.slots, main=True)
     yield read(x.tokens, x.slots, mask, variant="mask")
+    yield read(x.tokens, x.slots, ranges=x.ranges(2, x.tokens), variant="ranges", heavy=True)
     yield read(FEW, x.slots, variant="few tokens")
     yield read(x.tokens, FEW, variant="few slots")
     scales = x(2, x.slots, dtype=torch.float32)
     for kind, dtype in COMPRESSED.items():
         k, v = (x.compressed(2, x.slots, x.width, dtype=dtype) for _ in range(2))
-        arguments = (x(2, x.tokens, x.width), k, v, mask, scales, scales, SCALE)
+        arguments = (x(2, x.tokens, x.width), k, v, mask, None, scales, scales, SCALE)
         yield Example(softmax_read_compressed, arguments, variant=kind)

@@ -152,16 +152,19 @@ class _Entries:
 
     def __init__(
         self, op: str, values: Tensor, indices: Tensor, weights: Tensor, write: Tensor, erase: Tensor | None,
-        erase_scale: float,
+        token_mask: Tensor | None, erase_scale: float,
     ) -> None:  # fmt: skip
         (self.T, self.k), (self.N, self.V) = indices.shape[-2:], values.shape[-2:]
         T, k, N, V = self.T, self.k, self.N, self.V
         token_side = [("indices", indices, (T, k)), ("weights", weights, (T, k))]
-        token_side += [("write", write, (T, V)), ("erase", erase, (T, V))]
+        token_side += [("write", write, (T, V)), ("erase", erase, (T, V)), ("token_mask", token_mask, (T,))]
         self.call = call = Call(op, token_side, [("values", values, (N, V))])
         call.floats(values, weights, write, erase)
+        call.require(token_mask is None or token_mask.dtype == torch.bool, "token_mask must be bool")
         call.require(0 <= erase_scale <= 1, "erase must be in [0, 1]")
         check_indices(call, indices, N)
+        if token_mask is not None:  # an entry that names no slot is not walked
+            indices = indices.masked_fill(~token_mask.unsqueeze(-1), -1)
         self.segments = Segments(call, indices, N)
         self.count = self.segments.entries
         self.plan = plan("sparse_write", V, values, weights)
@@ -183,10 +186,11 @@ class _Entries:
 
 @operator
 def sparse_write(
-    values: Tensor, indices: Tensor, weights: Tensor, write: Tensor, erase: Tensor | None, erase_scale: float
-) -> Tensor:
+    values: Tensor, indices: Tensor, weights: Tensor, write: Tensor, erase: Tensor | None, token_mask: Tensor | None,
+    erase_scale: float,
+) -> Tensor:  # fmt: skip
     """New values ``[..., N, V]``: a copy, whose named rows are written."""
-    x = _Entries("sparse_write", values, indices, weights, write, erase, erase_scale)
+    x = _Entries("sparse_write", values, indices, weights, write, erase, token_mask, erase_scale)
     out = values.clone(memory_format=torch.contiguous_format)
     x.apply(out)
     return out
@@ -194,21 +198,22 @@ def sparse_write(
 
 @operator
 def sparse_write_(
-    values: Tensor, indices: Tensor, weights: Tensor, write: Tensor, erase: Tensor | None, erase_scale: float
-) -> None:
+    values: Tensor, indices: Tensor, weights: Tensor, write: Tensor, erase: Tensor | None, token_mask: Tensor | None,
+    erase_scale: float,
+) -> None:  # fmt: skip
     """The same into ``values``."""
-    x = _Entries("sparse_write_", values, indices, weights, write, erase, erase_scale)
+    x = _Entries("sparse_write_", values, indices, weights, write, erase, token_mask, erase_scale)
     with x.call.target(values) as target:
         x.apply(target)
 
 
 @operator
 def sparse_write_backward(
-    values: Tensor, indices: Tensor, weights: Tensor, write: Tensor, erase: Tensor | None, d_values: Tensor | None,
-    erase_scale: float, wants: list[bool],
+    values: Tensor, indices: Tensor, weights: Tensor, write: Tensor, erase: Tensor | None, token_mask: Tensor | None,
+    d_values: Tensor | None, erase_scale: float, wants: list[bool],
 ):  # fmt: skip
     """Gradients of values, weights, write and erase."""
-    x = _Entries("sparse_write_backward", values, indices, weights, write, erase, erase_scale)
+    x = _Entries("sparse_write_backward", values, indices, weights, write, erase, token_mask, erase_scale)
     call, T, k, N, V = x.call, x.T, x.k, x.N, x.V
     call.require(len(wants) == 4, "wants must have 4 entries")
     call.require(d_values is not None, "d_values must be given")
@@ -246,5 +251,5 @@ def sparse_write_backward(
 def examples(x: Inputs) -> Iterator[Example]:
     v, i = x(2, x.slots, x.width), x.integers(2, x.tokens, 32, below=x.slots)
     a, w, e = x(2, x.tokens, 32), x(2, x.tokens, x.width), x(2, x.tokens, x.width)
-    yield Example(sparse_write, (v, i, a, w, None, 1.0), main=True)
-    yield Example(sparse_write, (v, i, a, w, e, 1.0), variant="erase tensor")
+    yield Example(sparse_write, (v, i, a, w, None, None, 1.0), main=True)
+    yield Example(sparse_write, (v, i, a, w, e, None, 1.0), variant="erase tensor")

@@ -26,10 +26,21 @@ from torch import Tensor
 from .declare import COMPRESSED, FEW, SCALE, Example, Inputs, operator
 from .launch import bits, launch, narrowed, plan, summed
 from .layout import Call, Gradient, precision
+from .ranges import load_ranges, meets, slot_bounds, within
 from .segments import Segments
 from .sparse_read import check_indices, gather
 from .tiles import dots, open_slots, row_scales, scores, slot_block, slots, token_block, tokens
-from .topk_tiles import LOWEST, best_of, ranks, scored, scored_tensor, shares, shares_tensor
+from .topk_tiles import (
+    LOWEST,
+    best_of,
+    ranks,
+    scored,
+    scored_tensor,
+    shares,
+    shares_tensor,
+    store_lists,
+    with_block,
+)
 
 LARGEST = {16: 256, 32: 128}  # neighbours that a list on the chip holds, by bits of an element: more would spill
 SHORT_LIST, NARROW = 128, 64  # beside a longer list there are registers for so many columns of keys at a time
@@ -46,7 +57,7 @@ class Frames(NamedTuple):
 
 @triton.jit
 def score_ranks(
-    q0, q_rows, t_ok, k, mask, k_scale, order, S, b, B1, n, N, K, scale,
+    q0, q_rows, t_ok, k, mask, ranges, first, stop, k_scale, order, S, b, B1, n, N, K, scale,
     BLOCK_K: tl.constexpr, K_STEPS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Ranks of slots ``n`` for a block of tokens."""
@@ -62,12 +73,13 @@ def score_ranks(
     if k_scale is not None:
         dot *= row_scales(k_scale, b, B1, n, ok)[None, :]
     s = scores(dot, scale, bias[None, :])
-    return ranks(s, tl.broadcast_to(index[None, :], s.shape), tl.broadcast_to(ok[None, :], s.shape))
+    live = within(ranges, ok[None, :], first[:, None], stop[:, None], n[None, :])
+    return ranks(s, tl.broadcast_to(index[None, :], s.shape), tl.broadcast_to(live, s.shape))
 
 
 @triton.jit
 def store_best(
-    q, k, mask, k_scale, order, S, lists, T, N, K, B1, inner, parts, span, scale,
+    q, k, mask, ranges, k_scale, order, S, lists, T, N, K, B1, inner, parts, span, scale,
     LIST: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, K_STEPS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -82,31 +94,26 @@ def store_best(
     q_rows, q0 = token_block(q, b, B1, t, inner, t_ok, K, BLOCK_K)
     best = tl.full([BLOCK_T, LIST], LOWEST, tl.int64)
     worst = tl.full([BLOCK_T], LOWEST, tl.int64)
-    for n0 in range(part * span, tl.minimum(N, (part + 1) * span), BLOCK_N):
+    first, stop = load_ranges(ranges, b, B1, t, inner, t_ok, N)
+    begin, end = slot_bounds(ranges, first, stop, part * span, tl.minimum(N, (part + 1) * span), BLOCK_N)
+    for n0 in range(begin, end, BLOCK_N):
         n = n0 + tl.arange(0, BLOCK_N)
         rank = score_ranks(
-            q0, q_rows, t_ok, k, mask, k_scale, order, S, b, B1, n, N, K, scale, BLOCK_K, K_STEPS, PRECISION
-        )
-        better = (rank > worst[:, None]) & t_ok[:, None]
-        if tl.max(tl.max(better.to(tl.int32), 1), 0) > 0:
-            if BLOCK_N == LIST:
-                best = best_of(best, tl.sort(rank, 1, descending=True))
-            else:
-                best = best_of(best, tl.topk(rank, LIST))
-            worst = tl.min(best, 1)
-    total = tl.num_programs(0) // (blocks * parts)
-    row = ((part.to(tl.int64) * total + b) * T + t) * LIST
-    tl.store(lists + row[:, None] + tl.arange(0, LIST)[None, :], best, mask=t_ok[:, None])
+            q0, q_rows, t_ok, k, mask, ranges, first, stop, k_scale, order, S, b, B1, n, N, K, scale,
+            BLOCK_K, K_STEPS, PRECISION,
+        )  # fmt: skip
+        best, worst = with_block(best, worst, rank, t_ok, LIST, BLOCK_N)
+    store_lists(lists, best, part, parts, blocks, b, t, t_ok, T, LIST)
 
 
 @triton.jit
 def topk_search_kernel(
-    q, k, mask, k_scale, lists, T, N, K, B1, inner, parts, span, scale,
+    q, k, mask, ranges, k_scale, lists, T, N, K, B1, inner, parts, span, scale,
     LIST: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, K_STEPS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     store_best(
-        q, k, mask, k_scale, None, None, lists, T, N, K, B1, inner, parts, span, scale,
+        q, k, mask, ranges, k_scale, None, None, lists, T, N, K, B1, inner, parts, span, scale,
         LIST, BLOCK_T, BLOCK_N, BLOCK_K, K_STEPS, PRECISION,
     )  # fmt: skip
 
@@ -118,16 +125,16 @@ def paged_topk_search_kernel(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     store_best(
-        q, k, mask, k_scale, order, S, lists, T, N, K, B1, inner, parts, span, scale,
+        q, k, mask, None, k_scale, order, S, lists, T, N, K, B1, inner, parts, span, scale,
         LIST, BLOCK_T, BLOCK_N, BLOCK_K, K_STEPS, PRECISION,
     )  # fmt: skip
 
 
 @triton.jit
 def topk_merge_kernel(
-    lists, scores, indices, weights, T, B, B1, inner, k, parts, LIST: tl.constexpr, BLOCK_T: tl.constexpr
+    lists, scores, indices, weights, lse, T, B, B1, inner, k, parts, LIST: tl.constexpr, BLOCK_T: tl.constexpr
 ):
-    """Merge the lists of all parts; write scores or weights, and indices."""
+    """Merge the lists of all parts; write scores, or weights and their lse, and indices."""
     pid = tl.program_id(0)
     blocks = tl.cdiv(T, BLOCK_T)
     t = (pid % blocks) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -147,13 +154,14 @@ def topk_merge_kernel(
             tokens(scores, b, B1, t, inner)[:, None] + j[None, :], score.to(scores[0].dtype.element_ty), mask=inside
         )
     if weights is not None:
-        p = shares(score, (j < k)[None, :])
+        p, whole = shares(score, (j < k)[None, :])
         tl.store(tokens(weights, b, B1, t, inner)[:, None] + j[None, :], p, mask=inside)
+        tl.store(tokens(lse, b, B1, t, inner), whole, mask=t_ok)
 
 
 @triton.jit
 def store_ranks(
-    q, k, mask, k_scale, order, S, out, T, N, K, B1, inner, first_t, count_t, first_n, count_n, scale,
+    q, k, mask, ranges, k_scale, order, S, out, T, N, K, B1, inner, first_t, count_t, first_n, count_n, scale,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, K_STEPS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Ranks of ``count_t`` tokens on ``count_n`` slots: out [B, count_t, count_n]."""
@@ -167,18 +175,24 @@ def store_ranks(
     t_ok = own_t < count_t
     q_rows, q0 = token_block(q, b, B1, t, inner, t_ok, K, BLOCK_K)
     n = first_n + own_n
-    rank = score_ranks(q0, q_rows, t_ok, k, mask, k_scale, order, S, b, B1, n, N, K, scale, BLOCK_K, K_STEPS, PRECISION)
+    first, stop = load_ranges(ranges, b, B1, t, inner, t_ok, N)
+    rank = tl.full([BLOCK_T, BLOCK_N], LOWEST, tl.int64)
+    if ranges is None or meets(first, stop, tl.min(n, 0), tl.max(n, 0) + 1):
+        rank = score_ranks(
+            q0, q_rows, t_ok, k, mask, ranges, first, stop, k_scale, order, S, b, B1, n, N, K, scale,
+            BLOCK_K, K_STEPS, PRECISION,
+        )  # fmt: skip
     row = (b.to(tl.int64) * count_t + own_t) * count_n
     tl.store(out + row[:, None] + own_n[None, :], rank, mask=t_ok[:, None] & (own_n < count_n)[None, :])
 
 
 @triton.jit
 def rank_kernel(
-    q, k, mask, k_scale, out, T, N, K, B1, inner, first_t, count_t, first_n, count_n, scale,
+    q, k, mask, ranges, k_scale, out, T, N, K, B1, inner, first_t, count_t, first_n, count_n, scale,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, K_STEPS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     store_ranks(
-        q, k, mask, k_scale, None, None, out, T, N, K, B1, inner, first_t, count_t, first_n, count_n, scale,
+        q, k, mask, ranges, k_scale, None, None, out, T, N, K, B1, inner, first_t, count_t, first_n, count_n, scale,
         BLOCK_T, BLOCK_N, BLOCK_K, K_STEPS, PRECISION,
     )  # fmt: skip
 
@@ -189,7 +203,7 @@ def paged_rank_kernel(
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, K_STEPS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     store_ranks(
-        q, k, mask, k_scale, order, S, out, T, N, K, B1, inner, first_t, count_t, first_n, count_n, scale,
+        q, k, mask, None, k_scale, order, S, out, T, N, K, B1, inner, first_t, count_t, first_n, count_n, scale,
         BLOCK_T, BLOCK_N, BLOCK_K, K_STEPS, PRECISION,
     )  # fmt: skip
 
@@ -199,16 +213,25 @@ def _row(frames: Frames | None) -> str:
     return "topk_search" if frames is None else "paged_topk_search"
 
 
+def _sources(
+    call: Call, query: Tensor, keys: Tensor, slot_mask: Tensor | None, slot_range: Tensor | None,
+    key_scale: Tensor | None, frames: Frames | None,
+) -> tuple:  # fmt: skip
+    """What is searched, as the kernels take it; slots in frames have no ranges."""
+    rows, numbers = (call.rows(query), call.slots(keys)), (call.slot_numbers(slot_mask), call.slot_numbers(key_scale))
+    return (*rows, *numbers, *frames) if frames else (*rows, numbers[0], call.rows(slot_range), numbers[1])
+
+
 def _many(
     call: Call, query: Tensor, keys: Tensor, slot_mask: Tensor | None, key_scale: Tensor | None, k: int, scale: float,
-    frames: Frames | None,
+    frames: Frames | None, slot_range: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """The best k ranks ``[B, F * T, k]`` by way of a workspace, for k beyond LARGEST."""
     (T, K), N, count = query.shape[-2:], keys.shape[-2], call.F * query.shape[-2]
     best = torch.full((call.B, count, k), -(2**63), dtype=torch.int64, device=call.device)
     p, wide = plan(_row(frames), K, query, keys, compressed=key_scale is not None), summed(K, query, keys)
-    sources = call.rows(query), call.slots(keys), call.slot_numbers(slot_mask), call.slot_numbers(key_scale)
-    kernel, sources = (rank_kernel, sources) if frames is None else (paged_rank_kernel, (*sources, *frames))
+    sources = _sources(call, query, keys, slot_mask, slot_range, key_scale, frames)
+    kernel = rank_kernel if frames is None else paged_rank_kernel
     step_n = min(N, max(4 * k, 8192))
     step_t = max(1, WORKSPACE // max(1, call.B * step_n))
     for t in range(0, count, step_t):
@@ -230,19 +253,21 @@ def _many(
 def search(
     call: Call, query: Tensor, keys: Tensor, slot_mask: Tensor | None, k: int, scale: float,
     scores: Tensor | None, indices: Tensor, weights: Tensor | None, key_scale: Tensor | None = None,
-    frames: Frames | None = None,
+    frames: Frames | None = None, slot_range: Tensor | None = None, lse: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Fill the views ``[B0, B1, F, T, k]`` of scores or weights, and of indices: with ``frames``, those in the order of
-    pages."""
+    pages; and beside weights the view ``[B0, B1, F, T]`` of ``lse``."""
     call.require(k >= 1, "k must be at least 1")
     (T, K), N, count = query.shape[-2:], keys.shape[-2], call.F * query.shape[-2]
     if k > LARGEST[bits(query, keys)]:
-        score, index = scored_tensor(_many(call, query, keys, slot_mask, key_scale, k, scale, frames))
+        score, index = scored_tensor(_many(call, query, keys, slot_mask, key_scale, k, scale, frames, slot_range))
         indices.copy_(index.view(indices.shape))
         if scores is not None:
             scores.copy_(score.view(scores.shape))
         if weights is not None:
-            weights.copy_(shares_tensor(score).view(weights.shape))
+            p, whole = shares_tensor(score)
+            weights.copy_(p.view(weights.shape))
+            lse.copy_(whole.view(lse.shape))
         return
     size = max(16, triton.next_power_of_2(k))
     p, wide = plan(_row(frames), K, query, keys, compressed=key_scale is not None), summed(K, query, keys)
@@ -252,58 +277,76 @@ def search(
     programs = call.B * triton.cdiv(count, c.block_t)
     parts, span = p.cut(programs, N, block_n, sums=False)
     lists = call.scratch(parts, call.B, count, size, dtype=torch.int64)
-    sources = call.rows(query), call.slots(keys), call.slot_numbers(slot_mask), call.slot_numbers(key_scale)
-    kernel, sources = (
-        (topk_search_kernel, sources) if frames is None else (paged_topk_search_kernel, (*sources, *frames))
-    )
+    sources = _sources(call, query, keys, slot_mask, slot_range, key_scale, frames)
+    kernel = topk_search_kernel if frames is None else paged_topk_search_kernel
     launch(
         kernel, programs * parts, *sources, lists, count, N, K, call.batches[1], inner, parts, span, scale, plan=p,
         LIST=size, BLOCK_T=c.block_t, BLOCK_N=block_n, BLOCK_K=wide.block, K_STEPS=wide.several,
         PRECISION=precision(query),
     )  # fmt: skip
+    merge_parts(call, query, lists, k, scores, indices, weights, lse)
+
+
+def merge_parts(
+    call: Call, query: Tensor, lists: Tensor, k: int, scores: Tensor | None, indices: Tensor,
+    weights: Tensor | None = None, lse: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Merge the lists ``[parts, B, F * T, size]`` of all parts into the results; see :func:`search`."""
+    (parts, _, count, size), T = lists.shape, indices.shape[-2]
     p = plan("topk_merge", 64, query)
     launch(
         topk_merge_kernel, call.B * triton.cdiv(count, p.config.block_t), lists,
-        *(None if x is None else (x, *x.stride()[:4]) for x in (scores, indices, weights)),
-        count, call.B, call.batches[1], inner, k, parts, plan=p, LIST=size, BLOCK_T=p.config.block_t,
+        *(None if x is None else (x, *x.stride()[:4]) for x in (scores, indices, weights, lse)),
+        count, call.B, call.batches[1], T if call.F > 1 else None, k, parts, plan=p, LIST=size,
+        BLOCK_T=p.config.block_t,
     )  # fmt: skip
 
 
 def _call(
-    op: str, query: Tensor, keys: Tensor, slot_mask: Tensor | None, *more: tuple, key_scale: Tensor | None = None
-) -> Call:
+    op: str, query: Tensor, keys: Tensor, slot_mask: Tensor | None, slot_range: Tensor | None, *more: tuple,
+    key_scale: Tensor | None = None,
+) -> Call:  # fmt: skip
     (T, K), N = query.shape[-2:], keys.shape[-2]
     memory = [("keys", keys, (N, K)), ("slot_mask", slot_mask, (N,)), ("key_scale", key_scale, (N,))]
-    call = Call(op, [("query", query, (T, K)), *more], memory)
+    call = Call(op, [("query", query, (T, K)), ("slot_range", slot_range, (T, 2)), *more], memory)
     call.floats(query)
     call.compressed("keys", keys, key_scale)
     call.mask(slot_mask)
+    call.ranges(slot_range)
     return call
 
 
 @operator
-def topk_search(query: Tensor, keys: Tensor, slot_mask: Tensor | None, k: int, scale: float):
+def topk_search(query: Tensor, keys: Tensor, slot_mask: Tensor | None, slot_range: Tensor | None, k: int, scale: float):
     """scores ``[..., T, k]`` in the dtype of query, indices ``[..., T, k]``."""
-    return _search(_call("topk_search", query, keys, slot_mask), query, keys, slot_mask, None, k, scale)
+    call = _call("topk_search", query, keys, slot_mask, slot_range)
+    return _search(call, query, keys, slot_mask, slot_range, None, k, scale)
 
 
 @operator
 def topk_search_compressed(
-    query: Tensor, keys: Tensor, slot_mask: Tensor | None, key_scale: Tensor | None, k: int, scale: float
+    query: Tensor,
+    keys: Tensor,
+    slot_mask: Tensor | None,
+    slot_range: Tensor | None,
+    key_scale: Tensor | None,
+    k: int,
+    scale: float,
 ):
     """The same over keys in 8 bits."""
-    call = _call("topk_search_compressed", query, keys, slot_mask, key_scale=key_scale)
-    return _search(call, query, keys, slot_mask, key_scale, k, scale)
+    call = _call("topk_search_compressed", query, keys, slot_mask, slot_range, key_scale=key_scale)
+    return _search(call, query, keys, slot_mask, slot_range, key_scale, k, scale)
 
 
 def _search(
-    call: Call, query: Tensor, keys: Tensor, slot_mask: Tensor | None, key_scale: Tensor | None, k: int, scale: float
-) -> tuple[Tensor, Tensor]:
+    call: Call, query: Tensor, keys: Tensor, slot_mask: Tensor | None, slot_range: Tensor | None,
+    key_scale: Tensor | None, k: int, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     T = query.shape[-2]
     call.require(k >= 1, "k must be at least 1")
     scores, score_view = call.token_result(T, k, dtype=query.dtype)
     indices, index_view = call.token_result(T, k, dtype=torch.int64)
-    search(call, query, keys, slot_mask, k, scale, score_view, index_view, None, key_scale)
+    search(call, query, keys, slot_mask, k, scale, score_view, index_view, None, key_scale, slot_range=slot_range)
     return call.store(scores, score_view), call.store(indices, index_view)
 
 
@@ -328,11 +371,11 @@ def choice_gradients(
 
 @operator
 def topk_search_backward(
-    query: Tensor, keys: Tensor, slot_mask: Tensor | None, indices: Tensor, d_scores: Tensor | None,
-    k: int, scale: float, wants: list[bool],
+    query: Tensor, keys: Tensor, slot_mask: Tensor | None, slot_range: Tensor | None, indices: Tensor,
+    d_scores: Tensor | None, k: int, scale: float, wants: list[bool],
 ):  # fmt: skip
     """Gradients of query, keys and a float mask."""
-    call = _call("topk_search_backward", query, keys, slot_mask, *_more(query, indices, d_scores, k))
+    call = _call("topk_search_backward", query, keys, slot_mask, slot_range, *_more(query, indices, d_scores, k))
     call.require(len(wants) == 3, "wants must have 3 entries")
     return choice_gradients(
         call, query, keys, slot_mask, indices, _score_gradient(call, keys, indices, d_scores), scale, wants
@@ -341,12 +384,12 @@ def topk_search_backward(
 
 @operator
 def topk_search_compressed_backward(
-    query: Tensor, keys: Tensor, slot_mask: Tensor | None, key_scale: Tensor | None, indices: Tensor,
-    d_scores: Tensor | None, k: int, scale: float, wants: list[bool],
+    query: Tensor, keys: Tensor, slot_mask: Tensor | None, slot_range: Tensor | None, key_scale: Tensor | None,
+    indices: Tensor, d_scores: Tensor | None, k: int, scale: float, wants: list[bool],
 ):  # fmt: skip
     """Gradients of query and a float mask."""
     more = _more(query, indices, d_scores, k)
-    call = _call("topk_search_compressed_backward", query, keys, slot_mask, *more, key_scale=key_scale)
+    call = _call("topk_search_compressed_backward", query, keys, slot_mask, slot_range, *more, key_scale=key_scale)
     call.require(len(wants) == 2, "wants must have 2 entries")
     ds = _score_gradient(call, keys, indices, d_scores)
     wants = [wants[0], False, wants[1]]
@@ -372,7 +415,7 @@ def _score_gradient(call: Call, keys: Tensor, indices: Tensor, d_scores: Tensor 
 
 def examples(x: Inputs) -> Iterator[Example]:
     def best(T: int, k: int, **which) -> Example:
-        arguments = (x(2, T, x.width), x(2, x.slots, x.width), None, k, SCALE)
+        arguments = (x(2, T, x.width), x(2, x.slots, x.width), None, None, k, SCALE)
         return Example(topk_search, arguments, variant=f"k = {k}", **which)
 
     yield best(x.tokens, 32, main=True)
@@ -380,7 +423,10 @@ def examples(x: Inputs) -> Iterator[Example]:
     yield best(x.tokens, LARGEST[32], heavy=True)
     yield best(x.tokens, LARGEST[16], heavy=True)
     yield best(FEW, 1000)
+    q, k, ranges = x(2, x.tokens, x.width), x(2, x.slots, x.width), x.ranges(2, x.tokens)
+    for count in (32, 1000):
+        yield Example(topk_search, (q, k, None, ranges, count, SCALE), variant=f"ranges, k = {count}", gradients=())
     q, scales = x(2, x.tokens, x.width), x(2, x.slots, dtype=torch.float32)
     for kind, dtype in COMPRESSED.items():
-        arguments = (q, x.compressed(2, x.slots, x.width, dtype=dtype), None, scales, 32, SCALE)
+        arguments = (q, x.compressed(2, x.slots, x.width, dtype=dtype), None, None, scales, 32, SCALE)
         yield Example(topk_search_compressed, arguments, variant=kind, gradients=())

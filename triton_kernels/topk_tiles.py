@@ -46,19 +46,44 @@ def best_of(a, b):
 
 
 @triton.jit
+def with_block(best, worst, rank, t_ok, LIST: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The lists ``best [BLOCK_T, LIST]`` and their last ranks, after the ranks of a block of slots."""
+    better = (rank > worst[:, None]) & t_ok[:, None]
+    if tl.max(tl.max(better.to(tl.int32), 1), 0) > 0:
+        if BLOCK_N == LIST:
+            best = best_of(best, tl.sort(rank, 1, descending=True))
+        else:
+            best = best_of(best, tl.topk(rank, LIST))
+        worst = tl.min(best, 1)
+    return best, worst
+
+
+@triton.jit
+def store_lists(lists, best, part, parts, blocks, b, t, t_ok, T, LIST: tl.constexpr):
+    """Write the lists of a block of tokens: lists [parts, B, T, LIST]."""
+    total = tl.num_programs(0) // (blocks * parts)
+    row = ((part.to(tl.int64) * total + b) * T + t) * LIST
+    tl.store(lists + row[:, None] + tl.arange(0, LIST)[None, :], best, mask=t_ok[:, None])
+
+
+@triton.jit
 def shares(score, live):
-    """Softmax weights of the scores [rows, k] that are ``live``; 0 for the rest, and where nothing is chosen."""
+    """Softmax weights of the scores [rows, k] that are ``live``; 0 for the rest, and where nothing is chosen. And the
+    logarithm of the sum of their exponentials, -inf where nothing is chosen."""
     score = tl.where(live, score, float("-inf"))
     m = tl.max(score, 1)
     p = tl.exp2((score - tl.where(m == float("-inf"), 0.0, m)[:, None]) * LOG2E)
     total = tl.sum(p, 1)
-    return p / tl.where(total == 0, 1.0, total)[:, None]
+    some = tl.where(total == 0, 1.0, total)
+    lse = tl.where(m == float("inf"), m, m + tl.log(some))  # -inf where nothing is chosen
+    return p / some[:, None], lse
 
 
-def shares_tensor(score: Tensor) -> Tensor:
+def shares_tensor(score: Tensor) -> tuple[Tensor, Tensor]:
     """:func:`shares` of all scores of a tensor."""
     nothing = torch.isneginf(score).all(-1, keepdim=True)
-    return torch.softmax(score.masked_fill(nothing, 0), -1).masked_fill(nothing, 0)
+    shares = torch.softmax(score.masked_fill(nothing, 0), -1).masked_fill(nothing, 0)
+    return shares, torch.logsumexp(score, -1)
 
 
 def scored_tensor(rank: Tensor) -> tuple[Tensor, Tensor]:

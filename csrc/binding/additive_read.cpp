@@ -11,10 +11,10 @@ using Five = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 // Checks the inputs and fills in `p`, except for the results.
 struct Inputs {
   Arguments args;
-  const Tensor *query, *keys, *values, *vector, *mask;
+  const Tensor *query, *keys, *values, *vector, *mask, *range;
 
   Inputs(const char* op, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& u,
-         const std::optional<Tensor>& m, AdditiveRead& p)
+         const std::optional<Tensor>& m, const std::optional<Tensor>& r, AdditiveRead& p)
       : args(op) {
     p.T = size_at(op, "query", q, -2), p.K = size_at(op, "query", q, -1);
     p.N = size_at(op, "keys", k, -2), p.V = size_at(op, "values", v, -1);
@@ -23,6 +23,7 @@ struct Inputs {
     values = &args.add("values", v, Side::memory, {p.N, p.V});
     vector = &args.add("score_vector", u, Side::memory, {p.K});
     mask = args.add("slot_mask", m, Side::memory, {p.N});
+    range = args.ranges(r, p.T);
     args.floats({query, keys, values, vector});
     args.mask(mask, *query);
   }
@@ -30,13 +31,14 @@ struct Inputs {
     p.lead = args.lead();
     p.query = args.view(query, 2), p.keys = args.view(keys, 2), p.values = args.view(values, 2);
     p.vector = args.view(vector, 1), p.mask = args.view(mask, 1);
+    p.range = args.view(range, 2);
   }
 };
 
 Three forward(const Tensor& query, const Tensor& keys, const Tensor& values, const Tensor& score_vector,
-              const std::optional<Tensor>& slot_mask) {
+              const std::optional<Tensor>& slot_mask, const std::optional<Tensor>& slot_range) {
   AdditiveRead p;
-  Inputs in("additive_read", query, keys, values, score_vector, slot_mask, p);
+  Inputs in("additive_read", query, keys, values, score_vector, slot_mask, slot_range, p);
   in.fill(p);
   Tensor read = empty(in.args.sizes(Side::tokens, {p.T, p.V}), query.scalar_type());
   Tensor lse = empty(in.args.sizes(Side::tokens, {p.T}), stats_type(query.scalar_type()));
@@ -47,11 +49,12 @@ Three forward(const Tensor& query, const Tensor& keys, const Tensor& values, con
 }
 
 Five backward(const Tensor& query, const Tensor& keys, const Tensor& values, const Tensor& score_vector,
-              const std::optional<Tensor>& slot_mask, const Tensor& read, const Tensor& lse, const Tensor& lse_rest,
-              const std::optional<Tensor>& d_read, const std::optional<Tensor>& d_lse, const std::vector<bool>& wants) {
+              const std::optional<Tensor>& slot_mask, const std::optional<Tensor>& slot_range, const Tensor& read,
+              const Tensor& lse, const Tensor& lse_rest, const std::optional<Tensor>& d_read,
+              const std::optional<Tensor>& d_lse, const std::vector<bool>& wants) {
   AdditiveReadBackward p;
   AdditiveRead& f = p.forward;
-  Inputs in("additive_read_backward", query, keys, values, score_vector, slot_mask, f);
+  Inputs in("additive_read_backward", query, keys, values, score_vector, slot_mask, slot_range, f);
   in.args.require(wants.size() == 5, "wants must have 5 entries");
   const SavedRead saved(in.args, *in.query, f.T, f.V, read, lse, lse_rest, d_read, d_lse);
   in.fill(f);

@@ -58,11 +58,16 @@ const Tensor& Arguments::add(const char* name, const Tensor& t, Side side, std::
   check_storage(op_, name, t);
   const bool rows = n == 0 || sizes[size_t(rank - 1)] <= 1 || t.stride(rank - 1) == 1;
   check(!ready_, op_, ": ", name, " must be added before lead() is called");
-  items_.push_back(
-      {name, rows ? t : made(bytes_of(t), [&] { return torch::stable::contiguous(t); }), side, int(n), {}});
+  items_.push_back({name, rows ? t : as_rows(t), side, int(n), {}});
   Item& item = items_.back();
   item.sizes = item.tensor.sizes();
   return item.tensor;
+}
+
+const Tensor* Arguments::ranges(const std::optional<Tensor>& slot_range, int64_t T) {
+  const Tensor* ranges = add("slot_range", slot_range, Side::tokens, {T, 2});
+  require(ranges == nullptr || ranges->scalar_type() == ScalarType::Long, "slot_range must be int64");
+  return ranges;
 }
 
 // Sizes and strides do not prove that the storage is large enough: untyped_storage().resize_() may have made it

@@ -51,7 +51,7 @@ void call_operator(const char* op, Boxed function, StableIValue* stack, uint64_t
 
 DType dtype_of(const char* op, const char* name, const Tensor& t);
 
-inline Tensor nothing() { return empty({0}, ScalarType::Float); }
+inline Tensor nothing() { return empty_saved({0}, ScalarType::Float); }
 inline Tensor zeros_like(const Tensor& t) {
   return made(bytes_of(t), [&] { return torch::stable::new_zeros(t, t.sizes()); });
 }
@@ -68,6 +68,9 @@ class Arguments {
   const Tensor* add(const char* name, const std::optional<Tensor>& t, Side side, std::initializer_list<int64_t> tail) {
     return t.has_value() ? &add(name, *t, side, tail) : nullptr;
   }
+
+  // Adds the slots [first, stop) that each of T tokens may address: int64 [T, 2].
+  const Tensor* ranges(const std::optional<Tensor>& slot_range, int64_t T);
 
   // Requires all given tensors to be float32, bfloat16 or float16, or all to be float64.
   void floats(std::initializer_list<const Tensor*> tensors) const;

@@ -6,6 +6,10 @@
 
 namespace mk {
 
+// Raises the error of an index that is out of range, if `wrong` is not -1.
+inline void check_index(const char* op, const Choice& c, int64_t wrong, const char* argument = "indices") {
+  check(wrong == -1, op, ": ", argument, " must be in [-1, ", c.N, "), got ", wrong);
+}
 void check_indices(const char* op, const Choice& c, const char* argument = "indices");
 
 // Zeroes a large fresh allocation without writing it: pages that were given back to the system are zero when they are

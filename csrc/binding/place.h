@@ -54,6 +54,10 @@ Tensor empty(const Sizes& sizes, ScalarType dtype, bool whole = true);
 // effect here; tests see unwritten numbers through the gradients.
 Tensor empty_saved(const Sizes& sizes, ScalarType dtype);
 
+// `t` with a contiguous last dimension: a copy, if it has another. One number that is expanded to all of them, such as
+// the gradient of a sum, is copied to one row, which is expanded.
+Tensor as_rows(const Tensor& t);
+
 // Makes the device of the first tensor of a call current until the call ends.
 class Place {
  public:
@@ -65,7 +69,7 @@ class Place {
 };
 
 #ifdef MK_CUDA
-constexpr bool kSumsInKernels = false, kDoubles = false, kCompressedSlots = false;
+constexpr bool kSumsInKernels = false, kDoubles = false, kCompressedSlots = false, kWeighsInOnePass = false;
 
 // What launchers need from torch: the current stream, and scratch memory from torch's allocator. The scratch lives
 // until the kernels have been put into the stream.
@@ -81,7 +85,7 @@ class Launching {
   std::vector<Tensor> memory_;
 };
 #else
-constexpr bool kSumsInKernels = true, kDoubles = true, kCompressedSlots = true;
+constexpr bool kSumsInKernels = true, kDoubles = true, kCompressedSlots = true, kWeighsInOnePass = true;
 #endif
 
 }  // namespace mk

@@ -8,7 +8,7 @@ namespace {
 std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& subkeys, int64_t k, double scale) {
   ProductKeyInputs in("product_key_search", query, subkeys);
   in.args.require(k >= 1, "k must be at least 1");
-  Tensor scores = in.result(k, query.scalar_type()), indices = in.result(k, ScalarType::Long);
+  Tensor scores = in.result({k}, query.scalar_type()), indices = in.result({k}, ScalarType::Long);
   const ProductKeySearch p = in.search(k, scale, in.view_for_both(scores), in.view_for_both(indices));
   MK_CALL(product_key_search, p);
   return {scores, indices};

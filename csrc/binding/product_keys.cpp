@@ -28,14 +28,14 @@ Tensor whole(const Tensor& halves) {
   return reshaped(rows, sizes);
 }
 
-Tensor for_both(const char* op, const char* name, const Tensor& t) {
-  size_at(op, name, t, -2);
+Tensor for_both(const char* op, const char* name, const Tensor& t, int tail) {
+  size_at(op, name, t, -tail);
   check_storage(op, name, t);
-  return torch::stable::unsqueeze(t, -3);
+  return torch::stable::unsqueeze(t, -tail - 1);
 }
 
-std::optional<Tensor> for_both(const char* op, const char* name, const std::optional<Tensor>& t) {
-  return t.has_value() ? std::optional<Tensor>(for_both(op, name, *t)) : std::nullopt;
+std::optional<Tensor> for_both(const char* op, const char* name, const std::optional<Tensor>& t, int tail) {
+  return t.has_value() ? std::optional<Tensor>(for_both(op, name, *t, tail)) : std::nullopt;
 }
 
 Tensor for_one(const Tensor& t) {
@@ -54,10 +54,10 @@ ProductKeyInputs::ProductKeyInputs(const char* op, const Tensor& q, const Tensor
   args.floats({query, subkeys});
 }
 
-Tensor ProductKeyInputs::result(int64_t width, ScalarType dtype) {
+Tensor ProductKeyInputs::result(std::initializer_list<int64_t> tail, ScalarType dtype) {
   Sizes sizes = args.sizes(Side::tokens, {});
   sizes.back() = T;  // replaces the dimension of the half
-  sizes.push_back(width);
+  for (int64_t size : tail) sizes.push_back(size);
   return empty(sizes, dtype);
 }
 

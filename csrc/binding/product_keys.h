@@ -11,9 +11,9 @@ Tensor in_halves(const char* op, const Tensor& query, int64_t h);
 // The inverse.
 Tensor whole(const Tensor& halves);
 
-// [..., T, k] -> [..., 1, T, k]: both halves share it.
-Tensor for_both(const char* op, const char* name, const Tensor& t);
-std::optional<Tensor> for_both(const char* op, const char* name, const std::optional<Tensor>& t);
+// [..., T, k] -> [..., 1, T, k], or with `tail` 1 [..., T] -> [..., 1, T]: both halves share it.
+Tensor for_both(const char* op, const char* name, const Tensor& t, int tail = 2);
+std::optional<Tensor> for_both(const char* op, const char* name, const std::optional<Tensor>& t, int tail = 2);
 // The inverse.
 Tensor for_one(const Tensor& t);
 
@@ -25,9 +25,11 @@ struct ProductKeyInputs {
 
   ProductKeyInputs(const char* op, const Tensor& q, const Tensor& s);
 
-  // Call it after the last argument is added. Makes a result [..., T, width], which both halves share, and its view.
-  Tensor result(int64_t width, ScalarType dtype);
-  View view_for_both(const Tensor& result) { return args.view(for_both(args.op(), "a result", result), 2); }
+  // Call it after the last argument is added. Makes a result [..., T, tail], which both halves share, and its view.
+  Tensor result(std::initializer_list<int64_t> tail, ScalarType dtype);
+  View view_for_both(const Tensor& result, int tail = 2) {
+    return args.view(for_both(args.op(), "a result", result, tail), tail);
+  }
   ProductKeySearch search(int64_t k, double scale, const View& scores, const View& indices);
   // Everything but d_scores, for indices [..., 1, T, k], which it checks.
   ProductKeySearchBackward backward(int64_t k, double scale, const Tensor* indices);

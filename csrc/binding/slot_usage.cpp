@@ -7,10 +7,10 @@ namespace {
 
 struct Inputs {
   Arguments args;
-  const Tensor *query, *keys, *lse, *mask;
+  const Tensor *query, *keys, *lse, *mask, *range;
 
   Inputs(const char* op, const Tensor& q, const Tensor& k, const Tensor& l, const std::optional<Tensor>& m,
-         double scale, SlotUsage& p)
+         const std::optional<Tensor>& r, double scale, SlotUsage& p)
       : args(op) {
     p.T = size_at(op, "query", q, -2), p.K = size_at(op, "query", q, -1), p.N = size_at(op, "keys", k, -2);
     p.scale = scale;
@@ -18,6 +18,7 @@ struct Inputs {
     keys = &args.add("keys", k, Side::memory, {p.N, p.K});
     lse = &args.add("lse", l, Side::tokens, {p.T});
     mask = args.add("slot_mask", m, Side::memory, {p.N});
+    range = args.ranges(r, p.T);
     args.floats({query, keys, lse});
     args.stats({lse}, q);
     args.mask(mask, *query);
@@ -25,15 +26,16 @@ struct Inputs {
   void fill(SlotUsage& p) {
     p.lead = args.lead();
     p.query = args.view(query, 2), p.keys = args.view(keys, 2), p.lse = args.view(lse, 1), p.mask = args.view(mask, 1);
+    p.range = args.view(range, 2);
   }
 };
 
 bool empty_call(const SlotUsage& p) { return p.lead.batches() * p.lead.folded() * p.T * p.N == 0; }
 
 Tensor forward(const Tensor& query, const Tensor& keys, const Tensor& lse, const std::optional<Tensor>& slot_mask,
-               double scale) {
+               const std::optional<Tensor>& slot_range, double scale) {
   SlotUsage p;
-  Inputs in("slot_usage", query, keys, lse, slot_mask, scale, p);
+  Inputs in("slot_usage", query, keys, lse, slot_mask, slot_range, scale, p);
   in.fill(p);
   Tensor usage = empty(in.args.sizes(Side::memory, {p.N}), stats_type(query.scalar_type()));
   p.usage = in.args.view(usage, 1);
@@ -44,11 +46,12 @@ Tensor forward(const Tensor& query, const Tensor& keys, const Tensor& lse, const
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& query, const Tensor& keys, const Tensor& lse,
                                                     const std::optional<Tensor>& slot_mask,
+                                                    const std::optional<Tensor>& slot_range,
                                                     const std::optional<Tensor>& d_usage, double scale,
                                                     const std::vector<bool>& wants) {
   SlotUsageBackward p;
   SlotUsage& f = p.forward;
-  Inputs in("slot_usage_backward", query, keys, lse, slot_mask, scale, f);
+  Inputs in("slot_usage_backward", query, keys, lse, slot_mask, slot_range, scale, f);
   in.args.require(wants.size() == 4, "wants must have 4 entries");
   in.args.require(d_usage.has_value(), "d_usage must be given");
   const Tensor* du = &in.args.add("d_usage", *d_usage, Side::memory, {f.N});

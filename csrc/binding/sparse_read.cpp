@@ -30,7 +30,6 @@ struct Inputs {
     p.choice.lead = args.lead();
     p.choice.indices = args.view(indices, 2);
     p.values = args.slot_view(values, value_scale), p.weights = args.view(weights, 2);
-    check_indices(args.op(), p.choice);
   }
 };
 
@@ -41,7 +40,7 @@ Tensor run(const Tensor& values, const Tensor& indices, const Tensor& weights,
   in.fill(p);
   Tensor read = empty(in.args.sizes(Side::tokens, {p.choice.T, p.V}), weights.scalar_type());
   p.read = in.args.view(read, 2);
-  MK_CALL(sparse_read, p);
+  check_index(in.args.op(), p.choice, MK_CALL(sparse_read, p));
   return read;
 }
 
@@ -55,6 +54,7 @@ Two run_backward(const Tensor& values, const Tensor& indices, const Tensor& weig
   const Tensor* dr = in.args.add("d_read", d_read, Side::tokens, {p.choice.T, p.V});
   in.args.floats({in.weights, dr});
   in.fill(p);
+  check_indices(in.args.op(), p.choice);
   b.d_read = in.args.view(dr, 2);
   const ChosenGradient d_values(in.args, in.values, wants_values, 2, *in.indices);
   const Gradient d_weights(in.args, in.weights, wants_weights, Side::tokens, 2);

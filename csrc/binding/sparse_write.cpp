@@ -10,10 +10,10 @@ using Optional = std::optional<Tensor>;
 
 struct Inputs {
   Arguments args;
-  const Tensor *values, *indices, *weights, *write, *erase;
+  const Tensor *values, *indices, *weights, *write, *erase, *token_mask;
 
   Inputs(const char* op, const Tensor& v, const Tensor& i, const Tensor& a, const Tensor& w, const Optional& e,
-         double erase_scale, SparseWrite& p)
+         const Optional& mask, double erase_scale, SparseWrite& p)
       : args(op) {
     Choice& c = p.choice;
     c.N = size_at(op, "values", v, -2), p.V = size_at(op, "values", v, -1);
@@ -24,23 +24,25 @@ struct Inputs {
     weights = &args.add("weights", a, Side::tokens, {c.T, c.k});
     write = &args.add("write", w, Side::tokens, {c.T, p.V});
     erase = args.add("erase", e, Side::tokens, {c.T, p.V});
+    token_mask = args.add("token_mask", mask, Side::tokens, {c.T});
     args.floats({values, weights, write, erase});
     args.require(indices->scalar_type() == ScalarType::Long, "indices must be int64");
-    check_write(args, std::nullopt, erase_scale);
+    check_write(args, mask, erase_scale);
   }
   void fill(SparseWrite& p) {
     p.choice.lead = args.lead();
     p.choice.indices = args.view(indices, 2);
     p.values = args.view(values, 2), p.weights = args.view(weights, 2);
     p.write = args.view(write, 2), p.erase = args.view(erase, 2);
+    p.token_mask = args.view(token_mask, 1);
     check_indices(args.op(), p.choice);
   }
 };
 
 Tensor forward(const Tensor& values, const Tensor& indices, const Tensor& weights, const Tensor& write,
-               const Optional& erase, double erase_scale) {
+               const Optional& erase, const Optional& token_mask, double erase_scale) {
   SparseWrite p;
-  Inputs in("sparse_write", values, indices, weights, write, erase, erase_scale, p);
+  Inputs in("sparse_write", values, indices, weights, write, erase, token_mask, erase_scale, p);
   in.fill(p);
   Tensor out = empty(in.args.sizes(Side::memory, {p.choice.N, p.V}), values.scalar_type());
   p.out = in.args.view(out, 2);
@@ -49,9 +51,9 @@ Tensor forward(const Tensor& values, const Tensor& indices, const Tensor& weight
 }
 
 void in_place(const Tensor& values, const Tensor& indices, const Tensor& weights, const Tensor& write,
-              const Optional& erase, double erase_scale) {
+              const Optional& erase, const Optional& token_mask, double erase_scale) {
   SparseWrite p;
-  Inputs in("sparse_write_", values, indices, weights, write, erase, erase_scale, p);
+  Inputs in("sparse_write_", values, indices, weights, write, erase, token_mask, erase_scale, p);
   in.fill(p);
   check_target(in.args, values, in.args.sizes(Side::memory, {p.choice.N, p.V}));
   p.out = p.values;
@@ -61,11 +63,11 @@ void in_place(const Tensor& values, const Tensor& indices, const Tensor& weights
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& values, const Tensor& indices, const Tensor& weights,
                                                     const Tensor& write, const Optional& erase,
-                                                    const Optional& d_values, double erase_scale,
-                                                    const std::vector<bool>& wants) {
+                                                    const Optional& token_mask, const Optional& d_values,
+                                                    double erase_scale, const std::vector<bool>& wants) {
   SparseWriteBackward b;
   SparseWrite& p = b.forward;
-  Inputs in("sparse_write_backward", values, indices, weights, write, erase, erase_scale, p);
+  Inputs in("sparse_write_backward", values, indices, weights, write, erase, token_mask, erase_scale, p);
   in.args.require(wants.size() == 4, "wants must have 4 entries");
   in.args.require(d_values.has_value(), "d_values must be given");
   const Tensor* du = in.args.add("d_values", d_values, Side::memory, {p.choice.N, p.V});

@@ -8,11 +8,15 @@
 //
 // Parallel over batches, tiles of tokens and ranges of slots. Their numbers depend on shapes only, and ranges merge in
 // order, so the bits do not depend on the number of threads.
+//
+// Tokens with ranges (cpu/tiles/ranges.h): a token has scores for its own slots alone. In a border block each token
+// also sums its own slots apart.
 #include "params/additive_read.h"
 
 #include "cpu/tiles/additive_scores.h"
 #include "cpu/tiles/online_softmax.h"
 #include "cpu/tiles/parallel.h"
+#include "cpu/tiles/ranges.h"
 
 namespace mk::MK_ISA {
 namespace {
@@ -50,7 +54,7 @@ struct Work {
         row(arena.take<F>(s.VP)),
         u(arena.take<F>(s.KP)),
         q(arena.take<F>(s.tile * s.KP)),
-        S(arena.take<F>(s.tile * kSlotBlock)),
+        S(arena.take<F>(s.tile * kSlotBlock + kLanes<F>)),
         buffers(Slots<F>::buffers(arena, kSlotBlock, p.K, p.V)) {}
 };
 
@@ -64,13 +68,27 @@ void read_range(const AdditiveRead& p, const Plan<F>& s, int64_t batch, int64_t 
   rows_query<F>(query, t0, n, p.K, F(1), w.q);
   for (int64_t t = 0; t < n; ++t) out.m[t] = -kInf<F>, out.l[t] = 0;
   std::memset(out.acc, 0, size_t(n * s.VP) * sizeof(F));
-  for (int64_t i = lo; i < hi; i += kSlotBlock) {
-    const SlotBlock<F> block = slots.load(i, least(kSlotBlock, hi - i), w.buffers);
+  Span memory[kTile];
+  const TileSpans spans(p.range, p.lead, batch, p.T, p.N, t0, n, memory);
+  const Span visited = spans.narrow(lo, hi, kSlotBlock);
+  for (int64_t i = visited.first; i < visited.stop; i += kSlotBlock) {
+    const int64_t end = least(i + kSlotBlock, hi);
+    if (!spans.meet(i, end)) continue;
+    const SlotBlock<F> block = slots.load(i, end - i, w.buffers);
     if (block.n == 0) continue;
+    const bool whole = spans.hold(i, end);
     for (int64_t t = 0; t < n; ++t) {
-      additive_row<F>(block, p.K, w.q + t * s.KP, w.u, w.S + t * kSlotBlock, nullptr);
+      const RowSpan r = whole ? RowSpan{0, block.n} : rows_within(block, i, spans.at(t));
+      additive_part<F>(block, i, r, p.K, w.q + t * s.KP, w.u, w.S + t * kSlotBlock, nullptr);
     }
     exponential_rows<F>(w.S, block.n, n, s.VP, out);
+    for (int64_t t = 0; t < n && !whole; ++t) {
+      const RowSpan r = rows_within(block, i, spans.at(t));
+      if (r.count() <= 0) continue;
+      gemm(Gemm<F>{1, s.VP, r.count(), w.S + t * kSlotBlock + r.first, kSlotBlock, 1, block.values + r.first * block.vs,
+                   block.vs, out.acc + t * s.VP, s.VP, true});
+    }
+    if (!whole) continue;
     gemm(Gemm<F>{n, s.VP, block.n, w.S, kSlotBlock, 1, block.values, block.vs, out.acc, s.VP, true});
   }
 }

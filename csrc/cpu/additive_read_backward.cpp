@@ -15,6 +15,9 @@
 // delta comes from the read if the read is exact. A read rounded to 16 bits is not good enough: u (1 - h^2) has one
 // sign, unlike keys, so an error of delta does not average out in dq. Then a first pass over the scores computes
 // delta_t = sum_i p dP - dlse_t.
+//
+// Tokens with ranges (cpu/tiles/ranges.h): a token has hidden units and gradients for its own slots alone. In a border
+// block dv is summed token by token.
 #include "cpu/tiles/additive_scores.h"
 #include "cpu/tiles/score_gradients.h"
 #include "params/additive_read.h"
@@ -26,13 +29,15 @@ namespace {
 template <class F>
 struct Panel {
   F *q, *dr, *lse, *rest, *delta;
+  Span* spans;
 
-  Panel(Arena& arena, const GradientShape<F>& s)
+  Panel(Arena& arena, const GradientShape<F>& s, bool ranges)
       : q(arena.take<F>(s.panel * s.KP)),
         dr(arena.take<F>(s.panel * s.VP)),
         lse(arena.take<F>(s.panel)),
         rest(arena.take<F>(s.panel)),
-        delta(arena.take<F>(s.panel)) {}
+        delta(arena.take<F>(s.panel)),
+        spans(arena.take<Span>(ranges ? s.panel : 0)) {}
 
   // Was the read stored without rounding?
   static bool exact(const AdditiveReadBackward& p) { return p.forward.read.dtype == kOwn<F>; }
@@ -65,7 +70,7 @@ struct Chunk {
   typename Slots<F>::Buffers buffers;
 
   Chunk(Arena& arena, const GradientShape<F>& s)
-      : P(arena.take<F>(s.tile * kSlotBlock)),
+      : P(arena.take<F>(s.tile * kSlotBlock + kLanes<F>)),
         D(arena.take<F>(s.tile * kSlotBlock)),
         hidden(arena.take<F>(kSlotBlock * s.KP)),
         dk(arena.take<F>(kSlotBlock * s.KP)),
@@ -110,9 +115,10 @@ class Batch {
  public:
   Batch(const AdditiveReadBackward& p, const GradientShape<F>& s, int64_t batch, F* d_vector, char* memory)
       : Batch(p, s, batch, d_vector, Arena(memory)) {}
-  static size_t bytes(const GradientShape<F>& s) {
+  static size_t bytes(const GradientShape<F>& s, bool ranges) {
     Arena measure;
-    Panel<F>(measure, s);
+    Panel<F>(measure, s, ranges);
+    measure.take<TileSpans>(ranges ? s.panel / s.tile : 0);
     measure.take<F>(2 * s.KP + s.chunks * (s.panel * s.KP + s.KP + s.panel));
     return measure.used() + 5 * 64;
   }
@@ -127,6 +133,9 @@ class Batch {
       parallel(div_up(pn, s_.tile), size_t(s_.VP) * sizeof(F), [&](int64_t x, char* row) {
         const int64_t first = x * s_.tile, end = least(pn, first + s_.tile);
         tokens_.pack(p_, s_, batch_, p0, first, end, reinterpret_cast<F*>(row));
+        if (f_.range) {
+          tiles_[x] = TileSpans(f_.range, f_.lead, batch_, f_.T, f_.N, p0 + first, end - first, tokens_.spans + first);
+        }
       });
       if (!tokens_.exact(p_)) sum_deltas(pn, measure.used());
       parallel(s_.chunks, measure.used(), [&](int64_t c, char* own) {
@@ -146,7 +155,8 @@ class Batch {
         f_(p.forward),
         s_(s),
         batch_(batch),
-        tokens_(arena, s),
+        tokens_(arena, s, bool(p.forward.range)),
+        tiles_(arena.take<TileSpans>(p.forward.range ? s.panel / s.tile : 0)),
         slots_(f_.keys, f_.values, f_.mask, f_.lead, batch, f_.N, s.K, s.V, true),
         through_(p.d_query || p.d_keys || p.d_vector),
         first_keys_(p.d_keys && first_visit(p.d_keys, f_.lead, batch)),
@@ -158,21 +168,37 @@ class Batch {
         dus_(arena.take<F>(s.chunks * s.KP)),
         deltas_(arena.take<F>(s.chunks * s.panel)) {}
 
-  // Calls body(first, count, block) for the blocks of a chunk of slots.
+  // Calls body(first, count, block) for the blocks of a chunk of slots; without rows where no token may address one.
   template <class Body>
-  MK_INLINE void each_block(int64_t c, const Chunk<F>& w, Body&& body) const {
+  MK_INLINE void each_block(int64_t c, int64_t pn, const Chunk<F>& w, Body&& body) const {
     const int64_t hi = s_.begin(c + 1);
     for (int64_t i = s_.begin(c); i < hi; i += kSlotBlock) {
       const int64_t count = least(kSlotBlock, hi - i);
-      body(i, count, slots_.load(i, count, w.buffers));
+      SlotBlock<F> block;
+      const auto meets = [&](const TileSpans& spans) { return spans.meet(i, i + count); };
+      if (!f_.range || std::any_of(tiles_, tiles_ + div_up(pn, s_.tile), meets)) {
+        block = slots_.load(i, count, w.buffers);
+      }
+      body(i, count, block);
     }
   }
 
-  // ps [block] = p of token t of the panel and a block of slots; hidden [block, KP]: where wanted, h.
-  MK_INLINE void weigh(const SlotBlock<F>& block, int64_t t, F* ps, F* hidden) const {
-    additive_row<F>(block, s_.K, tokens_.q + t * s_.KP, u_, ps, hidden);
+  // Tile x / s.tile of the panel and a block of slots from `first` on.
+  bool meet(int64_t x, int64_t first, int64_t count) const {
+    return !f_.range || tiles_[x / s_.tile].meet(first, first + count);
+  }
+  // The rows of the block that token t of the panel may address.
+  RowSpan rows_of(const SlotBlock<F>& block, int64_t first, int64_t t) const {
+    return f_.range ? rows_within(block, first, tokens_.spans[t]) : RowSpan{0, block.n};
+  }
+
+  // ps [block] = p of token t of the panel and a block of slots, 0 beyond rows `r`; hidden [block, KP], if given: h.
+  MK_INLINE void weigh(const SlotBlock<F>& block, int64_t first, RowSpan r, int64_t t, F* ps, F* hidden) const {
+    additive_part<F>(block, first, r, s_.K, tokens_.q + t * s_.KP, u_, ps, hidden);
     const Vec<F> lse = fill<F>(tokens_.lse[t]), rest = fill<F>(tokens_.rest[t]);
     for (int64_t j = 0; j < block.n; j += kLanes<F>) store<F>(ps + j, weight<F>(load<F>(ps + j), lse, rest));
+    std::fill(ps, ps + r.first, F(0));  // of a token whose lse is NaN, too
+    std::fill(ps + r.stop, ps + most(r.stop, block.n), F(0));
   }
 
   // D [n, block] = dP of n tokens from x on.
@@ -189,14 +215,19 @@ class Batch {
       const Chunk<F> w(arena, s_);
       F* delta = deltas_ + c * s_.panel;
       std::memset(delta, 0, size_t(pn) * sizeof(F));
-      each_block(c, w, [&](int64_t, int64_t, const SlotBlock<F>& block) {
+      each_block(c, pn, w, [&](int64_t first, int64_t count, const SlotBlock<F>& block) {
         for (int64_t x = 0; x < pn && block.n > 0; x += s_.tile) {
+          if (!meet(x, first, count)) continue;
           const int64_t n = least(s_.tile, pn - x);
           multiply(block, x, n, w.D);
           for (int64_t t = 0; t < n; ++t) {
-            weigh(block, x + t, w.P, nullptr);
+            const RowSpan r = rows_of(block, first, x + t);
+            weigh(block, first, r, x + t, w.P, nullptr);
+            F* dp = w.D + t * kSlotBlock;
+            std::fill(dp, dp + r.first, F(0));
+            std::fill(dp + r.stop, dp + most(r.stop, block.n), F(0));
             Vec<F> acc = fill<F>(0);
-            for (int64_t j = 0; j < block.n; j += W) acc += load<F>(w.P + j) * load<F>(w.D + t * kSlotBlock + j);
+            for (int64_t j = 0; j < block.n; j += W) acc += load<F>(w.P + j) * load<F>(dp + j);
             delta[x + t] += sum<F>(acc);
           }
         }
@@ -213,11 +244,12 @@ class Batch {
     F *dq = dqs_ + c * s_.panel * s_.KP, *du = dus_ + c * s_.KP;
     std::memset(dq, 0, size_t(pn * s_.KP) * sizeof(F));
     std::memset(du, 0, size_t(s_.KP) * sizeof(F));
-    each_block(c, w, [&](int64_t i, int64_t count, const SlotBlock<F>& block) {
+    each_block(c, pn, w, [&](int64_t i, int64_t count, const SlotBlock<F>& block) {
       std::memset(w.dk, 0, size_t(kSlotBlock * s_.KP) * sizeof(F));
       std::memset(w.dm, 0, size_t(kSlotBlock) * sizeof(F));
+      if (f_.range) std::memset(w.dv, 0, size_t(kSlotBlock * s_.VP) * sizeof(F));
       for (int64_t x = 0; x < pn && block.n > 0; x += s_.tile) {
-        add_tile(block, x, least(s_.tile, pn - x), w, dq + x * s_.KP, du);
+        if (meet(x, i, count)) add_tile(block, i, x, least(s_.tile, pn - x), w, dq + x * s_.KP, du);
       }
       auto scatter = [&](const View& view, bool first, const F* rows, int64_t ld, int64_t width) {
         if (view) scatter_rows<F>(view, f_.lead, batch_, p0 == 0 && first, i, count, block, rows, ld, width, F(1));
@@ -229,19 +261,33 @@ class Batch {
   }
 
   // A block of slots and n tokens of the panel, from x on: adds to dk, dv and dm of the block, to dq [n, KP] and du.
-  void add_tile(const SlotBlock<F>& block, int64_t x, int64_t n, const Chunk<F>& w, F* dq, F* du) const {
+  void add_tile(const SlotBlock<F>& block, int64_t first, int64_t x, int64_t n, const Chunk<F>& w, F* dq, F* du) const {
     constexpr int W = kLanes<F>;
     multiply(block, x, n, w.D);
     for (int64_t t = 0; t < n; ++t) {
       F *ps = w.P + t * kSlotBlock, *ds = w.D + t * kSlotBlock;
-      weigh(block, x + t, ps, w.hidden);
+      const RowSpan r = rows_of(block, first, x + t);
+      weigh(block, first, r, x + t, ps, w.hidden);
       const Vec<F> delta = fill<F>(tokens_.delta[x + t]);
       for (int64_t j = 0; j < block.n; j += W) store<F>(ds + j, load<F>(ps + j) * (load<F>(ds + j) - delta));
-      if (through_) add_hidden<F>(ds, w.hidden, u_, block.n, s_.KP, w.dk, dq + t * s_.KP, du);
+      std::fill(ds, ds + r.first, F(0));  // where dP is NaN, too
+      std::fill(ds + r.stop, ds + most(r.stop, block.n), F(0));
+      if (!through_ || r.count() <= 0) continue;
+      add_hidden<F>(ds + r.first, w.hidden + r.first * s_.KP, u_, r.count(), s_.KP, w.dk + r.first * s_.KP,
+                    dq + t * s_.KP, du);
     }
     const TileStrides<F> at{kSlotBlock, 1};
-    if (p_.d_values) {
-      gemm(Gemm<F>{block.n, s_.VP, n, w.P, at.is, at.ts, tokens_.dr + x * s_.VP, s_.VP, w.dv, s_.VP, x > 0});
+    const bool whole = block.n == 0 || !f_.range ||
+                       tiles_[x / s_.tile].hold(first + block.place(0), first + block.place(block.n - 1) + 1);
+    for (int64_t t = 0; t < n && p_.d_values && !whole; ++t) {
+      const RowSpan r = rows_of(block, first, x + t);
+      if (r.count() <= 0) continue;
+      gemm(Gemm<F>{r.count(), s_.VP, 1, w.P + t * kSlotBlock + r.first, 1, kSlotBlock, tokens_.dr + (x + t) * s_.VP,
+                   s_.VP, w.dv + r.first * s_.VP, s_.VP, true});
+    }
+    if (p_.d_values && whole) {
+      gemm(
+          Gemm<F>{block.n, s_.VP, n, w.P, at.is, at.ts, tokens_.dr + x * s_.VP, s_.VP, w.dv, s_.VP, x > 0 || f_.range});
     }
     if (p_.d_mask) add_sums<F>(w.D, at, n, block.n, w.dm, nullptr);
   }
@@ -263,6 +309,7 @@ class Batch {
   const GradientShape<F>& s_;
   int64_t batch_;
   Panel<F> tokens_;
+  TileSpans* tiles_;  // of a panel
   Slots<F> slots_;
   bool through_;  // is dh wanted?
   bool first_keys_, first_values_, first_mask_;
@@ -276,7 +323,7 @@ void run(const AdditiveReadBackward& p) {
   const GradientShape<F> s(f.lead, f.T, f.N, f.K, f.V, true);
   Buffer<F> d_vectors(s.batches * s.KP);
   each_batch(
-      s.batches, Batch<F>::bytes(s), f.lead, {&p.d_keys, &p.d_values, &p.d_mask},
+      s.batches, Batch<F>::bytes(s, bool(f.range)), f.lead, {&p.d_keys, &p.d_values, &p.d_mask},
       [&](int64_t batch, char* memory) { Batch<F>(p, s, batch, d_vectors.data() + batch * s.KP, memory).run(); });
   for (int64_t b = 0; p.d_vector && b < s.batches; ++b) {
     F* to = reinterpret_cast<F*>(p.d_vector.batch(f.lead, b));

@@ -16,8 +16,7 @@ template <class F>
 void forward(const ProductKeyRead& p) {
   const TopkSearch& s = p.search.halves;
   const Choice found{without_half(s.lead), s.T, p.search.k, s.N * s.N, p.search.indices};
-  const SlotView values(p.values);
-  const ChosenRead<F> read(found, p.V, values, p.read, p.weights);
+  const ChosenRead<F> read(found, p.V, p.values, p.read, p.weights, p.lse);
   search_pairs(s, p.search.k, read.bytes(), read);
 }
 
@@ -27,8 +26,7 @@ void backward(const ProductKeyReadBackward& p) {
   Choice c = p.search.halves.choice;
   c.lead = without_half(c.lead);
   c.N *= c.N;
-  const SlotView values(p.values);
-  ChosenReadGradient<F> read(c, p.V, values, p.weights, p.d_read, p.d_weights, p.d_values);
+  ChosenReadGradient<F> read(c, p.V, p.values, p.weights, p.d_read, p.d_weights, p.d_lse, p.d_values);
   const int64_t tokens = c.tokens(), all = c.all_tokens(), step = most(1, 4096 / most(c.k, 1));
   Buffer<F> ds(all * c.k);
   parallel(div_up(all, step), read.bytes(), [&](int64_t task, char* memory) {

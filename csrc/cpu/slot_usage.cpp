@@ -74,7 +74,7 @@ struct Kernel {
 template <class F>
 void run(const SlotUsage& p, const View& d_usage, const GradientViews& out) {
   const GradientShape<F> s(p.lead, p.T, p.N, p.K, 0, false);
-  score_gradients<F>(p.lead, p.keys, View{}, p.mask, p.scale, s, out, Kernel<F>{p, d_usage, s});
+  score_gradients<F>(p.lead, p.keys, View{}, p.mask, p.range, p.scale, s, out, Kernel<F>{p, d_usage, s});
 }
 
 }  // namespace

@@ -18,8 +18,12 @@
 //
 // In all forms N is split into ranges, whose number depends on shapes only. (m, l, acc) of the ranges merge in order,
 // so the bits do not depend on the number of threads.
+//
+// Tokens with ranges (cpu/tiles/ranges.h): a tile visits the blocks that one of its tokens may address, and a panel the
+// rows of them. Causal reads cost half, a window of w slots costs w and a panel per token.
 #include "params/softmax_read.h"
 
+#include "cpu/tiles/border_values.h"
 #include "cpu/tiles/gather.h"
 #include "cpu/tiles/online_softmax.h"
 #include "cpu/tiles/pairs.h"
@@ -126,10 +130,13 @@ void exponentials(F* S, int64_t slots, int64_t L, F* ms, F* ls, F* acc, int64_t 
 }
 
 template <class F>
-void columns(const SoftmaxRead& p, const Slots<F>& slots, const TokenRows& query, bool pairs, int64_t t0, int64_t n,
-             int64_t lo, int64_t hi, Partial<F> out, Arena arena) {
+void columns(const SoftmaxRead& p, const Slots<F>& slots, int64_t batch, const TokenRows& query, bool pairs, int64_t t0,
+             int64_t n, int64_t lo, int64_t hi, Partial<F> out, Arena arena) {
   constexpr int64_t panel = kTokenTile<F>;
   const int64_t lanes = round_up(n, kLanes<F>);
+  Span memory[kPanels * panel];
+  const TileSpans spans(p.range, p.lead, batch, p.T, p.N, t0, n, memory);
+  BorderValues<F> border(arena, slots, p.V, pairs, bool(p.range));
   const ColumnScores<F> scores{query, slots, p.K, F(p.scale), pairs};
   F* q = arena.take<F>(p.K * lanes);
   F* S = arena.take<F>(kSlotBlock * least(lanes, panel));
@@ -144,9 +151,12 @@ void columns(const SoftmaxRead& p, const Slots<F>& slots, const TokenRows& query
   // The first product over the keys prefetches them. Values of the next block are prefetched between products.
   const int64_t groups = div_up(lanes, panel) * (div_up(kSlotBlock, kGroup) + div_up(p.V, kGroup));
   const int64_t lines = div_up(kSlotBlock * slots.value_lines(), groups);
-  for (int64_t i = lo; i < hi; i += kSlotBlock) {
+  const Span visited = spans.narrow(lo, hi, kSlotBlock);
+  for (int64_t i = visited.first; i < visited.stop; i += kSlotBlock) {
+    if (!spans.meet(i, least(i + kSlotBlock, hi))) continue;
     const SlotBlock<F> block = scores.load(i, least(kSlotBlock, hi - i), buffers);
     if (block.n == 0) continue;
+    bool looked = false;
     if constexpr (kHasPairs<F>) {
       const auto value = [&](int64_t j) { return slots.stored_values().row(i + block.place(j)); };
       if (pairs) pair_rows(block.n, p.V, p.V, buffers.values, value);
@@ -156,22 +166,38 @@ void columns(const SoftmaxRead& p, const Slots<F>& slots, const TokenRows& query
     for (int64_t x = 0; x < lanes; x += panel) {
       const int64_t L = least(panel, lanes - x);
       F *acc = out.acc + x * p.V, *m = out.m + x, *l = out.l + x;
-      scores.scores(block, q + x * p.K, L, S, {x == 0 ? 2 * kGroup : 0}, prefetch);
+      const TileSpans own(spans, x, least(panel, n - x));
+      RowSpan r{0, block.n};
+      if (own.given()) r = rows_within(block, i, own.within(i, least(i + kSlotBlock, hi)));
+      if (pairs) r.first = r.first / 2 * 2;
+      if (r.count() <= 0) continue;
+      const BlockPart<F> part(block, i, r);
+      scores.scores(part.block, q + x * p.K, L, S, {x == 0 ? 2 * kGroup : 0}, prefetch);
+      if (!own.hold(part.begin(), part.end())) {
+        close_columns<F>(own, part.block, part.first, L, -kInf<F>, S);
+        if (!looked) border.look(block, i, buffers.values);
+        looked = true;
+      }
       if constexpr (kHasPairs<F>) {
         if (pairs) {
-          exponentials<F, Of::pairs>(S, block.n, L, m, l, acc, p.V);
+          exponentials<F, Of::pairs>(S, part.block.n, L, m, l, acc, p.V);
+          const F* value = buffers.values + r.first / 2 * p.V;
           for (int64_t v = 0; v < p.V; v += kGroup, prefetch()) {
             gemm_pairs(
-                {least(kGroup, p.V - v), L, div_up(block.n, 2), buffers.values + v, 1, p.V, S, L, acc + v * L, L, true},
-                1);
+                {least(kGroup, p.V - v), L, div_up(part.block.n, 2), value + v, 1, p.V, S, L, acc + v * L, L, true}, 1);
           }
+          if (looked && border.odd()) border.add(own, r, L, S, acc);
           continue;
         }
       }
-      exponentials<F, Of::numbers>(S, block.n, L, m, l, acc, p.V);
+      exponentials<F, Of::numbers>(S, part.block.n, L, m, l, acc, p.V);
+      const bool apart = looked && border.odd();
+      const F* value = apart ? border.clean() + r.first * p.V : part.block.values;
+      const int64_t stride = apart ? p.V : block.vs;
       for (int64_t v = 0; v < p.V; v += kGroup, prefetch()) {
-        gemm(Gemm<F>{least(kGroup, p.V - v), L, block.n, block.values + v, 1, block.vs, S, L, acc + v * L, L, true});
+        gemm(Gemm<F>{least(kGroup, p.V - v), L, part.block.n, value + v, 1, stride, S, L, acc + v * L, L, true});
       }
+      if (apart) border.add(own, r, L, S, acc);
     }
   }
 }
@@ -187,8 +213,8 @@ F* begin_rows(const SoftmaxRead& p, const TokenRows& query, int64_t n, const Par
 }
 
 template <class F>
-void rows(const SoftmaxRead& p, const Slots<F>& slots, const TokenRows& query, int64_t n, int64_t lo, int64_t hi,
-          Partial<F> out, Arena arena) {
+void rows(const SoftmaxRead& p, const Slots<F>& slots, const TileSpans& spans, const TokenRows& query, int64_t n,
+          int64_t lo, int64_t hi, Partial<F> out, Arena arena) {
   const int64_t VP = Slots<F>::padded(p.V);
   const F* q = begin_rows(p, query, n, out, arena);
   F* S = arena.take<F>(n * kSlotBlock);
@@ -196,11 +222,23 @@ void rows(const SoftmaxRead& p, const Slots<F>& slots, const TokenRows& query, i
 
   // Converted rows pass through a buffer: blocks are short, so that it stays in L1 until it is read.
   const int64_t step = p.keys.dtype == kOwn<F> && p.values.dtype == kOwn<F> ? kSlotBlock : kWidened;
-  for (int64_t i = lo; i < hi; i += step) {
-    const SlotBlock<F> block = slots.load(i, least(step, hi - i), buffers);
+  const Span visited = spans.narrow(lo, hi, step);
+  for (int64_t i = visited.first; i < visited.stop; i += step) {
+    const int64_t end = least(i + step, hi);
+    if (!spans.meet(i, end)) continue;
+    const SlotBlock<F> block = slots.load(i, end - i, buffers);
     if (block.n == 0) continue;
     score_rows(block, p.K, q, n, S);
+    const bool whole = spans.hold(i, end);
+    if (!whole) close_rows<F>(spans, block, i, -kInf<F>, S);
     exponential_rows<F>(S, block.n, n, VP, out);
+    for (int64_t t = 0; t < n && !whole; ++t) {
+      const RowSpan r = rows_within(block, i, spans.at(t));
+      if (r.count() <= 0) continue;
+      gemm({1, VP, r.count(), S + t * kSlotBlock + r.first, kSlotBlock, 1, block.values + r.first * block.vs, block.vs,
+            out.acc + t * VP, VP, true});
+    }
+    if (!whole) continue;
     gemm({n, VP, block.n, S, kSlotBlock, 1, block.values, block.vs, out.acc, VP, true, 0, block.values_ahead});
   }
 }
@@ -216,8 +254,8 @@ bool as_stored(const SoftmaxRead& p, int64_t tokens) {
 
 // Few tokens, rows in their stored dtype. The scales of rows multiply the scores and the weights.
 template <class F>
-void stored_rows(const SoftmaxRead& p, const Slots<F>& slots, const TokenRows& query, int64_t n, int64_t lo, int64_t hi,
-                 Partial<F> out, Arena arena) {
+void stored_rows(const SoftmaxRead& p, const Slots<F>& slots, const TileSpans& spans, const TokenRows& query, int64_t n,
+                 int64_t lo, int64_t hi, Partial<F> out, Arena arena) {
   constexpr int W = kLanes<F>;
   const int64_t KP = Slots<F>::padded(p.K), VP = Slots<F>::padded(p.V);
   const F* q = begin_rows(p, query, n, out, arena);
@@ -227,7 +265,9 @@ void stored_rows(const SoftmaxRead& p, const Slots<F>& slots, const TokenRows& q
   const auto buffers = Slots<F>::buffers(arena, kSlotBlock, 0, 0);
   const auto &key = slots.stored_keys(), &value = slots.stored_values();
 
-  for (int64_t i = lo; i < hi; i += kSlotBlock) {
+  const Span visited = spans.narrow(lo, hi, kSlotBlock);
+  for (int64_t i = visited.first; i < visited.stop; i += kSlotBlock) {
+    if (!spans.meet(i, least(i + kSlotBlock, hi))) continue;
     const SlotBlock<F> block = slots.list(i, least(kSlotBlock, hi - i), buffers);
     if (block.n == 0) continue;
     for (int64_t j = 0; j < block.n + kAhead; ++j) {
@@ -235,16 +275,20 @@ void stored_rows(const SoftmaxRead& p, const Slots<F>& slots, const TokenRows& q
       keys.rows[j] = key.row(slot), values.rows[j] = value.row(slot);
     }
     for (int64_t t = 0; t < n; ++t) {
-      row_products(key.dtype, keys.rows, block.n, p.K, q + t * KP, S);
-      for (int64_t j = 0; j < block.n; ++j) {
-        S[j] = S[j] * key.scale.template at<F>(i + block.place(j)) + (block.mask == nullptr ? F(0) : block.mask[j]);
+      const RowSpan r = spans.given() ? rows_within(block, i, spans.at(t)) : RowSpan{0, block.n};
+      const int64_t count = r.count();
+      if (count <= 0) continue;
+      row_products(key.dtype, keys.rows + r.first, count, p.K, q + t * KP, S);
+      for (int64_t j = 0; j < count; ++j) {
+        const int64_t slot = i + block.place(r.first + j);
+        S[j] = S[j] * key.scale.template at<F>(slot) + (block.mask == nullptr ? F(0) : block.mask[r.first + j]);
       }
-      for (int64_t j = block.n; j < round_up(block.n, W); ++j) S[j] = -kInf<F>;
+      for (int64_t j = count; j < round_up(count, W); ++j) S[j] = -kInf<F>;
       F* acc = out.acc + t * VP;
-      exponential_rows<F>(S, block.n, 1, VP, {out.m + t, out.l + t, acc});
+      exponential_rows<F>(S, count, 1, VP, {out.m + t, out.l + t, acc});
       if (p.V == 0) continue;
-      for (int64_t j = 0; j < block.n; ++j) S[j] *= value.scale.template at<F>(i + block.place(j));
-      weighted_sum(value.dtype, values.rows, S, block.n, p.V, sum);
+      for (int64_t j = 0; j < count; ++j) S[j] *= value.scale.template at<F>(i + block.place(r.first + j));
+      weighted_sum(value.dtype, values.rows + r.first, S, count, p.V, sum);
       for (int64_t c = 0; c < VP; c += W) store<F>(acc + c, load<F>(acc + c) + load<F>(sum + c));
     }
   }
@@ -268,6 +312,7 @@ void run(const SoftmaxRead& p) {
   Slots<F>::buffers(measure, kSlotBlock, p.K, p.V);
   measure.take<F>((Slots<F>::padded(p.K) + kSlotBlock) * lanes + kLanes<F> * (p.K + p.V) + size + VP + kSlotBlock);
   for (int i = 0; i < 2; ++i) RowList<F>::take(measure, kSlotBlock);
+  if (p.range) measure.take<F>((kSlotBlock + 1) * p.V + 32);
   const size_t scratch = measure.used() + 8 * 64;
 
   // `row` has room for the reads of one register of tokens.
@@ -303,9 +348,14 @@ void run(const SoftmaxRead& p) {
     F* own = arena.take<F>(size);
     F* row = arena.take<F>(kLanes<F> * p.V);
     const Partial<F> part = partial(merge ? waiting.data() + task * size : own);
-    if (few && as_stored<F>(p, s.tokens)) stored_rows<F>(p, slots, query, n, lo, hi, part, arena);
-    else if (few) rows<F>(p, slots, query, n, lo, hi, part, arena);
-    else columns<F>(p, slots, query, pairs, t0, n, lo, hi, part, arena);
+    if (few) {
+      Span memory[kLanes<F>];
+      const TileSpans spans(p.range, p.lead, batch, p.T, p.N, t0, n, memory);
+      if (as_stored<F>(p, s.tokens)) stored_rows<F>(p, slots, spans, query, n, lo, hi, part, arena);
+      else rows<F>(p, slots, spans, query, n, lo, hi, part, arena);
+    } else {
+      columns<F>(p, slots, batch, query, pairs, t0, n, lo, hi, part, arena);
+    }
     if (!merge) finish_tile(batch, tile, &part, row);
   });
   if (!merge) return;

@@ -119,8 +119,8 @@ void run(const SoftmaxReadBackward& p) {
   GradientShape<F> s(f.lead, f.T, f.N, f.K, f.V, false);
   s.pairs = !s.few && are_pairs<F>(f.query.dtype, f.keys, f.K) && f.values.dtype == DType::bf16 &&
             p.d_read.dtype == DType::bf16 && f.V > 0 && f.V % 2 == 0;
-  score_gradients<F>(f.lead, f.keys, f.values, f.mask, f.scale, s, {p.d_query, p.d_keys, p.d_values, p.d_mask, {}},
-                     Kernel<F>{p, s});
+  score_gradients<F>(f.lead, f.keys, f.values, f.mask, f.range, f.scale, s,
+                     {p.d_query, p.d_keys, p.d_values, p.d_mask, {}}, Kernel<F>{p, s});
 }
 
 }  // namespace

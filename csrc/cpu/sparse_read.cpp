@@ -2,26 +2,19 @@
 // backward:     dw[t, j] = <v_{i[t, j]}, dr_t>,  dv_i = sum_{i[t, j] = i} w[t, j] dr_t
 //
 // Tokens run in parallel, lanes along the value width. The sum of a token stays in registers while its rows are loaded,
-// several at a time (cpu/tiles/gather.h). Every chosen row is read once: bound by the bandwidth of scattered rows. dv
-// is a segmented sum over the entries sorted by slot (cpu/tiles/segments.h).
+// several at a time (cpu/tiles/gather.h): from a list of pointers, prefetched, or in place where a cache holds them.
+// Every chosen row is read once: bound by the bandwidth of scattered rows. dv is a segmented sum over the entries
+// sorted by slot (cpu/tiles/segments.h).
 #include "params/sparse_read.h"
 
-#include "cpu/tiles/segments.h"
+#include <atomic>
+
+#include "cpu/tiles/chosen_tiles.h"
+#include "cpu/tiles/indices.h"
+#include "cpu/tiles/streaming.h"
 
 namespace mk::MK_ISA {
 namespace {
-
-constexpr int64_t kTileBytes = 1 << 18;  // of chosen rows per task
-
-// Tasks take ranges of tokens of one batch.
-struct Tiles {
-  int64_t tokens, tile, tiles, tasks;
-  explicit Tiles(const Choice& c, int64_t bytes) : tokens(c.tokens()) {
-    tile = most(1, least(tokens, kTileBytes / most(1, c.k * bytes)));
-    tiles = div_up(tokens, tile);
-    tasks = c.lead.batches() * tiles;
-  }
-};
 
 // Lists the chosen rows of tokens [t0, t1); the rows of token t end at ends[t - t0]. Index -1 is left out.
 template <class F>
@@ -42,47 +35,71 @@ void list_rows(const SparseRead& p, int64_t batch, int64_t t0, int64_t t1, RowLi
   list.close();
 }
 
+// Reads rows that a cache holds: many tokens at once where their numbers lie one after the other, as do the results.
 template <class F>
-void forward(const SparseRead& p) {
+void read_near(const SparseRead& p, int64_t batch, int64_t t0, int64_t t1, const TokenRows& read, F* weights, F* row) {
   const Choice& c = p.choice;
-  const Tiles tiles(c, p.V * size_of(p.values.dtype));
+  const TokenRows indices(c.indices, c.lead, batch, c.T), given(p.weights, c.lead, batch, c.T);
+  const int64_t item = int64_t(sizeof(F)), number = int64_t(sizeof(int64_t));
+  const bool adjacent = indices.folds + given.folds + read.folds == 0 && indices.stride == c.k * number &&
+                        given.dtype == kOwn<F> && given.stride == c.k * item && read.dtype == kOwn<F> &&
+                        read.stride == p.V * item && p.V % kLanes<F> == 0;
+  NamedRows rows{p.values.dtype, p.values.batch(c.lead, batch), p.values.row, adjacent ? t1 - t0 : 1, c.k, nullptr};
+  for (int64_t t = t0; t < t1; t += rows.tokens) {
+    rows.index = reinterpret_cast<const int64_t*>(indices.row(t));
+    const F* w = row_as<F>(given.row(t), given.dtype, c.k, weights);
+    weighted_sums(rows, w, p.V, adjacent ? reinterpret_cast<F*>(read.row(t)) : row);
+    if (!adjacent) write_row<F>(row, p.V, read.dtype, read.row(t));
+  }
+}
+
+template <class F>
+int64_t forward(const SparseRead& p) {
+  const Choice& c = p.choice;
+  const ChosenTiles tiles(c, p.V * size_of(p.values.dtype));
   struct Memory {
     RowList<F> list;
     int64_t* ends;
     F *weights, *row;
-    Memory(Arena& arena, const Tiles& s, int64_t k, int64_t V)
+    Memory(Arena& arena, const ChosenTiles& s, int64_t k, int64_t V)
         : list(RowList<F>::take(arena, s.tile * k)),
           ends(arena.take<int64_t>(s.tile)),
           weights(arena.take<F>(k)),
           row(arena.take<F>(round_up(V, kLanes<F>))) {}
   };
+  // Rows that a cache holds need no list.
+  const bool near = !p.values.scale && c.lead.batches() * c.N * p.V * size_of(p.values.dtype) < kFarBytes;
+  std::atomic<int64_t> wrong{-1};
   Arena measure;
   Memory(measure, tiles, c.k, p.V);
   parallel(tiles.tasks, measure.used(), [&](int64_t task, char* memory) {
     Arena arena(memory);
     Memory m(arena, tiles, c.k, p.V);
-    const int64_t batch = task / tiles.tiles, t0 = task % tiles.tiles * tiles.tile;
-    const int64_t t1 = least(t0 + tiles.tile, tiles.tokens);
-    list_rows<F>(p, batch, t0, t1, m.list, m.ends, m.weights);
+    const int64_t batch = tiles.batch(task), t0 = tiles.first(task), t1 = tiles.end(task);
+    const int64_t found = wrong_among(c, batch * tiles.tokens + t0, batch * tiles.tokens + t1);
+    if (found != -1) return wrong.store(found, std::memory_order_relaxed);
     const TokenRows read(p.read, c.lead, batch, c.T);
+    if (near) return read_near(p, batch, t0, t1, read, m.weights, m.row);
+    list_rows<F>(p, batch, t0, t1, m.list, m.ends, m.weights);
     for (int64_t t = t0, j = 0; t < t1; j = m.ends[t++ - t0]) {
       weighted_sum(p.values.dtype, m.list.rows + j, m.list.weights + j, m.ends[t - t0] - j, p.V, m.row);
       write_row<F>(m.row, p.V, read.dtype, read.row(t));
     }
   });
+  return wrong.load();
 }
 
 template <class F>
 void gradient_of_weights(const SparseReadBackward& b) {
   const SparseRead& p = b.forward;
   const Choice& c = p.choice;
-  const Tiles tiles(c, p.V * size_of(p.values.dtype));
+  const ChosenTiles tiles(c, p.V * size_of(p.values.dtype));
   const int64_t VP = round_up(p.V, kLanes<F>);
   struct Memory {
     RowList<F> list;
     int64_t* ends;
     F *weights, *row, *products;
-    Memory(Arena& arena, const Tiles& s, int64_t k, int64_t VP)
+    Memory(Arena& arena, const ChosenTiles& s, int64_t k, int64_t VP)
         : list(RowList<F>::take(arena, s.tile * k)),
           ends(arena.take<int64_t>(s.tile)),
           weights(arena.take<F>(k)),
@@ -94,8 +111,7 @@ void gradient_of_weights(const SparseReadBackward& b) {
   parallel(tiles.tasks, measure.used(), [&](int64_t task, char* memory) {
     Arena arena(memory);
     Memory m(arena, tiles, c.k, VP);
-    const int64_t batch = task / tiles.tiles, t0 = task % tiles.tiles * tiles.tile;
-    const int64_t t1 = least(t0 + tiles.tile, tiles.tokens);
+    const int64_t batch = tiles.batch(task), t0 = tiles.first(task), t1 = tiles.end(task);
     list_rows<F>(p, batch, t0, t1, m.list, m.ends, m.weights);
     const TokenRows indices(c.indices, c.lead, batch, c.T), d_read(b.d_read, c.lead, batch, c.T);
     const TokenRows d_weights(b.d_weights, c.lead, batch, c.T);
@@ -138,9 +154,8 @@ void backward(const SparseReadBackward& b) {
 
 }  // namespace
 
-void sparse_read(const SparseRead& p) {
-  if (p.weights.dtype == DType::f64) forward<double>(p);
-  else forward<float>(p);
+int64_t sparse_read(const SparseRead& p) {
+  return p.weights.dtype == DType::f64 ? forward<double>(p) : forward<float>(p);
 }
 
 void sparse_read_backward(const SparseReadBackward& p) {

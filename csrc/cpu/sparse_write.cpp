@@ -29,15 +29,17 @@ struct Entry {
 // The entries of all batches, [batch][part], each list sorted.
 class Entries {
  public:
-  explicit Entries(const Choice& c)
+  // Tokens that `token_mask` leaves out have no entries.
+  Entries(const Choice& c, const View& token_mask)
       : parts_(c.tokens() * c.k < 4096 ? 1 : kParts),
         sizes_(c.lead.batches() * parts_ + 1),
         all_(c.all_tokens() * c.k) {
     const int64_t tasks = c.lead.batches() * parts_;
     auto each = [&](int64_t task, auto&& body) {
-      const TokenRows rows(c.indices, c.lead, task / parts_, c.T);
+      const TokenRows rows(c.indices, c.lead, task / parts_, c.T), mask(token_mask, c.lead, task / parts_, c.T);
       const int64_t part = task % parts_;
       for (int64_t t = 0; t < c.tokens(); ++t) {
+        if (mask && *mask.row(t) == 0) continue;
         const auto* index = reinterpret_cast<const int64_t*>(rows.row(t));
         for (int64_t j = 0; j < c.k; ++j) {
           if (index[j] >= 0 && index[j] % parts_ == part) body(Entry{index[j], t * c.k + j});
@@ -150,7 +152,7 @@ template <class F>
 void forward(const SparseWrite& p) {
   const Choice& c = p.choice;
   if (p.out.data != p.values.data) copy_rows(c.lead, c.N, p.V, p.values, p.out);
-  Entries entries(c);
+  Entries entries(c, p.token_mask);
   const int64_t padded = round_up(p.V, kLanes<F>);
   parallel(c.lead.batches() * entries.parts(), size_t(3 * padded) * sizeof(F) + 4 * 64,
            [&](int64_t task, char* memory) {
@@ -178,7 +180,7 @@ void backward(const SparseWriteBackward& b) {
   const Choice& c = p.choice;
   const int64_t batches = c.lead.batches(), all = c.tokens() * c.k;
   if (b.d_values) copy_rows(c.lead, c.N, p.V, b.d_out, b.d_values);
-  Entries entries(c);
+  Entries entries(c, p.token_mask);
   const int64_t stripe = most(W, round_up(div_up(p.V, kStripes), W)), stripes = div_up(p.V, stripe);
   const int64_t kept = div_up(entries.longest(batches), kSteps) + 1;
   Buffer<F> partial(b.d_weights ? batches * stripes * all : 0);

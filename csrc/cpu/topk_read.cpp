@@ -15,14 +15,14 @@ template <class F>
 void forward(const TopkRead& p) {
   const TopkSearch& s = p.search;
   const Choice found{s.lead, s.T, s.k, s.N, s.indices};
-  const ChosenRead<F> read(found, p.V, p.values, p.read, p.weights);
+  const ChosenRead<F> read(found, p.V, p.values, p.read, p.weights, p.lse);
   search(s, read.bytes(), read);
 }
 
 template <class F>
 void backward(const TopkReadBackward& p) {
   const Choice& c = p.search.choice;
-  ChosenReadGradient<F> read(c, p.V, p.values, p.weights, p.d_read, p.d_weights, p.d_values);
+  ChosenReadGradient<F> read(c, p.V, p.values, p.weights, p.d_read, p.d_weights, p.d_lse, p.d_values);
   Buffer<F> ds(c.all_tokens() * c.k);
   search_gradient(p.search, ds.data(), read.values(), read.bytes(),
                   [&](int64_t batch, int64_t t, F* d, Arena arena) { read.ds(batch, t, d, arena); });

@@ -8,7 +8,7 @@ namespace {
 Pairs pairs_of(const Address& a) {
   Pairs p{};
   p.lead = a.lead, p.T = a.T, p.N = a.N, p.K = a.K, p.scale = a.scale;
-  p.query = a.query, p.keys = a.keys, p.mask = a.mask, p.lse = a.lse, p.lse_rest = a.lse_rest;
+  p.query = a.query, p.keys = a.keys, p.mask = a.mask, p.range = a.range, p.lse = a.lse, p.lse_rest = a.lse_rest;
   p.rule = a.sigmoid ? Rule::sigmoid : Rule::weights;
   return p;
 }

@@ -26,12 +26,14 @@ struct Entries {
   int64_t blocks;
 };
 
-MK_KERNEL(kThreads) number_entries(MK_PARAM(Choice) c, MK_PARAM(View) result, MK_PARAM(Entries) e, int64_t rows) {
+MK_KERNEL(kThreads)
+number_entries(MK_PARAM(Choice) c, MK_PARAM(View) result, MK_PARAM(View) mask, MK_PARAM(Entries) e, int64_t rows) {
   const int64_t at = int64_t(blockIdx.x) * kThreads + threadIdx.x, tokens = c.tokens();
   if (at >= e.count) return;
   const int64_t batch = at / c.k / tokens, t = at / c.k % tokens;
   const char* row = token_row(c.indices, c.lead, c.indices.batch(c.lead, batch), c.T, t);
-  const int64_t index = reinterpret_cast<const int64_t*>(row)[at % c.k];
+  const bool silent = mask && *token_row(mask, c.lead, mask.batch(c.lead, batch), c.T, t) == 0;
+  const int64_t index = silent ? -1 : reinterpret_cast<const int64_t*>(row)[at % c.k];
   int64_t first = batch * c.N;
   if (result) {  // batches may share rows of the result; their address identifies them
     const int64_t group = c.N * result.row;
@@ -130,7 +132,8 @@ MK_KERNEL(kThreads) sum_segments(MK_PARAM(ChosenSum) s, MK_PARAM(SortedEntries) 
 
 }  // namespace
 
-SortedEntries sort_entries(const Device& device, const char* name, const Choice& c, const View& result, int64_t rows) {
+SortedEntries sort_entries(const Device& device, const char* name, const Choice& c, const View& result, int64_t rows,
+                           const View& token_mask) {
   Entries e{};
   e.count = c.all_tokens() * c.k;
   if (e.count >= int64_t(1) << 32 || rows >= int64_t(1) << 32) {
@@ -141,7 +144,7 @@ SortedEntries sort_entries(const Device& device, const char* name, const Choice&
   e.keys = device.scratch<uint32_t>(e.count), e.keys_after = device.scratch<uint32_t>(e.count);
   e.places = device.scratch<uint32_t>(e.count), e.places_after = device.scratch<uint32_t>(e.count);
   e.counts = device.scratch<uint32_t>(kDigits * e.blocks);
-  launch(device, name, number_entries, div_up(e.count, kThreads), kThreads, 0, c, result, e, rows);
+  launch(device, name, number_entries, div_up(e.count, kThreads), kThreads, 0, c, result, token_mask, e, rows);
   for (int shift = 0; e.count > 0 && shift < 32 && rows >> shift != 0; shift += 8) {
     launch(device, name, count_digits, e.blocks, kThreads, kDigits * 4, e, shift);
     launch(device, name, add_up_counts, 1, kThreads, kThreads * 4, e);

@@ -8,7 +8,7 @@ namespace {
 Pairs pairs_of(const SlotUsage& u) {
   Pairs p{};
   p.lead = u.lead, p.T = u.T, p.N = u.N, p.K = u.K, p.scale = u.scale;
-  p.query = u.query, p.keys = u.keys, p.mask = u.mask, p.lse = u.lse;
+  p.query = u.query, p.keys = u.keys, p.mask = u.mask, p.range = u.range, p.lse = u.lse;
   p.rule = Rule::usage;
   return p;
 }

@@ -6,7 +6,8 @@
 // slots the scores go to shared memory. One warp per token updates its maximum m, turns scores into p = exp(s - m) and
 // adds them to l. Then each thread owns two value columns and adds p v for all Q tokens in registers, rescaled by
 // exp(m_old - m). If values are narrow, several groups of threads take every g-th slot, and their sums are added in
-// order at the end.
+// order at the end. Where tokens have ranges of slots, a block leaves out the slots that none of its tokens may
+// address.
 //
 // A range ends with (m, l, acc). If there is one range, it divides and writes the read. If there are several, they
 // write to scratch memory, and a second kernel merges them in order, so the same shapes on the same device give the
@@ -126,9 +127,10 @@ struct Columns {
     pair = int(threadIdx.x) % pairs, group = int(threadIdx.x) / pairs, groups = kThreads / pairs;
   }
 
-  // acc = fade acc + p times a tile of values [S, columns]; p: [Q][S].
+  // acc = fade acc + p times a tile of values [S, columns], from slot `first` on; p: [Q][S]; ranges: [Q], or null.
   template <class W>
-  MK_DEVICE void add(const char* values, int S, const float* p, const float* fade) {
+  MK_DEVICE void add(const char* values, int S, const float* p, const float* fade, const SlotRange* ranges,
+                     int64_t first) {
     float part[Q][2] = {};  // of this tile; two-level sums round less
     if (2 * pair >= columns) return;
 #pragma unroll(Q == 1 ? 4 : 2)
@@ -136,7 +138,10 @@ struct Columns {
       const auto* row = reinterpret_cast<const W*>(values + i * pitch_of<W>(columns)) + 2 * pair;
       const float v0 = to_float(row[0]), v1 = to_float(row[1]);
 #pragma unroll
-      for (int q = 0; q < Q; ++q) part[q][0] += p[q * S + i] * v0, part[q][1] += p[q * S + i] * v1;
+      for (int q = 0; q < Q; ++q) {
+        if (ranges != nullptr && !ranges[q].holds(first + i)) continue;  // 0 times NaN would be NaN
+        part[q][0] += p[q * S + i] * v0, part[q][1] += p[q * S + i] * v1;
+      }
     }
 #pragma unroll
     for (int q = 0; q < Q; ++q) {
@@ -196,11 +201,16 @@ read_stream(MK_PARAM(Reading) r) {
   const SoftmaxRead& p = r.p;
   const StreamPlan& plan = r.plan;
   const int S = plan.slots, tid = int(threadIdx.x);
-  const Position at = locate<Q>(r);
+  Position at = locate<Q>(r);
   char* buffers = shared_memory();
-  auto* query = reinterpret_cast<float*>(buffers + kStages * plan.stage_bytes);  // [Q][padded]
-  float* scores = query + Q * plan.padded;                                       // [Q][S]
+  auto* ranges = p.range ? reinterpret_cast<SlotRange*>(buffers + kStages * plan.stage_bytes) : nullptr;  // [Q]
+  auto* query = reinterpret_cast<float*>(buffers + kStages * plan.stage_bytes + (p.range ? Q * sizeof(SlotRange) : 0));
+  float* scores = query + Q * plan.padded;  // [Q][S], behind the queries [Q][padded]
   float *m = scores + Q * S, *l = m + Q, *fade = l + Q;
+  if (ranges != nullptr) {
+    const SlotRange span = load_ranges<Q>(p.range, p.lead, at.batch, p.T, at.t0, p.N, at.begin, at.end, ranges);
+    at.begin = span.first, at.end = span.stop;
+  }
   if (tid < Q) m[tid] = -kInfinity, l[tid] = 0;
   load_queries<Q>(p.query, p.lead, at.batch, p.T, at.t0, at.tokens, p.K, plan.padded, query);
 
@@ -211,12 +221,12 @@ read_stream(MK_PARAM(Reading) r) {
   for (Step step{at.begin}; step.first < at.end; step.next(loader.parts, S)) {
     const char* rows = loader.arrived(step);
     if (step.part == plan.key_parts) {
-      columns.template add<W>(rows, S, scores, fade);
+      columns.template add<W>(rows, S, scores, fade, ranges, step.first);
       continue;
     }
     multiply<X, Q>(rows, loader.key_columns(step.part), query + step.part * kPart, plan.padded, S, s);
     if (step.part + 1 == plan.key_parts) {
-      store_scores<Q>(s, float(p.scale), S, step.first, at.end, p.mask, loader.mask, scores);
+      store_scores<Q>(s, float(p.scale), S, step.first, at.end, p.mask, loader.mask, ranges, scores);
       __syncthreads();
       soften<Q>(scores, S, m, l, fade);
     }
@@ -268,7 +278,8 @@ void read(const Device& device, Reading r) {
   if (r.plan.splits > 1) r.ranges.partial = device.scratch<float>(r.plan.splits * r.ranges.rows * (p.V + 2));
   // At the end the buffers hold a pair of sums per thread and token.
   r.plan.stage_bytes = int(most(r.plan.stage_bytes, round_up(div_up(kThreads * Q * 8, kStages), 16)));
-  const int64_t shared = kStages * r.plan.stage_bytes + (Q * r.plan.padded + Q * r.plan.slots + 3 * Q) * 4;
+  const int64_t shared = kStages * r.plan.stage_bytes + (p.range ? Q * int64_t(sizeof(SlotRange)) : 0) +
+                         (Q * r.plan.padded + Q * r.plan.slots + 3 * Q) * 4;
   launch(device, "softmax_read", read_stream<X, W, Q>, p.lead.batches() * r.plan.tiles * r.value_blocks * r.plan.splits,
          kThreads, shared, r);
   if (r.plan.splits > 1) merge_ranges(device, p, r.ranges);

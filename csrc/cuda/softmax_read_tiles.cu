@@ -13,7 +13,10 @@
 // to 16 bits, because lse is float32 whatever the dtype; the roundings of p average out in the read. For float16, p is
 // multiplied by 2^15: with values up to 1 it would lose all that is below 2^-25.
 //
-// Ranges end as in softmax_read.cu, which merges them.
+// Where tokens have ranges of their own, a block leaves out tiles of which none of its tokens may address a slot. A
+// product that is not finite is made again without the slots that a token may not address.
+//
+// The ranges of blocks end as in softmax_read.cu, which merges them.
 #include "cuda/tiles/query_tiles.h"
 #include "cuda/tiles/read_ranges.h"
 
@@ -32,6 +35,7 @@ struct Tiling {
   int key_parts;  // of a key row
   int query_pitch, key_pitch, value_pitch, buffer_bytes;
   bool query_packs, key_packs, value_packs;
+  int ranges_at;  // bytes of shared memory in front of the ranges of the tokens; 0: there are none
 };
 
 // The arithmetic of the product of p and values.
@@ -49,12 +53,16 @@ constexpr int kLift = std::is_same_v<P, f16> ? 15 : 0;
 template <class M, class W>
 constexpr bool kMayHold = sizeof(Stored<M>) == 2 && sizeof(W) == 2;
 
+// May tokens have ranges? No part of a product of exact float32 is made again, registers would spill: it is streamed.
+template <class P>
+constexpr bool kRanged = !std::is_same_v<P, float>;
+
 // What a block keeps in shared memory beside rows, to save registers: its position in the call, the memory of its
 // batch, and the mask's terms in the scores of the tile.
 template <int S>
 struct alignas(16) Shared {
   int64_t t0, batch, split, column0;  // the first token, of the batch; the range of slots; the first value column
-  int64_t end;                        // of the range: no slot from here on
+  int64_t begin, end;                 // slots of the range that are looked at, from the beginning of a tile on
   int columns;                        // of values
   const char *keys, *values, *mask;
   float added[S];
@@ -71,7 +79,7 @@ MK_DEVICE void locate(Shared<S>& block, const Tiling& r) {
     block.column0 = at % r.value_blocks * r.width;
     at /= r.value_blocks;
     block.split = at % r.ranges.splits, block.batch = at / r.ranges.splits;
-    block.end = least(p.N, (block.split + 1) * r.ranges.split_rows);
+    block.begin = block.split * r.ranges.split_rows, block.end = least(p.N, block.begin + r.ranges.split_rows);
     block.columns = int(least(r.width, p.V - block.column0));
     block.keys = p.keys.batch(p.lead, block.batch);
     block.values = p.V > 0 ? p.values.batch(p.lead, block.batch) + block.column0 * int64_t(sizeof(W)) : nullptr;
@@ -119,10 +127,11 @@ struct Loader {
   }
 };
 
-// The scores s [16, S] of a warp's tokens and slots [first, first + S). Prefetches the values of these slots.
+// The scores s [16, S] of a warp's tokens and slots [first, first + S). Prefetches the values of these slots. ranges:
+// of these tokens [16], or null.
 template <class M, class W, bool held, int S = kSlots<W>>
 MK_DEVICE void score_tile(float (&s)[S / 8][4], const Queries<M, held>& queries, Loader<Stored<M>, W>& loader,
-                          int64_t first, bool busy) {
+                          int64_t first, bool busy, const SlotRange* ranges) {
   const Tiling& r = loader.r;
   const int lane = int(threadIdx.x) % 32, size = int(sizeof(Stored<M>));
   Sums<M> sums[S / 8];
@@ -138,8 +147,11 @@ MK_DEVICE void score_tile(float (&s)[S / 8][4], const Queries<M, held>& queries,
   for (int n = 0; n < S / 8; ++n) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const float extra = loader.block.added[n * 8 + lane % 4 * 2 + i % 2];
-      s[n][i] = extra == -kInfinity ? -kInfinity : score(float(r.p.scale), sums[n][i], extra);
+      const int column = n * 8 + lane % 4 * 2 + i % 2;
+      const float extra = loader.block.added[column];
+      const bool open =
+          extra != -kInfinity && (ranges == nullptr || ranges[lane / 4 + i / 2 * 8].holds(first + column));
+      s[n][i] = open ? score(float(r.p.scale), sums[n][i], extra) : -kInfinity;
     }
   }
 }
@@ -183,10 +195,10 @@ struct Softmax {
   }
 };
 
-// acc = fade acc + p times a tile of values [S, columns].
+// acc = fade acc + p times a tile of values [S, columns], from slot `first` on.
 template <class P, class W>
 MK_DEVICE void add_values(float (&acc)[kColumns / 8][4], const float (&fade)[2], const Left<P> (&weights)[kSteps],
-                          const char* values, int pitch, int columns) {
+                          const char* values, int pitch, int columns, int64_t first, const SlotRange* ranges) {
   const int lane = int(threadIdx.x) % 32;
 #pragma unroll
   for (int c = 0; c < kColumns / 16; ++c) {
@@ -198,6 +210,10 @@ MK_DEVICE void add_values(float (&acc)[kColumns / 8][4], const float (&fade)[2],
       load_depth<W>(b, values + step * (kSlots<W> / kSteps) * pitch, pitch, c * 16, lane);
       add_product(sums[0], weights[step], b[0], b[1]);
       add_product(sums[1], weights[step], b[2], b[3]);
+    }
+    if constexpr (kRanged<P>) {
+      auto inside = [&](int row, int j) { return ranges[lane / 4 + row * 8].holds(first + j); };
+      if (ranges != nullptr) sum_inside<P>(sums, weights, values, pitch, c * 16, lane, inside);
     }
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
@@ -250,9 +266,16 @@ MK_DEVICE void store_read(const Tiling& r, const Shared<S>& block, const float (
   }
 }
 
+// Blocks per SM: three, whose registers spill on sm_120, where the queries are held.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+constexpr int kBlocks = 2;
+#else
+constexpr int kBlocks = 3;
+#endif
+
 // M: the arithmetic of the scores; `held`: queries stay in registers.
 template <class M, class W, bool held>
-MK_KERNEL_BLOCKS(kThreads, 3)
+MK_KERNEL_BLOCKS(kThreads, held ? kBlocks : 3)
 read_tiles(MK_PARAM(Tiling) r) {
   using X = Stored<M>;
   using P = Second<M, W>;
@@ -260,20 +283,23 @@ read_tiles(MK_PARAM(Tiling) r) {
   Shared<S>& block = *reinterpret_cast<Shared<S>*>(shared_memory());
   char* rows = shared_memory() + sizeof(Shared<S>);
   locate<W>(block, r);
+  const SlotRange* ranges = ranges_at(r.ranges_at);
+  narrow<S>(r.p, block, ranges_at(r.ranges_at));
+  if (ranges != nullptr) ranges += int(threadIdx.x) / 32 * 16;
   const int64_t tokens = r.p.lead.folded() * r.p.T;
   const bool busy = block.t0 + int(threadIdx.x) / 32 * 16 < tokens;  // this warp has a token
 
   Queries<M, held> queries;
   queries.load(r, block, tokens, held ? rows : rows + kBuffers * r.buffer_bytes);
   Loader<X, W> loader{r, block, {rows, r.buffer_bytes}};
-  const int64_t begin = block.split * r.ranges.split_rows;
+  const int64_t begin = block.begin;
   loader.prefetch_keys(begin, 0);
 
   Softmax softmax;
   float acc[kColumns / 8][4] = {};  // [16, columns] of a warp
   for (int64_t first = begin; first < block.end; first += S) {
     float s[S / 8][4], fade[2];
-    score_tile<M, W, held>(s, queries, loader, first, busy);
+    score_tile<M, W, held>(s, queries, loader, first, busy, ranges);
     softmax.weigh<S, kLift<P>>(s, fade);
     Left<P> weights[kSteps];
 #pragma unroll
@@ -281,7 +307,7 @@ read_tiles(MK_PARAM(Tiling) r) {
 
     const char* values = loader.buffers.arrived();
     loader.prefetch_keys(first + S, 0);
-    if (busy) add_values<P, W>(acc, fade, weights, values, r.value_pitch, block.columns);
+    if (busy) add_values<P, W>(acc, fade, weights, values, r.value_pitch, block.columns, first, ranges);
   }
   wait_copies<0>();
 
@@ -313,6 +339,7 @@ Layout lay_out(const SoftmaxRead& p) {
   a.held = kMayHold<M, W> && r.key_parts == 1;
   const int64_t rows = kBuffers * int64_t(r.buffer_bytes), queries = int64_t(kTokens) * r.query_pitch;
   a.shared = int64_t(sizeof(Shared<kSlots<W>>)) + (a.held ? most(rows, queries) : rows + queries);
+  r.ranges_at = place_ranges(p, a.shared);
   return a;
 }
 
@@ -341,7 +368,8 @@ bool tiles_take(const Device& device, const SoftmaxRead& p) {
   const bool types =
       p.query.dtype == p.keys.dtype && (p.V == 0 || p.values.dtype == p.keys.dtype || p.values.dtype == DType::f32);
   // Tiles are as wide as their rows: the number of bytes must fit an int.
-  return types && p.K <= 1 << 20 &&
+  const bool exact = p.range && p.keys.dtype == DType::f32 && !device.allows_tf32(device.owner);
+  return types && !exact && p.K <= 1 << 20 &&
          with_types(p, false, [&]<class M, class W>() { return lay_out<M, W>(p).shared; }) <= device.shared;
 }
 

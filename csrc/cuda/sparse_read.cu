@@ -4,28 +4,11 @@
 // Bound by the bandwidth of scattered rows: one warp per token, 16 bytes per lane, several rows in flight
 // (cuda/tiles/row_packs.h). The gradient of the values is summed row by row in the order of the tokens
 // (cuda/segments.cu).
-#include "cuda/tiles/chosen_rows.h"
-#include "cuda/tiles/device.h"
-#include "cuda/tiles/row_packs.h"
-#include "cuda/tiles/stream.h"
+#include "cuda/tiles/chosen_warps.h"
 #include "params/sparse_read.h"
 
 namespace mk::cuda {
 namespace {
-
-constexpr int kWarps = kThreads / 32;
-
-// The token of a warp.
-struct Token {
-  int64_t at, batch, t;
-  MK_DEVICE explicit Token(const Choice& c) {
-    at = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32;
-    batch = at / most(c.tokens(), 1), t = at % most(c.tokens(), 1);
-  }
-  MK_DEVICE char* row(const View& v, const Choice& c) const {
-    return token_row(v, c.lead, v.batch(c.lead, batch), c.T, t);
-  }
-};
 
 template <class X, bool aligned>
 MK_KERNEL(kThreads)
@@ -62,16 +45,6 @@ multiply_rows(MK_PARAM(Products) p) {
   }
 }
 
-// Calls body<X, aligned>() with the type of the rows, and whether they consist of whole packs.
-template <class Body>
-void with_rows(const View& rows, const Lead& lead, int64_t width, Body&& body) {
-  const bool packs = in_packs(rows, lead, width);
-  with_type(rows.dtype, [&]<class X>() {
-    if (packs) body.template operator()<X, true>();
-    else body.template operator()<X, false>();
-  });
-}
-
 }  // namespace
 
 void gather_chosen(const Device& device, const char* name, const Gather& g) {
@@ -86,8 +59,9 @@ void multiply_chosen(const Device& device, const char* name, const Products& p) 
   });
 }
 
-void sparse_read(const Device& device, const SparseRead& p) {
+int64_t sparse_read(const Device& device, const SparseRead& p) {
   gather_chosen(device, "sparse_read", {p.choice, p.V, p.values, p.weights, p.read, 1.f});
+  return -1;  // the host does not wait for the kernel, which checks each index before it reads a row
 }
 
 void sparse_read_backward(const Device& device, const SparseReadBackward& b) {

@@ -4,7 +4,7 @@
 // per chosen slot and 128 value columns reads its row once, applies the entries in float, and rounds and writes the row
 // once. There is a warp per entry, and only that of a slot's first entry works, so the cost is O(T k V) whatever N is.
 // Each lane looks up the rows of one of 32 entries; then all lanes apply the entries one by one. An index that names no
-// slot writes nothing.
+// slot writes nothing, nor does a token whose token_mask is not set.
 //
 // Backward, g = dv' of a slot, walking its entries from the last, v before each of them:
 //   da[t, j] = <g, w_t - e_t v>,   dw_t = sum_j a g,   de_t = -sum_j a g v,   g <- g (1 - a e_t),   dv = g in the end
@@ -168,8 +168,9 @@ MK_KERNEL(kWriteThreads) add_entries(MK_PARAM(Walk) w, MK_PARAM(WalkBack) b) {
   if (column >= w.p.V) return;
   auto row_of = [&](const View& v) { return token_row(v, c.lead, v.batch(c.lead, batch), c.T, t); };
   const auto* index = reinterpret_cast<const int64_t*>(row_of(c.indices));
+  const bool silent = w.p.token_mask && *row_of(w.p.token_mask) == 0;
   float write = 0, erase = 0;
-  for (int64_t j = 0; j < c.k; ++j) {
+  for (int64_t j = 0; j < c.k && !silent; ++j) {
     if (index[j] < 0 || index[j] >= c.N) continue;
     const int64_t at = (token * c.k + j) * width + own;
     write += b.states[at];
@@ -186,7 +187,8 @@ MK_KERNEL(kWriteThreads) add_products(MK_PARAM(Walk) w, MK_PARAM(WalkBack) b, in
   if (place >= w.entries.count) return;
   const int64_t token = place / c.k, batch = token / c.tokens(), t = token % c.tokens();
   auto row_of = [&](const View& v) { return token_row(v, c.lead, v.batch(c.lead, batch), c.T, t); };
-  const int64_t index = reinterpret_cast<const int64_t*>(row_of(c.indices))[place % c.k];
+  const bool silent = w.p.token_mask && *row_of(w.p.token_mask) == 0;
+  const int64_t index = silent ? -1 : reinterpret_cast<const int64_t*>(row_of(c.indices))[place % c.k];
   float sum = 0;
   for (int64_t n = 0; index >= 0 && index < c.N && n < blocks; ++n) sum += b.products[n * w.entries.count + place];
   store(row_of(b.d_weights), b.d_weights.dtype, place % c.k, sum);
@@ -219,7 +221,7 @@ void copy_memory(const Device& device, const char* name, const SparseWrite& p, c
 
 Walk walk_of(const Device& device, const char* name, const SparseWrite& p) {
   const int64_t rows = p.choice.lead.batches() * p.choice.N;
-  return {p, sort_entries(device, name, p.choice, View{}, rows), 0, div_up(p.V, kColumns)};
+  return {p, sort_entries(device, name, p.choice, View{}, rows, p.token_mask), 0, div_up(p.V, kColumns)};
 }
 
 }  // namespace

@@ -1,6 +1,7 @@
 // topk_read:  p[t, j] = softmax_j(s[t, i_j]) over the k best slots i_j,   r_t = sum_j p[t, j] v_{i_j}
 // backward:
-//   dp[t, j] = <dr_t, v_{i_j}> + d_weights[t, j],   ds = p (dp - sum_j p dp),   dv_i = sum_{i_j = i} p[t, j] dr_t
+//   dp[t, j] = <dr_t, v_{i_j}> + d_weights[t, j],   ds = p (dp - sum_j p dp + d_lse),
+//   dv_i = sum_{i_j = i} p[t, j] dr_t
 //
 // The search writes weights instead of scores, then the chosen rows are gathered: k rows, little beside N keys. The
 // backward needs only indices and weights and touches only chosen rows.
@@ -14,7 +15,7 @@ namespace {
 
 constexpr int kThreads = 128, kWarps = kThreads / 32;
 
-// ds = p (dp - sum p dp), one warp per token. `ds` holds <dr, v> before, if there is a dr.
+// ds = p (dp - sum p dp + d_lse), one warp per token. `ds` holds <dr, v> before, if there is a dr.
 MK_KERNEL(kThreads) soften_gradient(MK_PARAM(TopkReadBackward) b, MK_PARAM(View) ds) {
   const Choice& c = b.search.choice;
   const int64_t at = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32;
@@ -29,7 +30,7 @@ MK_KERNEL(kThreads) soften_gradient(MK_PARAM(TopkReadBackward) b, MK_PARAM(View)
   auto dp = [&](int64_t j) { return (b.d_read ? out[j] : 0.f) + (dw != nullptr ? dw[j] : 0.f); };
   float mean = 0;
   for (int64_t j = lane; j < c.k; j += 32) mean += index[j] < 0 ? 0.f : w[j] * dp(j);
-  mean = warp_sum(mean);
+  mean = warp_sum(mean) - (b.d_lse ? load(row(b.d_lse), b.d_lse.dtype, 0) : 0.f);
   for (int64_t j = lane; j < c.k; j += 32) out[j] = index[j] < 0 ? 0.f : w[j] * (dp(j) - mean);
 }
 
@@ -37,12 +38,11 @@ MK_KERNEL(kThreads) soften_gradient(MK_PARAM(TopkReadBackward) b, MK_PARAM(View)
 
 void topk_read(const Device& device, const TopkRead& p) {
   const TopkSearch& s = p.search;
-  search(device, "topk_read", s, p.weights);
+  search(device, "topk_read", s, p.weights, p.lse);
   gather_chosen(device, "topk_read", {{s.lead, s.T, s.k, s.N, s.indices}, p.V, p.values, p.weights, p.read, 1.f});
 }
 
-void topk_read_backward(const Device& device, const TopkReadBackward& b) {
-  const char* name = "topk_read_backward";
+void read_gradients(const Device& device, const char* name, const TopkReadBackward& b) {
   const Choice& c = b.search.choice;
   const View ds = dense(device, c);
   if (b.d_read) multiply_chosen(device, name, {c, b.V, b.values, b.d_read, ds});
@@ -52,6 +52,10 @@ void topk_read_backward(const Device& device, const TopkReadBackward& b) {
   ChosenSum values{c, b.V, b.d_values, b.d_read, b.weights, 1.f};
   if (!b.d_read) values.choice.T = 0;
   sum_chosen(device, name, values);
+}
+
+void topk_read_backward(const Device& device, const TopkReadBackward& b) {
+  read_gradients(device, "topk_read_backward", b);
 }
 
 }  // namespace mk::cuda

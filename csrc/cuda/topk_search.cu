@@ -37,13 +37,18 @@ search_stream(MK_PARAM(Searching) r) {
   const int64_t split = at % plan.splits;
   at /= plan.splits;
   const int64_t t0 = at % plan.tiles * Q, batch = at / plan.tiles, tokens = p.lead.folded() * p.T;
-  const int64_t begin = split * plan.split_rows, end = least(p.N, begin + plan.split_rows);
+  int64_t begin = split * plan.split_rows, end = least(p.N, begin + plan.split_rows);
 
   char* buffers = shared_memory();
   auto* lists = reinterpret_cast<Key*>(buffers + kStages * plan.stage_bytes);  // [Q]: list, then queue
   const int length = r.lists.length, both = length + r.queue;
   auto* query = reinterpret_cast<float*>(lists + Q * both);
   float* scores = query + Q * plan.padded;
+  auto* ranges = p.range ? reinterpret_cast<SlotRange*>(scores + Q * S) : nullptr;  // [Q]
+  if (ranges != nullptr) {
+    const SlotRange span = load_ranges<Q>(p.range, p.lead, batch, p.T, t0, p.N, begin, end, ranges);
+    begin = span.first, end = span.stop;
+  }
   for (int q = warp; q < Q; q += kWarps) clear_keys(lists + q * both, both);
   load_queries<Q>(p.query, p.lead, batch, p.T, t0, tokens, p.K, plan.padded, query);
 
@@ -71,7 +76,7 @@ search_stream(MK_PARAM(Searching) r) {
     multiply<X, Q>(buffers + step.buffer * plan.stage_bytes, key_columns(step.part), query + step.part * kPart,
                    plan.padded, S, s);
     if (step.part + 1 < plan.key_parts) continue;
-    store_scores<Q>(s, float(p.scale), S, step.first, end, p.mask, mask, scores);
+    store_scores<Q>(s, float(p.scale), S, step.first, end, p.mask, mask, ranges, scores);
     __syncthreads();
 #pragma unroll
     for (int n = 0; n < (Q + kWarps - 1) / kWarps; ++n) {
@@ -106,9 +111,10 @@ search_stream(MK_PARAM(Searching) r) {
   }
 }
 
-// One block per token: `merging` warps merge the lists of its ranges. Then scores or weights, and indices, are written.
+// One block per token: `merging` warps merge the lists of its ranges. Then scores, or weights and their lse, and
+// indices are written.
 MK_KERNEL(kThreads)
-finish_search(MK_PARAM(TopkSearch) p, MK_PARAM(View) weights, MK_PARAM(Lists) r, int merging) {
+finish_search(MK_PARAM(TopkSearch) p, MK_PARAM(View) weights, MK_PARAM(View) lse, MK_PARAM(Lists) r, int merging) {
   const int64_t token = blockIdx.x, tokens = p.lead.folded() * p.T, batch = token / tokens, t = token % tokens;
   const int lane = int(threadIdx.x) & 31, warp = int(threadIdx.x) / 32;
   auto* lists = reinterpret_cast<Key*>(shared_memory());  // [merging][length]
@@ -137,6 +143,10 @@ finish_search(MK_PARAM(TopkSearch) p, MK_PARAM(View) weights, MK_PARAM(Lists) r,
   }
   if (p.scores) return;
   sum = warp_sum(sum);
+  if (lane == 0) {
+    const float all = list[0] == 0 ? -kInfinity : isinf(top) ? top : top + logf(sum);
+    *reinterpret_cast<float*>(token_row(lse, p.lead, lse.batch(p.lead, batch), p.T, t)) = all;
+  }
   auto* out = reinterpret_cast<float*>(token_row(weights, p.lead, weights.batch(p.lead, batch), p.T, t));
   for (int j = lane; j < p.k; j += 32) {
     const float e = list[j] == 0 ? 0.f : exponential(score_of(list[j]) - top);
@@ -151,7 +161,8 @@ void run(const Device& device, const char* name, Searching& r) {
   r.lists.splits = r.plan.splits, r.lists.rows = p.lead.batches() * p.lead.folded() * p.T;
   r.lists.keys = device.scratch<Key>(r.lists.splits * r.lists.rows * r.lists.length);
   const int64_t shared = kStages * r.plan.stage_bytes +
-                         Q * ((r.lists.length + r.queue) * int64_t(sizeof(Key)) + (r.plan.padded + r.plan.slots) * 4);
+                         Q * ((r.lists.length + r.queue) * int64_t(sizeof(Key)) + (r.plan.padded + r.plan.slots) * 4 +
+                              (p.range ? int64_t(sizeof(SlotRange)) : 0));
   launch(device, name, search_stream<X, Q>, p.lead.batches() * r.plan.tiles * r.plan.splits, kThreads, shared, r);
 }
 
@@ -169,7 +180,7 @@ MK_KERNEL(kThreads) keep_chosen(MK_PARAM(Choice) c, MK_PARAM(View) d_scores, MK_
 
 }  // namespace
 
-void search(const Device& device, const char* name, const TopkSearch& p, const View& weights) {
+void search(const Device& device, const char* name, const TopkSearch& p, const View& weights, const View& lse) {
   constexpr int kQueue = 128, kListsOfMany = 256, kMergeRoom = 48 << 10;
   if (p.N >= 0xffffffff || p.k > 1 << 20) {
     throw std::runtime_error(std::string(name) + ": 2^32 slots, or more than 2^20 neighbours, have no CUDA kernel");
@@ -187,14 +198,14 @@ void search(const Device& device, const char* name, const TopkSearch& p, const V
   }
   const int64_t room = most(1, kMergeRoom / (list * int64_t(sizeof(Key))));
   const int merging = int(least(least(kWarps, r.lists.splits), room));
-  launch(device, name, finish_search, r.lists.rows, kThreads, merging * list * int64_t(sizeof(Key)), p, weights,
+  launch(device, name, finish_search, r.lists.rows, kThreads, merging * list * int64_t(sizeof(Key)), p, weights, lse,
          r.lists, merging);
 }
 
-View dense(const Device& device, const Choice& c) {
+View dense(const Device& device, const Choice& c, DType dtype) {
   View v;
-  v.data = reinterpret_cast<char*>(device.scratch<float>(c.all_tokens() * c.k));
-  v.row = c.k * int64_t(sizeof(float));
+  v.dtype = dtype, v.row = c.k * size_of(dtype);
+  v.data = device.scratch<char>(c.all_tokens() * v.row);
   int64_t stride = v.row * c.T;
   for (int d = c.lead.rank - 1; d >= 0; --d) {
     v.lead[d] = c.lead.size[d] == 1 ? 0 : stride;
@@ -210,7 +221,7 @@ void search_gradients(const Device& device, const char* name, const TopkSearchBa
   sum_chosen(device, name, {p.choice, 1, p.d_mask, View{}, ds, 1.f});
 }
 
-void topk_search(const Device& device, const TopkSearch& p) { search(device, "topk_search", p, View{}); }
+void topk_search(const Device& device, const TopkSearch& p) { search(device, "topk_search", p); }
 
 void topk_search_backward(const Device& device, const TopkSearchBackward& p) {
   const char* name = "topk_search_backward";

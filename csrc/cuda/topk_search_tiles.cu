@@ -11,7 +11,8 @@
 // the warp sorts and merges it first (bitonic), which raises the threshold, and looks at the tile again. A queue has
 // room for a whole tile, so if scores ascend, the cost is one sort of the queue per tile.
 //
-// Ranges end as in topk_search.cu, which merges them.
+// A block leaves out tiles of which none of its tokens may address a slot. Ranges end as in topk_search.cu, which
+// merges them.
 #include "cuda/tiles/query_tiles.h"
 #include "cuda/tiles/search_lists.h"
 
@@ -29,6 +30,7 @@ struct Tiling {
   int key_parts;       // of a key row
   int query_pitch, key_pitch, buffer_bytes;
   bool query_packs, key_packs;
+  int ranges_at;  // bytes of shared memory in front of the ranges of the tokens; 0: there are none
 };
 
 // S for an arithmetic: half as many for float32, whose sums take twice the registers.
@@ -43,7 +45,8 @@ constexpr bool kMayHold = sizeof(Stored<M>) == 2;
 // mask's terms in the scores of two tiles: the current one and the one being copied.
 template <int S>
 struct alignas(16) Shared {
-  int64_t t0, batch, split, end;  // the first token, of the batch; the range of slots; end: no slot from here on
+  int64_t t0, batch, split;  // the first token, of the batch; the range of slots
+  int64_t begin, end;        // slots that are looked at, from the beginning of a tile on
   const char *keys, *mask;
   float added[2][S];
 };
@@ -57,7 +60,7 @@ MK_DEVICE void locate(Shared<S>& block, const Tiling& r) {
     block.t0 = at % r.tiles * kTokens;
     at /= r.tiles;
     block.split = at % r.lists.splits, block.batch = at / r.lists.splits;
-    block.end = least(p.N, (block.split + 1) * r.split_rows);
+    block.begin = block.split * r.split_rows, block.end = least(p.N, block.begin + r.split_rows);
     block.keys = p.keys.batch(p.lead, block.batch);
     block.mask = p.mask ? p.mask.batch(p.lead, block.batch) : nullptr;
   }
@@ -113,16 +116,20 @@ MK_DEVICE void multiply_tile(Sums<M> (&sums)[S / 8], const Queries<M, held>& que
   }
 }
 
-// The scores s [16, S] of a warp's tokens and slots [first, first + S), from products of queries and keys.
+// The scores s [16, S] of a warp's tokens and slots [first, first + S), from products of queries and keys. ranges: of
+// these tokens [16], or null.
 template <class M, int S>
 MK_DEVICE void to_scores(float (&s)[S / 8][4], const Sums<M> (&sums)[S / 8], const Shared<S>& block, float scale,
-                         int64_t first, int lane) {
+                         int64_t first, int lane, const SlotRange* ranges) {
 #pragma unroll
   for (int n = 0; n < S / 8; ++n) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const float extra = block.added[first / S % 2][n * 8 + lane % 4 * 2 + i % 2];
-      s[n][i] = extra == -kInfinity ? -kInfinity : score(scale, sums[n][i], extra);
+      const int column = n * 8 + lane % 4 * 2 + i % 2;
+      const float extra = block.added[first / S % 2][column];
+      const bool open =
+          extra != -kInfinity && (ranges == nullptr || ranges[lane / 4 + i / 2 * 8].holds(first + column));
+      s[n][i] = open ? score(scale, sums[n][i], extra) : -kInfinity;
     }
   }
 }
@@ -222,6 +229,8 @@ search_tiles(MK_PARAM(Tiling) r) {
   auto* lists = reinterpret_cast<Key*>(shared_memory() + sizeof(Shared<S>));
   char* buffers = reinterpret_cast<char*>(lists + kTokens * both);
   locate(block, r);
+  const SlotRange* ranges = ranges_at(r.ranges_at);
+  narrow<S>(r.p, block, ranges_at(r.ranges_at));
 
   Best best{lists + warp * 16 * both, r.lists.length, r.queue, r.p.k, {}};
   clear_keys(best.lists, 16 * both);
@@ -233,7 +242,8 @@ search_tiles(MK_PARAM(Tiling) r) {
   Queries<M, held> queries;
   queries.load(r, block, tokens, held ? buffers : buffers + kBuffers * r.buffer_bytes);
   Loader<X> loader{r, block, {buffers, r.buffer_bytes}};
-  const int64_t begin = block.split * r.split_rows;
+  if (ranges != nullptr) ranges += warp * 16;
+  const int64_t begin = block.begin;
   loader.prefetch(begin, 0);
 
   const bool busy = block.t0 + warp * 16 < tokens;  // this warp has a token
@@ -242,7 +252,7 @@ search_tiles(MK_PARAM(Tiling) r) {
     multiply_tile<M, held, S>(sums, queries, loader, first, busy);
     if (!busy) continue;
     float s[S / 8][4];
-    to_scores<M, S>(s, sums, block, float(r.p.scale), first, lane);
+    to_scores<M, S>(s, sums, block, float(r.p.scale), first, lane, ranges);
     best.take<S>(s, first, lane);
   }
   wait_copies<0>();
@@ -274,6 +284,7 @@ Layout lay_out(const TopkSearch& p, int list) {
   const int64_t rows = kBuffers * int64_t(r.buffer_bytes), queries = int64_t(kTokens) * r.query_pitch;
   a.shared = int64_t(sizeof(Shared<S>)) + kTokens * (list + r.queue) * int64_t(sizeof(Key)) +
              (a.held ? most(rows, queries) : rows + queries);
+  r.ranges_at = place_ranges(p, a.shared);
   return a;
 }
 

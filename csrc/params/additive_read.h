@@ -5,11 +5,12 @@
 
 namespace mk {
 
-// read[t] = sum_i softmax_i(s[t, i]) value_i and lse[t]; s[t, i] = sum_a vector_a tanh(query_ta + key_ia) + mask_i.
+// read[t] = sum_i softmax_i(s[t, i]) value_i and lse[t]; s[t, i] = sum_a vector_a tanh(query_ta + key_ia) + mask_i,
+// over the slots range[t, 0] <= i < range[t, 1] where ranges are given.
 struct AdditiveRead {
   Lead lead;
   int64_t T, N, K, V;
-  View query, keys, values, vector, mask;
+  View query, keys, values, vector, mask, range;
   View read, lse, lse_rest;
 };
 

@@ -5,12 +5,13 @@
 
 namespace mk {
 
-// weights[t, i] = gate(scale <query_t, key_i> + mask_i); gate: softmax over i, or sigmoid.
+// weights[t, i] = gate(scale <query_t, key_i> + mask_i); gate: softmax over i, or sigmoid. 0 but
+// for range[t, 0] <= i < range[t, 1] where ranges are given.
 struct Address {
   Lead lead;
   int64_t T, N, K;
-  View query, keys, mask;
-  View lse, lse_rest;  // of the scores, for the softmax gate
+  View query, keys, mask, range;
+  View lse, lse_rest;  // of the scores, for the softmax gate of a GPU; the CPU takes both from the scores
   View weights;
   double scale;
   bool sigmoid;

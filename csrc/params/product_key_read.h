@@ -4,22 +4,23 @@
 
 namespace mk {
 
-// read[t] = sum_j weights[t, j] values[indices[t, j]], weights = softmax over the k scores of a search of pairs.
-// `values`, reads and weights have stride 0 in the dimension of the half.
+// read[t] = sum_j weights[t, j] values[indices[t, j]], weights = softmax over the k scores of a search of pairs, lse[t]
+// the logarithm of the sum of their exponentials. `values`, reads, weights and lse have stride 0 in the dimension of
+// the half.
 struct ProductKeyRead {
   ProductKeySearch search;  // its scores are not used
   int64_t V;
-  View values;
-  View read, weights;
+  SlotView values;
+  View read, weights, lse;
 };
 
-// Gradients. A missing d_read or d_weights is zero.
+// Gradients. A missing d_read, d_weights or d_lse is zero.
 struct ProductKeyReadBackward {
   ProductKeySearchBackward search;  // its d_scores are not used
   int64_t V;
-  View values;
+  SlotView values;
   View weights;
-  View d_read, d_weights;
+  View d_read, d_weights, d_lse;
   MemoryGradient d_values;
 };
 

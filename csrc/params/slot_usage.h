@@ -5,11 +5,12 @@
 
 namespace mk {
 
-// usage_i = sum_t exp(scale <query_t, key_i> + mask_i - lse_t), float (double for double).
+// usage_i = sum_t exp(scale <query_t, key_i> + mask_i - lse_t), float (double for double). Over
+// the tokens with range[t, 0] <= i < range[t, 1] where ranges are given.
 struct SlotUsage {
   Lead lead;
   int64_t T, N, K;
-  View query, keys, mask, lse;
+  View query, keys, mask, range, lse;
   View usage;
   double scale;
 };

@@ -6,13 +6,13 @@
 namespace mk {
 
 // read[t] = sum_i softmax_i(s[t, i]) value_i, and lse[t] with its rounding error, where
-// s[t, i] = scale <query_t, key_i> + mask_i.
+// s[t, i] = scale <query_t, key_i> + mask_i, over the slots range[t, 0] <= i < range[t, 1] where ranges are given.
 struct SoftmaxRead {
   Lead lead;
   int64_t T, N, K, V;
   View query;
   SlotView keys, values;
-  View mask;
+  View mask, range;
   View read, lse, lse_rest;
   double scale;
 };

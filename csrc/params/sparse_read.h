@@ -4,7 +4,7 @@
 
 namespace mk {
 
-// read[t] = sum_j weights[t, j] values[indices[t, j]]; indices have been checked.
+// read[t] = sum_j weights[t, j] values[indices[t, j]]
 struct SparseRead {
   Choice choice;
   int64_t V;
@@ -23,5 +23,7 @@ struct SparseReadBackward {
 
 }  // namespace mk
 
-MK_DECLARE(void, sparse_read, SparseRead)
+// Returns an index outside [-1, N), or -1 if there is none; no row of such a number is read.
+MK_DECLARE(int64_t, sparse_read, SparseRead)
+// Its indices have been checked.
 MK_DECLARE(void, sparse_read_backward, SparseReadBackward)

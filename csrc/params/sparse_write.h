@@ -4,12 +4,13 @@
 
 namespace mk {
 
-// v_i <- v_i (1 - a e_t) + a w_t with a = weights[t, j] for i = indices[t, j], entries (t, j) in order, index -1
-// ignored. `out` may be `values` itself; then the other rows are not touched. Indices have been checked.
+// v_i <- v_i (1 - a e_t) + a w_t with a = weights[t, j] for i = indices[t, j], entries (t, j) in order, index -1 and
+// tokens whose token_mask is not set ignored. `out` may be `values` itself; then the other rows are not touched.
+// Indices have been checked.
 struct SparseWrite {
   Choice choice;
   int64_t V;
-  View values, weights, write, erase;
+  View values, weights, write, erase, token_mask;
   View out;
   double erase_scale;  // e_t = erase_scale if `erase` is missing
 };

@@ -4,21 +4,22 @@
 
 namespace mk {
 
-// read[t] = sum_j weights[t, j] values[indices[t, j]], weights = softmax over the k scores of a search.
+// read[t] = sum_j weights[t, j] values[indices[t, j]], weights = softmax over the k scores of a search, lse[t] the
+// logarithm of the sum of their exponentials, -inf where there are none.
 struct TopkRead {
   TopkSearch search;  // its scores are not used
   int64_t V;
   SlotView values;
-  View read, weights;
+  View read, weights, lse;
 };
 
-// Gradients. A missing d_read or d_weights is zero.
+// Gradients. A missing d_read, d_weights or d_lse is zero.
 struct TopkReadBackward {
   TopkSearchBackward search;  // its d_scores are not used
   int64_t V;
   SlotView values;
   View weights;
-  View d_read, d_weights;
+  View d_read, d_weights, d_lse;
   MemoryGradient d_values;
 };
 

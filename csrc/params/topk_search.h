@@ -5,13 +5,14 @@
 namespace mk {
 
 // The k largest s[t, i] = scale <query_t, key_i> + mask_i of every token, best first, equal scores by smaller index. If
-// there are fewer than k, the rest has index -1 and score -inf.
+// there are fewer than k, the rest has index -1 and score -inf. Of the slots range[t, 0] <= i < range[t, 1] alone where
+// ranges are given.
 struct TopkSearch {
   Lead lead;
   int64_t T, N, K, k;
   View query;
   SlotView keys;
-  View mask;
+  View mask, range;
   View scores, indices;
   double scale;
 };

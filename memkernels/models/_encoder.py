@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from ..ops import softmax_read
+from ..ops import causal_range, softmax_read
 
 
 def sinusoidal_positions(length: int, width: int) -> Tensor:
@@ -25,8 +24,8 @@ class EncoderLayer(nn.Module):
     """One post-norm layer: ``x <- norm(x + attention(x))``, then ``x <- norm(x + W_2 relu(W_1 x))``, dropout on both
     branches.
 
-    Bidirectional attention is a softmax read whose slots are the tokens, so it runs on the kernels of this library.
-    Causal attention runs on ``scaled_dot_product_attention``: the slots of a read have no order, hence no causal mask.
+    Attention is a softmax read whose slots are the tokens, so it runs on the kernels of this library. Where it is
+    causal, each token has the range of slots up to its own.
 
     Args:
         width: model width; ``heads`` divides it. hidden: width of the feed-forward part.
@@ -53,11 +52,12 @@ class EncoderLayer(nn.Module):
     def attention(self, x: Tensor, token_mask: Tensor | None) -> Tensor:
         """x ``[B, T, width]``; token_mask bool ``[B, T]``: a token at False is not attended to."""
         query, key, value = self.project_in(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # [B, H, T, K]
-        if self.causal:  # padding is at the end, so the causal mask hides it
-            read = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-        else:
-            slot_mask = None if token_mask is None else token_mask.unsqueeze(-2)  # [B, 1, T]
-            read = softmax_read(query, key, value, slot_mask=slot_mask, backend=self.backend)
+        slot_mask, slot_range = None, None
+        if self.causal:  # padding is at the end, so no token's range has it
+            slot_range = causal_range(x.shape[-2]).to(x.device)
+        elif token_mask is not None:
+            slot_mask = token_mask.unsqueeze(-2)  # [B, 1, T]
+        read = softmax_read(query, key, value, slot_mask=slot_mask, slot_range=slot_range, backend=self.backend)
         return self.project_out(read.transpose(1, 2).flatten(-2))
 
     def forward(self, x: Tensor, token_mask: Tensor | None = None) -> Tensor:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..ops import cache_logprobs, cache_nll
+from ..ops import cache_logprobs, cache_nll, causal_range
 from ._sizes import check_sizes
 
 
@@ -117,11 +117,12 @@ class NeuralCache(nn.Module):
             ValueError: shapes do not fit each other or the cache. ValueError, TypeError, RuntimeError: as
                 :func:`memkernels.cache_nll`.
         """
-        keys, tokens = self._joined(state, hidden, targets)  # [..., N + T, K], of which token t reads t .. N + t - 1
+        keys, tokens = self._joined(state, hidden, targets)  # [..., N + T, K]
         scores, mix = self._scores(logits, hidden, keys)
+        before = causal_range(hidden.shape[-2], keys.shape[-2], window=self.size, offset=self.size - 1)
+        first, stop = before.to(keys.device).split(1, -1)
         entry = torch.arange(keys.shape[-2], device=keys.device)
-        token = torch.arange(hidden.shape[-2], device=keys.device)[:, None]
-        scores = scores.masked_fill((entry < token) | (entry >= token + self.size), -torch.inf)
+        scores = scores.masked_fill((entry < first) | (entry >= stop), -torch.inf)
         nll = cache_nll(logits, targets, scores, tokens.unsqueeze(-2), mix, backend=self.backend)
         return nll, self._newest(keys, tokens)
 

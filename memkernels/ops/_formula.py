@@ -26,15 +26,48 @@ def inert(x: Tensor, slot_mask: Tensor | None) -> Tensor:
     return x.masked_fill(empty.unsqueeze(-1), 0)
 
 
-def scores(query: Tensor, keys: Tensor, slot_mask: Tensor | None, scale: float) -> Tensor:
-    """s[t, i] = scale * <query_t, key_i> + slot_mask_i, in float32 (float64 for float64). [..., T, N]."""
+def inside(slot_range: Tensor, slots: int) -> Tensor:
+    """May token t address slot i: first_t <= i < stop_t? Bool [..., T, N]."""
+    i = torch.arange(slots, device=slot_range.device)
+    return (slot_range[..., :1] <= i) & (i < slot_range[..., 1:])
+
+
+def seen(x: Tensor, addressed: Tensor) -> Tensor:
+    """x [..., N, D] as each token sees it, [..., T, N, D]: zero where it may not address the slot.
+
+    A product with zero weights would not do, in the result or the gradients: 0 * NaN is NaN.
+    """
+    return torch.where(addressed.unsqueeze(-1), x.unsqueeze(-3), 0)
+
+
+def open_only(s: Tensor, slot_mask: Tensor | None, addressed: Tensor | None) -> Tensor:
+    """s [..., T, N] plus the mask; exactly -inf at empty slots and at those that the token may not address."""
+    mask = additive(slot_mask, s)
+    s = s + (mask.unsqueeze(-2) if mask.dim() else mask)
+    if slot_mask is not None:
+        s = s.masked_fill(torch.isneginf(mask).unsqueeze(-2), -torch.inf)
+    return s if addressed is None else s.masked_fill(~addressed, -torch.inf)
+
+
+def scores(
+    query: Tensor, keys: Tensor, slot_mask: Tensor | None, scale: float, slot_range: Tensor | None = None
+) -> Tensor:
+    """s[t, i] = scale * <query_t, key_i> + slot_mask_i, in float32 (float64 for float64), -inf outside of the range of
+    token t. [..., T, N]."""
     exact = stats_dtype(query.dtype)
     query, keys = query.to(exact), inert(keys, slot_mask).to(exact)
-    mask = additive(slot_mask, query)
-    s = scale * (query @ keys.mT) + (mask.unsqueeze(-2) if mask.dim() else mask)
-    if slot_mask is None:
-        return s
-    return s.masked_fill(torch.isneginf(mask).unsqueeze(-2), -torch.inf)
+    if slot_range is None:
+        return open_only(scale * (query @ keys.mT), slot_mask, None)
+    addressed = inside(slot_range, keys.shape[-2])
+    products = (seen(keys, addressed) @ query.unsqueeze(-1)).squeeze(-1)
+    return open_only(scale * products, slot_mask, addressed)
+
+
+def weighted_sum(weights: Tensor, values: Tensor, slot_range: Tensor | None) -> Tensor:
+    """sum_i weights[t, i] values_i over the slots that token t may address. [..., T, V]."""
+    if slot_range is None:
+        return weights @ values
+    return (weights.unsqueeze(-2) @ seen(values, inside(slot_range, values.shape[-2]))).squeeze(-2)
 
 
 def softmax(s: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -137,7 +137,10 @@ def scaled(op: Op, tensors: list, scale: float | Tensor | None, name: str) -> tu
         return tensors, number(name, "scale", scale, SCALE)
     cast: list[Any] = autocast(op, tensors)
     layout = check(op, cast)
-    factor = _factor(name, scale, cast[queries[0]], [*layout.lead, layout.axes["T"]]).unsqueeze(-1)
+    tokens = [*layout.lead, layout.axes["T"]]
+    factor = token_numbers(name, "scale", scale, cast[queries[0]], tokens, SCALE)
+    for _ in op.args[queries[0]].parsed[1:]:  # K, or heads and K
+        factor = factor.unsqueeze(-1)
     if all(tensors[i].dtype not in SIXTEEN_BITS for i in queries):  # autocast rounds the product, not its factors
         return [t * factor if i in queries else t for i, t in enumerate(tensors)], 1.0
     halves = (2, -1) if op.args[queries[0]].axes == "T 2h" else (1, -1)
@@ -154,23 +157,26 @@ def scaled(op: Op, tensors: list, scale: float | Tensor | None, name: str) -> tu
 SCALE = "a number or a tensor that broadcasts to [..., T]"
 
 
-def _factor(op: str, scale: Tensor, query: Tensor, tokens: list[int]) -> Tensor:
-    """``scale`` in the accumulation dtype of ``query``. ``tokens``: the leading dimensions of the call, then T."""
+def token_numbers(op: str, name: str, x: Tensor, query: Tensor, tokens: list[int], wanted: str) -> Tensor:
+    """``x``, one number per token, in the accumulation dtype of ``query``: a tensor that broadcasts to ``[..., T]``.
+
+    tokens: the leading dimensions of the call, then T. wanted: what errors say that ``name`` must be.
+    """
     exact = stats_dtype(query.dtype)
-    if scale.is_nested or scale.layout != torch.strided:
-        raise TypeError(f"{op}: scale must be {SCALE}, got a {'nested' if scale.is_nested else scale.layout} tensor")
-    if not scale.dim():
-        return single(op, "scale", scale, query, exact, SCALE)
-    wanted = (*FLOATS[:3], exact) if torch.is_autocast_enabled(query.device.type) else (query.dtype, exact)
-    if scale.dtype not in wanted:
-        names = " or ".join(dict.fromkeys(str(d).removeprefix("torch.") for d in wanted))
-        raise TypeError(f"{op}: scale must be {names}, got {str(scale.dtype).removeprefix('torch.')}")
-    if scale.device != query.device:
-        raise ValueError(f"{op}: scale must be on {query.device}, got {scale.device}")
-    own = list(scale.shape)
+    if x.is_nested or x.layout != torch.strided:
+        raise TypeError(f"{op}: {name} must be {wanted}, got a {'nested' if x.is_nested else x.layout} tensor")
+    if not x.dim():
+        return single(op, name, x, query, exact, wanted)
+    dtypes = (*FLOATS[:3], exact) if torch.is_autocast_enabled(query.device.type) else (query.dtype, exact)
+    if x.dtype not in dtypes:
+        names = " or ".join(dict.fromkeys(str(d).removeprefix("torch.") for d in dtypes))
+        raise TypeError(f"{op}: {name} must be {names}, got {str(x.dtype).removeprefix('torch.')}")
+    if x.device != query.device:
+        raise ValueError(f"{op}: {name} must be on {query.device}, got {x.device}")
+    own = list(x.shape)
     inside = len(own) <= len(tokens) and all(
         size == whole or size == 1 for size, whole in zip(own, tokens[len(tokens) - len(own) :])
     )
     if not inside:
-        raise ValueError(f"{op}: scale must broadcast to {tokens}, [..., T], got {own}")
-    return scale.to(exact)
+        raise ValueError(f"{op}: {name} must broadcast to {tokens}, [..., T], got {own}")
+    return x.to(exact)

@@ -15,23 +15,34 @@ from torch import Tensor
 
 from ..registration import call, register
 from ..spec import LSE_REST, Arg, Op, Out, stats_dtype
-from ._formula import additive, inert, softmax, stretch
+from ._formula import inert, inside, open_only, softmax, stretch, weighted_sum
 
 
-def additive_scores(query: Tensor, keys: Tensor, score_vector: Tensor, slot_mask: Tensor | None) -> Tensor:
-    """s[t, i] = sum_a u_a tanh(q_ta + k_ia) + slot_mask_i, in float32 (float64 for float64). [..., T, N]."""
+def additive_scores(
+    query: Tensor, keys: Tensor, score_vector: Tensor, slot_mask: Tensor | None, slot_range: Tensor | None
+) -> Tensor:
+    """s[t, i] = sum_a u_a tanh(q_ta + k_ia) + slot_mask_i, in float32 (float64 for float64), -inf outside of the range
+    of token t. [..., T, N]."""
     exact = stats_dtype(query.dtype)
     query, keys = query.to(exact), inert(keys, slot_mask).to(exact)
-    hidden = torch.tanh(query.unsqueeze(-2) + keys.unsqueeze(-3))
-    mask = additive(slot_mask, query)
-    mask = mask.unsqueeze(-2) if mask.dim() else mask
-    s = (hidden * score_vector.to(exact).unsqueeze(-2).unsqueeze(-2)).sum(-1) + mask
-    return s if slot_mask is None else s.masked_fill(torch.isneginf(mask), -torch.inf)
+    added = query.unsqueeze(-2) + keys.unsqueeze(-3)
+    addressed = None if slot_range is None else inside(slot_range, keys.shape[-2])
+    if addressed is not None:
+        added = added.masked_fill(~addressed.unsqueeze(-1), 0)
+    s = (torch.tanh(added) * score_vector.to(exact).unsqueeze(-2).unsqueeze(-2)).sum(-1)
+    return open_only(s, slot_mask, addressed)
 
 
-def reference(query: Tensor, keys: Tensor, values: Tensor, score_vector: Tensor, slot_mask: Tensor | None):
-    weights, lse, rest = softmax(additive_scores(query, keys, score_vector, slot_mask))
-    read = weights @ inert(values, slot_mask).to(weights.dtype)
+def reference(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    score_vector: Tensor,
+    slot_mask: Tensor | None,
+    slot_range: Tensor | None,
+):
+    weights, lse, rest = softmax(additive_scores(query, keys, score_vector, slot_mask, slot_range))
+    read = weighted_sum(weights, inert(values, slot_mask).to(weights.dtype), slot_range)
     return read.to(query.dtype), lse.expand(read.shape[:-1]), rest.expand(read.shape[:-1])
 
 
@@ -44,6 +55,7 @@ OP = register(
             Arg("values", "N V", "memory", "content"),
             Arg("score_vector", "K", "memory"),
             Arg("slot_mask", "N", "memory", "mask", optional=True, stretch=True),
+            Arg("slot_range", "T 2", "tokens", "range", optional=True, fill="ranges"),
         ),
         outputs=(Out("read", "T V"), Out("lse", "T", dtype="stats"), LSE_REST),
         saved=("read", "lse", "lse_rest"),
@@ -64,6 +76,7 @@ def additive_read(
     score_vector: Tensor,
     *,
     slot_mask: Tensor | None = None,
+    slot_range: Tensor | None = None,
     return_lse: Literal[False] = False,
     backend: str | None = None,
 ) -> Tensor: ...
@@ -77,6 +90,7 @@ def additive_read(
     score_vector: Tensor,
     *,
     slot_mask: Tensor | None = None,
+    slot_range: Tensor | None = None,
     return_lse: Literal[True],
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]: ...
@@ -90,6 +104,7 @@ def additive_read(
     score_vector: Tensor,
     *,
     slot_mask: Tensor | None = None,
+    slot_range: Tensor | None = None,
     return_lse: bool,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]: ...
@@ -102,6 +117,7 @@ def additive_read(
     score_vector: Tensor,
     *,
     slot_mask: Tensor | None = None,
+    slot_range: Tensor | None = None,
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -114,7 +130,7 @@ def additive_read(
             already projected to the common width K.
         values: ``[..., N, V]``, dtype of ``query``, or float32 beside a 16-bit query.
         score_vector: ``u``, ``[..., K]``, dtype of ``query``.
-        slot_mask, return_lse, backend: as in :func:`softmax_read`.
+        slot_mask, slot_range, return_lse, backend: as in :func:`softmax_read`.
 
     Returns:
         ``read`` ``[..., T, V]`` in the dtype of ``query``; with ``return_lse`` also ``lse`` ``[..., T]`` in float32
@@ -127,6 +143,6 @@ def additive_read(
 
     Source: Bahdanau et al. 2015, Neural Machine Translation by Jointly Learning to Align and Translate.
     """
-    tensors = [query, keys, values, score_vector, stretch(slot_mask, keys)]
+    tensors = [query, keys, values, score_vector, stretch(slot_mask, keys), slot_range]
     read, lse, _ = call(OP, tensors, (), backend)
     return (read, lse) if return_lse else read

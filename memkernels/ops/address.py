@@ -14,15 +14,19 @@ from torch import Tensor
 
 from ..registration import call, register
 from ..spec import Arg, Op, Out
-from ._formula import scores, softmax, stretch
+from ._formula import inside, scores, softmax, stretch
 from ._options import scaled
 
 GATES = ("softmax", "sigmoid")
 
 
-def reference(query: Tensor, keys: Tensor, slot_mask: Tensor | None, scale: float, sigmoid: bool):
-    s = scores(query, keys, slot_mask, scale)
+def reference(
+    query: Tensor, keys: Tensor, slot_mask: Tensor | None, slot_range: Tensor | None, scale: float, sigmoid: bool
+):
+    s = scores(query, keys, slot_mask, scale, slot_range)
     weights = torch.sigmoid(s) if sigmoid else softmax(s)[0]
+    if slot_range is not None:  # of a token with a NaN score, too
+        weights = weights.masked_fill(~inside(slot_range, keys.shape[-2]), 0)
     return (weights.to(query.dtype),)
 
 
@@ -33,6 +37,7 @@ OP = register(
             Arg("query", "T K", "tokens", "lead"),
             Arg("keys", "N K", "memory"),
             Arg("slot_mask", "N", "memory", "mask", optional=True, stretch=True),
+            Arg("slot_range", "T 2", "tokens", "range", optional=True, fill="ranges"),
         ),
         params=(("scale", "float"), ("sigmoid", "bool")),
         outputs=(Out("weights", "T N", positive=True),),
@@ -52,6 +57,7 @@ def address(
     *,
     scale: float | Tensor | None = None,
     slot_mask: Tensor | None = None,
+    slot_range: Tensor | None = None,
     gate: str = "softmax",
     backend: str | None = None,
 ) -> Tensor:
@@ -63,6 +69,7 @@ def address(
     Args:
         query: ``[..., T, K]``, float32, bfloat16, float16 or float64. keys: ``[..., N, K]``, same dtype.
         scale: as in :func:`softmax_read`. slot_mask: ``[..., N]``, bool or float; an empty slot (-inf) has weight 0.
+        slot_range: ``[..., T, 2]``, as in :func:`softmax_read`; a slot outside of a token's range has weight 0.
         gate: ``"softmax"`` or ``"sigmoid"``. backend: as in :func:`softmax_read`.
 
     Returns:
@@ -77,5 +84,5 @@ def address(
     """
     if not isinstance(gate, str) or gate not in GATES:
         raise ValueError(f"address: gate must be one of {', '.join(GATES)}, got {gate!r}")
-    tensors, factor = scaled(OP, [query, keys, stretch(slot_mask, keys)], scale, "address")
+    tensors, factor = scaled(OP, [query, keys, stretch(slot_mask, keys), slot_range], scale, "address")
     return call(OP, tensors, (factor, gate == "sigmoid"), backend)

@@ -13,22 +13,28 @@ from torch import Tensor
 from ..registration import call, register
 from ..spec import Arg, Op, Out
 from ._folds import fold_tokens
-from ._formula import scores, softmax, stretch
+from ._formula import inside, scores, softmax, stretch
 from ._options import scaled
 
 
-def reference(query: Tensor, keys: Tensor, lse: Tensor, slot_mask: Tensor | None, scale: float):
-    s = scores(query, keys, slot_mask, scale)
+def reference(
+    query: Tensor, keys: Tensor, lse: Tensor, slot_mask: Tensor | None, slot_range: Tensor | None, scale: float
+):
+    s = scores(query, keys, slot_mask, scale, slot_range)
     nothing = torch.isneginf(lse).unsqueeze(-1)
+    if slot_range is not None:
+        nothing = nothing | ~inside(slot_range, keys.shape[-2])
     weights = torch.exp(s - lse.unsqueeze(-1).masked_fill(nothing, 0)).masked_fill(nothing, 0)
     memory = keys.shape[:-2] if slot_mask is None else torch.broadcast_shapes(keys.shape[:-2], slot_mask.shape[:-1])
     return (fold_tokens(weights, memory, weights.shape[:-2], tail=1).sum(-2),)
 
 
-def lse_of(query: Tensor, keys: Tensor, lse: Tensor, slot_mask: Tensor | None, scale: float) -> Tensor:
+def lse_of(
+    query: Tensor, keys: Tensor, lse: Tensor, slot_mask: Tensor | None, slot_range: Tensor | None, scale: float
+) -> Tensor:
     """The lse of these very scores. With any other, the weights exp(s - lse) do not sum to 1."""
     mask = slot_mask.double() if slot_mask is not None and slot_mask.is_floating_point() else slot_mask
-    return softmax(scores(query.double(), keys.double(), mask, scale))[1].to(lse.dtype)
+    return softmax(scores(query.double(), keys.double(), mask, scale, slot_range))[1].to(lse.dtype)
 
 
 OP = register(
@@ -39,6 +45,7 @@ OP = register(
             Arg("keys", "N K", "memory"),
             Arg("lse", "T", "tokens", "stats", fill=lse_of),
             Arg("slot_mask", "N", "memory", "mask", optional=True, stretch=True),
+            Arg("slot_range", "T 2", "tokens", "range", optional=True, fill="ranges"),
         ),
         params=(("scale", "float"),),
         outputs=(Out("usage", "N", lead="memory", dtype="stats", positive=True),),
@@ -59,6 +66,7 @@ def slot_usage(
     *,
     scale: float | Tensor | None = None,
     slot_mask: Tensor | None = None,
+    slot_range: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Sum over the tokens of their softmax weight on each slot.
@@ -69,7 +77,7 @@ def slot_usage(
         query: ``[..., T, K]``, float32, bfloat16, float16 or float64. keys: ``[..., N, K]``, same dtype.
         lse: ``[..., T]``, float32 (float64 for float64), from :func:`softmax_read` with ``return_lse=True``. Where the
             read was merged with others, the merged lse. A token with lse -inf reads nothing.
-        scale, slot_mask, backend: as in :func:`softmax_read`.
+        scale, slot_mask, slot_range, backend: as in :func:`softmax_read`.
 
     Returns:
         usage ``[..., N]`` with the leading dimensions of the memory (tokens that share a memory are summed), float32
@@ -82,5 +90,5 @@ def slot_usage(
 
     Source: Graves et al. 2016, Hybrid computing using a neural network with dynamic external memory.
     """
-    tensors, factor = scaled(OP, [query, keys, lse, stretch(slot_mask, keys)], scale, "slot_usage")
+    tensors, factor = scaled(OP, [query, keys, lse, stretch(slot_mask, keys), slot_range], scale, "slot_usage")
     return call(OP, tensors, (factor,), backend)

@@ -14,21 +14,24 @@ from torch import Tensor
 from .._torch import known
 from ..registration import call, register
 from ..spec import Arg, Op, Out, stats_dtype
-from ._folds import fold_tokens
-from ._write import check_in_place, erase_options
+from ._write import check_in_place, erase_options, fold
 
 
 def reference(
-    values: Tensor, indices: Tensor, weights: Tensor, write: Tensor, erase: Tensor | None, erase_scale: float
+    values: Tensor,
+    indices: Tensor,
+    weights: Tensor,
+    write: Tensor,
+    erase: Tensor | None,
+    token_mask: Tensor | None,
+    erase_scale: float,
 ):
     exact = stats_dtype(weights.dtype)
     memory = values.shape[:-2]
-    tokens = [x.shape[:-2] for x in (indices, weights, write, erase) if x is not None]
-    lead = torch.broadcast_shapes(memory, *tokens)
-    index = fold_tokens(indices, memory, lead, tail=1)
-    a = fold_tokens(weights.to(exact), memory, lead, tail=1)
-    w = fold_tokens(write.to(exact), memory, lead, tail=1)
-    e = None if erase is None else fold_tokens(erase.to(exact), memory, lead, tail=1)
+    erase = None if erase is None else erase.to(exact)
+    index, a, w, e, silent = fold(memory, token_mask, indices, weights.to(exact), write.to(exact), erase)
+    if silent is not None:
+        index = index.masked_fill(silent, -1)
     v = values.to(exact).clone()
     if known(v.shape[-2] == 0) and bool((index == -1).all()):
         return (v.to(values.dtype),)
@@ -53,6 +56,7 @@ OP = register(
             Arg("weights", "T k", "tokens", "lead", fill="uniform"),
             Arg("write", "T V", "tokens", "content"),
             Arg("erase", "T V", "tokens", "content", optional=True),
+            Arg("token_mask", "T", "tokens", "bool", optional=True, hides=True),
         ),
         params=(("erase_scale", "float"),),
         outputs=(Out("values", "N V", lead="memory", dtype="values"),),
@@ -72,6 +76,7 @@ def sparse_write(
     write: Tensor,
     *,
     erase: float | Tensor = 1.0,
+    token_mask: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Write T tokens into the slots that each of them names, exactly as if one after the other.
@@ -86,6 +91,7 @@ def sparse_write(
             ``values``.
         erase: 1.0 interpolates (``v + a (w - v)``), 0.0 adds (``v + a w``), a tensor ``[..., T, V]`` in the dtype of
             ``values`` is the erase vector of the Neural Turing Machine.
+        token_mask: bool ``[..., T]``; a token at False writes nothing. Its indices are checked all the same.
         backend: as in :func:`softmax_read`.
 
     Returns:
@@ -99,7 +105,7 @@ def sparse_write(
 
     Source: Rae et al. 2016, Scaling Memory-Augmented Neural Networks with Sparse Reads and Writes.
     """
-    tensors, params = _arguments("sparse_write", values, indices, weights, write, erase)
+    tensors, params = _arguments("sparse_write", values, indices, weights, write, erase, token_mask)
     return call(OP, tensors, params, backend)
 
 
@@ -110,6 +116,7 @@ def sparse_write_(
     write: Tensor,
     *,
     erase: float | Tensor = 1.0,
+    token_mask: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """:func:`sparse_write` into ``values`` itself, for inference: only the rows that are named are touched.
@@ -121,12 +128,12 @@ def sparse_write_(
             ValueError, TypeError: a shape, dtype or device does not fit. NotImplementedError: the named backend cannot
             run the call.
     """
-    tensors, params = _arguments("sparse_write_", values, indices, weights, write, erase)
+    tensors, params = _arguments("sparse_write_", values, indices, weights, write, erase, token_mask)
     check_in_place("sparse_write_", tensors, values)
     call(OP, tensors, params, backend, inplace=True)
     return values
 
 
-def _arguments(op, values, indices, weights, write, erase):
+def _arguments(op, values, indices, weights, write, erase, token_mask):
     vector, amount = erase_options(op, erase, values, write)
-    return [values, indices, weights, write, vector], (amount,)
+    return [values, indices, weights, write, vector, token_mask], (amount,)

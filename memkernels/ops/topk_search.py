@@ -28,12 +28,14 @@ def best(s: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return chosen, indices.masked_fill(torch.isneginf(chosen), -1)
 
 
-def ranking(query: Tensor, keys: Tensor, slot_mask: Tensor | None, k: int, scale: float) -> Tensor:
-    return scores(query, keys, slot_mask, scale)
+def ranking(
+    query: Tensor, keys: Tensor, slot_mask: Tensor | None, slot_range: Tensor | None, k: int, scale: float
+) -> Tensor:
+    return scores(query, keys, slot_mask, scale, slot_range)
 
 
-def reference(query: Tensor, keys: Tensor, slot_mask: Tensor | None, k: int, scale: float):
-    chosen, indices = best(scores(query, keys, slot_mask, scale), k)
+def reference(query: Tensor, keys: Tensor, slot_mask: Tensor | None, slot_range: Tensor | None, k: int, scale: float):
+    chosen, indices = best(scores(query, keys, slot_mask, scale, slot_range), k)
     return chosen.to(query.dtype), indices
 
 
@@ -46,8 +48,16 @@ def at(s: Tensor, indices: Tensor) -> Tensor:
     return torch.gather(s, -1, indices.clamp(min=0)).masked_fill(indices < 0, -torch.inf)
 
 
-def selected(query: Tensor, keys: Tensor, slot_mask: Tensor | None, k: int, scale: float, indices: Tensor):
-    return at(scores(query, keys, slot_mask, scale), indices).to(query.dtype), indices
+def selected(
+    query: Tensor,
+    keys: Tensor,
+    slot_mask: Tensor | None,
+    slot_range: Tensor | None,
+    k: int,
+    scale: float,
+    indices: Tensor,
+):
+    return at(scores(query, keys, slot_mask, scale, slot_range), indices).to(query.dtype), indices
 
 
 OP = register(
@@ -57,6 +67,7 @@ OP = register(
             Arg("query", "T K", "tokens", "lead"),
             Arg("keys", "N K", "memory"),
             Arg("slot_mask", "N", "memory", "mask", optional=True, stretch=True),
+            Arg("slot_range", "T 2", "tokens", "range", optional=True, fill="ranges"),
         ),
         params=(("k", "int"), ("scale", "float")),
         outputs=(Out("scores", "T k"), Out("indices", "T k", dtype="index", grad=False, judge=ranking)),
@@ -79,6 +90,7 @@ def topk_search(
     *,
     scale: float | Tensor | None = None,
     slot_mask: Tensor | None = None,
+    slot_range: Tensor | None = None,
     key_scale: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -91,6 +103,7 @@ def topk_search(
         keys: ``[..., N, K]``, dtype of ``query``, or int8 or float8_e4m3fn with ``key_scale``.
         key_scale: as in :func:`softmax_read`.
         k: how many; may exceed N. scale: as in :func:`softmax_read`. slot_mask: ``[..., N]``, bool or float.
+        slot_range: ``[..., T, 2]``, the slots that each token may address, as in :func:`softmax_read`.
         backend: as in :func:`softmax_read`.
 
     Returns:
@@ -108,6 +121,6 @@ def topk_search(
     Source: Johnson et al. 2017, Billion-scale similarity search with GPUs; Wu et al. 2022, Memorizing Transformers.
     """
     k = neighbours("topk_search", k)
-    op, tensors = choose(OP, COMPRESSED, [query, keys, stretch(slot_mask, keys)], {"keys": key_scale})
+    op, tensors = choose(OP, COMPRESSED, [query, keys, stretch(slot_mask, keys), slot_range], {"keys": key_scale})
     tensors, factor = scaled(op, tensors, scale, "topk_search")
     return call(op, tensors, (k, factor), backend)

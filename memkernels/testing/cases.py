@@ -6,62 +6,13 @@ soon as it is declared. ``inputs.py`` turns a case into tensors.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from types import MappingProxyType
+from ..spec import Op
+from .case import SIZES, UNMET, Case
+from .case import of_sizes as _sizes
+from .range_cases import RANGES
+from .selected_cases import SELECTED
 
-from ..spec import Op, letters
-
-SIZES = MappingProxyType(
-    {"T": 7, "N": 33, "K": 16, "V": 24, "k": 4, "S": 3, "D": 20, "W": 50, "n": 6, "h": 8, "F": 6}
-    | {"B": 3, "M": 6, "J": 3, "P": 2, "I": 2}
-)
-UNMET = 5  # size of an axis that no case names
-
-
-@dataclass(frozen=True)
-class Case:
-    """One situation. An op takes it when it has all of ``needs``: axes, arguments, options, results (``"-> read"``),
-    traits.
-
-    sizes: axis -> size. tokens, memory: leading dimensions of the two sides; ``leads`` overrides them by argument.
-    give: argument -> how it is filled where that is not the usual way (a function name of ``inputs.py``), or ``""`` for
-        the usual way; optional arguments that are not named are left out.
-    layout: how tensors lie in memory. params: option -> value.
-    wants: arguments that require a gradient (default: all float ones). cotangents: results that have a gradient.
-    mixed: float32 content beside a 16-bit query (only such dtypes take the case).
-    exact: arithmetic has no rounding here, so chosen slots must be those of the reference, ties included.
-    quick: one of the cases that find most mistakes.
-    """
-
-    name: str
-    needs: tuple[str, ...] = ()
-    sizes: Mapping[str, int] = field(default_factory=dict)
-    tokens: tuple[int, ...] = (2,)
-    memory: tuple[int, ...] = (2,)
-    leads: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    give: Mapping[str, str] = field(default_factory=dict)
-    params: Mapping[str, object] = field(default_factory=dict)
-    layout: str = "contiguous"
-    wants: tuple[str, ...] | None = None
-    cotangents: tuple[str, ...] | None = None
-    mixed: bool = False
-    exact: bool = False
-    quick: bool = False
-
-    def fits(self, op: Op) -> bool:
-        without = {a.name for a in op.args if not a.is_float}
-        return set(self.needs) <= _names(op) and not without.intersection(self.wants or ())
-
-
-def _names(op: Op) -> set[str]:
-    names = {*op.traits, *(a.name for a in op.args), *(f"-> {o.name}" for o in op.outputs), *(n for n, _ in op.params)}
-    names = names.union(*(letters(a.axes) for a in op.args), *(letters(o.axes) for o in op.outputs))
-    return names | ({"mixed"} if any(a.dtype in ("content", "table") for a in op.args) else set())
-
-
-def _sizes(**sizes: int) -> Mapping[str, int]:
-    return sizes
+__all__ = ["CASES", "SIZES", "UNMET", "Case", "cases"]
 
 
 def _every(n: int) -> dict[str, int]:
@@ -159,7 +110,7 @@ MASKS = (
     Case(
         "large score offset",
         ("slot_mask", "query"),
-        give={"slot_mask": "mask_offset", "query": "grid", "keys": "grid"},
+        give={"slot_mask": "mask_offset", "query": "grid", "keys": "grid", "head_weights": "grid"},
         params={"scale": 0.25},
     ),
     Case("gates at infinity", ("values", "write", "slot_mask"), give={"slot_mask": "mask_infinite"}),
@@ -235,7 +186,7 @@ VALUES = (
         "ties",
         ("k", "query"),
         _sizes(T=20, N=300, K=4, k=16),
-        give={"query": "integers", "keys": "integers", "subkeys": "integers"},
+        give={"query": "integers", "keys": "integers", "subkeys": "integers", "head_weights": "integers"},
         params={"scale": 1.0},
         exact=True,
         quick=True,
@@ -253,7 +204,13 @@ VALUES = (
         _sizes(T=9, N=70, K=4, k=16),
         params={"scale": 1.0},
         exact=True,
-        give={"query": "integers", "keys": "integers", "subkeys": "integers", "slot_mask": "mask_bool"},
+        give={
+            "query": "integers",
+            "keys": "integers",
+            "subkeys": "integers",
+            "head_weights": "integers",
+            "slot_mask": "mask_bool",
+        },
     ),
     Case(
         "scores ascend",
@@ -262,12 +219,13 @@ VALUES = (
         tokens=(),
         memory=(),
         params={"scale": 1.0},
-        give={"query": "ones", "keys": "ascending", "subkeys": "integers"},
+        give={"query": "ones", "keys": "ascending", "subkeys": "integers", "head_weights": "ones"},
         exact=True,
         wants=("keys", "subkeys"),
     ),
     Case("float8 keys and values", ("key_scale",), give={"keys": "float8", "values": "float8"}, quick=True),
     Case("float8 values", ("indices", "value_scale"), give={"values": "float8"}, quick=True),
+    Case("float8 values of pairs", ("subkeys", "value_scale"), give={"values": "float8"}, quick=True),
     Case("compressed keys beside float values", ("key_scale", "value_scale"), give={"values": "normal"}),
     Case("float keys beside compressed values", ("key_scale", "value_scale"), give={"keys": "normal"}),
     Case("initial state", ("initial",), give={"initial": "normal"}, quick=True),
@@ -338,10 +296,10 @@ VALUES = (
         exact=True,
         quick=True,
     ),
-    Case("every index -1", ("indices", "weights", "T", "N"), give={"indices": "index_none"}),
+    Case("every index -1", ("indices", "T", "N"), give={"indices": "index_none"}),
     Case(
         "every index the same",
-        ("indices", "weights", "T", "N"),
+        ("indices", "T", "N"),
         _sizes(T=40, k=7),
         give={"indices": "index_same"},
         quick=True,
@@ -432,7 +390,8 @@ GRADIENTS = (
     Case("gradient through retained only", ("-> retained",), cotangents=("retained",)),
 )
 
-CASES = (*SHAPES, *LEADS, *LAYOUTS, *MASKS, *VALUES, *LOOKUP, *GRADIENTS)
+
+CASES = (*SHAPES, *LEADS, *LAYOUTS, *MASKS, *VALUES, *RANGES, *SELECTED, *LOOKUP, *GRADIENTS)
 
 
 def cases(op: Op, *, quick: bool = False) -> list[Case]:

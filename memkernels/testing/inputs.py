@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..spec import COMPRESSED, FLOATS, Arg, Axis, Op, letters, sizes, stats_dtype
+from ..spec import COMPRESSED, FLOATS, INTEGERS, Arg, Axis, Op, letters, sizes, stats_dtype
 from .cases import SIZES, UNMET, Case
 
 SIXTEEN_BIT = (torch.bfloat16, torch.float16)
@@ -59,7 +59,7 @@ def make(op: Op, case: Case, dtype: torch.dtype, device: str = "cpu") -> Inputs:
         lead = case.leads.get(arg.name, case.memory if arg.side == "memory" else case.tokens)
         lead = () if arg.flat else lead
         shape = (*lead, *sizes(arg.axes, axes))
-        places = Axis.parse(arg.of).size(axes) if arg.dtype == "index" else 0
+        places = Axis.parse(arg.of).size(axes) if arg.dtype in INTEGERS else 0
         tensors.append(FILL[_kind(arg, case)](shape, _dtype(arg, dtype, case), random, places))
     _poison(op, case, tensors)
     params = tuple(case.params.get(name, op.usual_option(name, axes, dtype)) for name, _ in op.params)
@@ -151,6 +151,48 @@ def _nan_token(shape, dtype, random, places):
     return x
 
 
+def _nan_slots(shape, dtype, random, places):
+    x = _normal(shape, dtype, random, places)
+    stream = x[0] if x.dim() > 2 else x
+    stream[..., sorted({0, shape[-2] // 2, shape[-2] - 1}), x.shape[-1] // 2] = torch.nan
+    return x
+
+
+def _ranges(first, stop) -> Tensor:
+    return torch.stack([first, stop], -1)
+
+
+def _any_ranges(shape, dtype, random, places):
+    """Ranges of all lengths, some reversed, some beyond either end, two by far."""
+    first = torch.randint(-3, places + 3, shape[:-1], generator=random)
+    ranges = _ranges(first, first + torch.randint(0, places + 4, shape[:-1], generator=random))
+    ranges[..., 3::4, :] = ranges[..., 3::4, :].flip(-1)
+    ranges[..., 1::5, 0], ranges[..., 2::5, 1] = 7 - 2**63, 2**63 - 7
+    return ranges
+
+
+def _steps(shape, places: int) -> Tensor:
+    """How far each token is in a memory that grows with the tokens, ``[..., T]``."""
+    return ((torch.arange(shape[-2]) + 1) * places // max(shape[-2], 1)).expand(shape[:-1])
+
+
+def _window(share: float) -> Callable:
+    """Windows of a share of the slots that move on with the tokens."""
+
+    def fill(shape, dtype, random, places):
+        stop = _steps(shape, places)
+        return _ranges(stop - max(1, int(share * places)), stop)
+
+    return fill
+
+
+def _middle_ranges(shape, dtype, random, places):
+    """Ranges that never hold the first slot or the last, and of which some hold the middle one."""
+    ends = torch.randint(1, max(places, 2), shape, generator=random).sort(-1).values
+    ends[..., ::3, :] = ends[..., ::3, :].clamp(max=places // 2)
+    return ends
+
+
 def _mask(floats: bool = True, keep: str = "some") -> Callable:
     """A mask with empty slots; ``keep``: which slots stay open."""
 
@@ -234,6 +276,15 @@ FILL: dict[str, Callable[..., Tensor]] = {
         .masked_fill(torch.arange(shape[-1]) == shape[-1] - 1, -1)
         .repeat(*shape[:-1], 1)
     ),
+    "ranges": _any_ranges,
+    "ranges_causal": lambda shape, dtype, random, places: _ranges(
+        torch.zeros(shape[:-1]).long(), _steps(shape, places)
+    ),
+    "ranges_window": _window(1 / 8),
+    "ranges_wide": _window(3 / 4),
+    "ranges_empty": lambda shape, dtype, random, places: torch.full(shape, places // 2),
+    "ranges_middle": _middle_ranges,
+    "nan_slots": _nan_slots,
     "index_none": lambda shape, dtype, random, places: torch.full(shape, -1),
     "index_same": lambda shape, dtype, random, places: torch.full(shape, places // 2),
 }

@@ -18,7 +18,7 @@ struct Searched {
   Random random;
   Tensor query;
   SlotRows keys;
-  Tensor mask;
+  Tensor mask, range;
   Wide q, k, m, scores, indices;
 
   // `numbers`: the slot numbers of the rows, if not 0 .. N - 1; negative where a row is none.
@@ -27,16 +27,19 @@ struct Searched {
         query(quarters(c.dtype, c.of(c.query, c.T, c.K), random, c.gap)),
         keys(c, c.packed_keys, c.keys, c.K, random, true),
         mask(slot_mask(c, random)),
+        range(numbers.empty() ? slot_range(c, random) : Tensor()),
         m(mask.wide()),
         scores(c.tokens(c.k), -kInfinity),
         indices(c.tokens(c.k), -1) {
     keys.poison_empty(m);
     q = query.wide(), k = keys.wide();
+    const Wide ends = range.wide();
     std::vector<int64_t> order(size_t(c.N));
     const auto number = [&](int64_t i) { return numbers.empty() ? i : numbers[size_t(i)]; };
     for (int64_t place = 0; place < c.places(); ++place) {
       std::vector<double> s = native::scores(c, q, k, m, kScale, place);
       for (int64_t i = 0; i < c.T * c.N; ++i) s[size_t(i)] = number(i % c.N) < 0 ? -kInfinity : s[size_t(i)];
+      close(c, ends, place, s);
       for (int64_t t = 0; t < c.T; ++t) {
         const double* x = s.data() + t * c.N;
         std::iota(order.begin(), order.end(), 0);
@@ -51,7 +54,8 @@ struct Searched {
     }
   }
   mk::TopkSearch search(const Case& c, const Tensor& found_scores, const Tensor& found) const {
-    return {c.lead,       c.T,   c.N, c.K, c.k, query.view(), keys.view(), mask.view(), found_scores.view(),
+    return {c.lead,       c.T,         c.N,         c.K,          c.k,
+            query.view(), keys.view(), mask.view(), range.view(), found_scores.view(),
             found.view(), kScale};
   }
 };
@@ -171,13 +175,14 @@ void topk_read(const Case& c) {
   SlotRows values(c, c.packed_values, c.values, c.V, in.random);
   values.poison_empty(in.m);
   const Wide v = values.wide();
-  Wide want_read(c.tokens(c.V)), want_weights(c.tokens(c.k));
+  Wide want_read(c.tokens(c.V)), want_weights(c.tokens(c.k)), want_lse(c.tokens(1), -kInfinity);
   for (int64_t place = 0; place < c.places(); ++place) {
     for (int64_t t = 0; t < c.T; ++t) {
       const double *s = in.scores.row(place, t), *i = in.indices.row(place, t);
       double* w = want_weights.row(place, t);
       double total = 0;
       for (int64_t j = 0; j < c.k && i[j] >= 0; ++j) total += w[j] = std::exp(s[j] - s[0]);
+      if (total > 0) want_lse.row(place, t)[0] = s[0] + std::log(total);
       for (int64_t j = 0; j < c.k && i[j] >= 0; ++j) {
         w[j] /= total;
         add(w[j], v.row(place, int64_t(i[j])), c.V, want_read.row(place, t));
@@ -185,22 +190,27 @@ void topk_read(const Case& c) {
     }
   }
   Tensor read(c.dtype, c.tokens(c.V)), weights(c.stats(), c.tokens(c.k)), indices(DType::i64, c.tokens(c.k));
-  const mk::TopkRead p{in.search(c, {}, indices), c.V, values.view(), read.view(), weights.view()};
+  Tensor lse(c.stats(), c.tokens(1));
+  const mk::TopkRead p{in.search(c, {}, indices), c.V, values.view(), read.view(), weights.view(), lse.view()};
   verify(c, "topk_read",
-         {{"read", &read, &want_read}, {"weights", &weights, &want_weights}, {"indices", &indices, &in.indices}},
+         {{"read", &read, &want_read},
+          {"weights", &weights, &want_weights},
+          {"lse", &lse, &want_lse},
+          {"indices", &indices, &in.indices}},
          [&] { MK_CALL(topk_read, p); });
 
   const Tensor found(DType::i64, in.indices), saved(c.stats(), want_weights);
   const Tensor d_read = in.random.one_in(4) ? Tensor() : uniform(c.dtype, c.tokens(c.V), in.random, -1, 1);
   const Tensor d_weights = in.random.one_in(2) ? Tensor() : uniform(c.stats(), c.tokens(c.k), in.random, -1, 1);
-  const Wide w = saved.wide(), dr = d_read.wide(), dw = d_weights.wide();
+  const Tensor d_lse = in.random.one_in(2) ? Tensor() : uniform(c.stats(), c.tokens(1), in.random, -1, 1);
+  const Wide w = saved.wide(), dr = d_read.wide(), dw = d_weights.wide(), dl = d_lse.wide();
   SearchGradients d(c, in);
   Wide want_dv = values.gradient(in.random);
   std::vector<double> g(size_t(c.k));
   for (int64_t place = 0; place < c.places(); ++place) {
     for (int64_t t = 0; t < c.T; ++t) {
       const double *index = in.indices.row(place, t), *x = w.row(place, t);
-      double mean = 0;
+      double mean = dl ? -dl.row(place, t)[0] : 0;
       for (int64_t j = 0; j < c.k && index[j] >= 0; ++j) {
         g[size_t(j)] = dr ? dot(dr.row(place, t), v.row(place, int64_t(index[j])), c.V) : 0;
         g[size_t(j)] += dw ? dw.row(place, t)[j] : 0;
@@ -213,8 +223,14 @@ void topk_read(const Case& c) {
     }
   }
   Tensor dv(c.content, want_dv);
-  const mk::TopkReadBackward b{
-      d.backward(c, in, found, {}), c.V, values.view(), saved.view(), d_read.view(), d_weights.view(), whole(dv)};
+  const mk::TopkReadBackward b{d.backward(c, in, found, {}),
+                               c.V,
+                               values.view(),
+                               saved.view(),
+                               d_read.view(),
+                               d_weights.view(),
+                               d_lse.view(),
+                               whole(dv)};
   verify(c, "topk_read_backward",
          {{"d_query", &d.query, &d.want_query},
           {"d_keys", &d.keys, &d.want_keys},

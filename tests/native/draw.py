@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from memkernels.registration import OPS
-from memkernels.spec import Axis, Op, stats_dtype
+from memkernels.spec import INTEGERS, Axis, Op, stats_dtype
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 OTHERS = (torch.bool, torch.int64, torch.int8, torch.float8_e4m3fn, torch.int32, torch.uint8, torch.complex64)
@@ -128,7 +128,9 @@ class Drawn:
             return self.r.choice((*FLOATS, torch.int8, torch.float8_e4m3fn))
         if kind == "block_scale":
             return self.r.choice((torch.float32, torch.uint8))
-        table = {"bool": torch.bool, "index": torch.int64, "content": self.content, "stats": stats, "scale": stats}
+        if kind in INTEGERS:
+            return torch.int64
+        table = {"bool": torch.bool, "content": self.content, "stats": stats, "scale": stats}
         return table.get(kind, self.dtype)
 
     # --- calls ---
@@ -168,7 +170,7 @@ class Drawn:
 
     def changes(self) -> list[Callable[[list], None]]:
         options = [self.other_dtype, self.other_size, self.other_rank, self.other_tensor, self.missing, self.shrunk]
-        if any(a.dtype == "index" for a in self.op.args) or "indices" in self.op.saved:
+        if any(a.dtype in INTEGERS for a in self.op.args) or "indices" in self.op.saved:
             options += [self.wild_index] * 3
         if self.op.params:
             options += [self.wild_number] * 2

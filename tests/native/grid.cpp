@@ -125,6 +125,27 @@ Tensor slot_mask(const Case& c, Random& random, double shift) {
   return Tensor(c.mask == Mask::boolean ? DType::boolean : c.mask == Mask::number ? c.stats() : c.dtype, x);
 }
 
+Tensor slot_range(const Case& c, Random& random) {
+  if (random.one_in(2)) return {};
+  Wide ends(c.of(random.one_in(2) ? c.all : c.query, c.T, 2));
+  std::vector<double>& x = ends.all();
+  for (size_t t = 0; t < x.size(); t += 2) {
+    const bool all = random.one_in(4);
+    x[t] = all ? -3 : double(random.below(c.N + 6) - 3);
+    x[t + 1] = all ? double(c.N + 3) : x[t] + double(random.below(c.N + 6) - 2);
+  }
+  return Tensor(DType::i64, ends);
+}
+
+void close(const Case& c, const Wide& range, int64_t place, std::vector<double>& scores) {
+  for (int64_t t = 0; range && t < c.T; ++t) {
+    const double* ends = range.row(place, t);
+    for (int64_t i = 0; i < c.N; ++i) {
+      if (double(i) < ends[0] || double(i) >= ends[1]) scores[size_t(t * c.N + i)] = -kInfinity;
+    }
+  }
+}
+
 Wide gradient(Random& random, const Layout& layout) { return random.one_in(4) ? Wide() : Wide(layout); }
 Wide gradient(Random& random, const Tensor& mask) {
   return !mask || mask.dtype() == DType::boolean ? Wide() : gradient(random, mask.layout());

@@ -63,6 +63,10 @@ extern Tally tally;
 
 // A slot mask of the case: multiples of 1/4 around `shift`, with empty slots among them. Not given for Mask::none.
 Tensor slot_mask(const Case& c, Random& random, double shift = 0);
+// Ranges of slots for every token, int64 [T, 2]; some are empty, or reach beyond the slots. In one call of two.
+Tensor slot_range(const Case& c, Random& random);
+// Sets the scores [T, N] of a place to -inf outside of the ranges, if there are any.
+void close(const Case& c, const Wide& range, int64_t place, std::vector<double>& scores);
 // A gradient, not wanted in one call of four.
 Wide gradient(Random& random, const Layout& layout);
 Wide gradient(Random& random, const Tensor& mask);  // also not wanted if the mask is bool or missing

@@ -46,7 +46,7 @@ struct Paired {
   // Rows that both halves share.
   Layout tokens(const Case& c, int64_t cols) const { return {lead, c.all, c.T, cols}; }
   mk::ProductKeySearch search(const Case& c, const Tensor& found_scores, const Tensor& found) const {
-    return {{lead, c.T, n, h, std::min(c.k, n), query.view(), subkeys.view(), {}, {}, {}, kScale},
+    return {{lead, c.T, n, h, std::min(c.k, n), query.view(), subkeys.view(), {}, {}, {}, {}, kScale},
             c.k,
             found_scores.view(),
             found.view()};
@@ -114,7 +114,7 @@ void product_key_read(const Case& c) {
   const int64_t found_slots = std::min(c.k, in.n * in.n);
   const Tensor values = uniform(c.content, Layout(in.lead, c.values, in.n * in.n, c.V), in.random, -1, 1, c.gap);
   const Wide v = values.wide();
-  Wide want_read(in.tokens(c, c.V)), want_weights(in.tokens(c, c.k));
+  Wide want_read(in.tokens(c, c.V)), want_weights(in.tokens(c, c.k)), want_lse(in.tokens(c, 1), -kInfinity);
   const int64_t places = want_read.layout().places();
   for (int64_t place = 0; place < places; place += 2) {
     for (int64_t t = 0; t < c.T; ++t) {
@@ -122,6 +122,7 @@ void product_key_read(const Case& c) {
       double* w = want_weights.row(place, t);
       double total = 0;
       for (int64_t j = 0; j < found_slots; ++j) total += w[j] = std::exp(s[j] - s[0]);
+      if (total > 0) want_lse.row(place, t)[0] = s[0] + std::log(total);
       for (int64_t j = 0; j < found_slots; ++j) {
         w[j] /= total;
         add(w[j], v.row(place, int64_t(i[j])), c.V, want_read.row(place, t));
@@ -129,23 +130,27 @@ void product_key_read(const Case& c) {
     }
   }
   Tensor read(c.dtype, want_read.layout()), weights(c.stats(), want_weights.layout());
-  Tensor indices(DType::i64, in.indices.layout());
-  const mk::ProductKeyRead p{in.search(c, {}, indices), c.V, values.view(), read.view(), weights.view()};
+  Tensor indices(DType::i64, in.indices.layout()), lse(c.stats(), want_lse.layout());
+  const mk::ProductKeyRead p{in.search(c, {}, indices), c.V, values.view(), read.view(), weights.view(), lse.view()};
   verify(c, "product_key_read",
-         {{"read", &read, &want_read}, {"weights", &weights, &want_weights}, {"indices", &indices, &in.indices}},
+         {{"read", &read, &want_read},
+          {"weights", &weights, &want_weights},
+          {"lse", &lse, &want_lse},
+          {"indices", &indices, &in.indices}},
          [&] { MK_CALL(product_key_read, p); });
 
   const Tensor found(DType::i64, in.indices), saved(c.stats(), want_weights);
   const Tensor d_read = in.random.one_in(4) ? Tensor() : uniform(c.dtype, want_read.layout(), in.random, -1, 1);
   const Tensor d_weights = in.random.one_in(2) ? Tensor() : uniform(c.stats(), want_weights.layout(), in.random, -1, 1);
-  const Wide w = saved.wide(), dr = d_read.wide(), dw = d_weights.wide();
+  const Tensor d_lse = in.random.one_in(2) ? Tensor() : uniform(c.stats(), want_lse.layout(), in.random, -1, 1);
+  const Wide w = saved.wide(), dr = d_read.wide(), dw = d_weights.wide(), dl = d_lse.wide();
   PairGradients d(c, in);
   Wide want_dv = gradient(in.random, values.layout());
   std::vector<double> g(size_t(c.k));
   for (int64_t place = 0; place < places; place += 2) {
     for (int64_t t = 0; t < c.T; ++t) {
       const double *index = in.indices.row(place, t), *x = w.row(place, t);
-      double mean = 0;
+      double mean = dl ? -dl.row(place, t)[0] : 0;
       for (int64_t j = 0; j < found_slots; ++j) {
         g[size_t(j)] = dr ? dot(dr.row(place, t), v.row(place, int64_t(index[j])), c.V) : 0;
         g[size_t(j)] += dw ? dw.row(place, t)[j] : 0;
@@ -158,8 +163,14 @@ void product_key_read(const Case& c) {
     }
   }
   Tensor dv(c.content, want_dv);
-  const mk::ProductKeyReadBackward b{
-      d.backward(c, in, found, {}), c.V, values.view(), saved.view(), d_read.view(), d_weights.view(), whole(dv)};
+  const mk::ProductKeyReadBackward b{d.backward(c, in, found, {}),
+                                     c.V,
+                                     values.view(),
+                                     saved.view(),
+                                     d_read.view(),
+                                     d_weights.view(),
+                                     d_lse.view(),
+                                     whole(dv)};
   verify(
       c, "product_key_read_backward",
       {{"d_query", &d.query, &d.want_query}, {"d_subkeys", &d.subkeys, &d.want_subkeys}, {"d_values", &dv, &want_dv}},

@@ -17,8 +17,8 @@ struct Scored {
   double scale;
   Tensor query;
   SlotRows keys;
-  Tensor mask;
-  Wide q, k, m;
+  Tensor mask, range;
+  Wide q, k, m, ends;
 
   explicit Scored(const Case& c) : Scored(c, c.dtype) {}
   Scored(const Case& c, DType of_keys)
@@ -26,8 +26,9 @@ struct Scored {
         scale(3 / std::sqrt(double(c.K))),
         query(uniform(c.dtype, c.of(c.query, c.T, c.K), random, -1, 1, c.gap)),
         keys(c, of_keys, c.keys, c.K, random),
-        mask(slot_mask(c, random)) {
-    m = mask.wide();
+        mask(slot_mask(c, random)),
+        range(slot_range(c, random)) {
+    m = mask.wide(), ends = range.wide();
     keys.poison_empty(m);
     q = query.wide(), k = keys.wide();
   }
@@ -35,9 +36,13 @@ struct Scored {
   void fill(const Case& c, Params& p) const {
     p.lead = c.lead, p.T = c.T, p.N = c.N, p.K = c.K;
     p.query = query.view(), p.keys = keys.view(), p.mask = mask.view();
-    p.scale = scale;
+    p.range = range.view(), p.scale = scale;
   }
-  std::vector<double> at(const Case& c, int64_t place) const { return scores(c, q, k, m, scale, place); }
+  std::vector<double> at(const Case& c, int64_t place) const {
+    std::vector<double> s = scores(c, q, k, m, scale, place);
+    close(c, ends, place, s);
+    return s;
+  }
 };
 
 double log_sum(const double* s, int64_t n) {
@@ -139,6 +144,7 @@ void additive_read(const Case& c) {
         for (int64_t a = 0; x != -kInfinity && a < c.K; ++a) x += u.row(place, 0)[a] * hidden(place, t, i, a);
       }
     }
+    close(c, in.ends, place, s);
   };
   for (int64_t place = 0; place < c.places(); ++place) {
     score(place);
@@ -161,6 +167,7 @@ void additive_read(const Case& c) {
                            values.view(),
                            vector.view(),
                            in.mask.view(),
+                           in.range.view(),
                            read.view(),
                            lse.view(),
                            rest.view()};

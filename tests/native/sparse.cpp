@@ -20,7 +20,13 @@ void sparse_write(const Case& c) {
   const int64_t few = random.one_in(2) ? 1 : c.N;  // every entry names one slot
   for (double& x : index.all()) x = double(random.below(few + 1) - 1);
   const Tensor indices(DType::i64, index, c.gap), d_out = uniform(c.content, slots, random, -1, 1);
-  const Wide v = values.wide(), a = weights.wide(), w = write.wide(), e = erase.wide();
+  Tensor token_mask;
+  if (random.one_in(2)) {
+    Wide x(c.of(c.query, c.T, 1));
+    for (double& on : x.all()) on = random.one_in(3) ? -kInfinity : 0;
+    token_mask = Tensor(DType::boolean, x);
+  }
+  const Wide v = values.wide(), a = weights.wide(), w = write.wide(), e = erase.wide(), live = token_mask.wide();
   Wide want(slots), dv(slots), want_da = gradient(random, c.tokens(c.k));
   Wide want_dw = gradient(random, c.tokens(c.V)), want_de = vector ? gradient(random, c.tokens(c.V)) : Wide();
   want.all() = v.all();
@@ -36,7 +42,7 @@ void sparse_write(const Case& c) {
     for (int64_t t = 0; t < c.T; ++t) {
       for (int64_t j = 0; j < c.k; ++j) {
         const auto slot = int64_t(index.row(place, t)[j]);
-        if (slot < 0) continue;
+        if (slot < 0 || (live && live.row(place, t)[0] == -kInfinity)) continue;
         double* row = want.row(place, slot);
         steps.push_back({place, t, j, slot, std::vector<double>(row, row + c.V)});
         const double share = a.row(place, t)[j];
@@ -65,6 +71,7 @@ void sparse_write(const Case& c) {
                           weights.view(),
                           write.view(),
                           erase.view(),
+                          token_mask.view(),
                           out.view(),
                           number};
   verify(c, "sparse_write", {{"values", &out, &want}}, [&] { MK_CALL(sparse_write, p); });

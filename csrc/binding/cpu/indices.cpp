@@ -11,8 +11,7 @@ namespace mk {
 
 void check_indices(const char* op, const Choice& c, const char* argument) {
   if (c.k == 0) return;  // no index to check, however many tokens
-  const int64_t wrong = MK_CALL(wrong_index, c);
-  check(wrong == -1, op, ": ", argument, " must be in [-1, ", c.N, "), got ", wrong);
+  check_index(op, c, MK_CALL(wrong_index, c), argument);
 }
 
 bool zero_pages(char* data, size_t bytes, size_t rows, size_t row_bytes) {

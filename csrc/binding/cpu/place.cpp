@@ -1,5 +1,7 @@
 #include <torch/csrc/stable/ops.h>
 
+#include <cstring>
+
 #include "binding/binding.h"
 
 #if defined(__linux__)
@@ -37,6 +39,26 @@ Tensor empty_saved(const Sizes& sizes, ScalarType dtype) {
                                                     aoti_torch_device_type_cpu(), 0, &made_here));
     return Tensor(made_here);
   });
+}
+
+Tensor as_rows(const Tensor& t) {
+  const auto sizes = t.sizes(), given = t.strides();
+  bool one = t.numel() > 0;
+  for (size_t d = 0; d < sizes.size(); ++d) one &= sizes[d] == 1 || given[d] == 0;
+  if (!one) return made(bytes_of(t), [&] { return torch::stable::contiguous(t); });
+  Sizes strides(sizes.size(), 0);
+  strides.back() = 1;
+  const size_t item = t.element_size();
+  Tensor row = made(size_t(sizes.back()) * item, [&] {
+    AtenTensorHandle made_here = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(),
+                                                    int32_t(t.scalar_type()), aoti_torch_device_type_cpu(), 0,
+                                                    &made_here));
+    return Tensor(made_here);
+  });
+  char* to = static_cast<char*>(row.mutable_data_ptr());
+  for (int64_t i = 0; i < sizes.back(); ++i) std::memcpy(to + size_t(i) * item, t.data_ptr(), item);
+  return row;
 }
 
 void Place::enter(const char* op, const char* name, const Tensor& t) {

@@ -31,6 +31,10 @@ Tensor empty(const Sizes& sizes, ScalarType dtype, bool) {
 
 Tensor empty_saved(const Sizes& sizes, ScalarType dtype) { return empty(sizes, dtype); }
 
+Tensor as_rows(const Tensor& t) {
+  return made(bytes_of(t), [&] { return torch::stable::contiguous(t); });
+}
+
 void Place::enter(const char* op, const char* name, const Tensor& t) {
 #ifdef MK_SIMT
   check(t.is_cpu(), op, ": ", name, " must be on the CPU");

@@ -1,7 +1,7 @@
 // Rows of additive scores:  s[i] = sum_a u_a tanh(q_a + k_ia) + mask_i.
 #pragma once
 
-#include "cpu/tiles/scores.h"
+#include "cpu/tiles/ranges.h"
 #include "cpu/tiles/tanh.h"
 
 namespace mk::MK_ISA {
@@ -39,6 +39,17 @@ inline void additive_row(const SlotBlock<F>& block, int64_t K, const F* q, const
     }
     for (int64_t i = live; i < W; ++i) s[r + i] = -kInf<F>;
   }
+}
+
+// The same of rows `r` of the block; s is -inf elsewhere. Writes up to a register beyond s[r.stop).
+template <class F>
+inline void additive_part(const SlotBlock<F>& block, int64_t first, RowSpan r, int64_t K, const F* q, const F* u, F* s,
+                          F* hidden) {
+  const BlockPart<F> part(block, first, r);
+  const int64_t KP = Slots<F>::padded(K), end = round_up(block.n, kLanes<F>);
+  additive_row<F>(part.block, K, q, u, s + r.first, hidden == nullptr ? nullptr : hidden + r.first * KP);
+  std::fill(s, s + r.first, -kInf<F>);
+  std::fill(s + r.stop, s + most(r.stop, end), -kInf<F>);
 }
 
 }  // namespace mk::MK_ISA

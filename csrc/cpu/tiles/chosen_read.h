@@ -1,6 +1,6 @@
 // A read of the slots chosen by a search, and its gradient. Shared by topk_read and product_key_read.
-//   forward:   p[t, j] = softmax_j(s[t, j]),   r_t = sum_j p[t, j] v_{i_j}
-//   backward:  dp[t, j] = <dr_t, v_{i_j}> + d_weights[t, j],   ds = p (dp - sum_j p dp),
+//   forward:   p[t, j] = softmax_j(s[t, j]),   r_t = sum_j p[t, j] v_{i_j},   lse_t = log sum_j exp(s[t, j])
+//   backward:  dp[t, j] = <dr_t, v_{i_j}> + d_weights[t, j],   ds = p (dp - sum_j p dp + dlse_t),
 //              dv_i = sum_{i_j = i} p[t, j] dr_t
 //
 // A token is read as soon as its search ends: scores stay in float32, and scores and weights are still in cache. The
@@ -11,30 +11,34 @@
 
 namespace mk::MK_ISA {
 
-// w = softmax of scores in descending order, padded to whole registers. If any score is NaN, the first is.
+// w = softmax of scores in descending order, padded to whole registers. If any score is NaN, the first is. Returns the
+// logarithm of the sum of their exponentials.
 template <class F>
-void softmax_row(F* w, int64_t n) {
+F softmax_row(F* w, int64_t n) {
   constexpr int W = kLanes<F>;
+  if (n == 0) return -kInf<F>;
   for (int64_t j = n; j < round_up(n, W); ++j) w[j] = -kInf<F>;
-  const F top = n > 0 ? w[0] : F(0);
+  const F top = w[0];
   Vec<F> total = fill<F>(0);
   for (int64_t j = 0; j < n; j += W) {
     const Vec<F> e = exp<F>(load<F>(w + j) - top);
     total += e;
     store<F>(w + j, e);
   }
-  if (std::isinf(top)) return;  // beside an infinite score, finite scores have weight 0, and its own weight is NaN
-  const F inverse = F(1) / sum<F>(total);
+  if (std::isinf(top)) return top;  // beside an infinite score, finite scores have weight 0, and its own weight is NaN
+  const F whole = sum<F>(total), inverse = F(1) / whole;
   for (int64_t j = 0; j < n; ++j) w[j] *= inverse;
+  return top + std::log(whole);
 }
 
-// Called at the end of a token's search: writes its read, indices and weights.
+// Called at the end of a token's search: writes its read, indices, weights and lse.
 template <class F>
 class ChosenRead {
  public:
   // choice.indices are an output.
-  ChosenRead(const Choice& choice, int64_t V, const SlotView& values, const View& read, const View& weights)
-      : c_(choice), V_(V), values_(values), read_(read), weights_(weights) {}
+  ChosenRead(const Choice& choice, int64_t V, const SlotView& values, const View& read, const View& weights,
+             const View& lse)
+      : c_(choice), V_(V), values_(values), read_(read), weights_(weights), lse_(lse) {}
   // The scratch memory of a call.
   size_t bytes() const {
     Arena measure;
@@ -45,7 +49,7 @@ class ChosenRead {
     Memory m(arena, c_.k, V_);
     auto* index = reinterpret_cast<int64_t*>(TokenRows(c_.indices, c_.lead, batch, c_.T).row(t));
     for (int64_t j = 0; j < n; ++j) m.weights[j] = scores[j], index[j] = slots[j];
-    softmax_row<F>(m.weights, n);
+    *reinterpret_cast<F*>(TokenRows(lse_, c_.lead, batch, c_.T).row(t)) = softmax_row<F>(m.weights, n);
     const char* values = values_.batch(c_.lead, batch);
     const RowScale scale(values_, c_.lead, batch);
     for (int64_t j = 0; j < n; ++j) {
@@ -70,22 +74,23 @@ class ChosenRead {
   const Choice& c_;
   int64_t V_;
   const SlotView& values_;
-  const View &read_, &weights_;
+  const View &read_, &weights_, &lse_;
 };
 
-// The gradient of such a read: ds token by token, then the terms of the gradient of the values. A missing d_read or
-// d_weights is zero.
+// The gradient of such a read: ds token by token, then the terms of the gradient of the values. A missing d_read,
+// d_weights or d_lse is zero.
 template <class F>
 class ChosenReadGradient {
  public:
   ChosenReadGradient(const Choice& choice, int64_t V, const SlotView& values, const View& weights, const View& d_read,
-                     const View& d_weights, const MemoryGradient& d_values)
+                     const View& d_weights, const View& d_lse, const MemoryGradient& d_values)
       : c_(choice),
         V_(V),
         values_(values),
         weights_(weights),
         d_read_(d_read),
         d_weights_(d_weights),
+        d_lse_(d_lse),
         d_values_(d_read ? d_values : MemoryGradient{}),
         summed_(d_values_ ? c_.all_tokens() * c_.k : 0),
         rows_(d_values_ ? d_read : View{}, c_.lead, c_.T) {
@@ -123,6 +128,7 @@ class ChosenReadGradient {
     }
     F mean = 0;
     for (int64_t j = 0; j < c_.k; ++j) mean += index[j] < 0 ? F(0) : w[j] * d[j];
+    if (d_lse_) mean -= *reinterpret_cast<const F*>(TokenRows(d_lse_, c_.lead, batch, c_.T).row(t));
     for (int64_t j = 0; j < c_.k; ++j) d[j] = index[j] < 0 ? F(0) : w[j] * (d[j] - mean);
   }
   // Valid once ds() of every token has run. If the gradient of the values is not wanted, it has no `out`.
@@ -138,7 +144,7 @@ class ChosenReadGradient {
   const Choice& c_;
   int64_t V_;
   const SlotView& values_;
-  const View &weights_, &d_read_, &d_weights_;
+  const View &weights_, &d_read_, &d_weights_, &d_lse_;
   const MemoryGradient d_values_;
   Buffer<F> summed_;
   TokenPointers rows_;

@@ -43,4 +43,17 @@ void row_products(DType dtype, const char* const* rows, int64_t n, int64_t width
 void weighted_sum(DType dtype, const char* const* rows, const double* weights, int64_t n, int64_t width, double* out);
 void row_products(DType dtype, const char* const* rows, int64_t n, int64_t width, const double* x, double* out);
 
+// Rows that a cache holds, by their numbers, k for each token; -1 is left out. Without a list of pointers, and without
+// prefetch.
+struct NamedRows {
+  DType dtype;
+  const char* base;
+  int64_t stride;  // bytes from row to row
+  int64_t tokens, k;
+  const int64_t* index;  // [tokens, k]
+};
+// out[t][0..width) = sum_j weights[t][j] * row of index[t][j]; the last row of `out` has room for whole registers.
+void weighted_sums(const NamedRows& rows, const float* weights, int64_t width, float* out);
+void weighted_sums(const NamedRows& rows, const double* weights, int64_t width, double* out);
+
 }  // namespace mk::MK_ISA

@@ -12,34 +12,43 @@
 // first blocks are collected before any is offered. The maxima of groups of slots among them give the first threshold:
 // if k groups reach a bound, k slots do.
 //
+// Tokens with ranges (ranges.h) visit the blocks that one of their tile may address; a score outside of a range is
+// -inf, which no threshold lets pass.
+//
 // Slots in frames (paged_topk_search) differ in their numbers alone: a chunk is a frame, and what a block offers is
-// numbered from its page on.
+// numbered from its page on. Queries with heads (indexer_search) differ in how a block is scored
+// (cpu/tiles/head_scores.h).
 #include "cpu/tiles/search.h"
 
 #include <numeric>
 
 #include "cpu/tiles/board.h"
+#include "cpu/tiles/head_scores.h"
 #include "cpu/tiles/pairs.h"
+#include "cpu/tiles/ranges.h"
 
 namespace mk::MK_ISA {
 namespace {
 
 template <class F>
 struct SearchPlan {
-  static constexpr int64_t kTasks = 64;         // ranges of slots are split until there are this many tasks
-  static constexpr int64_t kLeastSlots = 4096;  // but no range is smaller than this
-  static constexpr int64_t kMostFirst = 10;     // blocks of a first look: 240 KiB of scores with 64 tokens
+  static constexpr int64_t kTasks = 64;            // ranges of slots are split until there are this many tasks
+  static constexpr int64_t kLeastSlots = 4096;     // but no range is smaller than this
+  static constexpr int64_t kMostFirst = 10;        // blocks of a first look: 240 KiB of scores with 64 tokens
+  static constexpr int64_t kQueryBytes = 1 << 20;  // of a tile with heads: they are read once per block of slots
 
   int64_t batches, tokens, tile, tiles, chunk, ranges, range, k;
   int64_t first, group;  // of a first look: the number of blocks, and slots per group
   bool few;
 
-  SearchPlan(const TopkSearch& p, const Frames* frames) {
+  SearchPlan(const TopkSearch& p, const Frames* frames, const Heads* heads) {
     batches = p.lead.batches();
     tokens = p.lead.folded() * p.T;
     k = least(p.k, p.N + (frames != nullptr && frames->best_slots ? p.k : 0));
     few = few_tokens<F>(tokens);
     tile = few ? most(tokens, 1) : k > 1024 ? kLanes<F> : kTokenTile<F>;  // candidate buffers stay within the cache
+    const int64_t query_bytes = heads == nullptr ? 0 : heads->H * p.K * int64_t(sizeof(F));
+    while (!few && tile > kLanes<F> && tile * query_bytes > kQueryBytes) tile /= 2;
     tiles = div_up(tokens, tile);
     // Slots visited in order: more of them if reading memory is the bound.
     chunk = tokens <= 2 * kLanes<F> ? 4 * kSlotBlock : kSlotBlock;
@@ -63,17 +72,21 @@ struct SearchTile {
   F *q, *S, *row, *maxima;
   int32_t* which;
   typename Slots<F>::Buffers buffers;
+  HeadScores<F> heads;
+  Span* spans;
   std::atomic<Rank<F>>* shared = nullptr;
   int64_t first = 0, n = 0;
 
-  SearchTile(Arena& arena, const SearchPlan<F>& s, int64_t K)
+  SearchTile(Arena& arena, const SearchPlan<F>& s, int64_t K, const Heads* all)
       : board(arena, round_up(s.tile, kLanes<F>), s.k),
-        q(arena.take<F>(round_up(s.tile, kLanes<F>) * Slots<F>::padded(K))),
+        q(arena.take<F>(all != nullptr ? 0 : round_up(s.tile, kLanes<F>) * Slots<F>::padded(K))),
         S(arena.take<F>(most(1, s.first) * kSlotBlock * round_up(s.tile, kLanes<F>))),
         row(arena.take<F>(kLanes<F> * Slots<F>::padded(K))),
         maxima(arena.take<F>(s.first * div_up(kSlotBlock, s.group) * round_up(s.tile, kLanes<F>))),
         which(arena.take<int32_t>(s.first * kSlotBlock)),
-        buffers(Slots<F>::buffers(arena, kSlotBlock, K, 0)) {}
+        buffers(Slots<F>::buffers(arena, kSlotBlock, K, 0)),
+        heads(arena, all, s.tile, K, s.few),
+        spans(arena.take<Span>(s.tile)) {}
 };
 
 // `i`: the number of the first slot of the block.
@@ -193,10 +206,11 @@ class FirstLook {
     constexpr int W = kLanes<F>;
     for (int64_t j = 0; j < L_; j += W) {
       const F* m = tile_.maxima + j;
-      Vec<F> low = load<F>(m), high = low, found = fill<F>(-kInf<F>);
-      for (int64_t g = 1; g < groups_; ++g) {
+      Vec<F> low = fill<F>(kInf<F>), high = fill<F>(-kInf<F>), found = high;
+      for (int64_t g = 0; g < groups_; ++g) {
         const Vec<F> x = load<F>(m + g * L_);
-        low = x < low ? x : low, high = x > high ? x : high;
+        low = x > -kInf<F> && x < low ? x : low;  // -inf: outside of a range, or no number
+        high = x > high ? x : high;
       }
       for (int step = 0; step < kSteps; ++step) {
         // Of infinite numbers: a bound that all groups reach, or none.
@@ -262,31 +276,46 @@ void carry(const TopkSearch& p, const Frames& frames, int64_t batch, bool offer,
 
 // Visits the slots of [lo, hi) for one tile of one batch. Keys are prefetched while earlier ones are multiplied.
 template <class F, bool wide>
-void search_range(const TopkSearch& p, const SearchPlan<F>& s, const Numbers& numbers, int64_t batch, int64_t lo,
-                  int64_t hi, SearchTile<F, wide>& tile) {
+void search_range(const TopkSearch& p, const SearchPlan<F>& s, const Numbers& numbers, const Heads* heads,
+                  int64_t batch, int64_t lo, int64_t hi, SearchTile<F, wide>& tile) {
   const Slots<F> slots(p.keys, View{}, p.mask, p.lead, batch, p.N, p.K, 0, s.few);
   const TokenRows query(p.query, p.lead, batch, p.T);
   const int64_t L = round_up(tile.n, kLanes<F>);
   const bool pairs = !s.few && are_pairs<F>(p.query.dtype, p.keys, p.K);
   const ColumnScores<F> columns{query, slots, p.K, F(p.scale), pairs};
-  if (s.few) rows_query(query, tile.first, tile.n, p.K, F(p.scale), tile.q);
+  const TokenRows weights(heads == nullptr ? View{} : heads->weights, p.lead, batch, p.T);
+  if (heads != nullptr && s.few) {
+    tile.heads.pack_rows(query, *heads, weights, tile.first, tile.n, F(p.scale));
+  } else if (heads != nullptr) {
+    tile.heads.pack_columns(columns, *heads, weights, tile.first, tile.n, L, tile.row);
+  } else if (s.few) rows_query(query, tile.first, tile.n, p.K, F(p.scale), tile.q);
   else columns.pack(tile.first, tile.n, L, tile.row, tile.q);
   if (tile.shared != nullptr) tile.board.share(tile.shared, tile.n);
   FirstLook<F, wide> look(s, tile);
-  for (Visit here(lo, hi, s.chunk), next = here; here.more(); here = next) {
+  const TileSpans spans(p.range, p.lead, batch, p.T, p.N, tile.first, tile.n, tile.spans);
+  const Span visited = spans.narrow(lo, hi, s.chunk);
+  for (Visit here(visited.first, visited.stop, s.chunk), next = here; here.more(); here = next) {
     next.advance();
+    const int64_t end = here.first() + here.count();
+    if (!spans.meet(here.first(), end)) continue;
     const int64_t number = numbers.at(here.first());
     if (number < 0) continue;
     const SlotBlock<F> block = columns.load(here.first(), here.count(), tile.buffers);
     if (block.n == 0) continue;
     if (tile.shared != nullptr) tile.board.share(tile.shared, tile.n);
     tile.board.begin(number);
+    const bool whole = spans.hold(here.first(), end);
     if (s.few) {
-      score_rows(block, p.K, tile.q, tile.n, tile.S);
+      if (heads != nullptr) tile.heads.rows(block, tile.n, tile.S);
+      else score_rows(block, p.K, tile.q, tile.n, tile.S);
+      if (!whole) close_rows<F>(spans, block, here.first(), -kInf<F>, tile.S);
       offer_rows<F, wide>(tile, block, number);
     } else {
       F* S = look.open() ? look.scores() : tile.S;
-      columns.scores(block, tile.q, L, S, {2 * kGroup, next.more() ? next.first() - here.first() : 0});
+      const PrefetchRows ahead{2 * kGroup, next.more() ? next.first() - here.first() : 0};
+      if (heads != nullptr) tile.heads.columns(columns, block, L, S, ahead);
+      else columns.scores(block, tile.q, L, S, ahead);
+      if (!whole) close_columns<F>(spans, block, here.first(), L, -kInf<F>, S);
       if (look.open()) look.add(block, number);
       else offer_columns<F, wide>(tile, block, number, S);
     }
@@ -295,10 +324,10 @@ void search_range(const TopkSearch& p, const SearchPlan<F>& s, const Numbers& nu
 }
 
 template <class F, bool wide>
-void run(const TopkSearch& p, const Frames* frames, size_t finish_bytes, Finish<F> finish) {
+void run(const TopkSearch& p, const Frames* frames, const Heads* heads, size_t finish_bytes, Finish<F> finish) {
   using Key = typename Candidate<F, wide>::Key;
   using Shared = std::atomic<Rank<F>>;
-  const SearchPlan<F> s(p, frames);
+  const SearchPlan<F> s(p, frames, heads);
   const int64_t all = s.batches * s.tokens;
   if (all == 0) return;
   const bool merge = s.ranges > 1;
@@ -326,19 +355,19 @@ void run(const TopkSearch& p, const Frames* frames, size_t finish_bytes, Finish<
     }
   };
   Arena measure;
-  SearchTile<F, wide>(measure, s, p.K);
+  SearchTile<F, wide>(measure, s, p.K, heads);
   finish_bytes += size_t(s.k) * (sizeof(F) + sizeof(int64_t)) + size_t(sort_room(s.k)) * sizeof(Key) + 3 * 64;
   const int64_t tiles = s.batches * s.tiles, step = golden_step(s.ranges);
   parallel(s.ranges * tiles, measure.used() + finish_bytes, [&](int64_t task, char* memory) {
     Arena arena(memory);
     const int64_t range = task / tiles * step % s.ranges, batch = task % tiles / s.tiles, lo = range * s.range;
-    SearchTile<F, wide> tile(arena, s, p.K);
+    SearchTile<F, wide> tile(arena, s, p.K, heads);
     tile.first = task % s.tiles * s.tile, tile.n = least(s.tile, s.tokens - tile.first);
     tile.shared = merge ? shared + batch * s.tokens + tile.first : nullptr;
     tile.board.clear();
     if (frames != nullptr && frames->best_slots) carry<F, wide>(p, *frames, batch, range == 0, tile);
     if (s.k > 0) {
-      search_range<F, wide>(p, s, Numbers(frames, p.lead, batch), batch, lo, least(p.N, lo + s.range), tile);
+      search_range<F, wide>(p, s, Numbers(frames, p.lead, batch), heads, batch, lo, least(p.N, lo + s.range), tile);
     }
     for (int64_t t = 0; t < tile.n; t += kSortRows) {
       const int64_t count = least(kSortRows, tile.n - t), at = batch * s.tokens + tile.first + t;
@@ -395,12 +424,12 @@ bool many_slots(const TopkSearch& p, const Frames* frames) {
 
 }  // namespace
 
-void search(const TopkSearch& p, size_t finish_bytes, Finish<float> finish, const Frames* frames) {
-  if (many_slots(p, frames)) run<float, true>(p, frames, finish_bytes, finish);
-  else run<float, false>(p, frames, finish_bytes, finish);
+void search(const TopkSearch& p, size_t finish_bytes, Finish<float> finish, const Frames* frames, const Heads* heads) {
+  if (many_slots(p, frames)) run<float, true>(p, frames, heads, finish_bytes, finish);
+  else run<float, false>(p, frames, heads, finish_bytes, finish);
 }
-void search(const TopkSearch& p, size_t finish_bytes, Finish<double> finish, const Frames* frames) {
-  run<double, true>(p, frames, finish_bytes, finish);
+void search(const TopkSearch& p, size_t finish_bytes, Finish<double> finish, const Frames* frames, const Heads* heads) {
+  run<double, true>(p, frames, heads, finish_bytes, finish);
 }
 
 }  // namespace mk::MK_ISA

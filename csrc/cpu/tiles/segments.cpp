@@ -12,6 +12,8 @@
 namespace mk::MK_ISA {
 namespace {
 
+constexpr int64_t kTermsAtOnce = 256;  // of entries that have several
+
 // Entries in order of bucket, then position: position << shift | row within the bucket.
 struct Buckets {
   int64_t rows, count, most_entries = 0;
@@ -92,8 +94,23 @@ struct Bucket {
   }
 };
 
+// sum = the terms of entries that have several, some hundred terms at a time.
 template <class F>
-void sum_bucket(const Bucket& bucket, int64_t k, const Sum<F>& s, RowList<F> list, F* sum) {
+void sum_terms(const Sum<F>& s, const int64_t* positions, int64_t n, RowList<F> list, F* sum, F* scratch) {
+  F* part = scratch + s.terms->scratch;
+  std::fill_n(sum, s.width, F(0));
+  for (int64_t e = 0; e < n;) {
+    list.n = 0;
+    do s.terms->add(positions[e], list, scratch);
+    while (++e < n && list.n + s.terms->most <= kTermsAtOnce);
+    list.close();
+    weighted_sum(s.dtype, list.rows, list.weights, list.n, s.width, part);
+    for (int64_t c = 0; c < s.width; ++c) sum[c] += part[c];
+  }
+}
+
+template <class F>
+void sum_bucket(const Bucket& bucket, int64_t k, const Sum<F>& s, RowList<F> list, F* sum, F* scratch) {
   const int64_t item = size_of(s.out.view.dtype), bytes = s.width * item;
   char* out = s.out.view.data + bucket.first * bytes;
   const int64_t total = bucket.starts[bucket.n];
@@ -110,7 +127,9 @@ void sum_bucket(const Bucket& bucket, int64_t k, const Sum<F>& s, RowList<F> lis
     const int64_t begin = bucket.starts[r], n = bucket.starts[r + 1] - begin;
     if (n == 0) continue;
     clear_until(r);
-    if (s.rows != nullptr) {
+    if (s.terms != nullptr) {
+      sum_terms(s, bucket.positions + begin, n, list, sum, scratch);
+    } else if (s.rows != nullptr) {
       weighted_sum(s.dtype, list.rows + begin, list.weights + begin, n, s.width, sum);
     } else {
       *sum = 0;
@@ -141,7 +160,7 @@ void sum_all(const Choice& c, const Sum<F>* sums, int count) {
   for (int i = 0; i < count; ++i) {
     if (done[i] || !sums[i].out || sums[i].width * sums[i].out.rows == 0) continue;
     Buckets buckets(c, sums[i].out);
-    int64_t width = 0;
+    int64_t width = 0, terms = buckets.most_entries, scratch = 0;
     const Sum<F>* group[8];
     int n = 0;
     for (int j = i; j < count; ++j) {
@@ -149,25 +168,29 @@ void sum_all(const Choice& c, const Sum<F>* sums, int count) {
       done[j] = true;
       width = most(width, round_up(sums[j].width, kLanes<F>));
       group[n++] = sums + j;
+      if (sums[j].terms == nullptr) continue;
+      terms = most(terms, most(sums[j].terms->most, kTermsAtOnce));
+      scratch = most(scratch, sums[j].terms->scratch + round_up(sums[j].width, kLanes<F>));
     }
-    auto lay = [&](Arena& arena, Bucket& bucket, RowList<F>& list, F*& sum) {
+    auto lay = [&](Arena& arena, Bucket& bucket, RowList<F>& list, F*& sum, F*& own) {
       bucket = Bucket::take(arena, buckets);
-      list = RowList<F>::take(arena, buckets.most_entries);
+      list = RowList<F>::take(arena, terms);
       sum = arena.take<F>(width);
+      own = arena.take<F>(scratch);
     };
     Bucket bucket;
     RowList<F> list;
-    F* sum;
+    F *sum, *nowhere;
     Arena measure;
-    lay(measure, bucket, list, sum);
+    lay(measure, bucket, list, sum, nowhere);
     parallel(buckets.count, measure.used(), [&](int64_t task, char* memory) {
       Bucket own;
       RowList<F> rows;
-      F* row;
+      F *row, *room;
       Arena arena(memory);
-      lay(arena, own, rows, row);
+      lay(arena, own, rows, row, room);
       own.sort(buckets, task);
-      for (int j = 0; j < n; ++j) sum_bucket<F>(own, c.k, *group[j], rows, row);
+      for (int j = 0; j < n; ++j) sum_bucket<F>(own, c.k, *group[j], rows, row, room);
     });
   }
 }

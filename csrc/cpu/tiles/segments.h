@@ -9,6 +9,14 @@
 
 namespace mk::MK_ISA {
 
+// Terms of entries that have several each: `add` lists those of entry t * k + j, at most `most`, with `scratch` numbers
+// of memory.
+template <class F>
+struct Terms {
+  int64_t most, scratch;
+  FunctionRef<void(int64_t, RowList<F>&, F*)> add;
+};
+
 // The terms of one gradient.
 template <class F>
 struct Sum {
@@ -18,6 +26,7 @@ struct Sum {
   F factor;
   const char* const* rows;  // one per token, of `dtype`; null: only the weights are summed (width 1)
   DType dtype;
+  const Terms<F>* terms = nullptr;  // in place of weights and rows
 };
 
 // Pointers to the rows of all tokens.

@@ -22,6 +22,26 @@ struct SlotBlock {
   int64_t place(int64_t j) const { return which == nullptr ? j : which[j]; }
 };
 
+// The mask of the slots of one batch, as a number to add to scores; none: 0.
+template <class F>
+struct SlotMask {
+  const char* base = nullptr;
+  DType dtype = DType::f32;
+
+  SlotMask() = default;
+  SlotMask(const View& mask, const Lead& lead, int64_t batch) : dtype(mask.dtype) {
+    if (mask) base = mask.batch(lead, batch);
+  }
+  explicit operator bool() const { return base != nullptr; }
+  F at(int64_t i) const {
+    if (base == nullptr) return 0;
+    if (dtype == DType::boolean) return base[i] != 0 ? F(0) : -kInf<F>;
+    F m;
+    read_row<F>(base + i * size_of(dtype), dtype, 1, &m);
+    return m;
+  }
+};
+
 // The slots of one batch. `pad`: rows can be read in whole registers, with zeros beyond the width.
 template <class F>
 class Slots {
@@ -38,8 +58,12 @@ class Slots {
 
   Slots(const SlotView& keys, const SlotView& values, const View& mask, const Lead& lead, int64_t batch, int64_t N,
         int64_t K, int64_t V, bool pad)
-      : K_(K), V_(V), keys_(rows(keys, lead, batch)), values_(rows(values, lead, batch)), pad_(pad) {
-    if (mask) mask_ = mask.batch(lead, batch), mask_dtype_ = mask.dtype;
+      : K_(K),
+        V_(V),
+        keys_(rows(keys, lead, batch)),
+        values_(rows(values, lead, batch)),
+        mask_(mask, lead, batch),
+        pad_(pad) {
     far_ =
         N * (copies(keys, lead) * row_lines(keys_, K) + copies(values, lead) * row_lines(values_, V)) * 64 >= kFarBytes;
   }
@@ -86,16 +110,16 @@ class Slots {
   SlotBlock<F> list(int64_t first, int64_t count, const Buffers& b) const {
     SlotBlock<F> block;
     block.n = count;
-    if (mask_ != nullptr) {
+    if (mask_) {
       int64_t n = 0;
       for (int64_t i = 0; i < count; ++i) {
-        const F m = mask_at(first + i);
+        const F m = mask_.at(first + i);
         if (m == -kInf<F>) continue;
         b.mask[n] = m;
         b.which[n++] = int32_t(i);
       }
       block.n = n;
-      block.mask = mask_dtype_ == DType::boolean ? nullptr : b.mask;
+      block.mask = mask_.dtype == DType::boolean ? nullptr : b.mask;
       block.which = n == count ? nullptr : b.which;
     }
     return block;
@@ -121,16 +145,6 @@ class Slots {
   static Source rows(const SlotView& v, const Lead& lead, int64_t batch) {
     return v ? Source{v.batch(lead, batch), v.dtype, v.row, RowScale(v, lead, batch)} : Source{};
   }
-  F mask_at(int64_t i) const {
-    switch (mask_dtype_) {
-      case DType::boolean: return mask_[i] != 0 ? F(0) : -kInf<F>;
-      default: {
-        F m;
-        read_row<F>(mask_ + i * size_of(mask_dtype_), mask_dtype_, 1, &m);
-        return m;
-      }
-    }
-  }
   void fetch(const Source& s, int64_t width, int64_t first, const SlotBlock<F>& block, F* buffer, const F*& out,
              int64_t& stride, int64_t& ahead) const {
     const int64_t item = int64_t(sizeof(F));
@@ -155,8 +169,7 @@ class Slots {
 
   int64_t K_, V_;
   Source keys_, values_;
-  const char* mask_ = nullptr;
-  DType mask_dtype_ = DType::f32;
+  SlotMask<F> mask_;
   bool pad_, far_;
 };
 

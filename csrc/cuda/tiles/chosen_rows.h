@@ -44,8 +44,9 @@ struct SortedEntries {
   int64_t count, end;
 };
 // `result`: a view with `rows` rows; batches that share its memory share rows. Null: batch b has the rows from b N on.
+// The entries of tokens whose `token_mask` is not set name no slot.
 // (segments.cu)
 SortedEntries sort_entries(const Device& device, const char* name, const Choice& choice, const View& result,
-                           int64_t rows);
+                           int64_t rows, const View& token_mask = {});
 
 }  // namespace mk::cuda

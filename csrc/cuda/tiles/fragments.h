@@ -222,6 +222,55 @@ MK_DEVICE void lift_rows(float (&x)[S / 8][4], float (&drop)[2]) {
   }
 }
 
+// One of the two numbers that the lane `from` holds in register `i` of a step of weights_left(), or the only one.
+MK_DEVICE float weight_of_lane(const Left<bf16>& a, int i, int from, int which) {
+  return to_float(bf16{uint16_t(__shfl_sync(kAllLanes, a.x[i], from) >> 16 * which)});
+}
+MK_DEVICE float weight_of_lane(const Left<f16>& a, int i, int from, int which) {
+  return to_float(f16{uint16_t(__shfl_sync(kAllLanes, a.x[i], from) >> 16 * which)});
+}
+MK_DEVICE float weight_of_lane(const Left<tf32>& a, int i, int from, int) {
+  return __uint_as_float(__shfl_sync(kAllLanes, a.x[i], from));
+}
+MK_DEVICE float weight_of_lane(const Left<float>& a, int i, int from, int) {
+  return __uint_as_float(__shfl_sync(kAllLanes, a.high[i], from)) +
+         __uint_as_float(__shfl_sync(kAllLanes, a.low[i], from));
+}
+
+// If some of the sums of 16 columns from `column` on are not finite: the sums again, number by number, without the rows
+// of the tile that do not count, whatever they hold. inside(row, j): does row j of the tile count in the sum of this
+// lane's row 0 or 1? All lanes.
+template <class M, int kSteps, class Inside>
+MK_DEVICE void sum_inside(Sums<M> (&sums)[2], const Left<M> (&weights)[kSteps], const char* tile, int pitch, int column,
+                          int lane, Inside&& inside) {
+  using X = Stored<M>;
+  constexpr int kPairs = sizeof(X) == 2 ? 2 : 1;  // numbers of a register
+  bool strange = false;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) strange |= !is_finite(sums[i / 4][i % 4]);
+  if (!__any_sync(kAllLanes, strange)) return;
+  sums[0] = sums[1] = {};
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+#pragma unroll 1
+      for (int other = 0; other < 4; ++other) {
+#pragma unroll
+        for (int which = 0; which < kPairs; ++which) {
+          const float weight = weight_of_lane(weights[step], i, lane / 4 * 4 + other, which);
+          const int depth = kPairs == 2 ? i / 2 * 8 + other * 2 + which : other * 2 + i / 2;
+          const int j = step * 8 * kPairs + depth, row = i % 2;
+          if (!inside(row, j)) continue;
+          const auto* from = reinterpret_cast<const X*>(tile + j * pitch) + column + lane % 4 * 2;
+#pragma unroll
+          for (int k = 0; k < 4; ++k) sums[k / 2].x[2 * row + k % 2] += weight * to_float(from[k / 2 * 8 + k % 2]);
+        }
+      }
+    }
+  }
+}
+
 // acc += weights times the rows of a tile; columns from `columns` on are left out. The tile has as many rows as the
 // weights have columns. `lane`: see opaque().
 template <class M, int kSteps, int kColumns>

@@ -12,6 +12,8 @@ struct f16 {
   uint16_t bits;
 };
 
+MK_DEVICE bool is_finite(float x) { return (__float_as_uint(x) & 0x7f800000u) != 0x7f800000u; }
+
 MK_DEVICE float to_float(float x) { return x; }
 MK_DEVICE float to_float(bf16 x) { return __uint_as_float(uint32_t(x.bits) << 16); }
 MK_DEVICE float to_float(f16 x) { return half_to_float(x.bits); }

@@ -53,8 +53,8 @@ MK_DEVICE void add_part(const float (&part)[kTile], float (&acc)[kTile]) {
   for (int r = 0; r < kTile; ++r) acc[r] += part[r];
 }
 
-// Fills tile.w and tile.ds; pairs that do not exist are 0. `by_slots`: slots run along the rows of a tile, for sums
-// over tokens.
+// Fills tile.w and tile.ds; pairs that do not exist, or are out of range, are 0. `by_slots`: slots run along the rows
+// of a tile, for sums over tokens.
 template <bool by_slots>
 MK_DEVICE void weigh(Tile& tile, const Pairs& p, int64_t batch, int64_t t0, int64_t i0) {
   const int tx = int(threadIdx.x) % 8, ty = int(threadIdx.x) / 8;
@@ -77,7 +77,7 @@ MK_DEVICE void weigh(Tile& tile, const Pairs& p, int64_t batch, int64_t t0, int6
     for (int y = 0; y < 4; ++y) {
       const int64_t i = i0 + tx + 8 * y;
       float w = 0, ds = 0;
-      if (t0 + row < tokens && i < p.N) {
+      if (t0 + row < tokens && i < p.N && (!p.range || tile.ranges[row].holds(i))) {
         w = given ? load(tile.weights[row], p.weights.dtype, i) : softmax_weight(p.rule, s[x][y], lse, rest);
         float d = dw[x][y];
         if (given) d = load(tile.d_weights[row], p.d_weights.dtype, i);
@@ -98,11 +98,16 @@ MK_KERNEL(kPairThreads) sum_by_tokens(MK_PARAM(Pairs) p, MK_PARAM(PairSums) out,
   const int64_t column = part.block * kPairThreads + threadIdx.x, tokens = p.lead.folded() * p.T;
   float acc[kTile] = {};
   double total = 0;
-  for (int64_t i0 = 0; i0 < p.N; i0 += kTile) {
+  const SlotRange span = look_up_ranges(tile, p, part.batch, part.first);
+  for (int64_t i0 = span.first / kTile * kTile; i0 < span.stop; i0 += kTile) {
     float sums[kTile] = {};
     weigh<false>(tile, p, part.batch, part.first, i0);
     point(tile, p, part.batch, p.query, part.first, p.keys, i0);
-    if (out.d_query && column < p.K) add_rows(tile.ds, tile.b_rows, p.keys.dtype, column, sums);
+    if (out.d_query && column < p.K) {
+      auto inside = [&](int j, int r) { return tile.ranges[r].holds(i0 + j); };
+      if (p.range) add_rows(tile.ds, tile.b_rows, p.keys.dtype, column, sums, inside);
+      else add_rows(tile.ds, tile.b_rows, p.keys.dtype, column, sums);
+    }
     add_part(sums, acc);
     if (int(threadIdx.x) < kTile) total += column_sum(tile.ds);
   }
@@ -131,10 +136,16 @@ sum_by_slots(MK_PARAM(Pairs) p, MK_PARAM(PairSums) out, int64_t tiles, int64_t b
   float acc[kTile] = {};
   double total = 0;
   for (int64_t t0 = 0; t0 < tokens; t0 += kTile) {
+    const SlotRange span = look_up_ranges(tile, p, part.batch, t0);
+    if (span.first >= part.first + kTile || span.stop <= part.first) continue;
     float sums[kTile] = {};
     weigh<true>(tile, p, part.batch, t0, part.first);
     point(tile, p, part.batch, rows, t0, p.keys, part.first);
-    if (mine) add_rows(of_keys ? tile.ds : tile.w, tile.a_rows, rows.dtype, column, sums);
+    if (mine) {
+      auto inside = [&](int j, int r) { return tile.ranges[j].holds(part.first + r); };
+      if (p.range) add_rows(of_keys ? tile.ds : tile.w, tile.a_rows, rows.dtype, column, sums, inside);
+      else add_rows(of_keys ? tile.ds : tile.w, tile.a_rows, rows.dtype, column, sums);
+    }
     add_part(sums, acc);
     if (int(threadIdx.x) < kTile) total += column_sum(out.usage ? tile.w : tile.ds);
   }
@@ -156,6 +167,7 @@ MK_KERNEL(kPairThreads) write_weights(MK_PARAM(Pairs) p, MK_PARAM(View) weights,
   const Part part(tiles, slot_tiles);
   const int64_t i0 = part.block * kTile;
   float s[2][4] = {};
+  look_up_ranges(tile, p, part.batch, part.first);
   score_pairs(tile, p, part.batch, part.first, i0, s);
   point(tile, p, part.batch, weights, part.first, View{}, 0);
   if (int(threadIdx.x) < kTile) look_up(tile, p, part.batch, part.first + threadIdx.x);

@@ -2,7 +2,7 @@
 // block has 128 threads; each computes 2 x 4 pairs by plain multiply-adds from shared memory.
 #pragma once
 
-#include "cuda/tiles/numbers.h"
+#include "cuda/tiles/slot_ranges.h"
 
 namespace mk::cuda {
 
@@ -19,6 +19,7 @@ struct Pairs {
   Lead lead;
   int64_t T, N, K, V;
   View query, keys, values, mask;
+  View range;                       // of the tokens, or none
   View lse, lse_rest, weights;      // results of the forward pass
   View d_read, d_weights, d_usage;  // gradients of results
   const float* terms;               // one per token, over all batches
@@ -34,6 +35,7 @@ struct Tile {
   // One per token: null and 0 beyond the last one, and if a rule does not need them.
   const char *weights[kTile], *d_weights[kTile];
   float lse[kTile], rests[kTile], terms[kTile];
+  SlotRange ranges[kTile];  // of the tokens, where they have ranges
 };
 
 // s[x][y] += sum over columns of a[ty + 16 x] b[tx + 8 y]; rows of null pointers are zero. All threads. Begins and ends
@@ -74,7 +76,7 @@ MK_DEVICE void point(Tile& tile, const Pairs& p, int64_t batch, const View& toke
   __syncthreads();
 }
 
-// The scores of a tile; -inf where there is no slot.
+// The scores of a tile, of whose tokens the ranges are looked up; -inf where there is no slot, or none in the range.
 MK_DEVICE void score_pairs(Tile& tile, const Pairs& p, int64_t batch, int64_t t0, int64_t i0, float (&s)[2][4]) {
   point(tile, p, batch, p.query, t0, p.keys, i0);
   multiply_rows(tile, p.query.dtype, p.keys.dtype, p.K, s);
@@ -85,8 +87,23 @@ MK_DEVICE void score_pairs(Tile& tile, const Pairs& p, int64_t batch, int64_t t0
     const int64_t i = i0 + tx + 8 * y;
     const float added = i < p.N ? mask_at(p.mask, mask, i) : -kInfinity;
 #pragma unroll
-    for (int x = 0; x < 2; ++x) s[x][y] = added == -kInfinity ? -kInfinity : score(float(p.scale), s[x][y], added);
+    for (int x = 0; x < 2; ++x) {
+      const bool open = added != -kInfinity && (!p.range || tile.ranges[int(threadIdx.x) / 8 + 16 * x].holds(i));
+      s[x][y] = open ? score(float(p.scale), s[x][y], added) : -kInfinity;
+    }
   }
+}
+
+// All threads: looks up the ranges of tokens [t0, ...). Returns the slots that some of them may address; all slots if
+// tokens have no ranges. Begins and ends with a barrier.
+MK_DEVICE SlotRange look_up_ranges(Tile& tile, const Pairs& p, int64_t batch, int64_t t0) {
+  if (!p.range) return {0, p.N};
+  __syncthreads();  // the old ranges are no longer in use
+  if (int(threadIdx.x) < kTile) {
+    tile.ranges[threadIdx.x] = range_of(p.range, p.lead, batch, p.T, t0 + threadIdx.x, p.N);
+  }
+  __syncthreads();
+  return span_of(tile.ranges, kTile);
 }
 
 // The caller gives the `lse` of a usage, perhaps of a larger memory, so nothing bounds its weights.
@@ -96,6 +113,25 @@ MK_DEVICE float softmax_weight(Rule rule, float s, float lse, float rest) {
 }
 
 // acc[r] += factors[j][r] x_j for the 32 rows j of a tile; x_j is this thread's column of rows[j], 0 if that is null.
+// inside(j, r): does x_j count in sum r, if it is not finite? 0 times NaN is NaN.
+template <class Inside>
+MK_DEVICE void add_rows(const float (&factors)[kTile][kPitch], const char* const* rows, DType dtype, int64_t column,
+                        float (&acc)[kTile], Inside&& inside) {
+  for (int j = 0; j < kTile; ++j) {
+    if (rows[j] == nullptr) continue;
+    const float x = load(rows[j], dtype, column);
+    const bool finite = is_finite(x);
+#pragma unroll
+    for (int r = 0; r < kTile; r += 4) {
+      const float4 f = *reinterpret_cast<const float4*>(&factors[j][r]);
+      if (finite || inside(j, r)) acc[r] += f.x * x;
+      if (finite || inside(j, r + 1)) acc[r + 1] += f.y * x;
+      if (finite || inside(j, r + 2)) acc[r + 2] += f.z * x;
+      if (finite || inside(j, r + 3)) acc[r + 3] += f.w * x;
+    }
+  }
+}
+
 MK_DEVICE void add_rows(const float (&factors)[kTile][kPitch], const char* const* rows, DType dtype, int64_t column,
                         float (&acc)[kTile]) {
   for (int j = 0; j < kTile; ++j) {

@@ -3,11 +3,41 @@
 
 #include "cuda/tiles/buffers.h"
 #include "cuda/tiles/fragments.h"
+#include "cuda/tiles/slot_ranges.h"
 
 namespace mk::cuda {
 namespace {
 
 constexpr int kThreads = 128, kTokens = 64;
+
+// All threads: looks up the ranges of the tokens of a block, if there are any, and narrows its slots [begin, end) to
+// the tiles of S that some token may address. Ends with a barrier.
+template <int S, class Params, class Shared>
+MK_DEVICE void narrow(const Params& p, Shared& block, SlotRange* ranges) {
+  if (ranges == nullptr) return;
+  const int tid = int(threadIdx.x);
+  if (tid < kTokens) ranges[tid] = range_of(p.range, p.lead, block.batch, p.T, block.t0 + tid, p.N);
+  __syncthreads();
+  if (tid == 0) {
+    const SlotRange span = span_of(ranges, kTokens);
+    block.begin = most(block.begin, span.first / S * S), block.end = least(block.end, span.stop);
+  }
+  __syncthreads();
+}
+
+// The ranges of the tokens of a block [64], `at` bytes behind the begin of its shared memory; null if at is 0.
+MK_DEVICE SlotRange* ranges_at(int at) {
+  return at == 0 ? nullptr : reinterpret_cast<SlotRange*>(shared_memory() + at);
+}
+
+// Adds room for them to the shared memory of a block. Returns where they are; 0 if tokens have no ranges.
+template <class Params>
+int place_ranges(const Params& p, int64_t& shared) {
+  if (!p.range) return 0;
+  const int64_t at = round_up(shared, 16);
+  shared = at + kTokens * int64_t(sizeof(SlotRange));
+  return int(at);
+}
 
 // The queries of a warp [16, K]: rows in shared memory or, if `held`, their fragments in registers. Held rows have up
 // to 256 bytes.

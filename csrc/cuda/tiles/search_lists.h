@@ -4,7 +4,7 @@
 
 #include "cuda/tiles/best.h"
 #include "cuda/tiles/device.h"
-#include "params/topk_search.h"
+#include "params/topk_read.h"
 
 namespace mk::cuda {
 
@@ -19,13 +19,18 @@ struct Lists {
 bool tiles_take(const Device&, const TopkSearch&, int list);
 Lists search_in_tiles(const Device&, const char* name, const TopkSearch&, int list);
 
-// The search. Writes scores; or, if p.scores is missing, softmax weights into `weights`.
-void search(const Device& device, const char* name, const TopkSearch& p, const View& weights);
+// The search. Writes scores; or, if p.scores is missing, softmax weights into `weights`, and the logarithm of the sum
+// of their exponentials into `lse`.
+void search(const Device& device, const char* name, const TopkSearch& p, const View& weights = {},
+            const View& lse = {});
 
 // A contiguous view [lead, T, k] in scratch memory.
-View dense(const Device& device, const Choice& c);
+View dense(const Device& device, const Choice& c, DType dtype = DType::f32);
 
 // The gradients of query, keys and mask from `ds`, those of the chosen scores, [lead, T, k], 0 where there is no slot.
 void search_gradients(const Device& device, const char* name, const TopkSearchBackward& p, const View& ds);
+
+// The gradients of a softmax read of chosen slots. (topk_read.cu)
+void read_gradients(const Device& device, const char* name, const TopkReadBackward& b);
 
 }  // namespace mk::cuda

@@ -10,7 +10,7 @@
 // different banks.
 #pragma once
 
-#include "cuda/tiles/numbers.h"
+#include "cuda/tiles/slot_ranges.h"
 
 namespace mk::cuda {
 
@@ -107,20 +107,33 @@ MK_DEVICE void multiply(const char* buffer, int columns, const float* query, int
   }
 }
 
-// After the last part: sums the shares and stores the scores of the tile, [Q][S]; -inf where there is no slot.
+// After the last part: sums the shares and stores the scores of the tile, [Q][S]; -inf where there is no slot, or none
+// in the range of the token. ranges: [Q], or null.
 template <int Q>
 MK_DEVICE void store_scores(float (&s)[Q], float scale, int S, int64_t first, int64_t end, const View& mask,
-                            const char* mask_base, float* scores) {
+                            const char* mask_base, const SlotRange* ranges, float* scores) {
   const int lanes = kThreads / S, slot = int(threadIdx.x) / lanes;
   const float added = first + slot < end ? mask_at(mask, mask_base, first + slot) : -kInfinity;
 #pragma unroll
   for (int q = 0; q < Q; ++q) {
     for (int d = lanes / 2; d > 0; d >>= 1) s[q] += __shfl_xor_sync(kAllLanes, s[q], d);
     if (int(threadIdx.x) % lanes == q % lanes) {
-      scores[q * S + slot] = added == -kInfinity ? -kInfinity : score(scale, s[q], added);
+      const bool open = added != -kInfinity && (ranges == nullptr || ranges[q].holds(first + slot));
+      scores[q * S + slot] = open ? score(scale, s[q], added) : -kInfinity;
     }
     s[q] = 0;
   }
+}
+
+// All threads: the ranges of tokens [t0, t0 + Q) into `ranges`. Returns the slots of [begin, end) that some of them may
+// address. Ends with a barrier.
+template <int Q>
+MK_DEVICE SlotRange load_ranges(const View& range, const Lead& lead, int64_t batch, int64_t T, int64_t t0, int64_t N,
+                                int64_t begin, int64_t end, SlotRange* ranges) {
+  if (int(threadIdx.x) < Q) ranges[threadIdx.x] = range_of(range, lead, batch, T, t0 + threadIdx.x, N);
+  __syncthreads();
+  const SlotRange span = span_of(ranges, Q);
+  return {most(begin, span.first), least(end, span.stop)};
 }
 
 // All threads: the queries of tokens [t0, t0 + Q) as [Q][padded] floats, zeros beyond.
