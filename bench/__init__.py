@@ -1,6 +1,7 @@
 """Benchmarks of memkernels against other ways to compute the same thing.
 
     python -m bench [op ...] [--quick] [--threads N] [--device cpu] [--out FILE] [--compare FILE]
+    python -m bench --everyday [--only WORD ...] [--quick] [--losses FILE]
     python -m bench store [--only ROW ...] [--quick] [--large]
     python -m bench lookup [--only ROW ...] [--quick]
     python -m bench.report FILE

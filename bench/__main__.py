@@ -49,10 +49,15 @@ def main(arguments: list[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else arguments
     if words[:1] in (["store"], ["lookup"]):
         return importlib.import_module(f".{words[0]}.command", __package__).main(words[1:])
+    if "--everyday" in words:
+        from .everyday import command  # here: most runs do without it
+
+        return command.main([word for word in words if word != "--everyday"])
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument(
         "ops", nargs="*", metavar="op", help="only these ops; or store, or lookup: with their own options"
     )
+    parser.add_argument("--everyday", action="store_true", help="calls as people make them; with options of its own")
     parser.add_argument("--quick", action="store_true", help="small sizes, under two minutes; goals are not judged")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: those torch would use")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")

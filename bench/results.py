@@ -167,7 +167,7 @@ def load(path: Path) -> list[dict]:
 
 def committed() -> list[dict]:
     """The rows of the result files of cases, older before newer."""
-    other = ("ladder", "store-", "lookup-", "ngram_memory", "crash")
+    other = ("ladder", "store-", "lookup-", "ngram_memory", "crash", "everyday-")
     files = [load(path) for path in DIRECTORY.glob("*.json") if not path.name.startswith(other)]
     return sorted((row for rows in files for row in rows), key=lambda row: row["date"])
 

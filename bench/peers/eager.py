@@ -98,6 +98,32 @@ def weighted_rows(values, indices, weights):
     return (weights.unsqueeze(-2) @ values[indices]).squeeze(-2)
 
 
+def selected_scores(query, keys, indices):
+    scale = query.shape[-1] ** -0.5
+    return lambda: (keys[indices] @ (scale * query).unsqueeze(-1)).squeeze(-1)
+
+
+def selected_read(query, keys, values, indices):
+    scale = query.shape[-1] ** -0.5
+
+    def run():
+        scores = (keys[indices] @ (scale * query).unsqueeze(-1)).squeeze(-1)
+        return weighted_rows(values, indices, torch.softmax(scores, -1))
+
+    return run
+
+
+def indexer_search(query, head_weights, keys, k):
+    """The products of all heads, [T, H, N], in memory."""
+    scale = query.shape[-1] ** -0.5
+
+    def run():
+        products = torch.relu(scale * query @ keys.mT)
+        return torch.topk((head_weights.unsqueeze(-2) @ products).squeeze(-2), k)[0]
+
+    return run
+
+
 def gated_scan(forget, update):
     """In log2(T) steps, each of which joins every part with the one before it."""
 
