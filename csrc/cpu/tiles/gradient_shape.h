@@ -73,7 +73,7 @@ SlotBlock<F> gradient_block(const Slots<F>& slots, const GradientShape<F>& s, in
     if (s.pairs) {
       SlotBlock<F> block = slots.list(first, count, buffers);
       pair_columns(block, slots.stored_keys(), first, s.K, buffers.keys, block.keys, block.ks);
-      pair_columns(block, slots.stored_values(), first, s.V, buffers.values, block.values, block.vs);
+      if (s.V > 0) pair_columns(block, slots.stored_values(), first, s.V, buffers.values, block.values, block.vs);
       pair_rows(block.n, s.K, s.KP, keys2, [&](int64_t j) { return slots.stored_keys().row(first + block.place(j)); });
       return block;
     }
