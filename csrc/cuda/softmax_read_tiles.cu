@@ -127,11 +127,20 @@ struct Loader {
   }
 };
 
-// The scores s [16, S] of a warp's tokens and slots [first, first + S). Prefetches the values of these slots. ranges:
-// of these tokens [16], or null.
+// The ranges of a warp's tokens [16], if there are any. Found anew for each use: a pointer that lives through the loop
+// takes two registers, which spill on sm_120 where three blocks share an SM.
+struct RowRanges {
+  int at;  // Tiling::ranges_at
+  MK_DEVICE bool given() const { return at != 0; }
+  MK_DEVICE bool holds(int row, int64_t slot) const {
+    return ranges_at(at)[int(threadIdx.x) / 32 * 16 + row].holds(slot);
+  }
+};
+
+// The scores s [16, S] of a warp's tokens and slots [first, first + S). Prefetches the values of these slots.
 template <class M, class W, bool held, int S = kSlots<W>>
 MK_DEVICE void score_tile(float (&s)[S / 8][4], const Queries<M, held>& queries, Loader<Stored<M>, W>& loader,
-                          int64_t first, bool busy, const SlotRange* ranges) {
+                          int64_t first, bool busy, RowRanges ranges) {
   const Tiling& r = loader.r;
   const int lane = int(threadIdx.x) % 32, size = int(sizeof(Stored<M>));
   Sums<M> sums[S / 8];
@@ -150,7 +159,7 @@ MK_DEVICE void score_tile(float (&s)[S / 8][4], const Queries<M, held>& queries,
       const int column = n * 8 + lane % 4 * 2 + i % 2;
       const float extra = loader.block.added[column];
       const bool open =
-          extra != -kInfinity && (ranges == nullptr || ranges[lane / 4 + i / 2 * 8].holds(first + column));
+          extra != -kInfinity && (!ranges.given() || ranges.holds(lane / 4 + i / 2 * 8, first + column));
       s[n][i] = open ? score(float(r.p.scale), sums[n][i], extra) : -kInfinity;
     }
   }
@@ -198,7 +207,7 @@ struct Softmax {
 // acc = fade acc + p times a tile of values [S, columns], from slot `first` on.
 template <class P, class W>
 MK_DEVICE void add_values(float (&acc)[kColumns / 8][4], const float (&fade)[2], const Left<P> (&weights)[kSteps],
-                          const char* values, int pitch, int columns, int64_t first, const SlotRange* ranges) {
+                          const char* values, int pitch, int columns, int64_t first, RowRanges ranges) {
   const int lane = int(threadIdx.x) % 32;
 #pragma unroll
   for (int c = 0; c < kColumns / 16; ++c) {
@@ -212,8 +221,8 @@ MK_DEVICE void add_values(float (&acc)[kColumns / 8][4], const float (&fade)[2],
       add_product(sums[1], weights[step], b[2], b[3]);
     }
     if constexpr (kRanged<P>) {
-      auto inside = [&](int row, int j) { return ranges[lane / 4 + row * 8].holds(first + j); };
-      if (ranges != nullptr) sum_inside<P>(sums, weights, values, pitch, c * 16, lane, inside);
+      auto inside = [&](int row, int j) { return ranges.holds(lane / 4 + row * 8, first + j); };
+      if (ranges.given()) sum_inside<P>(sums, weights, values, pitch, c * 16, lane, inside);
     }
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
@@ -266,16 +275,9 @@ MK_DEVICE void store_read(const Tiling& r, const Shared<S>& block, const float (
   }
 }
 
-// Blocks per SM: three, whose registers spill on sm_120, where the queries are held.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
-constexpr int kBlocks = 2;
-#else
-constexpr int kBlocks = 3;
-#endif
-
 // M: the arithmetic of the scores; `held`: queries stay in registers.
 template <class M, class W, bool held>
-MK_KERNEL_BLOCKS(kThreads, held ? kBlocks : 3)
+MK_KERNEL_BLOCKS(kThreads, 3)
 read_tiles(MK_PARAM(Tiling) r) {
   using X = Stored<M>;
   using P = Second<M, W>;
@@ -283,9 +285,8 @@ read_tiles(MK_PARAM(Tiling) r) {
   Shared<S>& block = *reinterpret_cast<Shared<S>*>(shared_memory());
   char* rows = shared_memory() + sizeof(Shared<S>);
   locate<W>(block, r);
-  const SlotRange* ranges = ranges_at(r.ranges_at);
+  const RowRanges ranges{r.ranges_at};
   narrow<S>(r.p, block, ranges_at(r.ranges_at));
-  if (ranges != nullptr) ranges += int(threadIdx.x) / 32 * 16;
   const int64_t tokens = r.p.lead.folded() * r.p.T;
   const bool busy = block.t0 + int(threadIdx.x) / 32 * 16 < tokens;  // this warp has a token
 
