@@ -12,6 +12,8 @@
 // recurrence. dW is one product per chunk. Each task sums its own dW, and those of the tasks are added in order.
 #include "params/cell_scan.h"
 
+#include <algorithm>
+
 #include "cpu/tiles/parallel.h"
 #include "cpu/tiles/scores.h"
 #include "cpu/tiles/tanh.h"
@@ -44,37 +46,40 @@ void read_blocks(const char* row, DType dtype, const Shape<F>& s, F* z) {
   }
 }
 
-// The rows of the weight, [3 DP][DP]; with `columns` also those of its transpose, [D][3 DP].
-template <class F>
-void pack_weight(const CellScan& p, const Shape<F>& s, int64_t batch, F* rows, F* columns, F* buffer) {
-  const char* base = p.weight.batch(p.lead, batch);
-  for (int64_t r = 0; r < s.L; ++r) {
-    const int64_t d = r % s.DP;
-    if (d < s.D) read_row<F>(base + (r / s.DP * s.D + d) * p.weight.row, p.weight.dtype, s.D, buffer);
-    for (int64_t k = 0; k < s.DP; ++k) {
-      const F w = d < s.D && k < s.D ? buffer[k] : F(0);
-      if (rows != nullptr) rows[r * s.DP + k] = w;
-      if (k < s.D) columns[k * s.L + r] = w;
-    }
-  }
-}
-
-// The packed weights of all batches.
+// The packed weights of all batches: rows [3 DP][DP], if wanted, and rows of the transpose, [D][3 DP]. Parallel over
+// blocks of columns.
 template <class F>
 class Weights {
  public:
   Weights(const CellScan& p, const Shape<F>& s, bool with_rows)
       : columns_(p.lead.batches() * s.D * s.L), rows_(with_rows ? p.lead.batches() * s.L * s.DP : 0), s_(s) {
-    Arena measure;
-    measure.take<F>(s.DP);
-    parallel(p.lead.batches(), measure.used(), [&](int64_t batch, char* memory) {
-      pack_weight<F>(p, s, batch, with_rows ? rows(batch) : nullptr, columns(batch), Arena(memory).take<F>(s.DP));
+    constexpr int64_t kColumns = 64;
+    const int64_t blocks = div_up(s.D, kColumns);
+    parallel(p.lead.batches() * blocks, size_t(kLanes<F> * kColumns) * sizeof(F), [&](int64_t task, char* memory) {
+      const int64_t batch = task / blocks, k = task % blocks * kColumns;
+      pack(p, batch, k, least(kColumns, s.D - k), with_rows ? rows(batch) : nullptr, reinterpret_cast<F*>(memory));
     });
   }
   F* columns(int64_t batch) { return columns_.data() + batch * s_.D * s_.L; }
   F* rows(int64_t batch) { return rows_.data() + batch * s_.L * s_.DP; }
 
  private:
+  // Columns [k, k + count) of the weight.
+  void pack(const CellScan& p, int64_t batch, int64_t k, int64_t count, F* rows, F* buffer) {
+    const char* base = p.weight.batch(p.lead, batch) + k * size_of(p.weight.dtype);
+    const auto row = [&](int64_t r, F* to) {
+      const int64_t d = r % s_.DP;
+      if (d < s_.D) read_row<F>(base + (r / s_.DP * s_.D + d) * p.weight.row, p.weight.dtype, count, to);
+      else std::fill_n(to, count, F(0));
+      return to;
+    };
+    pack_lanes<F>(s_.L, s_.L, count, F(1), buffer, columns(batch) + k * s_.L, row);
+    for (int64_t r = 0; r < s_.L && rows != nullptr; ++r) {
+      F* to = row(r, rows + r * s_.DP + k);
+      if (k + count == s_.D) std::fill_n(to + count, s_.DP - s_.D, F(0));
+    }
+  }
+
   Buffer<F> columns_, rows_;
   Shape<F> s_;
 };

@@ -12,7 +12,8 @@
 // product. Keys are packed once per block for all tokens. Parallel over batches and blocks of slots; [T, N] is never
 // stored.
 //
-// With few tokens lanes are value columns, and keys are not packed: every slot is read and written once.
+// With few tokens lanes are value columns, and keys are not packed: every slot is read and written once. What one token
+// adds is no product, but part of the sum that is stored: N=4096 K=V=64 in place on Zen 4, one thread, 99 -> 70 us.
 #include "params/gated_write.h"
 
 #include <limits>
@@ -184,6 +185,7 @@ void few(const GatedWrite& p, int64_t batch, int64_t first, int64_t count, int64
   char* out = p.out.batch(p.lead, batch);
   char* retained = p.retained.batch(p.lead, batch);
   const F e = F(p.erase_scale);
+  const bool one = chunk.n == 1, direct = p.out.dtype == kOwn<F> && p.V % W == 0;
 
   for (int64_t i = first; i < first + count; i += kSlotBlock) {
     const int64_t width = least(kSlotBlock, first + count - i);
@@ -206,13 +208,18 @@ void few(const GatedWrite& p, int64_t batch, int64_t first, int64_t count, int64
       store<F>(R + l, r);
       store<F>(kept + l, k);
     }
-    gemm(Gemm<F>{block.n, VP, chunk.n, S, 1, kSlotBlock, chunk.write, chunk.ws, acc, VP, false});
+    if (!one) gemm(Gemm<F>{block.n, VP, chunk.n, S, 1, kSlotBlock, chunk.write, chunk.ws, acc, VP, false});
     for (int64_t j = 0; j < block.n; ++j) {
       const F* v = block.values + j * block.vs;
-      F* a = acc + j * VP;
-      for (int64_t x = 0; x < VP; x += W) store<F>(a + x, R[j] * load<F>(v + x) + load<F>(a + x));
       const int64_t at = i + block.place(j);
-      write_row<F>(a, p.V, p.out.dtype, out + at * p.out.row);
+      F *sums = acc + j * VP, *to = direct ? reinterpret_cast<F*>(out + at * p.out.row) : sums;
+      const Vec<F> r = fill<F>(R[j]), a = fill<F>(S[j]);
+      if (one) {
+        for (int64_t x = 0; x < VP; x += W) store<F>(to + x, r * load<F>(v + x) + a * load<F>(chunk.write + x));
+      } else {
+        for (int64_t x = 0; x < VP; x += W) store<F>(to + x, r * load<F>(v + x) + load<F>(sums + x));
+      }
+      if (!direct) write_row<F>(to, p.V, p.out.dtype, out + at * p.out.row);
       *reinterpret_cast<F*>(retained + at * p.retained.row) = kept[j];
     }
   }
