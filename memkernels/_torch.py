@@ -95,6 +95,11 @@ def known(condition: bool | torch.SymBool) -> bool:
     return symbolic_shapes.statically_known_true(condition)
 
 
+def is_dtensor(x: object) -> bool:
+    """Is ``x`` a tensor over the ranks of a mesh? Asked by name: DTensor takes long to import."""
+    return type(x).__name__ == "DTensor"
+
+
 def _guard_tools():
     from torch._dynamo.guards import GuardBuilder, install_guard
     from torch._dynamo.source import AttrSource, CallFunctionNoArgsSource

@@ -179,6 +179,12 @@ class Op:
     autocast: arguments cast to the autocast dtype while autocast is on.
     twin_of: for an op over compressed slots, the op over float ones; it is called through that one's function.
     inplace: name of the argument that a twin operator ``<name>_`` overwrites with the result of the same name.
+    over_slots: how shards of the slots on several ranks make the result of the whole (``sharding.py``):
+        ``"lse"``: their reads merge through their lse;
+        ``"best"``: the k best of the k best of every shard;
+        ``"rows"``: each shard serves the rows that it holds;
+        ``"whole"``: not at all, a call needs all slots at once;
+        ``""``: every slot is by itself, and all results have one entry per slot.
     flops, backward_flops: of the axes' sizes, the operations that an exact method needs for one stream, forward and for
         all gradients; a multiply-add is two of them. None: not counted.
     """
@@ -196,14 +202,18 @@ class Op:
     backward_flops: Callable[[Mapping[str, int]], int] | None = None
     equation: str = ""
     twin_of: str = ""
+    over_slots: str = ""
     usual: Mapping[str, object] = field(default_factory=dict, hash=False)
     traits: tuple[str, ...] = ()
+    slots: str | None = field(init=False, repr=False)  # the axis of slots, "N" or "nn"; None: it has none
     queries: tuple[int, ...] = field(init=False, repr=False)  # positions of the arguments that ``scale`` multiplies
     typed: int | None = field(init=False, repr=False)  # position among the options of the one that sets the dtype
 
     def __post_init__(self):
         places = tuple(i for i, a in enumerate(self.args) if a.name.endswith("query"))
         object.__setattr__(self, "queries", places)
+        memory = {axis for a in self.args if a.side == "memory" for axis in a.axes.split()}
+        object.__setattr__(self, "slots", next((axis for axis in ("N", "nn") if axis in memory), None))
         typed = next((i for i, (_, kind) in enumerate(self.params) if kind == "ScalarType"), None)
         object.__setattr__(self, "typed", typed)
 
@@ -336,6 +346,8 @@ def unusual(op: Op, tensors: Sequence[object]) -> str | None:
         if not isinstance(tensor, Tensor):
             continue
         kind = _kind(tensor)
+        if _torch.is_dtensor(tensor):
+            continue
         if kind is None and type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
             kind = type(tensor).__name__
         if kind is not None:
