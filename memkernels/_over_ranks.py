@@ -236,19 +236,22 @@ class _Best(Function):
     """The k best of the k best of every rank. Of a shard's list, which is sorted, the whole takes the first ones."""
 
     @staticmethod
-    def forward(ctx, scores, indices, first, stop, on):
+    def forward(ctx, scores, indices, own, ordered, on):
         k = scores.shape[-1]
 
-        def best(parts: list[Tensor]) -> list[Tensor]:
-            s, i = (x.movedim(0, -2).flatten(-2) for x in parts)
-            # ranks hold slots in order, so a stable sort gives ties to the smaller slot
-            order = torch.sort(s, dim=-1, descending=True, stable=True)
-            return [order.values[..., :k].contiguous(), i.gather(-1, order.indices[..., :k])]
+        def best_of(found: list[Tensor]) -> list[Tensor]:
+            s, i = (x.movedim(0, -2).flatten(-2) for x in found)
+            if not ordered:
+                order = i.masked_fill(i < 0, torch.iinfo(i.dtype).max).sort(dim=-1, stable=True).indices
+                s, i = s.gather(-1, order), i.gather(-1, order)
+            # slots are in order, so a stable sort gives ties to the smaller slot
+            order = s.sort(dim=-1, descending=True, stable=True).indices[..., :k]
+            return [s.gather(-1, order), i.gather(-1, order)]
 
-        found = exchange([scores.flatten(0, -2), indices.flatten(0, -2)], best, on)
-        merged, slots = found[0].reshape(scores.shape), found[1].reshape(indices.shape)
+        merged, slots = exchange([scores.flatten(0, -2), indices.flatten(0, -2)], best_of, on)
+        merged, slots = merged.reshape(scores.shape), slots.reshape(indices.shape)
         ctx.on = on
-        ctx.save_for_backward((slots >= first) & (slots < stop))
+        ctx.save_for_backward(own(slots))
         ctx.mark_non_differentiable(slots)
         return merged, slots
 
@@ -262,9 +265,12 @@ class _Best(Function):
         return d[..., :k], None, None, None, None
 
 
-def best(scores: Tensor, indices: Tensor, first: int, stop: int, on: Ranks) -> tuple[Tensor, Tensor]:
-    """Scores and slot numbers ``[..., T, k]``, best first, of shards as those of the whole.
+def best(
+    scores: Tensor, indices: Tensor, own: Callable[[Tensor], Tensor], on: Ranks, *, ordered: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Scores and slot numbers ``[..., T, k]`` of shards, best first, as those of the whole; ties to the smaller slot.
 
-    first, stop: the slots that this rank, or those that it was merged with, hold.
+    own: which of some slots this rank, or those that it was merged with, hold. ordered: all slots of a rank are smaller
+    than those of the next.
     """
-    return (scores, indices) if on.size == 1 else _Best.apply(scores, indices, first, stop, on)
+    return (scores, indices) if on.size == 1 else _Best.apply(scores, indices, own, ordered, on)

@@ -121,8 +121,12 @@ def _search(call: Call, tensors: list, params: tuple, slots: Slots) -> tuple[Ten
     scores, indices = _alone(call, tensors, params, slots)
     indices = torch.where(indices < 0, indices, indices + slots.first)
     for on, first, stop in reversed(slots.levels):
-        scores, indices = _over_ranks.best(scores, indices, first, stop, on)
+        scores, indices = _over_ranks.best(scores, indices, _within(first, stop), on)
     return scores, indices
+
+
+def _within(first: int, stop: int) -> Callable[[Tensor], Tensor]:
+    return lambda slots: (slots >= first) & (slots < stop)
 
 
 def _rows(call: Call, tensors: list, params: tuple, slots: Slots) -> tuple[Tensor, ...]:
