@@ -181,6 +181,4 @@ def wrapped(part: Tensor, mesh: DeviceMesh, placements: tuple, shape: tuple[int,
     stride = [1] * len(shape)
     for i in range(len(shape) - 2, -1, -1):
         stride[i] = stride[i + 1] * max(shape[i + 1], 1)
-    return DTensor.from_local(
-        part, mesh, placements, run_check=False, shape=torch.Size(shape), stride=tuple(stride)
-    )
+    return DTensor.from_local(part, mesh, placements, run_check=False, shape=torch.Size(shape), stride=tuple(stride))

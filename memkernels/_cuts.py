@@ -43,10 +43,12 @@ def cut(op: Op, layout: Layout, tensors: Sequence[Any], i: int) -> Cut | None:
         placement = x.placements[i]
         if type(placement) is not Shard:
             raise ValueError(
-                f"{op.name}: {arg.name} must be sharded or replicated on mesh dimension {i}, got {placement}"
+                f"{op.name}: {arg.name} must be sharded or replicated on mesh dimension {i}, got {placement!r}"
             )
         axis = _axis(arg, x, placement.dim)
-        allowed = isinstance(axis, int) or (axis in (op.slots, token_axis(op)) or (axis == "V" and op.slots is not None))
+        allowed = isinstance(axis, int) or (
+            axis in (op.slots, token_axis(op)) or (axis == "V" and op.slots is not None)
+        )
         if not allowed:
             raise ValueError(
                 f"{op.name}: {arg.name} must not be sharded along {axis} on mesh dimension {i}, which an entry of the "

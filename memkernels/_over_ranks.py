@@ -169,9 +169,7 @@ def _unpack(rows: Tensor, like: list[Tensor]) -> list[Tensor]:
     return [x.contiguous().view(p.dtype) for x, p in zip(rows.split(widths, -1), like)]
 
 
-def exchange(
-    parts: list[Tensor], merge: Callable[[list[Tensor]], list[Tensor]], on: Ranks
-) -> list[Tensor]:
+def exchange(parts: list[Tensor], merge: Callable[[list[Tensor]], list[Tensor]], on: Ranks) -> list[Tensor]:
     """``merge`` of what all ranks found for each of M tokens.
 
     parts: ``[M, d_i]``. merge: from ``[size, m, d_i]`` to results ``[m, d_i]`` of the same widths and dtypes.

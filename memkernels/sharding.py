@@ -138,9 +138,7 @@ def _recipe(call: Call, layout: Layout, tensors: Sequence[Any]) -> Recipe:
     slots = _slots(call, layout, own, lines, steps)
     plain = not any(isinstance(x, DTensor) for arg, x in zip(op.args, tensors) if arg.side == "tokens")
     results = [
-        _result(out, layout, own, lines, plain)
-        for out in op.outputs
-        if not (call.inplace and out.name == op.inplace)
+        _result(out, layout, own, lines, plain) for out in op.outputs if not (call.inplace and out.name == op.inplace)
     ]
     return Recipe(call, mesh, tuple(places), tuple(results), slots)
 
@@ -168,9 +166,7 @@ def _place(op: Op, arg: Arg, x: Tensor, layout: Layout, ways: list[tuple[Cut | N
     return Place(wrapped, tuple(gathers), tuple(slices), tuple(enters))
 
 
-def _slots(
-    call: Call, layout: Layout, cuts: list[Cut | None], lines: list[Ranks], steps: list[Step]
-) -> Slots | None:
+def _slots(call: Call, layout: Layout, cuts: list[Cut | None], lines: list[Ranks], steps: list[Step]) -> Slots | None:
     op, levels, base = call.op, [], 0
     for cut, on, (first, stop, _) in zip(cuts, lines, steps):
         if cut is not None and cut == op.slots and on.size > 1:

@@ -47,7 +47,9 @@ class SlotParallel(ParallelStyle):
         missing = [name for name in names if name not in own]
         if missing or not names:
             wanted = ", ".join(missing) or "keys or values"
-            raise ValueError(f"SlotParallel: {type(module).__name__} must have {wanted}, got {', '.join(own) or 'none'}")
+            raise ValueError(
+                f"SlotParallel: {type(module).__name__} must have {wanted}, got {', '.join(own) or 'none'}"
+            )
         for name in names:
             setattr(module, name, shard_slots(own[name], mesh))
         for name in METHODS:
@@ -142,7 +144,7 @@ def _compare_before_keep(module: ExternalMemory, mesh: DeviceMesh) -> None:
             )
         inner(state)
 
-    setattr(module, "keep", types.MethodType(keep, module))
+    module.keep = types.MethodType(keep, module)
 
 
 def _fingerprint(values: Tensor) -> tuple[float, float]:

@@ -263,7 +263,9 @@ def together(on: _collectives.Ranks, do: Callable[[], T]) -> T:
         raise error
     for rank, sentence in enumerate(sentences):
         if sentence is not None:
-            raise StoreError(f"{on.op}: all ranks of group {on.dimension!r} must succeed, got on rank {rank} {sentence}")
+            raise StoreError(
+                f"{on.op}: all ranks of group {on.dimension!r} must succeed, got on rank {rank} {sentence}"
+            )
     return result
 
 

@@ -1,0 +1,37 @@
+"""Ops on DTensors, by processes of 2 and 4 ranks; the checks are functions of sharding_checks.py and sharding_costs.py."""
+
+from __future__ import annotations
+
+import pytest
+import ranks
+
+CHECKS = {
+    2: {
+        "sharding_checks": ("over_slots", "other_axes", "bits_of_one_process", "compressed", "ties", "few_slots"),
+        "sharding_costs": ("bytes_of_a_call", "derivatives", "refusals", "one_rank", "checked_ranks"),
+    },
+    4: {
+        "sharding_checks": ("over_slots", "other_axes", "two_dimensions", "bits_of_one_process", "ties", "few_slots"),
+        "sharding_costs": ("bytes_of_a_call",),
+    },
+}
+NAMES = [(world, f"{m}.{name}") for world, checks in CHECKS.items() for m, names in checks.items() for name in names]
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory):
+    """What the checks reported, by number of ranks: each group of processes runs once, when first asked for."""
+    done: dict[int, dict[str, str]] = {}
+
+    def of(world: int) -> dict[str, str]:
+        if world not in done:
+            names = [name for size, name in NAMES if size == world]
+            done[world] = ranks.run(names, world, tmp_path_factory.mktemp("ranks"))
+        return done[world]
+
+    return of
+
+
+@pytest.mark.parametrize("world, name", NAMES)
+def test_ranks_agree_with_one_process(reports, world, name):
+    assert not reports(world)[name], reports(world)[name]
