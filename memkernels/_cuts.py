@@ -46,10 +46,8 @@ def cut(op: Op, layout: Layout, tensors: Sequence[Any], i: int) -> Cut | None:
                 f"{op.name}: {arg.name} must be sharded or replicated on mesh dimension {i}, got {placement!r}"
             )
         axis = _axis(arg, x, placement.dim)
-        allowed = isinstance(axis, int) or (
-            axis in (op.slots, token_axis(op)) or (axis == "V" and op.slots is not None)
-        )
-        if not allowed:
+        columns = "V" if op.slots is not None else None
+        if isinstance(axis, str) and axis not in (op.slots, token_axis(op), columns):
             raise ValueError(
                 f"{op.name}: {arg.name} must not be sharded along {axis} on mesh dimension {i}, which an entry of the "
                 "result needs whole"

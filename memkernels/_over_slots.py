@@ -37,12 +37,12 @@ class Call(NamedTuple):
 
 
 class Slots(NamedTuple):
-    """The slots of this rank: ``first <= i < stop`` of ``count``.
+    """The slots of this rank: ``first <= i < stop`` of ``size``.
 
     levels: the ranks that share them, outermost first, each with the slots ``(first, stop)`` inside of that level.
     """
 
-    count: int
+    size: int
     levels: tuple[tuple[Ranks, int, int], ...]
 
     @property
@@ -66,7 +66,7 @@ class Slots(NamedTuple):
 
     def own(self, indices: Tensor) -> Tensor:
         """Indices in terms of the slots of this rank: -1 for those of others. One that no rank has stays an error."""
-        others = (indices >= 0) & (indices < self.count) & ((indices < self.first) | (indices >= self.stop))
+        others = (indices >= 0) & (indices < self.size) & ((indices < self.first) | (indices >= self.stop))
         shift = torch.where((indices >= self.first) & (indices < self.stop), self.first, 0)
         return (indices - shift).masked_fill(others, -1)
 
@@ -156,7 +156,7 @@ def _rows(call: Call, tensors: list, params: tuple, slots: Slots) -> tuple[Tenso
 def _product_rows(call: Call, tensors: list, params: tuple, slots: Slots) -> tuple[Tensor, ...]:
     """Product keys: every rank searches the same short lists, and each shard of the values serves its rows."""
     query, subkeys, values, *scales = tensors
-    pairs = values.new_empty((*values.shape[:-2], slots.count, 0), dtype=query.dtype)
+    pairs = values.new_empty((*values.shape[:-2], slots.size, 0), dtype=query.dtype)
     whole = call.ops["product_key_read"]
     _, indices, weights, lse = call.of(whole, [query, subkeys, pairs], params)
     reading = call.ops["sparse_read_compressed" if scales else "sparse_read"]

@@ -50,8 +50,22 @@ def run(names: Sequence[str], world: int, folder, limit: float = 55) -> dict[str
     return {name: texts[name] + (late if len(errors) < world else "") for name, errors in reports.items()}
 
 
+class Reports:
+    """What went wrong in checks by number of ranks. The processes of a group run once, when first asked for."""
+
+    def __init__(self, names: Sequence[tuple[int, str]], folder):
+        self.names, self.folder, self.done = names, folder, {}
+
+    def of(self, world: int) -> dict[str, str]:
+        if world not in self.done:
+            names = [name for size, name in self.names if size == world]
+            self.done[world] = run(names, world, self.folder)
+        return self.done[world]
+
+
 def _work(rank: int, names: list[str], world: int, store: str, results) -> None:
     torch.set_num_threads(1)
+    os.environ["TEST_FOLDER"] = os.path.dirname(store)
     os.environ["RANK"], os.environ["WORLD_SIZE"] = str(rank), str(world)
     limit = datetime.timedelta(seconds=TIMEOUT)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=limit)

@@ -1,4 +1,4 @@
-"""Checks of ops on DTensors, called on every rank by tests/test_sharding.py: the whole in one process is the reference."""
+"""Checks of ops on DTensors, called on every rank by test_sharding.py: the whole in one process is the reference."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ def other_axes(mesh: DeviceMesh) -> None:
     scans = (streams, KEYS, query, query + 1, tokens)
     compare("memory_scan", lambda *x: mk.memory_scan(*x), scans, ([S0], [R], [S0], [S0], [S0]), mesh)
     compare("gated_scan", lambda f, u: mk.gated_scan(f, u), (query.sigmoid(), query), ([S0], [S0]), mesh)
-    compare("usage", lambda q, x, l: mk.slot_usage(q, x, l), (QUERY, KEYS, LSE), ([S1], [R], [S1]), mesh)
+    compare("usage", lambda q, x, lse: mk.slot_usage(q, x, lse), (QUERY, KEYS, LSE), ([S1], [R], [S1]), mesh)
 
 
 def two_dimensions(mesh: DeviceMesh) -> None:
@@ -177,7 +177,7 @@ def two_dimensions(mesh: DeviceMesh) -> None:
 
 
 def bits_of_one_process(mesh: DeviceMesh) -> None:
-    """Writes are local, so that they are those of one process to the last bit; reads are the same bits on every rank."""
+    """Writes are local, so they are those of one process to the last bit; reads are the same bits on every rank."""
     on = _collectives.ranks("test", mesh, 0)
     for dtype in (torch.float32, torch.bfloat16):
         q, x, v, w = (t.to(dtype) for t in (QUERY, KEYS, VALUES, WRITE))
@@ -217,19 +217,11 @@ def compressed(mesh: DeviceMesh) -> None:
         lambda x, v, ks, vs: mk.topk_read(q, x, v, k, key_scale=ks, value_scale=vs),
         lambda x, v, ks, vs: mk.selected_read(q, x, v, INDICES, key_scale=ks, value_scale=vs),
         lambda x, v, ks, vs: mk.gather_rows(v, INDICES, value_scale=vs),
-        lambda x, v, ks, vs: (
-            mk.product_key_read(q, KEYS[:6].reshape(2, 3, 4)[..., :2].float(), v[:9], k, value_scale=vs[:9])
-            if not isinstance(v, DTensor)
-            else mk.product_key_read(
-                q,
-                KEYS[:6].reshape(2, 3, 4)[..., :2].float(),
-                shard_slots(VALUES[:9].mul(20).to(torch.int8), mesh),
-                k,
-                value_scale=vs[:9],
-            )
-        ),
     ):
         close(function(sx, sv, sks, vs), function(x, v, ks, vs), 1e-5)
+    subkeys, table = randn(2, 3, 2, seed=62).float(), v[:9]
+    wanted = mk.product_key_read(q, subkeys, table, k, value_scale=vs[:9])
+    close(mk.product_key_read(q, subkeys, shard_slots(table, mesh), k, value_scale=vs[:9]), wanted, 1e-5)
 
 
 def ties(mesh: DeviceMesh) -> None:

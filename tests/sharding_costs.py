@@ -19,10 +19,10 @@ from memkernels import _collectives, _over_ranks
 from memkernels.integrations.distributed import check_ranks, shard_slots, traffic
 
 
-def recorded(call) -> tuple[int, list[tuple[str, list[int]]]]:
+def recorded(call, *arguments) -> tuple[int, list[tuple[str, list[int]]]]:
     """Bytes that :func:`traffic` counts of a call, and the collectives of gloo with their shapes by the profiler."""
     with traffic() as moved, profile(activities=[ProfilerActivity.CPU], record_shapes=True) as seen:
-        call()
+        call(*arguments)
     events = [(e.name[5:], e.input_shapes[0]) for e in seen.events() if e.name.startswith("gloo:")]
     return sum(moved.values()), events
 
@@ -31,6 +31,10 @@ def received(events, ranks: int, itemsize: int) -> int:
     """The bytes that a rank receives by these collectives."""
     share = {"all_gather": ranks - 1, "all_to_all": (ranks - 1) / ranks, "all_reduce": 2 * (ranks - 1) / ranks}
     return sum(math.ceil(share[name] * math.prod(shape) * itemsize) for name, shape in events)
+
+
+def gradients(*tensors: torch.Tensor) -> None:
+    torch.autograd.grad(mk.softmax_read(*tensors).sum(), tensors)
 
 
 def bytes_of_a_call(mesh: DeviceMesh) -> None:
@@ -45,18 +49,12 @@ def bytes_of_a_call(mesh: DeviceMesh) -> None:
         rows = max(min(block, slots - rank * block), 0)
         keys, values = (shard_slots(torch.randn(rows, d), mesh, local=True).requires_grad_() for d in (width, columns))
         plain = torch.randn(tokens, columns)
-
-        def backward(keys=keys, values=values):
-            torch.autograd.grad(mk.softmax_read(query, keys, values).sum(), (query, keys, values))
-
-        def usage(keys=keys):
-            mk.slot_usage(query, keys, torch.zeros(tokens))
-
         with torch.no_grad():
-            read = recorded(lambda: mk.softmax_read(query, keys, values))
-            search = recorded(lambda: mk.topk_search(query, keys, best))
-            silent = [recorded(lambda: mk.gated_write(values, keys, query, plain)), recorded(usage)]
-        both = recorded(backward)
+            read = recorded(mk.softmax_read, query, keys, values)
+            search = recorded(mk.topk_search, query, keys, best)
+            silent = [recorded(mk.gated_write, values, keys, query, plain)]
+            silent.append(recorded(mk.slot_usage, query, keys, torch.zeros(tokens)))
+        both = recorded(gradients, query, keys, values)
         assert 0 < read[0] <= share * tokens * (columns + 1) * size
         assert 0 < search[0] <= share * tokens * best * (size + 8)
         assert 0 < both[0] - read[0] <= share * tokens * width * size

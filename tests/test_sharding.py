@@ -1,4 +1,4 @@
-"""Ops on DTensors, by processes of 2 and 4 ranks; the checks are functions of sharding_checks.py and sharding_costs.py."""
+"""Ops on DTensors, by groups of 2 and 4 processes; the checks are in sharding_checks.py and sharding_costs.py."""
 
 from __future__ import annotations
 
@@ -20,18 +20,9 @@ NAMES = [(world, f"{m}.{name}") for world, checks in CHECKS.items() for m, names
 
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory):
-    """What the checks reported, by number of ranks: each group of processes runs once, when first asked for."""
-    done: dict[int, dict[str, str]] = {}
-
-    def of(world: int) -> dict[str, str]:
-        if world not in done:
-            names = [name for size, name in NAMES if size == world]
-            done[world] = ranks.run(names, world, tmp_path_factory.mktemp("ranks"))
-        return done[world]
-
-    return of
+    return ranks.Reports(NAMES, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("world, name", NAMES)
 def test_ranks_agree_with_one_process(reports, world, name):
-    assert not reports(world)[name], reports(world)[name]
+    assert not reports.of(world)[name], reports.of(world)[name]

@@ -21,13 +21,14 @@ METHODS = ("read", "write", "write_")
 
 
 class SlotParallel(ParallelStyle):
-    """Shards the slots of a module over a mesh: ``parallelize_module(model, mesh["slots"], {"memory": SlotParallel()})``.
+    """Shards the slots of a module: ``parallelize_module(model, mesh["slots"], {"memory": SlotParallel()})``.
 
     The parameters and buffers ``names`` of the module become DTensors sharded over slots (:func:`shard_slots`), those
     of rank 0 on all ranks. Its other parameters stay plain, and its reads stay plain tensors, the same bits on every
     rank of the mesh: the rest of the model does not change.
 
-    The methods ``read``, ``write`` and ``write_`` run the hooks of FSDP2 once ``fully_shard`` was applied to the module.
+    The methods ``read``, ``write`` and ``write_`` run the hooks of FSDP2 once ``fully_shard`` was applied to the
+    module.
 
     Args:
         names: what has slots; default those of ``keys`` and ``values`` that the module has.
@@ -70,7 +71,7 @@ def _follow_fsdp(module: nn.Module, name: str) -> None:
         if not registered:
             outer = self.__dict__[name]  # another style may have wrapped this method
             self.__dict__[name] = inner
-            register_fsdp_forward_method(self, name)
+            register_fsdp_forward_method(module, name)
             registered.append(self.__dict__[name])
             self.__dict__[name] = outer
         return registered[0](*args, **kwargs)
@@ -144,7 +145,7 @@ def _compare_before_keep(module: ExternalMemory, mesh: DeviceMesh) -> None:
             )
         inner(state)
 
-    module.keep = types.MethodType(keep, module)
+    module.__dict__["keep"] = types.MethodType(keep, module)
 
 
 def _fingerprint(values: Tensor) -> tuple[float, float]:

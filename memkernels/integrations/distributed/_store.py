@@ -131,12 +131,11 @@ class ShardedStore:
         return slots
 
     def _append_own(self, keys: Tensor, values: Tensor, meta: Any, mine: Any, own: Tensor) -> Tensor:
-        given = [keys, values]
-        if all(isinstance(x, Tensor) and x.dim() == 2 and len(x) == len(own) for x in given):
-            given = [x[own.to(x.device)] for x in given]
+        if all(isinstance(x, Tensor) and x.dim() == 2 and len(x) == len(own) for x in (keys, values)):
+            keys, values = (x[own.to(x.device)] for x in (keys, values))
         if meta is not None and len(meta) != len(own):
             mine = meta  # the store says what does not fit
-        return self.local.append(*given, mine)
+        return self.local.append(keys, values, mine)
 
     def write(self, slots: Tensor, keys: Tensor | None = None, values: Tensor | None = None) -> None:
         """Replace what is given of live slots, as ``MemoryStore.write``; one commit on every rank."""
@@ -185,7 +184,7 @@ class ShardedStore:
     def topk_read(
         self, query: Tensor, k: int, *, scale: Any = None, where: Any = None, return_slots=False, return_lse=False
     ) -> Any:
-        """Softmax over the k best slots of all ranks and the weighted sum of their values, as ``MemoryStore.topk_read``.
+        """Softmax over the k best slots of all ranks, the weighted sum of their values: as ``MemoryStore.topk_read``.
 
         Returns ``read [..., T, V]``, or a tuple of it and of what the flags add: slots and weights, then lse.
         """

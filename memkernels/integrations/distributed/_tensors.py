@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,9 +51,7 @@ def shard_slots(tensor: Tensor, mesh: DeviceMesh, *, local: bool = False, dim: i
     dim = (max(tensor.dim() - 2, 0) if dim is None else dim) % tensor.dim()
     data = tensor.detach()
     whole = _from_parts(name, data, mesh, dim) if local else distribute_tensor(data, mesh, [Shard(dim)])
-    if isinstance(tensor, nn.Parameter):
-        return nn.Parameter(whole, requires_grad=tensor.requires_grad)  # type: ignore[return-value]
-    return whole.requires_grad_(tensor.requires_grad)
+    return _like(tensor, whole)
 
 
 def _from_parts(name: str, part: Tensor, mesh: DeviceMesh, dim: int) -> DTensor:
@@ -106,9 +105,10 @@ def shard_product_keys(subkeys: Tensor, values: Tensor, mesh: DeviceMesh) -> tup
     return _like(subkeys, lists), _like(values, rows)
 
 
-def _like(tensor: Tensor, whole: DTensor) -> DTensor:
+def _like(tensor: Tensor, whole: DTensor) -> Any:
+    """``whole``, a Parameter or one that requires a gradient where ``tensor`` is that."""
     if isinstance(tensor, nn.Parameter):
-        return nn.Parameter(whole, requires_grad=tensor.requires_grad)  # type: ignore[return-value]
+        return nn.Parameter(whole, requires_grad=tensor.requires_grad)
     return whole.requires_grad_(tensor.requires_grad)
 
 
