@@ -16,6 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import memkernels as mk
 from memkernels import _collectives, _over_ranks
+from memkernels._scale import exchanged
 from memkernels.integrations.distributed import check_ranks, shard_slots, traffic
 
 
@@ -58,6 +59,8 @@ def bytes_of_a_call(mesh: DeviceMesh) -> None:
         assert 0 < read[0] <= share * tokens * (columns + 1) * size
         assert 0 < search[0] <= share * tokens * best * (size + 8)
         assert 0 < both[0] - read[0] <= share * tokens * width * size
+        assert read[0] == exchanged(tokens, (columns + 1) * size, ranks)  # as the calculator has it
+        assert search[0] == exchanged(tokens, best * (size + 8), ranks)
         assert silent == [(0, []), (0, [])]
         for (moved, events), itemsize in ((read, size), (search, 1), (both, size)):
             assert received(events, ranks, itemsize) == moved, (events, moved)
