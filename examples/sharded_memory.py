@@ -1,8 +1,8 @@
 """A memory over several processes: what moves, and that nothing else changes.
 
-Each rank holds a part of the slots. A language model with a memory trains two steps and generates, once in one process
-and once with its memory sharded; then a million slots are searched and read. It prints the bytes that moved beside those
-of the slots, and how far the results are from those of one process.
+Each rank holds a part of the slots. A language model with a memory trains two steps, once in one process and once with
+its memory sharded; then a million slots are read, searched and written. It prints the bytes that moved beside those of
+the slots, and how far the results are from those of one process.
 
     torchrun --nproc_per_node 2 examples/sharded_memory.py
 
