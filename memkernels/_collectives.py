@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
+from . import _torch
 from .spec import Op
 
 __all__ = ["DTensor", "DeviceMesh", "Partial", "Ranks", "Replicate", "Shard"]
@@ -172,7 +173,7 @@ def local(x: DTensor) -> Tensor:
     """The part of ``x`` on this rank, without a link to the graph of ``x``."""
     if torch.compiler.is_compiling():
         return x.to_local()
-    part = x._local_tensor
+    part = _torch.local_part(x)
     return part.detach() if part.requires_grad else part
 
 

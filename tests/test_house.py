@@ -30,7 +30,7 @@ LAYERS = {
     "_derivatives": {"_torch", "spec"},
     "backends": {"_cuda", "_native", "_torch", "_triton", "spec"},
     "_flops": {"spec"},
-    "_collectives": {"spec"},
+    "_collectives": {"_torch", "spec"},
     "_over_ranks": {"_collectives"},
     "_cuts": {"_collectives", "spec"},
     "_over_slots": {"_collectives", "_over_ranks", "spec"},

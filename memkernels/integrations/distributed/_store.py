@@ -232,7 +232,8 @@ class ShardedStore:
         if slots.numel() and (slots.min() < least or slots.max() >= (end := self.capacity)):
             end = self.capacity if slots.min() < least else end
             raise IndexError(f"ShardedStore.{op}: slots must be in [{least}, {end}), got {slots.tolist()}")
-        own, local = self._is_own(slots), torch.where(slots < 0, slots, slots // self._on.size).long()
+        own, slots = self._is_own(slots), slots.long()
+        local = torch.where(slots < 0, slots, slots // self._on.size)
 
         def check() -> None:
             dead = slots[own][~is_live(self.local, local[own])]
