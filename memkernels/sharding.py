@@ -115,9 +115,10 @@ def plan(call: Call, tensors: list, params: tuple) -> Callable[..., Any]:
 
 
 def _key(x: Any) -> Any:
+    """What a recipe depends on. Of a mesh its identity: an equal one that was made later has other groups."""
     if not isinstance(x, DTensor):
         return x is not None and x.requires_grad
-    return x.placements, x.device_mesh, x.requires_grad
+    return x.placements, id(x.device_mesh), x.requires_grad
 
 
 # --- from placements to a recipe ---
@@ -179,10 +180,11 @@ def _slots(call: Call, layout: Layout, cuts: list[Cut | None], lines: list[Ranks
             f"{op.name}: backend 'reference' is the formula over all slots, got slots sharded over "
             f"{levels[0][0].size} ranks"
         )
-    if op.over_slots not in OVER_SLOTS:
+    alone = op.over_slots or all(op.slots in out.axes.split() for out in op.outputs)
+    if not alone or op.over_slots not in OVER_SLOTS:
         raise NotImplementedError(
-            f"{op.name}: slots must be replicated, because each token needs all of them before it writes or weighs "
-            f"one, got slots sharded over {levels[0][0].size} ranks"
+            f"{op.name}: slots must be replicated, because a token needs all of them at once, got slots sharded over "
+            f"{levels[0][0].size} ranks"
         )
     return Slots(_cuts.extent(layout, op.slots or ""), tuple(levels))
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 import statistics
 import time
+from dataclasses import replace
 
 import torch
-from ranks import dealt, refused
+import torch.distributed as dist
+from ranks import dealt, full, refused
 from sharding_checks import INDICES, KEYS, MASK, QUERY, RANGE, S1, VALUES, WRITE, N, T, randn
 from support import bits, close
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -15,9 +17,10 @@ from torch.distributed.tensor import DTensor, Partial, Shard
 from torch.profiler import ProfilerActivity, profile
 
 import memkernels as mk
-from memkernels import _collectives, _over_ranks
+from memkernels import _collectives, _over_ranks, registration
 from memkernels._scale import exchanged
 from memkernels.integrations.distributed import check_ranks, shard_slots, traffic
+from memkernels.registration import OPS
 
 
 def recorded(call, *arguments) -> tuple[int, list[tuple[str, list[int]]]]:
@@ -116,6 +119,10 @@ def refusals(mesh: DeviceMesh) -> None:
         scan = lambda: mk.memory_scan(values, keys, QUERY, QUERY, WRITE)  # noqa: E731
         refused(NotImplementedError, scan, "memory_scan: slots must be replicated")
         refused(NotImplementedError, lambda: mk.address(QUERY, keys), "address: slots must be replicated")
+        undeclared = replace(OPS["softmax_read"], over_slots="")  # a new op that does not say how its shards merge
+        given = [QUERY, keys, values, None, None]
+        call = registration.call
+        refused(NotImplementedError, lambda: call(undeclared, given, (1.0,), "auto"), "slots must be replicated")
         gates = dealt(QUERY.sigmoid(), mesh, [S1])
         refused(ValueError, lambda: mk.gated_scan(gates, gates), "gated_scan: forget", "along T")
         partial = DTensor.from_local(KEYS, mesh, [Partial()])
@@ -168,3 +175,36 @@ def checked_ranks(mesh: DeviceMesh) -> None:
         )
         refused(ValueError, lambda: mk.topk_search(QUERY, keys, 3 + rank), "topk_search", "3, ", "4, ")
     close(mk.softmax_read(QUERY, keys, values), mk.softmax_read(QUERY, KEYS, VALUES), 1e-12)
+
+
+def groups_that_are_gone(mesh: DeviceMesh) -> None:
+    """A mesh that equals an earlier one, whose group was destroyed, is used with its own group."""
+    for _ in range(2):
+        group = dist.new_group()
+        again = DeviceMesh.from_group(group, "cpu", mesh_dim_names=("slots",))
+        keys, values = shard_slots(KEYS, again), shard_slots(VALUES, again)
+        close(mk.softmax_read(QUERY, keys, values), mk.softmax_read(QUERY, KEYS, VALUES), 1e-12)
+        dist.destroy_process_group(group)
+
+
+def low_precision(mesh: DeviceMesh) -> None:
+    """Autocast, and a tensor of scales beside 16-bit queries, which doubles the keys."""
+    q, x, v, scale = (
+        QUERY.float(),
+        KEYS.float(),
+        VALUES.float(),
+        torch.rand(T, generator=torch.Generator().manual_seed(1)),
+    )
+    sx, sv = shard_slots(x, mesh), shard_slots(v, mesh)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got, wanted = mk.softmax_read(q, sx, sv), mk.softmax_read(q, x, v)
+        assert got.dtype == wanted.dtype == torch.bfloat16
+        close(got.float(), wanted.float(), 2e-2)
+    low = [t.bfloat16() for t in (q, x, v)]
+    spread = [shard_slots(t, mesh) for t in low[1:]]
+    for function in (
+        lambda x, v: mk.softmax_read(low[0], x, v, scale=scale),
+        lambda x, v: mk.topk_read(low[0], x, v, 3, scale=scale),
+        lambda x, v: mk.gated_write(v, x, low[0], low[2][:T], scale=scale),
+    ):
+        close(full(function(*spread)).float(), function(*low[1:]).float(), 2e-2)

@@ -8,7 +8,15 @@ import ranks
 CHECKS = {
     2: {
         "sharding_checks": ("over_slots", "other_axes", "bits_of_one_process", "compressed", "ties", "few_slots"),
-        "sharding_costs": ("bytes_of_a_call", "derivatives", "refusals", "one_rank", "checked_ranks"),
+        "sharding_costs": (
+            "bytes_of_a_call",
+            "derivatives",
+            "refusals",
+            "one_rank",
+            "checked_ranks",
+            "groups_that_are_gone",
+            "low_precision",
+        ),
     },
     4: {
         "sharding_checks": ("over_slots", "other_axes", "two_dimensions", "bits_of_one_process", "ties", "few_slots"),
