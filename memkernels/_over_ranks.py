@@ -149,7 +149,7 @@ def wrap(x: Tensor, mesh, placements: tuple, shape: tuple[int, ...]) -> DTensor:
     """The DTensor of ``shape`` whose part on this rank is ``x``. Undoes :func:`unwrapped`."""
     if x.requires_grad and torch.is_grad_enabled():
         return _Wrap.apply(x, mesh, placements, shape)
-    return _collectives.wrapped(x, mesh, placements, shape)
+    return _collectives.wrapped(x.contiguous(), mesh, placements, shape)
 
 
 # --- what shards of a memory found, as what the whole holds ---

@@ -116,7 +116,8 @@ def _like(tensor: Tensor, whole: DTensor) -> Any:
 def traffic() -> Iterator[dict[tuple[str, str], int]]:
     """Count the bytes that calls inside the block move: a dictionary (op, collective) -> bytes.
 
-    It counts what this rank receives from the others, of forward and backward passes that run inside the block.
+    It counts what this rank receives from the others, of forward and backward passes that run inside the block in eager
+    mode: compiled code runs its collectives without this library.
     """
     with _collectives.metered() as meter:
         yield meter
