@@ -11,6 +11,7 @@ Without torchrun it is a group of one rank.
 
 from __future__ import annotations
 
+import argparse
 import os
 import socket
 
@@ -98,4 +99,6 @@ def main(slots: int = 1_000_000) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--slots", type=int, default=1_000_000, help="slots of the memory that is read and searched")
+    main(parser.parse_args().slots)

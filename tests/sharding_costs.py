@@ -119,7 +119,9 @@ def refusals(mesh: DeviceMesh) -> None:
         scan = lambda: mk.memory_scan(values, keys, QUERY, QUERY, WRITE)  # noqa: E731
         refused(NotImplementedError, scan, "memory_scan: slots must be replicated")
         refused(NotImplementedError, lambda: mk.address(QUERY, keys), "address: slots must be replicated")
-        undeclared = replace(OPS["softmax_read"], over_slots="")  # a new op that does not say how its shards merge
+        undeclared = replace(
+            OPS["softmax_read"], name="undeclared", over_slots=""
+        )  # a new op that does not say how its shards merge
         given = [QUERY, keys, values, None, None]
         call = registration.call
         refused(NotImplementedError, lambda: call(undeclared, given, (1.0,), "auto"), "slots must be replicated")
