@@ -10,6 +10,7 @@ A block stands between ``<!-- generated: NAME -->`` and ``<!-- end: NAME -->``:
 - ``store``, ``lookup``: what ``python -m bench store`` and ``lookup`` measured, from their committed result files;
 - ``everyday``: the ratios of ``python -m bench --everyday``, losses included;
 - ``ngram_memory``: what ``examples/ngram_memory.py --out`` measured;
+- ``scale``: what reads over ranks cost on paper; ``sharding``: what ``python -m bench sharding`` measured;
 - ``crash``: what the crash laboratory of MemoryStore tried, recorded in ``bench/results/crash_lab.json``;
 - ``predicted``: where main kernels will be bound, as ``python -m bench.predict`` reads it from compiled code.
 
@@ -93,7 +94,7 @@ def op_table(before: str) -> str:
 
 def result_files() -> list[Path]:
     """The committed results of full sizes."""
-    other = re.compile(r"^gpu-|^ladder$|^store-|^lookup-|^ngram_memory|^crash|^everyday-|-quick$")
+    other = re.compile(r"^gpu-|^ladder$|^store-|^lookup-|^ngram_memory|^crash|^everyday-|^sharding-|-quick$")
     return sorted(file for file in RESULTS.glob("*.json") if not other.search(file.stem))
 
 
@@ -231,6 +232,28 @@ def _promises(subject: str, own: str) -> str:
     return "\n".join(found) or EMPTY.replace("python -m bench", f"python -m bench {subject}")
 
 
+def scale(before: str) -> str:
+    """What reads of slots on H200 cost by the formula, for some sizes."""
+    from memkernels._scale import read_cost
+
+    text = "| slots, 64 + 64 in bfloat16 | tokens | GPUs | memory | arithmetic | received by a GPU | a read |\n"
+    text += "| --- | --- | --- | --- | --- | --- | --- |\n"
+    for slots, ranks in ((1e8, 1), (1e9, 4), (1e10, 32), (1e12, None)):
+        for tokens in (1, 256):
+            cost = read_cost(slots, 64, 64, tokens=tokens, ranks=ranks)
+            times = [f"{x * 1e3:.3g} ms" for x in (cost.memory, cost.arithmetic)]
+            cells = [f"{slots:.0e}", tokens, f"{cost.ranks:,}", *times, f"{cost.moved / 1e6:.3g} MB"]
+            text += f"| {' | '.join(map(str, cells))} | {cost.seconds * 1e3:.3g} ms |\n"
+    return text
+
+
+def sharding(before: str) -> str:
+    """The bars of slots over ranks, what was wanted and what was measured."""
+    from bench.sharding import page
+
+    return page.table() or EMPTY.replace("python -m bench", "python -m bench sharding")
+
+
 def predicted(before: str) -> str:
     """Bounds of the main kernels, and what they rest on."""
     from bench import predict
@@ -298,6 +321,8 @@ def generated(pictures_to: Path) -> dict[str, Callable[[str], str]]:
         "lookup": lookup,
         "everyday": everyday,
         "ngram_memory": ngram_memory,
+        "scale": scale,
+        "sharding": sharding,
         "crash": crashes,
         "predicted": predicted,
         "host": host,

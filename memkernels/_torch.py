@@ -95,6 +95,17 @@ def known(condition: bool | torch.SymBool) -> bool:
     return symbolic_shapes.statically_known_true(condition)
 
 
+def is_dtensor(x: object) -> bool:
+    """Is ``x`` a tensor over the ranks of a mesh? Asked by name: DTensor takes long to import."""
+    return type(x).__name__ == "DTensor"
+
+
+def local_part(x: Any) -> torch.Tensor:
+    """The part of a DTensor on this rank. ``to_local`` makes a node of the graph, which takes longer than a look-up."""
+    part = getattr(x, "_local_tensor", None)
+    return x.to_local() if part is None else part
+
+
 def _guard_tools():
     from torch._dynamo.guards import GuardBuilder, install_guard
     from torch._dynamo.source import AttrSource, CallFunctionNoArgsSource

@@ -206,6 +206,8 @@ def _eager(
 
 def _plan(op: Op, tensors: list[Tensor | None], params: tuple, name: str, inplace: bool) -> Callable[..., Any]:
     """What runs calls with tensors like these. Indices and ranges may be int32; kernels take int64."""
+    if any(map(_torch.is_dtensor, tensors)):
+        return _sharded(op, tensors, params, name, inplace)
     narrow = [
         i
         for i, (arg, t) in enumerate(zip(op.args, tensors))
@@ -219,6 +221,12 @@ def _plan(op: Op, tensors: list[Tensor | None], params: tuple, name: str, inplac
 
     plan = _plan_of_kernels(op, widened(tensors), params, name, inplace)
     return lambda *inputs: plan(*widened(inputs))
+
+
+def _sharded(op: Op, tensors: list, params: tuple, name: str, inplace: bool) -> Callable[..., Any]:
+    from . import sharding  # at the first DTensor, because it imports torch.distributed.tensor
+
+    return sharding.plan(sharding.Call(op, name, inplace, _run, OPS), tensors, params)
 
 
 def _plan_of_kernels(
@@ -319,7 +327,7 @@ def _run(op: Op, tensors: list[Tensor | None], params: tuple, name: str, inplace
         return _plan(op, tensors, params, name, inplace)(*tensors, *params)
     key: tuple | None
     try:
-        shapes = [None if t is None else (t.shape, t.dtype, t.device) for t in tensors]
+        shapes = [None if t is None else (type(t), t.shape, t.dtype, t.device) for t in tensors]
         key = (op.name, name, inplace, None if op.typed is None else params[op.typed], *shapes)
         plan = _plans.get(key)
     except (AttributeError, TypeError):  # not tensors: the check says which; or symbolic sizes, which have no hash

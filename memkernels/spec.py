@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from . import _torch
+from ._axes import Axis, letters, sizes
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 COMPRESSED = (torch.int8, torch.float8_e4m3fn)
@@ -33,37 +34,6 @@ _NAMES = {d: str(d).removeprefix("torch.") for d in (*FLOATS, torch.bool, torch.
 def stats_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype sums are kept in: float64 for float64, float32 for everything else."""
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-@dataclass(frozen=True)
-class Axis:
-    """One axis of a declaration, ``"N"``, ``"2"``, ``"3D"`` or ``"nn"``: ``factor`` times a power of ``letter``.
-
-    The letter of a square must be bound by an earlier argument.
-    """
-
-    factor: int
-    letter: str
-    power: int
-
-    @classmethod
-    def parse(cls, text: str) -> Axis:
-        letters = text.lstrip("0123456789")
-        digits = text.removesuffix(letters)
-        return cls(int(digits) if digits else 1, letters[:1], len(letters))
-
-    def size(self, axes: Mapping[str, int]) -> int:
-        return self.factor * axes[self.letter] ** self.power if self.letter else self.factor
-
-
-def sizes(names: str, axes: Mapping[str, int]) -> tuple[int, ...]:
-    """The shape that the axes ``names``, for instance ``"T 3D"``, have where ``axes`` gives each letter its size."""
-    return tuple(Axis.parse(name).size(axes) for name in names.split())
-
-
-def letters(names: str) -> set[str]:
-    """The letters of ``names``: those of ``"2 n h"`` are n and h."""
-    return {Axis.parse(name).letter for name in names.split()} - {""}
 
 
 @dataclass(frozen=True)
@@ -179,6 +149,12 @@ class Op:
     autocast: arguments cast to the autocast dtype while autocast is on.
     twin_of: for an op over compressed slots, the op over float ones; it is called through that one's function.
     inplace: name of the argument that a twin operator ``<name>_`` overwrites with the result of the same name.
+    over_slots: how shards of the slots on several ranks make the result of the whole (``sharding.py``):
+        ``"lse"``: their reads merge through their lse;
+        ``"best"``: the k best of the k best of every shard;
+        ``"rows"``: each shard serves the rows that it holds;
+        ``"whole"``: not at all, a call needs all slots at once;
+        ``""``: every slot is by itself, and all results have one entry per slot.
     flops, backward_flops: of the axes' sizes, the operations that an exact method needs for one stream, forward and for
         all gradients; a multiply-add is two of them. None: not counted.
     """
@@ -196,14 +172,18 @@ class Op:
     backward_flops: Callable[[Mapping[str, int]], int] | None = None
     equation: str = ""
     twin_of: str = ""
+    over_slots: str = ""
     usual: Mapping[str, object] = field(default_factory=dict, hash=False)
     traits: tuple[str, ...] = ()
+    slots: str | None = field(init=False, repr=False)  # the axis of slots, "N" or "nn"; None: it has none
     queries: tuple[int, ...] = field(init=False, repr=False)  # positions of the arguments that ``scale`` multiplies
     typed: int | None = field(init=False, repr=False)  # position among the options of the one that sets the dtype
 
     def __post_init__(self):
         places = tuple(i for i, a in enumerate(self.args) if a.name.endswith("query"))
         object.__setattr__(self, "queries", places)
+        memory = {axis for a in self.args if a.side == "memory" for axis in a.axes.split()}
+        object.__setattr__(self, "slots", next((axis for axis in ("N", "nn") if axis in memory), None))
         typed = next((i for i, (_, kind) in enumerate(self.params) if kind == "ScalarType"), None)
         object.__setattr__(self, "typed", typed)
 
@@ -336,6 +316,8 @@ def unusual(op: Op, tensors: Sequence[object]) -> str | None:
         if not isinstance(tensor, Tensor):
             continue
         kind = _kind(tensor)
+        if _torch.is_dtensor(tensor):
+            continue
         if kind is None and type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
             kind = type(tensor).__name__
         if kind is not None:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
+import os
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -91,6 +96,32 @@ def ngram_memory(tmp_path):
     assert [row["row"] for row in rows] == list(measured) and all(row["processor"] and row["commit"] for row in rows)
 
 
+def sharded_memory(tmp_path):
+    """By two processes of torchrun, which never outlive the test."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    running = subprocess.Popen(
+        [*command, EXAMPLES["sharded_memory"]],
+        stdout=subprocess.PIPE,
+        env=environment,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        printed, _ = running.communicate(timeout=55)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(running.pid, signal.SIGKILL)
+    print(printed)
+    assert running.returncode == 0 and printed.startswith("2 ranks; rank 0 holds slots 0 to 500000 of 1000000")
+    measured = {
+        line[:24].strip(): float(line[24:]) for line in printed.splitlines() if line[0] != " " and ";" not in line
+    }
+    assert measured["written"] == measured["slots found elsewhere"] == 0
+    assert max(measured[name] for name in ("loss", "memory", "read")) < 1e-5
+    assert 0 < measured["bytes of calls"] < 1e-4 * measured["bytes of the slots"]
+
+
 CHECKS = {
     check.__name__: check
     for check in (
@@ -101,6 +132,7 @@ CHECKS = {
         knowledge_base,
         larger_than_memory,
         ngram_memory,
+        sharded_memory,
     )
 }
 

@@ -22,21 +22,27 @@ PACKAGE = ROOT / "memkernels"
 # Layer -> the layers below it, which it may import beside itself.
 LAYERS = {
     "_native": {"_host", "_stamp"},
-    "spec": {"_torch"},
+    "_axes": set(),
+    "spec": {"_axes", "_torch"},
     "_cuda": {"_native"},
     "_triton": set(),
     "_torch": set(),
     "_derivatives": {"_torch", "spec"},
     "backends": {"_cuda", "_native", "_torch", "_triton", "spec"},
     "_flops": {"spec"},
-    "registration": {"_derivatives", "_flops", "_torch", "spec", "backends"},
+    "_collectives": {"_torch", "spec"},
+    "_over_ranks": {"_collectives"},
+    "_cuts": {"_collectives", "spec"},
+    "_over_slots": {"_collectives", "_over_ranks", "spec"},
+    "sharding": {"_collectives", "_cuts", "_over_ranks", "_over_slots", "spec"},
+    "registration": {"_derivatives", "_flops", "_torch", "spec", "backends", "sharding"},
     "ops": {"_torch", "spec", "registration"},
     "nn": {"", "ops", "spec", "backends", "store"},  # of the store only at a call: NgramMemory.save_table
     "optim": {"ops", "spec", "_native"},
     "models": {"", "nn", "ops", "spec", "backends"},
-    "integrations": {"", "models", "nn", "ops", "spec", "backends"},
+    "integrations": {"", "models", "nn", "ops", "spec", "backends", "store", "_collectives", "_over_ranks"},
     "store": {"", "nn", "ops", "spec", "backends", "_native", "_torch"},
-    "testing": {"spec", "backends", "registration"},
+    "testing": {"_axes", "spec", "backends", "registration"},
     "_info": {"", "_native", "backends", "registration"},
 }
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._torch import outside_graphs
+from .._torch import is_dtensor, outside_graphs
 from ..registration import backward_kernel, call, first_derivative, resolved
 from ..spec import Arg, Op, bare, several
 from ._options import SIXTEEN_BITS
@@ -194,6 +194,11 @@ def wants_sparse(name: str, sparse_grad: object, *tables: object) -> bool:
         return False
     if sparse_grad is not True:
         raise TypeError(f"{name}: sparse_grad must be a bool, got {type(sparse_grad).__name__}")
+    if any(map(is_dtensor, tables)):
+        raise ValueError(
+            f"{name}: sparse_grad must be False for tables that are sharded over ranks, whose gradients are sharded "
+            "like them, got True"
+        )
     return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tables)
 
 

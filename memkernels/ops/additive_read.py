@@ -63,6 +63,7 @@ OP = register(
         flops=lambda s: 2 * s["T"] * s["N"] * (2 * s["K"] + s["V"]),  # a tanh counts as one multiply-add
         backward_flops=lambda s: 6 * s["T"] * s["N"] * (2 * s["K"] + s["V"]),
         autocast=("query", "keys", "values", "score_vector"),
+        over_slots="lse",
         equation="r_t = sum_i softmax_i(u.tanh(q_t + k_i) + mask_i) v_i",
     )
 )

@@ -46,6 +46,7 @@ OP = register(
         flops=lambda s: 2 * s["T"] * s["N"] * s["K"],
         backward_flops=lambda s: 4 * s["T"] * s["N"] * s["K"],  # d_query, d_keys
         autocast=("query", "keys"),
+        over_slots="whole",
         equation="w[t, i] = gate(scale q_t.k_i + mask_i), gate = softmax over i or sigmoid",
     )
 )

@@ -59,6 +59,7 @@ OP = register(
         usual={"block": lambda axes: max(-(-axes["V"] // axes["C"]), 1)},
         outputs=(Out("rows", "k V"),),
         reference=reference,
+        over_slots="rows",
         equation="rows[j] = value_scale[i, v / block] * values[i, v], i = indices[j]",
     )
 )

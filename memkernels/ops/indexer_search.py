@@ -93,6 +93,7 @@ OP = register(
         backward_flops=lambda s: 2 * s["T"] * s["k"] * s["H"] * (3 * s["K"] + 1),
         selected=selected,
         autocast=("query", "keys"),
+        over_slots="best",
         equation="the k largest of sum_h w_th relu(scale q_th.k_i) + mask_i, best first, ties to the smaller index",
     )
 )

@@ -84,6 +84,7 @@ OP = register(
         # forward again, three for each gradient of a score, d_values, d_gates, d_write
         backward_flops=lambda s: 2 * s["T"] * s["N"] * (6 * s["K"] + 8 * s["V"]),
         autocast=("keys", "read_query", "write_query"),
+        over_slots="whole",
         equation="v_i <- v_i (1 - a[t, i]) + a[t, i] w_t, r_t = sum_i p[t, i] v_i, t = 1..T in order",
     )
 )

@@ -58,6 +58,7 @@ OP = register(
         backward_flops=lambda s: 4 * s["T"] * s["k"] * (2 * s["h"] + s["V"]),
         selected=selected,
         autocast=("query", "subkeys", "values"),
+        over_slots="rows",
         equation="r_t = sum_j softmax_j(scores[t, j]) v[indices[t, j]] over the k best of n * n slots",
     )
 )

@@ -56,6 +56,7 @@ OP = register(
         flops=lambda s: 2 * s["T"] * s["k"] * (s["K"] + s["V"]),
         backward_flops=lambda s: 4 * s["T"] * s["k"] * (s["K"] + s["V"]),  # d_weights, d_values, d_query, d_keys
         autocast=("query", "keys", "values"),
+        over_slots="rows",
         equation="r_t = sum_j softmax_j(scale q_t.k_{i_j} + mask_{i_j}) v_{i_j}, i_j = indices[t, j]",
     )
 )

@@ -53,6 +53,7 @@ OP = register(
         flops=lambda s: 2 * s["T"] * s["k"] * s["K"],
         backward_flops=lambda s: 4 * s["T"] * s["k"] * s["K"],  # d_query, d_keys
         autocast=("query", "keys"),
+        over_slots="rows",
         equation="s[t, j] = scale q_t.k_{indices[t, j]}",
     )
 )

@@ -49,6 +49,7 @@ OP = register(
         # scores and d_weights again, d_query, d_keys, d_values
         backward_flops=lambda s: 2 * s["T"] * s["N"] * (3 * s["K"] + 2 * s["V"]),
         autocast=("query", "keys", "values"),
+        over_slots="lse",
         equation="r_t = sum_i softmax_i(scale q_t.k_i + mask_i) v_i",
     )
 )

@@ -59,6 +59,7 @@ OP = register(
         backward_flops=lambda s: 2 * s["T"] * s["N"] * (4 * s["K"] + 2 * s["V"]),
         autocast=("keys", "query"),
         inplace="values",
+        over_slots="whole",
         equation="v_i <- v_i (1 - a[t, i] e_t) + a[t, i] w_t, a = softmax_i(scale q_t.k_i + mask_i), t = 1..T in order",
     )
 )

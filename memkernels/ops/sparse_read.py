@@ -48,6 +48,7 @@ OP = register(
         reference=reference,
         flops=lambda s: 2 * s["T"] * s["k"] * s["V"],
         backward_flops=lambda s: 4 * s["T"] * s["k"] * s["V"],  # d_weights, d_values
+        over_slots="rows",
         equation="r_t = sum_j weights[t, j] values[indices[t, j]]",
     )
 )

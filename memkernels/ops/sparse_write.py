@@ -64,6 +64,7 @@ OP = register(
         flops=lambda s: 4 * s["T"] * s["k"] * s["V"],
         backward_flops=lambda s: 12 * s["T"] * s["k"] * s["V"],  # forward again, d_weights, d_write, d_erase, d_values
         inplace="values",
+        over_slots="rows",
         equation="v_i <- v_i (1 - a e_t) + a w_t, i = indices[t, j], a = weights[t, j], in order",
     )
 )

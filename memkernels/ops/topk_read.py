@@ -108,6 +108,7 @@ OP = register(
         backward_flops=lambda s: 4 * s["T"] * s["k"] * (s["K"] + s["V"]),
         selected=selected,
         autocast=("query", "keys", "values"),
+        over_slots="best",
         equation="r_t = sum_j softmax_j(scores[t, j]) v[indices[t, j]] over the k best slots",
     )
 )

@@ -77,6 +77,7 @@ OP = register(
         backward_flops=lambda s: 4 * s["T"] * s["k"] * s["K"],  # d_query, d_keys, of the chosen
         selected=selected,
         autocast=("query", "keys"),
+        over_slots="best",
         equation="the k largest of scale q_t.k_i + mask_i, best first, ties to the smaller index",
     )
 )

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
-from ..spec import Op, letters
+from .._axes import letters
+from ..spec import Op
 
 SIZES = MappingProxyType(
     {"T": 7, "N": 33, "K": 16, "V": 24, "k": 4, "S": 3, "D": 20, "H": 3, "W": 50, "n": 6, "h": 8, "F": 6}

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..spec import COMPRESSED, FLOATS, INTEGERS, Arg, Axis, Op, letters, sizes, stats_dtype
+from .._axes import Axis, letters, sizes
+from ..spec import COMPRESSED, FLOATS, INTEGERS, Arg, Op, stats_dtype
 from .cases import SIZES, UNMET, Case
 
 SIXTEEN_BIT = (torch.bfloat16, torch.float16)
