@@ -1,4 +1,4 @@
-"""Memories in pretrained models: the same numbers in pieces, padded, in beams; gone without a trace; saved and loaded."""
+"""Memories in pretrained models: alike in pieces, padded and in beams; gone without a trace; saved and loaded."""
 
 from __future__ import annotations
 
