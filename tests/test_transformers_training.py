@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 from transformers_support import FAMILIES, cache_name, stir, tiny, tokens
@@ -131,7 +133,7 @@ def test_compiled_as_one_graph():
 
 @torch.no_grad()
 def test_compiled_steps_with_a_cache():
-    """One graph for a step, once the cache carries the memory; the first pass, which makes it do so, is not compiled."""
+    """One graph for a step, once the cache carries the memory: the first pass, which sees to that, is not compiled."""
     from transformers import StaticCache
 
     model = tiny("llama")
@@ -139,7 +141,12 @@ def test_compiled_steps_with_a_cache():
     ids, name = tokens(2, 9), cache_name(model)
     wanted = model(ids, use_cache=False).logits
     cache = StaticCache(config=model.config, max_cache_len=16)
-    positions = lambda first, stop: {"position_ids": torch.arange(first, stop)[None].expand(2, -1)}  # noqa: E731
+
+    def positions(first: int, stop: int) -> dict[str, torch.Tensor]:
+        at = torch.arange(first, stop)
+        counted = "cache_position" in inspect.signature(model.forward).parameters  # older versions count by it
+        return {"position_ids": at[None].expand(2, -1), **({"cache_position": at} if counted else {})}
+
     parts = [model(ids[:, :5], use_cache=True, **{name: cache}, **positions(0, 5)).logits]
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
