@@ -121,14 +121,15 @@ def test_ranges_of_masks():
 
 
 def test_sinks_and_caps():
-    """A logit per head that takes weight, in float64; capped scores are refused."""
+    """A logit per head that takes weight, in float64, for the last 3 of 5 tokens; capped scores are refused."""
     module = nn.Module()
-    query, key, value = (torch.randn(2, h, 5, 4, dtype=torch.float64) for h in (4, 2, 2))
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, h, n, 4, dtype=torch.float64) for h, n in ((4, 3), (2, 5), (2, 5)))
     sink = torch.randn(4, dtype=torch.float64)
     got, none = attention.attention(module, query, key, value, None, scaling=0.5, s_aux=sink)
     keys, values = (x.repeat_interleave(2, 1) for x in (key, value))
-    scores = (query @ keys.mT * 0.5).masked_fill(~torch.ones(5, 5).tril().bool(), -torch.inf)
-    weights = torch.softmax(torch.cat([scores, sink.view(1, 4, 1, 1).expand(2, 4, 5, 1)], -1), -1)[..., :-1]
+    scores = (query @ keys.mT * 0.5).masked_fill(~torch.ones(3, 5).tril(2).bool(), -torch.inf)
+    weights = torch.softmax(torch.cat([scores, sink.view(1, 4, 1, 1).expand(2, 4, 3, 1)], -1), -1)[..., :-1]
     torch.testing.assert_close(got, (weights @ values).transpose(1, 2), atol=1e-10, rtol=0)
     assert none is None
     with pytest.raises(NotImplementedError, match="memkernels attention: softcap must be None, got 50.0"):

@@ -136,6 +136,10 @@ def test_product_keys_follow_their_equation():
     told = handle.reads["0.0"]
     assert torch.equal(told.slots, slots)
     torch.testing.assert_close(told.weights, weights, atol=1e-9, rtol=0)
+    with torch.no_grad():
+        cache = cache_of(model(ids[:, :4], use_cache=True))
+        model(ids[:, 4:], use_cache=True, **{cache_name(model): cache})
+    assert torch.equal(handle.reads["0.0"].slots, slots)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -157,17 +161,34 @@ def test_product_keys_in_the_place_of_a_feed_forward_network(family):
     assert torch.equal(model(ids).logits, before) and "forward" not in vars(place.feed_forward(1))
 
 
-@torch.no_grad()
-def test_memory_attention_reads_what_was_read_in():
-    """Against attention over all that was read, in float64: k is as many as there are slots."""
-    from transformers.models.llama.modeling_llama import LlamaAttention
+def watched(model, family: str, layer: int) -> dict[str, list]:
+    """What the attention of a block computes before any rotation: q, k, v ``[B, T, heads, 8]``, for each pass."""
+    noted: dict[str, list] = {"q": [], "k": [], "v": []}
+    if family == "gpt2":
 
-    model, text, ids = tiny("llama").double(), tokens(24, seed=4), tokens(1, 5)
-    attention: LlamaAttention = model.model.layers[1].self_attn
-    noted: dict[str, list] = {"q": [], "k": [], "v": [], "o": []}
+        def joint(module, args, output):
+            for name, x in zip("qkv", output.chunk(3, -1)):
+                noted[name].append(x.unflatten(-1, (-1, 8)))
+
+        model.transformer.h[layer].attn.c_attn.register_forward_hook(joint)
+        return noted
+    attention = model.model.layers[layer].self_attn
     for name in "qkv":
-        watch = getattr(attention, f"{name}_proj")
-        watch.register_forward_hook(lambda m, a, out, name=name: noted[name].append(out.unflatten(-1, (-1, 8))))
+
+        def note(module, args, output, name=name):
+            x = output.unflatten(-1, (-1, 8)) if output.dim() == 3 else output
+            noted[name].append(x.transpose(1, 2) if x.shape[1] in (2, 4) and family == "gemma3" and name != "v" else x)
+
+        getattr(attention, f"{name}_norm", getattr(attention, f"{name}_proj")).register_forward_hook(note)
+    return noted
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_memory_attention_reads_what_was_read_in(family):
+    """Against attention over all that was read, in float64: k is as many as there are slots."""
+    model, text, ids = tiny(family).double(), tokens(24, seed=4), tokens(1, 5)
+    noted = watched(model, family, 1)
     for piece in text.split(10):
         model(piece[None])
     key, value = (torch.cat(noted[name], 1)[0] for name in "kv")  # [N, Hkv, K]
@@ -176,24 +197,29 @@ def test_memory_attention_reads_what_was_read_in():
     memory = handle.memories[0]
     assert memory.filled == 20
     key, value = key[-20:], value[-20:]  # the first four are gone
-    attention.o_proj.register_forward_pre_hook(lambda m, a: noted["o"].append(a[0]), prepend=True)
-    attention.o_proj.register_forward_pre_hook(lambda m, a: noted["o"].append(a[0]))
+    into: list[torch.Tensor] = []
+    attention = handle.place.attention(1)
+    output = attention.c_proj if family == "gpt2" else attention.o_proj
+    output.register_forward_pre_hook(lambda m, a: into.append(a[0]), prepend=True)
+    output.register_forward_pre_hook(lambda m, a: into.append(a[0]))
     noted["q"].clear()
     with_memory = model(ids).logits
     query = noted["q"][0][0]  # [T, H, K]
-    local, got = (x[0].unflatten(-1, (4, 8)) for x in noted["o"][:2])
+    local, got = (x[0].unflatten(-1, (4, 8)) for x in into)
+    scale = model.config.query_pre_attn_scalar**-0.5 if family == "gemma3" else 8**-0.5
     for head in range(4):
-        shared = head // 2
-        weights = torch.softmax(query[:, head] @ key[:, shared].T / math.sqrt(8), -1)
+        shared = head if family == "gpt2" else head // 2
+        weights = torch.softmax(query[:, head] @ key[:, shared].T * scale, -1)
         wanted = local[:, head] + 0.3 * (weights @ value[:, shared] - local[:, head])
         torch.testing.assert_close(got[:, head], wanted, atol=1e-9, rtol=0)
     told = handle.reads["0.1"]
     assert told.slots.shape == (1, 5, 4, 20)
     torch.testing.assert_close(told.weights.sum(-1), torch.ones(1, 5, 4, dtype=torch.float64))
     memory.forget()
-    assert not torch.allclose(model(ids).logits, with_memory, atol=1e-6)
+    without = model(ids).logits
+    assert not torch.allclose(without, with_memory, atol=1e-6)
     with handle.disabled():
-        assert torch.equal(model(ids).logits, handle.model(ids).logits)
+        assert torch.equal(model(ids).logits, without)
 
 
 @torch.no_grad()
