@@ -306,8 +306,9 @@ def test_crop_is_followed_where_it_can_be_and_refused_elsewhere():
     cache.crop(-2)
     got = model(ids[:, 6:8], use_cache=True, **{name: cache}).logits
     torch.testing.assert_close(got, whole[:, :2], atol=1e-4, rtol=0)
-    counts_removed = name == "cache"  # of a positive count; before transformers 5.24 it is the length that stays
-    cache.crop(1 if counts_removed else 7)
+    if name == "cache":
+        cache.crop(0)  # removes nothing
+    cache.crop(-1 if name == "cache" else 7)  # before transformers 5.24 a positive count is the length that stays
     got = model(ids[:, 7:], use_cache=True, **{name: cache}).logits
     torch.testing.assert_close(got, whole[:, 1:], atol=1e-4, rtol=0)
     handle.detach()

@@ -6,6 +6,7 @@ repeated, selected or reset batch has the memories that belong to it.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -67,18 +68,14 @@ class MemoryCache:
 
 
 def _removed(length: int, count: int, cache: MemoryCache) -> int:
-    """How many tokens ``crop(count)`` removes: up to transformers 5.23 a positive count is the length that stays."""
+    """How many tokens ``crop(count)`` removes: -count; a positive count is the length that stays, in versions that
+    take one; 0 is one or the other."""
     count = int(count)
     if count < 0:
         return min(-count, length)
-    return min(count, length) if _crops_by_removal(type(cache)) else max(length - count, 0)
-
-
-def _crops_by_removal(cls: type) -> bool:
-    import inspect
-
-    base = next(c for c in cls.__mro__ if "crop" in vars(c) and not issubclass(c, MemoryCache))
-    return "tokens_to_remove" in inspect.signature(base.crop).parameters  # type: ignore[attr-defined]
+    base = next(c for c in type(cache).__mro__ if "crop" in vars(c) and not issubclass(c, MemoryCache))
+    removes = "tokens_to_remove" in inspect.signature(base.crop).parameters  # type: ignore[attr-defined]
+    return 0 if count == 0 and removes else max(length - count, 0)
 
 
 _CLASSES: dict[type, type] = {}
