@@ -322,7 +322,7 @@ def test_crop_is_followed_where_it_can_be_and_refused_elsewhere():
 def test_assisted_generation_is_refused_where_tokens_cannot_be_undone():
     """An assistant guesses tokens; what the model does not accept is taken back."""
     ids, assistant = tokens(1, 9), tiny("llama", initializer_range=0.2)
-    how = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+    how = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 8, "do_sample": False}
     model = tiny("llama")
     mkt.attach(model, Recent())
     plain = model.generate(ids, **how)
