@@ -34,7 +34,7 @@ LAYERS = {
     "nn": {"", "ops", "spec", "backends", "store"},  # of the store only at a call: NgramMemory.save_table
     "optim": {"ops", "spec", "_native"},
     "models": {"", "nn", "ops", "spec", "backends"},
-    "integrations": {"", "models", "nn", "ops", "spec", "backends"},
+    "integrations": {"", "models", "nn", "ops", "spec", "backends", "store"},
     "store": {"", "nn", "ops", "spec", "backends", "_native", "_torch"},
     "testing": {"spec", "backends", "registration"},
     "_info": {"", "_native", "backends", "registration"},

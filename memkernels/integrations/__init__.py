@@ -1,0 +1,1 @@
+"""Memories for models of other libraries. Each integration imports its library itself, when it is imported."""
