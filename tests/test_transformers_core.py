@@ -1,4 +1,4 @@
-"""Memories in pretrained models: the same numbers in pieces, padded, in beams; gone without a trace; saved and loaded."""
+"""Memories in pretrained models: alike in pieces, padded and in beams; gone without a trace; saved and loaded."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_pieces_equal_the_whole(family):
         given = {} if cache is None else {cache_name(model): cache}
         out = model(piece, use_cache=True, **given)
         parts, cache = [*parts, out.logits], cache_of(out)
-    torch.testing.assert_close(torch.cat(parts, 1), whole, atol=2e-5, rtol=0)
+    torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -105,8 +105,8 @@ def test_padding_is_not_seen(family):
     mask = (batch != PAD).long()
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     got = model(batch, attention_mask=mask, position_ids=positions).logits
-    torch.testing.assert_close(got[:1, 4:], model(short).logits, atol=2e-5, rtol=0)
-    torch.testing.assert_close(got[1:], model(long).logits, atol=2e-5, rtol=0)
+    torch.testing.assert_close(got[:1, 4:], model(short).logits, atol=1e-4, rtol=0)
+    torch.testing.assert_close(got[1:], model(long).logits, atol=1e-4, rtol=0)
     how = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
     alone = model.generate(short, attention_mask=torch.ones_like(short), **how)[0, 5:]
     assert torch.equal(model.generate(batch, attention_mask=mask, **how)[0, 9:], alone)
@@ -122,11 +122,12 @@ def test_beams_with_a_cache_equal_beams_without(family, beams):
     assert torch.equal(cached, model.generate(ids, do_sample=False, use_cache=False, **how))
 
 
-def test_beams_without_reordering_would_be_told(monkeypatch):
+@pytest.mark.parametrize("family", ("gpt2", "qwen3", "gemma3"))
+def test_beams_without_reordering_would_be_told(family, monkeypatch):
     """The test above sees a memory that does not follow its beams."""
     from memkernels.integrations.transformers.cache import MemoryCache
 
-    model, _ = attached("llama")
+    model, _ = attached(family)
     ids = tokens(2, 9)
     how = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 8, "min_new_tokens": 8, "num_beams": 4}
     right = model.generate(ids, do_sample=False, use_cache=False, **how)
@@ -289,11 +290,11 @@ def test_a_cache_carries_the_memory_through_all_that_is_done_to_it():
     whole = model(ids).logits[:, 6:]
     order = torch.tensor([2, 0, 0])
     got = after(lambda c: c.reorder_cache(order), ids[order])
-    torch.testing.assert_close(got, whole[order], atol=2e-5, rtol=0)
+    torch.testing.assert_close(got, whole[order], atol=1e-4, rtol=0)
     got = after(lambda c: c.batch_select_indices(order[:2]), ids[order[:2]])
-    torch.testing.assert_close(got, whole[order[:2]], atol=2e-5, rtol=0)
+    torch.testing.assert_close(got, whole[order[:2]], atol=1e-4, rtol=0)
     got = after(lambda c: c.batch_repeat_interleave(2), ids.repeat_interleave(2, 0))
-    torch.testing.assert_close(got, whole.repeat_interleave(2, 0), atol=2e-5, rtol=0)
+    torch.testing.assert_close(got, whole.repeat_interleave(2, 0), atol=1e-4, rtol=0)
 
 
 @torch.no_grad()
@@ -304,7 +305,7 @@ def test_crop_is_followed_where_it_can_be_and_refused_elsewhere():
     cache = cache_of(model(torch.cat([ids[:, :6], ids[:, :2]], 1), use_cache=True))
     cache.crop(-2)
     got = model(ids[:, 6:], use_cache=True, **{name: cache}).logits
-    torch.testing.assert_close(got, whole, atol=2e-5, rtol=0)
+    torch.testing.assert_close(got, whole, atol=1e-4, rtol=0)
     handle.detach()
     model, _ = attached("llama")
     cache = cache_of(model(ids, use_cache=True))
@@ -343,7 +344,7 @@ def test_what_cannot_be_attached_is_refused_whole():
 def test_calls_that_a_memory_cannot_serve_are_refused():
     model, handle = attached("llama")
     batch = torch.cat([torch.full((2, 2), PAD), tokens(2, 5)], 1)
-    with pytest.raises(ValueError, match="memory: attention_mask must be given with a padded batch"):
+    with pytest.raises(ValueError, match="memory: attention_mask must be given with a batch padded on the left"):
         model(batch)
     positions = torch.tensor([[0, 1, 2, 0, 1]])
     with pytest.raises(ValueError, match="memory: Streaming must have one text per row"):

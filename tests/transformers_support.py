@@ -43,6 +43,7 @@ def tiny(family: str, **options: Any):
     )
 
     torch.manual_seed(0)
+    options = {"initializer_range": 0.3, "tie_word_embeddings": False, **options}  # so that tokens depend on the past
     if family == "gpt2":
         del (common := dict(_COMMON))["max_position_embeddings"]
         still = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}

@@ -15,9 +15,27 @@ except ImportError as error:
     raise ImportError(f"{_sentence} (pip install 'memkernels[transformers]')") from error
 
 from .attachment import Attachment, attach
+from .attention import register_attention
 from .memory import Memory, Mixture, Read, Step
+from .memory_attention import MemoryAttention
+from .ngrams import Ngrams
 from .place import Place
+from .product_keys import ProductKeys
 from .saving import load
 from .streaming import Streaming
 
-__all__ = ["Attachment", "Memory", "Mixture", "Place", "Read", "Step", "Streaming", "attach", "load"]
+__all__ = [
+    "Attachment",
+    "Memory",
+    "MemoryAttention",
+    "Mixture",
+    "Ngrams",
+    "Place",
+    "ProductKeys",
+    "Read",
+    "Step",
+    "Streaming",
+    "attach",
+    "load",
+    "register_attention",
+]

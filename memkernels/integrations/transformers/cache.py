@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from .attention import is_range
+
 if TYPE_CHECKING:
     from .memory import Memory, Read
 
@@ -139,6 +141,10 @@ def current_tokens(mask: Any, length: int, cache: Any | None) -> Tensor | None:
     if mask.dim() == 2:
         return mask[:, mask.shape[1] - length :].bool()
     seen = 0 if cache is None else cache.get_seq_length()
+    if is_range(mask):
+        first, stop = mask[:, 0, -1].split(1, -1)
+        at = seen + torch.arange(length, device=mask.device)
+        return (at >= first) & (at < stop)
     row = mask[:, 0, -1]
     real = row if row.dtype == torch.bool else row >= 0  # a float mask is added to the scores: 0, or very negative
     return real.index_select(1, seen + torch.arange(length, device=real.device))

@@ -56,6 +56,7 @@ class Step:
         self.reading = False
         self.old, self.new = old, {}  # type: tuple[dict[str, Any], dict[str, Any]]
         self.inputs: dict[str, Tensor] = {}
+        self.started: dict[str, Any] = {}  # by Memory.begin
         self.reads: dict[str, Read] = {}
 
     def state(self, memory: Memory, part: str | int = "") -> Any | None:
@@ -89,6 +90,7 @@ class Memory(nn.Module):
     model at hand, or refuses by raising: then nothing has been attached. In a forward pass of the model these are
     called, in this order:
 
+    0. :meth:`begin`, before the decoder: the place to prefetch what the tokens name.
     1. :meth:`after_block`, after each block that :attr:`layers` names: returns the hidden states that go on.
        :meth:`replace`, in the place of each module that :meth:`replaced` names.
        The inputs of modules that :meth:`inputs` names are noted: :meth:`Step.input_of` gives them later.
@@ -164,6 +166,9 @@ class Memory(nn.Module):
     def hook(self, place: Place, passes: Passes) -> list[Any]:
         """Further hooks on modules of the model, for what the methods here cannot do: their handles."""
         return []
+
+    def begin(self, step: Step) -> None:
+        """The decoder is about to begin; ``step.started`` takes what is under way from here."""
 
     def after_block(self, layer: int, hidden: Tensor, step: Step) -> Tensor:
         """The hidden states ``[B, T, width]`` that go on from block ``layer``, in the dtype that was given."""

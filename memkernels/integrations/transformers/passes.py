@@ -50,6 +50,8 @@ class Passes:
         old = getattr(cache, "memory_states", {})
         step = Step(ids, current_tokens(mask, length, cache), cache, old)
         step.labels, step.logits_to_keep, step.reading = self.labels, self.logits_to_keep, self.reading
+        for memory in self.memories:
+            memory.begin(step)
         self.step = step
 
     def end(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
@@ -83,8 +85,8 @@ class Passes:
         pad = getattr(config, "pad_token_id", None)
         special = (getattr(config, "eos_token_id", None), getattr(config, "bos_token_id", None))
         padded = ids is not None and ids.shape[0] > 1 and pad is not None and pad not in special
-        if padded and bool((ids[:, [0, -1]] == pad).any()):
-            raise ValueError(f"memory: attention_mask must be given with a padded batch, got None and pad tokens {pad}")
+        if padded and bool((ids[:, 0] == pad).any()):
+            raise ValueError("memory: attention_mask must be given with a batch padded on the left, got None")
         apart = [type(memory).__name__ for memory in self.memories if not memory.packed]
         several = apart and positions is not None and positions.dim() == 2
         if several and bool((positions[:, 1:] <= positions[:, :-1]).any()):
