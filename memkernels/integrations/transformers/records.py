@@ -49,8 +49,12 @@ class Records:
         """The k nearest slots ``[T, k]`` of queries ``[T, dim]``, -1 where fewer are left."""
         return topk_search(query.to(self.dtype), self.keys, k, scale=2.0, slot_mask=self.lengths)[1]
 
-    def keys_at(self, slots: Tensor) -> Tensor:
-        return self.keys[slots].float()
+    def rows(self, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys in float32 and columns; any numbers where a slot is -1."""
+        at = slots.clamp(min=0)
+        if len(self.keys) == 0:
+            return slots.new_zeros(*slots.shape, self.dim).float(), slots.new_zeros(*slots.shape, COLUMNS)
+        return self.keys[at].float(), self.columns[at]
 
     def columns_at(self, slots: Tensor) -> Tensor:
         """int64 ``[..., 3]``."""
@@ -115,8 +119,14 @@ class DiskRecords:
         ones = query.new_ones(len(query), _SPLIT)
         return self.store.topk_search(torch.cat([query, ones], -1).cpu().to(self.dtype), k, scale=2.0)[1]
 
-    def keys_at(self, slots: Tensor) -> Tensor:
-        return self.store.read(slots)[0][..., : self.dim].float()
+    def rows(self, slots: Tensor) -> tuple[Tensor, Tensor]:
+        there = slots >= 0
+        keys = torch.zeros(*slots.shape, self.dim)
+        columns = torch.zeros(*slots.shape, COLUMNS, dtype=torch.int64)
+        if bool(there.any()):
+            read = self.store.read(slots[there])
+            keys[there], columns[there] = read[0][:, : self.dim].float(), read[1].long()
+        return keys, columns
 
     def columns_at(self, slots: Tensor) -> Tensor:
         return self.store.gather(slots).long()
@@ -129,7 +139,8 @@ class DiskRecords:
 
     def live(self) -> tuple[Tensor, Tensor]:
         numbers = self._numbers()
-        return self.keys_at(numbers).to(self.dtype), self.columns_at(numbers).to(torch.int32)
+        keys, columns = self.rows(numbers)
+        return keys.to(self.dtype), columns.to(torch.int32)
 
     def _numbers(self) -> Tensor:
         return torch.from_numpy(self.store._engine.maps["live"].slots().astype("int64"))
@@ -155,22 +166,16 @@ def nearest(records: Records | DiskRecords, query: Tensor, k: int) -> tuple[Tens
         empty = query.new_empty(0, k)
         return empty, empty.long(), empty.long()[..., None].expand(-1, -1, COLUMNS)
     distances, slots, columns = (torch.cat(parts) for parts in zip(*found))
-    return distances, slots, columns
+    return distances, slots, columns.long()
 
 
 def _nearest(records: Records | DiskRecords, query: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     slots = records.search(query, k)
     none = slots < 0
-    at = slots.clamp(min=0)
-    if bool(none.all()):
-        columns = slots.new_full((*slots.shape, COLUMNS), -1)
-        return query.new_full(slots.shape, torch.inf), slots, columns
-    if bool(none.any()):  # any slot that is there stands in
-        at = torch.where(none, slots.max(), at)
+    keys, columns = records.rows(slots)
     # A score of 16 bits has too few digits to tell neighbours apart: the distance is computed anew.
-    distances = (query[:, None] - records.keys_at(at)).square().sum(-1)
-    columns = records.columns_at(at).masked_fill(none[..., None], -1)
-    return distances.masked_fill(none, torch.inf), slots, columns
+    distances = (query[:, None] - keys).square().sum(-1)
+    return distances.masked_fill(none, torch.inf), slots, columns.masked_fill(none[..., None], -1)
 
 
 def before(records: Records | DiskRecords, slot: int, count: int) -> Tensor:
