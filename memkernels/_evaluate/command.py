@@ -24,9 +24,9 @@ class Sizes(NamedTuple):
 
     store: int = 160_000
     validation: int = 14_000
-    test: int = 18_000
+    test: int = 15_000
     document: int = 3072
-    unrelated: int = 8_000
+    unrelated: int = 6_000
     decoded: int = 48
 
 

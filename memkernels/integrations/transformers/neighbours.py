@@ -21,7 +21,7 @@ from ...ops import causal_range, topk_search
 from .encoding import bar, named
 from .fitting import alone
 from .memory import Memory, Mixture, Read, Step
-from .mixing import Found, Mixing, Recorded, learn
+from .mixing import Found, Mixing, Past, Recorded, learn
 from .place import Place
 from .token_store import Source, TokenStore, check_model, check_tokenizer
 from .windows import windows
@@ -29,16 +29,18 @@ from .windows import windows
 if TYPE_CHECKING:
     from .attachment import Attachment
 
+_RATED = 256  # tokens over which it is counted how often the nearest entry was right
 _SLACK = 256  # tokens that a crop may take back once the cache is full
 
 
 class CacheState(NamedTuple):
-    """The last tokens of a text and their keys: ``keys [B, M, dim]``, ``tokens [B, M]``, ``real [B, M]`` (False:
-    padding), and ``first [B]``, the position of the oldest."""
+    """The last tokens of a text: ``keys [B, M, dim]``, ``tokens [B, M]``, ``real [B, M]`` (False: padding), the token of
+    the nearest entry of each source ``nearest [B, M, 2]``, and ``first [B]``, the position of the oldest."""
 
     keys: Tensor
     tokens: Tensor
     real: Tensor
+    nearest: Tensor
     first: Tensor
 
 
@@ -120,22 +122,36 @@ class Neighbours(Memory):
     # --- a forward pass ---
 
     def finish(self, step: Step) -> None:
-        """Search for the positions that get logits; keep the keys of all."""
+        """Search for every token, keep its key and what was nearest, and mix for those that get logits."""
         if step.input_ids is None:
             raise ValueError("Neighbours: the model must be given input_ids, got embeddings")
         keys = self.store.project(step.input_of(self, "key").detach())  # [B, T, dim]
-        query = step.with_logits(keys)
-        distances, tokens, slots = self.store.search(query, self.k)
-        store = Found(distances, tokens)
-        cache, entries, at = self._cached(step, keys, query)
-        found = (store, cache)
+        distances, tokens, slots = self.store.search(keys, self.k)
+        old, real = step.state(self), step.token_mask
+        real = torch.ones_like(step.input_ids, dtype=torch.bool) if real is None else real
+        text = CacheState(keys, step.input_ids, real, keys.new_empty(0), keys.new_empty(0))
+        if old is not None:
+            text = CacheState(*(torch.cat(x, 1) for x in zip(old[:3], text[:3])), *old[3:])
+        cache, entries, at = self._cached(text, keys)
+        nearest = torch.stack([tokens[..., 0], cache.tokens[..., 0]], -1)
+        first = nearest.new_zeros(len(nearest))
+        if old is not None:
+            nearest, first = torch.cat([old.nearest, nearest], 1), old.first
+        text = text._replace(nearest=nearest, first=first)
+        past = Past(entries, _rates(text, keys.shape[1]))
+        drop = max(0, nearest.shape[1] - max(self.cache_size, _RATED) - 1 - _SLACK)
+        step.keep(self, "", CacheState(*(x[:, drop:] for x in text[:4]), first + drop))
+
+        found = [Found(*(step.with_logits(x) for x in source)) for source in (Found(distances, tokens), cache)]
+        past = Past(*(step.with_logits(x) for x in past))
+        slots, at = step.with_logits(slots), step.with_logits(at + first[:, None, None] * (at >= 0))
         if self._recorded is not None:
             assert self._targets is not None
-            unknown = keys.new_empty(0)
             parts = [Found(*(x.flatten(0, 1) for x in source)) for source in found]
-            self._recorded.append(Recorded(*parts, entries.flatten(), self._targets.flatten(), unknown))
+            flat = Past(*(x.flatten(0, 1) for x in past))
+            self._recorded.append(Recorded(*parts, flat, self._targets.flatten(), keys.new_empty(0)))
             return
-        mixture = Mixture(*self.mixing.mixture(found, entries))
+        mixture = Mixture(*self.mixing.mixture(found, past))
         self._mixture = (step, mixture)
         with torch.no_grad():
             weights = torch.softmax(mixture.scores.masked_fill(mixture.tokens < 0, -1e30), -1) * mixture.mix[..., None]
@@ -143,41 +159,22 @@ class Neighbours(Memory):
             step.record(self, "store", slots, of_store)
             step.record(self, "cache", at, of_cache)
 
-    def _cached(self, step: Step, keys: Tensor, query: Tensor) -> tuple[Found, Tensor, Tensor]:
-        """What the cache holds for each query: entries, how many it has ``[B, S]``, positions in the text."""
-        B, T = keys.shape[:2]
-        if self.cache_size == 0:
-            none = query.new_full((B, query.shape[1], 1), torch.inf)
-            empty = torch.full_like(none, -1, dtype=torch.int64)
-            return Found(none, empty), torch.zeros_like(empty[..., 0]), empty
-        ids: Tensor = step.input_ids  # type: ignore[assignment]
-        real = torch.ones_like(ids, dtype=torch.bool) if step.token_mask is None else step.token_mask
-        old = step.state(self)
-        first = ids.new_zeros(B) if old is None else old.first
-        M = 0 if old is None else old.keys.shape[1]
-        if old is not None:
-            keys, ids = torch.cat([old.keys, keys], 1), torch.cat([old.tokens, ids], 1)
-            real = torch.cat([old.real, real], 1)
-        drop = max(0, M + T - self.cache_size - 1 - _SLACK)
-        step.keep(self, "", CacheState(keys[:, drop:], ids[:, drop:], real[:, drop:], first + drop))
-
+    def _cached(self, text: CacheState, query: Tensor) -> tuple[Found, Tensor, Tensor]:
+        """What the cache holds for the last T tokens of a text: entries, how many ``[B, T]``, and which ``[B, T, k]``."""
+        (B, N), T = text.tokens.shape, query.shape[1]
+        k = min(self.k, self.cache_size) or 1
+        if self.cache_size == 0 or N == 1:
+            none = torch.full((B, T, k), -1, dtype=torch.int64, device=query.device)
+            return Found(torch.full_like(none, torch.inf, dtype=query.dtype), none), none[..., 0] + 1, none
         # Entry i is the key of token i, and token i + 1: the last token has none.
-        entry = real[:, :-1] & real[:, 1:]
-        span = causal_range(T, M + T - 1, window=self.cache_size, offset=M - 1).to(keys.device)
-        span = step.with_logits(span[None])  # [1, S, 2]
-        counts = torch.nn.functional.pad(entry.long().cumsum(1), (1, 0))
-        entries = counts[:, span[0, :, 1]] - counts[:, span[0, :, 0]]
-        held = keys[:, :-1]
+        entry, held = text.real[:, :-1] & text.real[:, 1:], text.keys[:, :-1]
+        span = causal_range(T, N - 1, window=self.cache_size, offset=N - T - 1).to(query.device)
         mask = (-held.square().sum(-1)).masked_fill(~entry, -torch.inf)
-        k = min(self.k, self.cache_size)
         scores, at = topk_search(query, held, k, scale=2.0, slot_mask=mask, slot_range=span.expand(B, -1, -1))
         distances = (query.square().sum(-1, keepdim=True) - scores).clamp(min=0).masked_fill(at < 0, torch.inf)
-        if M + T > 1:
-            following = ids[:, 1:, None].expand(-1, -1, k)
-            tokens = following.gather(1, at.clamp(min=0)).masked_fill(at < 0, -1)
-        else:
-            tokens = torch.full_like(at, -1)
-        return Found(distances, tokens), entries, (at + first[:, None, None]).masked_fill(at < 0, -1)
+        following = text.tokens[:, None, 1:].expand(-1, T, -1)
+        tokens = following.gather(-1, at.clamp(min=0)).masked_fill(at < 0, -1)
+        return Found(distances, tokens), _between(entry, span), at
 
     def mixture(self, step: Step, logits: Tensor) -> Mixture | None:
         if self._recorded is not None:
@@ -193,7 +190,7 @@ class Neighbours(Memory):
         if bool((state.first > 0).any()) and tokens > _SLACK:
             raise NotImplementedError(f"Neighbours: crop must remove at most {_SLACK} tokens, got {tokens}")
         keep = max(M - tokens, 0)
-        return CacheState(*(x[:, :keep] for x in state[:3]), state.first)
+        return CacheState(*(x[:, :keep] for x in state[:4]), state.first)
 
     # --- learning, and what was read ---
 
@@ -203,8 +200,8 @@ class Neighbours(Memory):
         data: Any,
         tokenizer: Any = None,
         *,
-        steps: int = 300,
-        lr: float = 2e-2,
+        steps: int = 200,
+        lr: float = 1e-2,
         batch: int = 1024,
         window: int = 1024,
         progress: bool = True,
@@ -245,8 +242,10 @@ class Neighbours(Memory):
             parts = self._recorded
         finally:
             self._recorded, self._targets = None, None
-        sources = [Found(*(torch.cat(x) for x in zip(*column))) for column in list(zip(*parts))[:2]]
-        return Recorded(*sources, *(torch.cat(x) for x in list(zip(*parts))[2:]))
+        store, cache, past = ([row[i] for row in parts] for i in range(3))
+        joined = [kind(*map(torch.cat, zip(*x))) for kind, x in ((Found, store), (Found, cache), (Past, past))]
+        targets, own = (torch.cat([row[i] for row in parts]) for i in (3, 4))
+        return Recorded(*joined, targets, own)
 
     def sources(self, read: Read, *, row: int = 0, most: int = 3) -> list[list[tuple[float, Source | None]]]:
         """For each token of a row of ``h.reads["0.store"]``, the records of the largest weight and where they stand.
@@ -268,6 +267,25 @@ class Neighbours(Memory):
 
     def load_parts(self, folder: Path) -> None:
         self.store = TokenStore.load(folder / "store")
+
+
+def _between(there: Tensor, span: Tensor) -> Tensor:
+    """How many of ``there [B, N]`` lie in the ranges ``span [T, 2]``: ``[B, T]``."""
+    counts = torch.nn.functional.pad(there.long().cumsum(1), (1, 0))
+    return counts[:, span[:, 1]] - counts[:, span[:, 0]]
+
+
+def _rates(text: CacheState, T: int) -> Tensor:
+    """How often the nearest entry was right for the tokens before each of the last T: ``[B, T, 2]``; 1 of 4 to begin
+    with."""
+    N = text.tokens.shape[1]
+    if N == 1:
+        return torch.full((len(text.tokens), T, 2), 0.25, device=text.tokens.device)
+    entry = text.real[:, :-1] & text.real[:, 1:]
+    span = causal_range(T, N - 1, window=_RATED, offset=N - T - 1).to(entry.device)
+    right = (text.nearest[:, :-1] == text.tokens[:, 1:, None]) & entry[..., None]
+    hits = torch.stack([_between(x, span) for x in right.unbind(-1)], -1)
+    return (hits + 1) / (_between(entry, span)[..., None] + 4)
 
 
 def _ids(data: Any, tokenizer: Any) -> list[Tensor]:
