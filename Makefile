@@ -1,6 +1,6 @@
 # Each target sets up .venv when it is missing, or uses the interpreter given as PYTHON= without touching the network.
-#   make dev | demo | test | test-quick | test-torch | lint | format | docs | bench | sanitize | wheel | wheel-test
-#   make cuda | crash-lab | gpu-check | gpu-rehearsal | clean
+#   make dev | demo | test | test-quick | test-torch | test-transformers | lint | format | docs | bench
+#   make sanitize | wheel | wheel-test | cuda | crash-lab | gpu-check | gpu-rehearsal | clean
 
 ifdef PYTHON
   PY := $(PYTHON)
@@ -25,7 +25,7 @@ SOURCES += tests/native/torch_stand_in/torch/csrc/stable/ops.h
 SIDE_BY_SIDE := -n auto --maxprocesses=8 --dist loadfile
 PYTEST = $(PY) -m pytest $$($(PY) -c "import xdist" 2>/dev/null && printf '%s ' $(SIDE_BY_SIDE))
 
-.PHONY: dev demo test test-quick test-torch lint format docs bench sanitize crash-lab cuda gpu-check gpu-rehearsal wheel wheel-test clean
+.PHONY: dev demo test test-quick test-torch test-transformers lint format docs bench sanitize crash-lab cuda gpu-check gpu-rehearsal wheel wheel-test clean
 
 dev: .build/native
 
@@ -42,6 +42,11 @@ test-quick: .build/native
 # The core of the tests under another torch, downloaded once, such as VERSION=2.10.0.
 test-torch: .build/native
 	$(PY) -m bench.other_torch $(VERSION)
+
+# The tests of pretrained models with memories under another transformers, installed once into a folder of its own under
+# .build, such as VERSION=4.57.6.
+test-transformers: .build/native
+	$(PY) -m bench.other_transformers $(VERSION)
 
 lint: $(READY)
 	$(PY) -m ruff check .

@@ -27,6 +27,7 @@ ELSEWHERE = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md
 ELSEWHERE |= {f"examples/{script.name}": f"examples/{script.stem}.md" for script in EXAMPLES}
 API = {"memkernels": "api/memkernels.md"}
 API |= {f"memkernels.{module}": f"api/{module}.md" for module in ("nn", "models", "store", "testing")}
+API["memkernels.integrations.transformers"] = "api/transformers.md"
 LINK = re.compile(r"\]\((?![a-z]+:)([^)#\s]+)(#[^)\s]*)?\)")
 ROLE = re.compile(r":(?:func|class|meth|mod|attr):`~?([\w.]+)`")
 

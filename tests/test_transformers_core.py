@@ -314,6 +314,26 @@ def test_crop_is_followed_where_it_can_be_and_refused_elsewhere():
     assert cache.get_seq_length() == 9
 
 
+def test_assisted_generation_is_refused_where_tokens_cannot_be_undone():
+    """An assistant guesses tokens; what the model does not accept is taken back."""
+    ids, assistant = tokens(1, 9), tiny("llama", initializer_range=0.2)
+    how = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+    model = tiny("llama")
+    mkt.attach(model, Recent())
+    plain = model.generate(ids, **how)
+    assert torch.equal(model.generate(ids, assistant_model=assistant, **how), plain)
+    model, _ = attached("llama")
+    with pytest.raises(NotImplementedError, match="Streaming: crop must undo"):
+        model.generate(ids, assistant_model=assistant, **how)
+
+
+def test_a_cache_that_is_none_is_refused():
+    """Continuous batching brings pages of its own."""
+    model, _ = attached("llama")
+    with pytest.raises(TypeError, match="memory: the model's cache must be a transformers Cache, got object"):
+        model(tokens(1, 5), **{cache_name(model): object()})
+
+
 class Headless(nn.Module):
     config = None
 
@@ -354,8 +374,13 @@ def test_calls_that_a_memory_cannot_serve_are_refused():
         model(tokens(1, 5))
     with pytest.raises(ValueError, match="read_in: a memory must keep a text"):
         handle.read_in(None, tokens(5))
-    with pytest.raises(TypeError, match="fit: tokenizer must be given with texts"):
+    with pytest.raises(TypeError, match="fit: tokenizer must be given with a text"):
         handle.fit("some text")
+    other = lambda text, **options: {"input_ids": [3, WORDS]}  # noqa: E731
+    with pytest.raises(
+        ValueError, match=f"fit: tokenizer must be that of the model, of {WORDS} tokens, got the id {WORDS}"
+    ):
+        handle.fit("some text", other)
 
 
 def test_a_missing_package_gives_one_sentence():

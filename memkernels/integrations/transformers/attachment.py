@@ -8,12 +8,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .fitting import fit
 from .memory import Memory, Read
 from .passes import Passes
-from .place import Place
+from .place import Place, token_ids
 from .saving import save
 
 
@@ -173,12 +173,13 @@ class Attachment:
             How many tokens were read.
 
         Raises:
-            ValueError: no memory keeps a text. TypeError: ``text`` is a string and there is no tokenizer.
+            ValueError: no memory keeps a text, or the tokenizer is not that of the model. TypeError: ``text`` is a
+                string and there is no tokenizer.
         """
         if not any(memory.reads_in for memory in self.memories):
             kinds = ", ".join(type(memory).__name__ for memory in self.memories)
             raise ValueError(f"read_in: a memory must keep a text (such as MemoryAttention), got {kinds}")
-        ids = token_ids("read_in", text, tokenizer).to(next(self.place.model.parameters()).device)
+        ids = token_ids("read_in", self.place, text, tokenizer)[None]
         was, self._passes.reading = self._passes.reading, True
         training = self.place.model.training
         self.place.model.eval()
@@ -193,12 +194,3 @@ class Attachment:
     def __repr__(self) -> str:
         kinds = ", ".join(type(memory).__name__ for memory in self.memories)
         return f"Attachment({kinds} in {type(self.place.model).__name__})"
-
-
-def token_ids(name: str, text: Any, tokenizer: Any) -> Tensor:
-    """int64 ``[1, T]`` of a text or of its ids."""
-    if isinstance(text, str):
-        if tokenizer is None:
-            raise TypeError(f"{name}: tokenizer must be given with a text, got None")
-        text = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return torch.as_tensor(text, dtype=torch.int64).reshape(1, -1)

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .place import token_ids
+
 if TYPE_CHECKING:
     from .attachment import Attachment
 
@@ -40,7 +42,8 @@ def fit(
         The loss of each step.
 
     Raises:
-        TypeError: texts without a tokenizer. ValueError: no text of at least 2 tokens, or nothing to train.
+        TypeError: texts without a tokenizer. ValueError: no text of at least 2 tokens, a tokenizer that is not that of
+            the model, or nothing to train.
     """
     own = list(attachment.parameters())
     if not own:
@@ -50,7 +53,6 @@ def fit(
     steps = -(-len(rows) // batch) if steps is None else steps
     optimizer = torch.optim.AdamW(own, lr=lr, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - 0.9 * step / max(steps, 1))
-    device = next(attachment.model.parameters()).device
     losses: list[float] = []
     with alone(attachment), torch.enable_grad():
         for number in _bar(steps, progress):
@@ -58,9 +60,8 @@ def fit(
             if at == 0 or number == 0:
                 rows = [rows[i] for i in torch.randperm(len(rows), generator=order)]
             ids, mask = _padded(rows[at : at + batch])
-            labels = ids.masked_fill(mask == 0, -100).to(device)
-            given = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
-            loss = attachment.model(**given, labels=labels, use_cache=False).loss
+            labels = ids.masked_fill(mask == 0, -100)
+            loss = attachment.model(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False).loss
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(own, 1.0)
@@ -78,11 +79,8 @@ def _rows(attachment: Attachment, data: Any, tokenizer: Any, length: int) -> lis
         data = [data]
     rows: list[Tensor] = []
     for text in data:
-        if isinstance(text, str):
-            if tokenizer is None:
-                raise TypeError("fit: tokenizer must be given with texts, got None")
-            text = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        rows += [row for row in torch.as_tensor(text, dtype=torch.int64).split(length) if len(row) > 1]
+        ids = token_ids("fit", attachment.place, text, tokenizer)
+        rows += [row for row in ids.split(length) if len(row) > 1]
     if not rows:
         raise ValueError("fit: data must hold a text of at least 2 tokens, got none")
     return rows

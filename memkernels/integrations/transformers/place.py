@@ -133,3 +133,21 @@ def _numbers(weights: list[Tensor]) -> Tensor:
 
 def _from_hex(text: str) -> Tensor:
     return torch.frombuffer(bytearray.fromhex(text), dtype=torch.bfloat16).float()
+
+
+def token_ids(name: str, place: Place, text: Any, tokenizer: Any) -> Tensor:
+    """int64 ``[T]`` of a text, or of ids in any shape of one row, on the device of the model.
+
+    Raises:
+        TypeError: a text without a tokenizer. ValueError: ids that the model has not: the tokenizer is another one's.
+    """
+    if isinstance(text, str):
+        if tokenizer is None:
+            raise TypeError(f"{name}: tokenizer must be given with a text, got None")
+        text = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    embeddings: Any = place.model.get_input_embeddings()  # type: ignore[operator]
+    ids = torch.as_tensor(text, dtype=torch.int64).reshape(-1)
+    words = embeddings.weight.shape[0]
+    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < words:
+        raise ValueError(f"{name}: tokenizer must be that of the model, of {words} tokens, got the id {int(ids.max())}")
+    return ids.to(embeddings.weight.device)
