@@ -1,4 +1,4 @@
-"""Command line: ``python -m memkernels info | check | demo | store | scale``."""
+"""Command line: ``python -m memkernels info | check | demo | store | scale | evaluate``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m memkernels", description="Fused kernels for neural external memory in PyTorch."
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{info,check,demo,store,scale}")
+    metavar = "{info,check,demo,store,scale,evaluate}"
+    commands = parser.add_subparsers(dest="command", required=True, metavar=metavar)
     info = commands.add_parser("info", help="versions, processor, backends, and which op runs where")
     info.add_argument("--json", action="store_true", help="print the same as JSON")
     check = commands.add_parser("check", help="compare every op with the float64 reference; exit status 1 on a failure")
@@ -25,6 +26,7 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("demo", help="train a Transformer with memory on both backends and plot it", add_help=False)
     commands.add_parser("store", help="look at a MemoryStore, check, compact or export it", add_help=False)
     commands.add_parser("scale", help="what a read of slots on several ranks costs, on paper", add_help=False)
+    commands.add_parser("evaluate", help="a memory beside a real language model, in numbers", add_help=False)
     return parser
 
 
@@ -43,6 +45,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from . import _scale
 
         return _scale.main(argv[1:])
+    if argv[:1] == ["evaluate"]:
+        from ._evaluate import command
+
+        return command.main(argv[1:])
     options = _parser().parse_args(argv)
     return _info(options) if options.command == "info" else _check(options)
 

@@ -18,24 +18,32 @@ from .attachment import Attachment, attach
 from .attention import register_attention
 from .memory import Memory, Mixture, Read, Step
 from .memory_attention import MemoryAttention
+from .neighbours import Neighbours
 from .ngrams import Ngrams
 from .place import Place
 from .product_keys import ProductKeys
 from .saving import load
 from .streaming import Streaming
+from .token_store import Source, TokenStore
+from .windows import next_window, score
 
 __all__ = [
     "Attachment",
     "Memory",
     "MemoryAttention",
     "Mixture",
+    "Neighbours",
     "Ngrams",
     "Place",
     "ProductKeys",
     "Read",
+    "Source",
     "Step",
     "Streaming",
+    "TokenStore",
     "attach",
     "load",
+    "next_window",
     "register_attention",
+    "score",
 ]

@@ -81,6 +81,16 @@ class Attachment:
     def reads(self) -> dict[str, Read]:
         return self._passes.reads
 
+    @property
+    def enabled(self) -> bool:
+        """False within :meth:`disabled`."""
+        return self._passes.enabled
+
+    @property
+    def mixes(self) -> bool:
+        """Are the model's logits log-probabilities of a mixture?"""
+        return self.enabled and any(memory.mixes for memory in self.memories)
+
     def parameters(self) -> Iterator[nn.Parameter]:
         """Those of the memories, for an optimizer."""
         for memory in self.memories:
@@ -142,7 +152,13 @@ class Attachment:
         save(self.place.model, self.memories, folder)
 
     def fit(self, data: Any, tokenizer: Any = None, **options: Any) -> list[float]:
-        """Train the parameters of the memories alone, the model frozen: see :func:`fitting.fit`; the losses."""
+        """Train the parameters of the memories alone, the model frozen: see :func:`fitting.fit`; the losses.
+
+        A memory that is attached alone may have a way of its own, as :meth:`Neighbours.fit` has.
+        """
+        own = getattr(self.memories[0], "fit", None)
+        if len(self.memories) == 1 and own is not None:
+            return own(self, data, tokenizer, **options)
         return fit(self, data, tokenizer, **options)
 
     @torch.no_grad()

@@ -54,7 +54,7 @@ def fit(
     optimizer = torch.optim.AdamW(own, lr=lr, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - 0.9 * step / max(steps, 1))
     losses: list[float] = []
-    with _alone(attachment), torch.enable_grad():
+    with alone(attachment), torch.enable_grad():
         for number in _bar(steps, progress):
             at = number * batch % len(rows)
             if at == 0 or number == 0:
@@ -94,7 +94,7 @@ def _padded(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 @contextlib.contextmanager
-def _alone(attachment: Attachment) -> Iterator[None]:
+def alone(attachment: Attachment) -> Iterator[None]:
     """The memories are trainable, and nothing else."""
     model = attachment.model
     own = {id(p) for p in attachment.parameters()}

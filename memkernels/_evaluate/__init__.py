@@ -1,0 +1,1 @@
+"""``python -m memkernels evaluate``: a memory beside a real language model, in numbers."""
