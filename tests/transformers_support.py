@@ -53,9 +53,9 @@ def tiny(family: str, **options: Any):
         sliding = {"sliding_window": 4, "layer_types": ["sliding_attention", "sliding_attention", "full_attention"]}
         model = Gemma3ForCausalLM(Gemma3TextConfig(**_COMMON, **_SIZES, **{**sliding, **options}))
     elif family == "qwen3":
-        model = Qwen3ForCausalLM(Qwen3Config(**_COMMON, **_SIZES, **options))
+        model = Qwen3ForCausalLM(Qwen3Config(**_COMMON, **{**_SIZES, **options}))
     else:
-        model = LlamaForCausalLM(LlamaConfig(**_COMMON, **_SIZES, **options))
+        model = LlamaForCausalLM(LlamaConfig(**_COMMON, **{**_SIZES, **options}))
     return model.eval()
 
 

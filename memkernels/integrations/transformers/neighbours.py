@@ -1,11 +1,12 @@
 """Neighbours: a frozen model reads what followed similar tokens, in a store of documents and in the text so far.
 
-    p(w) = m_0 softmax(logits)[w] + m_1 p_store(w) + m_2 p_cache(w),    p_s(w) = sum_{j: token_sj = w} softmax_j(-d_sj / T_s)
+    p(w) = m_0 softmax(logits)[w] + m_1 p_store(w) + m_2 p_cache(w)
+    p_s(w) = sum_{j: token_sj = w} softmax_j(-d_sj / T_s)
 
 over the k records of the store, and the k of the last ``cache`` tokens, whose keys lie nearest to that of the token.
 
-Source: Khandelwal et al. 2020, Generalization through Memorization: Nearest Neighbor Language Models; Grave et al. 2017,
-Improving Neural Language Models with a Continuous Cache.
+Source: Khandelwal et al. 2020, Generalization through Memorization: Nearest Neighbor Language Models; Grave et al.
+2017, Improving Neural Language Models with a Continuous Cache.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from .encoding import bar, named
 from .fitting import alone
 from .memory import Memory, Mixture, Read, Step
 from .mixing import Found, Mixing, Past, Recorded, learn
-from .place import Place
+from .place import Place, token_ids
 from .token_store import Source, TokenStore, check_model, check_tokenizer
 from .windows import windows
 
@@ -34,8 +35,8 @@ _SLACK = 256  # tokens that a crop may take back once the cache is full
 
 
 class CacheState(NamedTuple):
-    """The last tokens of a text: ``keys [B, M, dim]``, ``tokens [B, M]``, ``real [B, M]`` (False: padding), the token of
-    the nearest entry of each source ``nearest [B, M, 2]``, and ``first [B]``, the position of the oldest."""
+    """The last tokens of a text: ``keys [B, M, dim]``, ``tokens [B, M]``, ``real [B, M]`` (False: padding), the token
+    of the nearest entry of each source ``nearest [B, M, 2]``, and ``first [B]``, the position of the oldest."""
 
     keys: Tensor
     tokens: Tensor
@@ -160,7 +161,7 @@ class Neighbours(Memory):
             step.record(self, "cache", at, of_cache)
 
     def _cached(self, text: CacheState, query: Tensor) -> tuple[Found, Tensor, Tensor]:
-        """What the cache holds for the last T tokens of a text: entries, how many ``[B, T]``, and which ``[B, T, k]``."""
+        """What the cache holds for the last T tokens of a text: entries, how many ``[B, T]``, which ``[B, T, k]``."""
         (B, N), T = text.tokens.shape, query.shape[1]
         k = min(self.k, self.cache_size) or 1
         if self.cache_size == 0 or N == 1:
@@ -224,7 +225,7 @@ class Neighbours(Memory):
         tokenizer = self.tokenizer if tokenizer is None else tokenizer
         if tokenizer is not None:
             check_tokenizer(self.store.described["vocabulary"], tokenizer)
-        texts = _ids(data, tokenizer)
+        texts = _ids(attachment.place, data, tokenizer)
         with alone(attachment), torch.enable_grad():
             recorded = self._record(attachment, texts, window, progress)
             return learn(self.mixing, recorded, steps=steps, lr=lr, batch=batch, seed=seed)
@@ -288,21 +289,14 @@ def _rates(text: CacheState, T: int) -> Tensor:
     return (hits + 1) / (_between(entry, span)[..., None] + 4)
 
 
-def _ids(data: Any, tokenizer: Any) -> list[Tensor]:
+def _ids(place: Place, data: Any, tokenizer: Any) -> list[Tensor]:
     """Token ids ``[T]`` of each text, of at least 2."""
-    if isinstance(data, Tensor):
-        found = [data] if data.dim() == 1 else list(data)
-    else:
-        data = [data] if isinstance(data, str) else data
-        data = list(data.items()) if isinstance(data, Mapping) else list(data)
-        if data and not isinstance(data[0], (str, tuple)):
-            found = [torch.as_tensor(row, dtype=torch.int64) for row in data]
-        elif tokenizer is None:
-            raise TypeError("Neighbours: tokenizer must be given with texts, got None")
-        else:
-            texts = [text for _, text in named(data)]
-            rows = [tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in texts]
-            found = [torch.as_tensor(row, dtype=torch.int64) for row in rows]
+    if isinstance(data, str) or (isinstance(data, Tensor) and data.dim() == 1):
+        data = [data]
+    data = list(data.items()) if isinstance(data, Mapping) else list(data)
+    if data and isinstance(data[0], (str, tuple)):
+        data = [text for _, text in named(data)]
+    found = [token_ids("fit", place, text, tokenizer) for text in data]
     found = [row for row in found if len(row) > 1]
     if not found:
         raise ValueError("fit: data must hold a text of at least 2 tokens, got none")

@@ -168,9 +168,9 @@ class Passes:
         for memory in self.memories:
             found = memory.mixture(step, mixed) if memory.mixes else None
             if found is not None:
-                logits, last = mixed, found
-                exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
-                mixed = cache_logprobs(exact, found.scores, found.tokens, found.mix)
+                exact = mixed.to(torch.promote_types(mixed.dtype, torch.float32))
+                logits, last = mixed, Mixture(found.scores.to(exact.dtype), found.tokens, found.mix.to(exact.dtype))
+                mixed = cache_logprobs(exact, *last)
         output.logits = mixed
         if labels is not None:
             output.loss = self._loss(module, logits, last, labels, kwargs)
