@@ -9,6 +9,7 @@ A block stands between ``<!-- generated: NAME -->`` and ``<!-- end: NAME -->``:
   ``bench/results/ladder.json``;
 - ``store``, ``lookup``: what ``python -m bench store`` and ``lookup`` measured, from their committed result files;
 - ``everyday``: the ratios of ``python -m bench --everyday``, losses included;
+- ``evaluate``: what memories of manuals are worth beside a pretrained model, by ``python -m memkernels evaluate``;
 - ``ngram_memory``: what ``examples/ngram_memory.py --out`` measured;
 - ``scale``: what reads over ranks cost on paper; ``sharding``: what ``python -m bench sharding`` measured;
 - ``crash``: what the crash laboratory of MemoryStore tried, recorded in ``bench/results/crash_lab.json``;
@@ -94,7 +95,7 @@ def op_table(before: str) -> str:
 
 def result_files() -> list[Path]:
     """The committed results of full sizes."""
-    other = re.compile(r"^gpu-|^ladder$|^store-|^lookup-|^ngram_memory|^crash|^everyday-|^sharding-|-quick$")
+    other = re.compile(r"^gpu-|^ladder$|^store-|^lookup-|^ngram_memory|^crash|^everyday-|^sharding-|^evaluate-|-quick$")
     return sorted(file for file in RESULTS.glob("*.json") if not other.search(file.stem))
 
 
@@ -188,6 +189,19 @@ def store(before: str) -> str:
 def lookup(before: str) -> str:
     """The promises of the lookup memory beside what was measured, a table per machine."""
     return _promises("lookup", "memkernels")
+
+
+def evaluate(before: str) -> str:
+    """Perplexity with a memory and without, time and bytes, a part per result file."""
+    from memkernels._evaluate import report
+
+    found = []
+    for file in sorted(RESULTS.glob("evaluate-*.json")):
+        result = json.loads(file.read_text())
+        where = [f"{result['model']} in {result['dtype']}", f"{result['processor']}, {result['threads']} thread"]
+        where += [f"transformers {result['transformers']}", f"commit {result['commit']}", result["date"][:10]]
+        found.append("; ".join(where) + ".\n\n" + report.table(result) + "\n" + report.documents(result))
+    return "\n".join(found) or EMPTY.replace("python -m bench", "python -m memkernels evaluate --out")
 
 
 def everyday(before: str) -> str:
@@ -321,6 +335,7 @@ def generated(pictures_to: Path) -> dict[str, Callable[[str], str]]:
         "lookup": lookup,
         "everyday": everyday,
         "ngram_memory": ngram_memory,
+        "evaluate": evaluate,
         "scale": scale,
         "sharding": sharding,
         "crash": crashes,

@@ -96,6 +96,12 @@ def ngram_memory(tmp_path):
     assert [row["row"] for row in rows] == list(measured) and all(row["processor"] and row["commit"] for row in rows)
 
 
+def pretrained_memory(tmp_path):
+    pytest.importorskip("transformers")
+    lines = run("pretrained_memory", ["--tiny", "--tokens", "8"])
+    assert len(lines) == 8 and all("document='notes/" in line for line in lines)
+
+
 def sharded_memory(tmp_path):
     """By two processes of torchrun, which never outlive the test."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -132,6 +138,7 @@ CHECKS = {
         knowledge_base,
         larger_than_memory,
         ngram_memory,
+        pretrained_memory,
         sharded_memory,
     )
 }

@@ -6,6 +6,7 @@ import argparse
 import datetime
 import json
 import platform
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -157,6 +158,15 @@ def _one(
     return described, runs
 
 
+def _commit() -> str:
+    """Of the checkout that this package lies in; empty where it is installed by itself."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    except FileNotFoundError:  # no git
+        return ""
+
+
 def _environment() -> dict[str, Any]:
     import transformers
 
@@ -171,5 +181,6 @@ def _environment() -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "memkernels": __version__,
+        "commit": _commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }

@@ -48,7 +48,9 @@ def documents(result: dict[str, Any]) -> str:
 
 def draw(result: dict[str, Any], path: Path) -> Path:
     """The change of every document as a bar, by manual."""
-    from .._figure import FUSED, OTHER, STYLE, plt
+    import matplotlib.pyplot as plt
+
+    from .._figure import FUSED, OTHER, STYLE
 
     runs = [run for run in result["runs"] if run["total"]["window"] == result["window"]]
     rows = [(run["texts"], row) for run in runs for row in sorted(run["documents"], key=change)]

@@ -50,6 +50,10 @@ class Mixing(nn.Module):
         shares: m of the store and of the cache to begin with. temperature: T to begin with.
     """
 
+    usual: Tensor
+    mean: Tensor
+    deviation: Tensor
+
     def __init__(self, shares: Sequence[float], temperature: float):
         super().__init__()
         own = 1 - sum(shares)

@@ -141,16 +141,17 @@ class Neighbours(Memory):
         text = text._replace(nearest=nearest, first=first)
         past = Past(entries, _rates(text, keys.shape[1]))
         drop = max(0, nearest.shape[1] - max(self.cache_size, _RATED) - 1 - _SLACK)
-        step.keep(self, "", CacheState(*(x[:, drop:] for x in text[:4]), first + drop))
+        kept = text.keys[:, drop:], text.tokens[:, drop:], text.real[:, drop:], nearest[:, drop:]
+        step.keep(self, "", CacheState(*kept, first + drop))
 
         found = [Found(*(step.with_logits(x) for x in source)) for source in (Found(distances, tokens), cache)]
         past = Past(*(step.with_logits(x) for x in past))
         slots, at = step.with_logits(slots), step.with_logits(at + first[:, None, None] * (at >= 0))
         if self._recorded is not None:
             assert self._targets is not None
-            parts = [Found(*(x.flatten(0, 1) for x in source)) for source in found]
+            store, cached = (Found(*(x.flatten(0, 1) for x in source)) for source in found)
             flat = Past(*(x.flatten(0, 1) for x in past))
-            self._recorded.append(Recorded(*parts, flat, self._targets.flatten(), keys.new_empty(0)))
+            self._recorded.append(Recorded(store, cached, flat, self._targets.flatten(), keys.new_empty(0)))
             return
         mixture = Mixture(*self.mixing.mixture(found, past))
         self._mixture = (step, mixture)
@@ -191,7 +192,8 @@ class Neighbours(Memory):
         if bool((state.first > 0).any()) and tokens > _SLACK:
             raise NotImplementedError(f"Neighbours: crop must remove at most {_SLACK} tokens, got {tokens}")
         keep = max(M - tokens, 0)
-        return CacheState(*(x[:, :keep] for x in state[:4]), state.first)
+        keys, kept, real, nearest = (x[:, :keep] for x in state[:4])
+        return CacheState(keys, kept, real, nearest, state.first)
 
     # --- learning, and what was read ---
 
@@ -243,10 +245,13 @@ class Neighbours(Memory):
             parts = self._recorded
         finally:
             self._recorded, self._targets = None, None
-        store, cache, past = ([row[i] for row in parts] for i in range(3))
-        joined = [kind(*map(torch.cat, zip(*x))) for kind, x in ((Found, store), (Found, cache), (Past, past))]
-        targets, own = (torch.cat([row[i] for row in parts]) for i in (3, 4))
-        return Recorded(*joined, targets, own)
+        return Recorded(
+            Found(*map(torch.cat, zip(*(row.store for row in parts)))),
+            Found(*map(torch.cat, zip(*(row.cache for row in parts)))),
+            Past(*map(torch.cat, zip(*(row.past for row in parts)))),
+            torch.cat([row.targets for row in parts]),
+            torch.cat([row.own for row in parts]),
+        )
 
     def sources(self, read: Read, *, row: int = 0, most: int = 3) -> list[list[tuple[float, Source | None]]]:
         """For each token of a row of ``h.reads["0.store"]``, the records of the largest weight and where they stand.

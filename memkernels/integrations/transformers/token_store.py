@@ -301,7 +301,8 @@ class TokenStore:
         if described["format"] > FORMAT:
             raise ValueError(f"TokenStore: folder must be of format {FORMAT} at most, got {described['format']}")
         tensors = load_file(path / "store.safetensors")
-        dtype, records = _DTYPES[described["dtype"]], None
+        dtype = _DTYPES[described["dtype"]]
+        records: Records | DiskRecords
         if model is not None:
             check_model(described["base"], model)
         if tokenizer is not None:

@@ -1,0 +1,100 @@
+"""A pretrained model gets a memory of documents, in ten lines: SmolLM2-135M reads a manual and quotes what it read.
+
+    python examples/pretrained_memory.py [FOLDER] [--tokens 24] [--prompt TEXT]
+
+FOLDER holds text files; by default it is docs/tutorials of this checkout. Needs ``pip install
+'memkernels[evaluate]'``. ``--tiny`` takes random weights and a few texts instead: it shows that everything works, in
+seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from memkernels._evaluate import texts
+from memkernels.integrations import transformers as mkt
+
+DOCS = Path(__file__).resolve().parent.parent / "docs" / "tutorials"
+
+
+def remember(model: Any, tokenizer: Any, documents: dict[str, str], k: int = 32, cache: int = 1024, **options: Any):
+    """The ten lines: a store of the documents, a memory over it, its shares learned on the last document."""
+    *read, (_, held_out) = documents.items()
+    store = mkt.TokenStore.build(model, tokenizer, read, **options)
+    memory = mkt.Neighbours(store, k=k, cache=cache)
+    h = mkt.attach(model.requires_grad_(False), memory)
+    h.fit([held_out], window=256, progress=options.get("progress", True))
+    return h, memory
+
+
+def quote(h: Any, memory: Any, tokenizer: Any, prompt: str, tokens: int) -> tuple[str, list[str]]:
+    """The text that follows ``prompt``, and for each of its tokens the record that weighed most."""
+    ids = torch.tensor([tokenizer(prompt)["input_ids"]])
+    written = h.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False)
+    h.model(written[:, :-1])  # one pass over the whole text, so that the reads of all its tokens are there
+    lines = []
+    following = written[0, ids.shape[1] :].tolist()
+    for token, best in zip(following, memory.sources(h.reads["0.store"], most=1)[-len(following) :]):
+        weight, source = best[0]
+        lines.append(f"{tokenizer.decode([token])!r:>16}  {weight:5.1%}  {source}")
+    return tokenizer.decode(written[0].tolist()), lines
+
+
+class Letters:
+    """One token per character, for ``--tiny``."""
+
+    def __call__(self, text: str, **options: Any) -> dict[str, list[int]]:
+        return {"input_ids": [min(ord(letter), 127) for letter in text]}
+
+    def get_vocab(self) -> dict[str, int]:
+        return {chr(number): number for number in range(128)}
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(map(chr, ids))
+
+
+def tiny() -> tuple[Any, Any, dict[str, str]]:
+    """A model of random weights, its tokenizer and three documents."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    size = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=128, eos_token_id=0, **size)).eval()
+    lines = ("a memory keeps what was read. ", "what was read is found again. ", "a memory is found again. ")
+    return model, Letters(), {f"notes/{number}": line * 8 for number, line in enumerate(lines)}
+
+
+def main(argv: list[str] | None = None) -> list[str]:
+    """What it prints of each generated token."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", nargs="?", type=Path, default=DOCS)
+    parser.add_argument("--prompt", default="A memory is N slots, each a")
+    parser.add_argument("--tokens", type=int, default=24)
+    parser.add_argument("--tiny", action="store_true", help="random weights and small texts")
+    options = parser.parse_args(argv)
+    if options.tiny:
+        model, tokenizer, documents = tiny()
+        h, memory = remember(model, tokenizer, documents, k=8, cache=64, dim=16, progress=False)
+    else:
+        if absent := texts.missing():
+            parser.error(f"needs {', '.join(absent)}: pip install 'memkernels[evaluate]'")
+        model, tokenizer = texts.language_model()
+        h, memory = remember(model, tokenizer, dict(texts.of_folder(options.folder)))
+    prompt = "a memory " if options.tiny else options.prompt
+    with h.disabled():
+        ids = torch.tensor([tokenizer(prompt)["input_ids"]])
+        alone = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=options.tokens, do_sample=False)
+    print("without:", tokenizer.decode(alone[0].tolist()))
+    text, lines = quote(h, memory, tokenizer, prompt, options.tokens)
+    print("with:   ", text)
+    print("token, share of the record in the store's vote, and where it stands:", *lines, sep="\n")
+    h.detach()
+    return lines
+
+
+if __name__ == "__main__":
+    main()
