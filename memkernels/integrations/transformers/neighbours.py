@@ -22,7 +22,7 @@ from .encoding import bar, named
 from .fitting import alone
 from .memory import Memory, Mixture, Read, Step
 from .mixing import Found, Mixing, Past, Recorded, learn
-from .place import Place
+from .place import Place, token_ids
 from .token_store import Source, TokenStore, check_model, check_tokenizer
 from .windows import windows
 
@@ -224,7 +224,7 @@ class Neighbours(Memory):
         tokenizer = self.tokenizer if tokenizer is None else tokenizer
         if tokenizer is not None:
             check_tokenizer(self.store.described["vocabulary"], tokenizer)
-        texts = _ids(data, tokenizer)
+        texts = _ids(attachment.place, data, tokenizer)
         with alone(attachment), torch.enable_grad():
             recorded = self._record(attachment, texts, window, progress)
             return learn(self.mixing, recorded, steps=steps, lr=lr, batch=batch, seed=seed)
@@ -288,21 +288,14 @@ def _rates(text: CacheState, T: int) -> Tensor:
     return (hits + 1) / (_between(entry, span)[..., None] + 4)
 
 
-def _ids(data: Any, tokenizer: Any) -> list[Tensor]:
+def _ids(place: Place, data: Any, tokenizer: Any) -> list[Tensor]:
     """Token ids ``[T]`` of each text, of at least 2."""
-    if isinstance(data, Tensor):
-        found = [data] if data.dim() == 1 else list(data)
-    else:
-        data = [data] if isinstance(data, str) else data
-        data = list(data.items()) if isinstance(data, Mapping) else list(data)
-        if data and not isinstance(data[0], (str, tuple)):
-            found = [torch.as_tensor(row, dtype=torch.int64) for row in data]
-        elif tokenizer is None:
-            raise TypeError("Neighbours: tokenizer must be given with texts, got None")
-        else:
-            texts = [text for _, text in named(data)]
-            rows = [tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in texts]
-            found = [torch.as_tensor(row, dtype=torch.int64) for row in rows]
+    if isinstance(data, str) or (isinstance(data, Tensor) and data.dim() == 1):
+        data = [data]
+    data = list(data.items()) if isinstance(data, Mapping) else list(data)
+    if data and isinstance(data[0], (str, tuple)):
+        data = [text for _, text in named(data)]
+    found = [token_ids("fit", place, text, tokenizer) for text in data]
     found = [row for row in found if len(row) > 1]
     if not found:
         raise ValueError("fit: data must hold a text of at least 2 tokens, got none")
