@@ -158,8 +158,7 @@ MK_DEVICE void score_tile(float (&s)[S / 8][4], const Queries<M, held>& queries,
     for (int i = 0; i < 4; ++i) {
       const int column = n * 8 + lane % 4 * 2 + i % 2;
       const float extra = loader.block.added[column];
-      const bool open =
-          extra != -kInfinity && (!ranges.given() || ranges.holds(lane / 4 + i / 2 * 8, first + column));
+      const bool open = extra != -kInfinity && (!ranges.given() || ranges.holds(lane / 4 + i / 2 * 8, first + column));
       s[n][i] = open ? score(float(r.p.scale), sums[n][i], extra) : -kInfinity;
     }
   }
