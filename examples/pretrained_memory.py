@@ -16,13 +16,14 @@ from typing import Any
 import torch
 
 from memkernels._evaluate import texts
-from memkernels.integrations import transformers as mkt
 
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "tutorials"
 
 
 def remember(model: Any, tokenizer: Any, documents: dict[str, str], k: int = 32, cache: int = 1024, **options: Any):
     """The ten lines: a store of the documents, a memory over it, its shares learned on the last document."""
+    from memkernels.integrations import transformers as mkt  # here, so that --help needs no extra
+
     *read, (_, held_out) = documents.items()
     store = mkt.TokenStore.build(model, tokenizer, read, **options)
     memory = mkt.Neighbours(store, k=k, cache=cache)
