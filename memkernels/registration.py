@@ -189,7 +189,7 @@ def _eager(
     if not _torch.HAS_PROBES:
         return operator
     n = len(op.args)
-    transforms_active, below_autograd = _torch.transforms_active, _torch.below_autograd
+    transforms_active, below_autograd = _torch.transforms_active, _torch.BelowAutograd
     operator = _torch.direct(operator)
 
     def run(*inputs):
@@ -199,7 +199,8 @@ def _eager(
             for tensor in inputs[:n]:
                 if tensor is not None and tensor.requires_grad:
                     return differentiable(*inputs)
-        return below_autograd(operator, inputs)
+        with below_autograd():
+            return operator(*inputs)
 
     return run
 
@@ -327,7 +328,8 @@ def _run(op: Op, tensors: list[Tensor | None], params: tuple, name: str, inplace
         return _plan(op, tensors, params, name, inplace)(*tensors, *params)
     key: tuple | None
     try:
-        shapes = [None if t is None else (type(t), t.shape, t.dtype, t.device) for t in tensors]
+        # `is_cpu` where that is all there is to say: a device is slower to make, hash and compare.
+        shapes = [None if t is None else (type(t), t.shape, t.dtype, t.is_cpu or t.device) for t in tensors]
         key = (op.name, name, inplace, None if op.typed is None else params[op.typed], *shapes)
         plan = _plans.get(key)
     except (AttributeError, TypeError):  # not tensors: the check says which; or symbolic sizes, which have no hash

@@ -5,7 +5,7 @@
 // The factor depends on slot, token and column, so there is no matrix product. Rows of slots stay in registers while
 // the tokens pass. Gates come from the same tiles as in the closed form. Parallel over batches and blocks of slots. Per
 // token and register of columns, one load each of w and e serves four slots. v + a (w - e v) would save one operation,
-// but it is not exact for a = e = 1.
+// but it is not exact for a = e = 1. Few tokens are written by gated_write.cpp.
 //
 // Backward, g = dV' walking from the last token; v_{t-1} is recomputed per chunk from values stored at chunk
 // boundaries:
@@ -368,7 +368,9 @@ void run_backward(const GatedWriteBackward& b) {
 }  // namespace
 
 void gated_write_scan(const GatedWrite& p) {
-  if (p.lead_dtype() == DType::f64) run<double>(p);
+  const int64_t tokens = p.lead.folded() * p.T;
+  if (p.lead_dtype() == DType::f64 ? few_tokens<double>(tokens) : few_tokens<float>(tokens)) gated_write(p);
+  else if (p.lead_dtype() == DType::f64) run<double>(p);
   else run<float>(p);
 }
 

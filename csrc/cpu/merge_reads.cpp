@@ -3,8 +3,8 @@
 //   d_r[s, t] = w[s, t] dr_t,
 //   d_lse[s, t] = w[s, t] (<dr_t, r[s, t]> - sum_u w[u, t] <dr_t, r[u, t]> + d_lse_t)
 //
-// Tokens run in parallel, in tiles of 64. Lanes run along the value width. Every read is loaded once and every result
-// is stored once: bound by bandwidth. A part with weight 0 is never loaded, and may hold anything. The backward
+// Tokens run in parallel, in tiles of 64. Lanes are tokens for the weights, then run along the value width. Every read
+// is loaded once and every result is stored once: bound by bandwidth. A part with weight 0 is never loaded, and may hold anything. The backward
 // computes the sum of w <dr, r_s> again instead of using the merged read, which was rounded to the dtype of the reads.
 #include "params/merge_reads.h"
 
@@ -25,26 +25,42 @@ struct Parts {
   char* at(int64_t s, int64_t t) const { return rows.row(t) + s * part; }
 };
 
-// Computes w[s] of one token and returns its lse. If nothing is addressable: all 0 and -inf.
+// The weights of a tile of tokens, lanes are tokens.
 template <class F>
-F weigh(const Parts& lses, int64_t S, int64_t t, F* w) {
-  F m = -kInf<F>;
-  for (int64_t s = 0; s < S; ++s) {
-    w[s] = *reinterpret_cast<const F*>(lses.at(s, t));
-    m = w[s] > m ? w[s] : m;  // NaN is never the maximum; it reaches the result through the sum
-  }
-  const F base = std::isinf(m) ? F(0) : m;
-  F l = 0;
-  for (int64_t s = 0; s < S; ++s) l += w[s] = std::exp(w[s] - base);
-  if (l == 0) return -kInf<F>;
-  for (int64_t s = 0; s < S; ++s) w[s] /= l;
-  return base + std::log(l);
-}
+class Weights {
+ public:
+  Weights(Arena& arena, int64_t S) : S_(S), w_(arena.take<F>(S * kTile)), lse_(arena.take<F>(kTile)) {}
+  static void measure(Arena& arena, int64_t S) { Weights(arena, S); }
 
-template <class F>
-void add(F w, const F* __restrict x, int64_t n, F* __restrict y) {
-  for (int64_t i = 0; i < n; ++i) y[i] += w * x[i];
-}
+  // w[s] of tokens [t0, t0 + n), and their lse. If nothing is addressable: all 0 and -inf.
+  void weigh(const Parts& lses, int64_t t0, int64_t n) {
+    for (int64_t s = 0; s < S_; ++s) {
+      F* row = w_ + s * kTile;
+      for (int64_t j = 0; j < n; ++j) row[j] = *reinterpret_cast<const F*>(lses.at(s, t0 + j));
+      for (int64_t j = n; j < round_up(n, kLanes<F>); ++j) row[j] = -kInf<F>;
+    }
+    for (int64_t l = 0; l < n; l += kLanes<F>) {
+      F* w = w_ + l;
+      Vec<F> top = fill<F>(-kInf<F>), total = fill<F>(0);
+      for (int64_t s = 0; s < S_; ++s) top = max<F>(load<F>(w + s * kTile), top);  // NaN reaches the result by the sum
+      const Vec<F> base = top == kInf<F> || top == -kInf<F> ? fill<F>(0) : top;
+      for (int64_t s = 0; s < S_; ++s) {
+        const Vec<F> e = exp<F>(load<F>(w + s * kTile) - base);
+        store<F>(w + s * kTile, e);
+        total += e;
+      }
+      const Vec<F> whole = total == F(0) ? fill<F>(1) : total;
+      for (int64_t s = 0; s < S_; ++s) store<F>(w + s * kTile, load<F>(w + s * kTile) / whole);
+      for (int64_t j = 0; j < kLanes<F>; ++j) lse_[l + j] = base[j] + std::log(total[j]);
+    }
+  }
+  F of(int64_t s, int64_t j) const { return w_[s * kTile + j]; }
+  F lse(int64_t j) const { return lse_[j]; }
+
+ private:
+  int64_t S_;
+  F *w_, *lse_;
+};
 
 template <class F>
 F dot(const F* x, const F* y, int64_t n) {
@@ -56,14 +72,34 @@ F dot(const F* x, const F* y, int64_t n) {
   return sum<F>(acc);
 }
 
+// y = sum over `count` rows of w x
+template <class F>
+void mix(int64_t count, const F* w, const F* const* x, int64_t n, F* __restrict y) {
+  constexpr int W = kLanes<F>;
+  int64_t i = 0;
+  for (; i + W <= n; i += W) {
+    Vec<F> acc = fill<F>(0);
+    for (int64_t s = 0; s < count; ++s) acc += w[s] * load<F>(x[s] + i);
+    store<F>(y + i, acc);
+  }
+  for (; i < n; ++i) {
+    y[i] = 0;
+    for (int64_t s = 0; s < count; ++s) y[i] += w[s] * x[s][i];
+  }
+}
+
+// Calls body(tokens [t0, t0 + n), arena, weights) with the weights computed.
 template <class F, class Body>
-void each_token(const MergeReads& p, Body&& body) {
+void each_tile(const MergeReads& p, const Parts& lses, size_t scratch, Body&& body) {
   const int64_t tokens = p.lead.folded() * p.T;
   Arena measure;
-  for (int i = 0; i < 2; ++i) measure.take<F>(p.S), measure.take<F>(p.V);
-  parallel(div_up(tokens, kTile), measure.used(), [&](int64_t task, char* memory) {
-    const int64_t end = least(tokens, (task + 1) * kTile);
-    for (int64_t t = task * kTile; t < end; ++t) body(t, Arena(memory));
+  Weights<F>::measure(measure, p.S);
+  parallel(div_up(tokens, kTile), measure.used() + scratch, [&](int64_t task, char* memory) {
+    Arena arena(memory);
+    Weights<F> weights(arena, p.S);
+    const int64_t t0 = task * kTile, n = least(kTile, tokens - t0);
+    weights.weigh(lses, t0, n);
+    body(t0, n, arena, weights);
   });
 }
 
@@ -71,51 +107,71 @@ template <class F>
 void forward(const MergeReads& p) {
   const Parts reads(p.reads, p.reads_part, p.lead, p.T), lses(p.lses, p.lses_part, p.lead, p.T);
   const TokenRows read(p.read, p.lead, 0, p.T), lse(p.lse, p.lead, 0, p.T);
-  each_token<F>(p, [&](int64_t t, Arena arena) {
+  const bool own = reads.rows.dtype == kOwn<F>;
+  Arena measure;
+  measure.take<const F*>(p.S), measure.take<F>(p.S), measure.take<F>(own ? 0 : p.S * p.V), measure.take<F>(p.V);
+  each_tile<F>(p, lses, measure.used(), [&](int64_t t0, int64_t n, Arena arena, const Weights<F>& weights) {
+    const F** x = arena.take<const F*>(p.S);
     F* w = arena.take<F>(p.S);
+    F* buffer = arena.take<F>(own ? 0 : p.S * p.V);
     F* sum = arena.take<F>(p.V);
-    F* buffer = arena.take<F>(p.V);
-    *reinterpret_cast<F*>(lse.row(t)) = weigh<F>(lses, p.S, t, w);
-    for (int64_t v = 0; v < p.V; ++v) sum[v] = 0;
-    for (int64_t s = 0; s < p.S; ++s) {
-      if (w[s] != 0) add<F>(w[s], row_as<F>(reads.at(s, t), reads.rows.dtype, p.V, buffer), p.V, sum);
+    for (int64_t j = 0; j < n; ++j) {
+      const int64_t t = t0 + j;
+      int64_t count = 0;
+      for (int64_t s = 0; s < p.S; ++s) {
+        w[count] = weights.of(s, j);
+        if (w[count] == 0) continue;
+        x[count] = row_as<F>(reads.at(s, t), reads.rows.dtype, p.V, buffer + count * p.V);
+        ++count;
+      }
+      mix<F>(count, w, x, p.V, own ? reinterpret_cast<F*>(read.row(t)) : sum);
+      if (!own) write_row<F>(sum, p.V, read.dtype, read.row(t));
+      *reinterpret_cast<F*>(lse.row(t)) = weights.lse(j);
     }
-    write_row<F>(sum, p.V, read.dtype, read.row(t));
   });
 }
 
 template <class F>
 void backward(const MergeReadsBackward& b) {
+  constexpr int W = kLanes<F>;
   const MergeReads& p = b.forward;
   const Parts reads(p.reads, p.reads_part, p.lead, p.T), lses(p.lses, p.lses_part, p.lead, p.T);
   const Parts d_reads(b.d_reads, b.d_reads_part, p.lead, p.T), d_lses(b.d_lses, b.d_lses_part, p.lead, p.T);
   const TokenRows d_read(b.d_read, p.lead, 0, p.T), d_lse(b.d_lse, p.lead, 0, p.T);
-  each_token<F>(p, [&](int64_t t, Arena arena) {
-    F* w = arena.take<F>(p.S);
+  const bool own = d_reads && d_reads.rows.dtype == kOwn<F>;
+  Arena measure;
+  measure.take<F>(p.S), measure.take<F>(p.V), measure.take<F>(p.V);
+  each_tile<F>(p, lses, measure.used(), [&](int64_t t0, int64_t n, Arena arena, const Weights<F>& weights) {
     F* x = arena.take<F>(p.S);
     F* row = arena.take<F>(p.V);
     F* buffer = arena.take<F>(p.V);
-    weigh<F>(lses, p.S, t, w);
-    const F* dr = d_read ? row_as<F>(d_read.row(t), d_read.dtype, p.V, row) : nullptr;
-    if (d_lses) {
-      F mean = 0;
-      for (int64_t s = 0; s < p.S; ++s) {
-        x[s] = 0;
-        if (w[s] == 0 || dr == nullptr) continue;
-        x[s] = dot<F>(dr, row_as<F>(reads.at(s, t), reads.rows.dtype, p.V, buffer), p.V);
-        mean += w[s] * x[s];
+    for (int64_t j = 0; j < n; ++j) {
+      const int64_t t = t0 + j;
+      const F* dr = d_read ? row_as<F>(d_read.row(t), d_read.dtype, p.V, row) : nullptr;
+      if (d_lses) {
+        F mean = 0;
+        for (int64_t s = 0; s < p.S; ++s) {
+          const F w = weights.of(s, j);
+          x[s] = 0;
+          if (w == 0 || dr == nullptr) continue;
+          x[s] = dot<F>(dr, row_as<F>(reads.at(s, t), reads.rows.dtype, p.V, buffer), p.V);
+          mean += w * x[s];
+        }
+        const F d = d_lse ? *reinterpret_cast<const F*>(d_lse.row(t)) : F(0);
+        for (int64_t s = 0; s < p.S; ++s) {
+          const F w = weights.of(s, j), g = w == 0 ? F(0) : w * (x[s] - mean + d);
+          *reinterpret_cast<F*>(d_lses.at(s, t)) = g;
+        }
       }
-      const F d = d_lse ? *reinterpret_cast<const F*>(d_lse.row(t)) : F(0);
+      if (!d_reads) continue;
       for (int64_t s = 0; s < p.S; ++s) {
-        const F g = w[s] == 0 ? F(0) : w[s] * (x[s] - mean + d);
-        write_row<F>(&g, 1, d_lses.rows.dtype, d_lses.at(s, t));
+        F *to = own ? reinterpret_cast<F*>(d_reads.at(s, t)) : buffer, w = weights.of(s, j);
+        const bool counts = w != 0 && dr != nullptr;
+        int64_t v = 0;
+        for (; v + W <= p.V; v += W) store<F>(to + v, counts ? w * load<F>(dr + v) : fill<F>(0));
+        for (; v < p.V; ++v) to[v] = counts ? w * dr[v] : F(0);
+        if (!own) write_row<F>(to, p.V, d_reads.rows.dtype, d_reads.at(s, t));
       }
-    }
-    if (!d_reads) return;
-    for (int64_t s = 0; s < p.S; ++s) {
-      const bool counts = w[s] != 0 && dr != nullptr;
-      for (int64_t v = 0; v < p.V; ++v) buffer[v] = counts ? w[s] * dr[v] : F(0);
-      write_row<F>(buffer, p.V, d_reads.rows.dtype, d_reads.at(s, t));
     }
   });
 }

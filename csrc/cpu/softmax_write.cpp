@@ -6,7 +6,8 @@
 // The largest slot is left out of the sum, so that 1 - a of a gate near 1 is a sum of small numbers; 1 - 1 / (1 + rest)
 // would cancel. Lanes are slots. A tile of scores is compared with the token's running maximum, which rarely changes.
 // Parallel over batches, chunks of tokens and ranges of slots, whose numbers depend on shapes only; ranges merge in
-// order. Bound by the product, T N K multiply-adds.
+// order. Bound by the product, T N K multiply-adds. Of few tokens, which are bound by reading the keys, the scores are
+// kept for the write: at most half a register of numbers per slot.
 #include "cpu/tiles/write_tiles.h"
 
 namespace mk::MK_ISA {
@@ -60,15 +61,16 @@ void add_row(F* S, int64_t lanes, const SlotBlock<F>& block, int64_t first, Seen
   seen.rest += sum<F>(rest);
 }
 
+// scores: null, or of few tokens where they are kept for the write.
 template <class F>
-void run(const GatedWrite& p, SoftmaxRow<F>* rows) {
+void run(const GatedWrite& p, SoftmaxRow<F>* rows, const KeptScores<F>& scores) {
   constexpr int W = kLanes<F>;
   constexpr int64_t kRangeSlots = 1024, kTasks = 64;
   const int64_t batches = p.lead.batches(), tokens = p.lead.folded() * p.T, chunks = div_up(tokens, kChunkTokens);
   if (batches * tokens == 0) return;
   const int64_t ranges = most(1, least(div_up(p.N, kRangeSlots), div_up(kTasks, batches * chunks)));
-  const int64_t range = round_up(div_up(p.N, ranges), kSlotTile<F>);
   const bool few = few_tokens<F>(tokens);
+  const int64_t range = round_up(div_up(p.N, ranges), few ? kSlotBlock : kSlotTile<F>);
   const int64_t size = few ? kSlotBlock : kSlotTile<F>, KP = Slots<F>::padded(p.K);
   Buffer<Seen<F>> seen(batches * tokens * ranges);
   Arena measure;
@@ -110,6 +112,7 @@ void run(const GatedWrite& p, SoftmaxRow<F>* rows) {
         F* s = S + t * ld;
         for (int64_t l = 0; l < L && !few; l += W) store<F>(s + l, load<F>(s + l) + load<F>(lanes.mask + l));
         for (int64_t j = block.n; j < L; ++j) s[j] = -kInf<F>;
+        if (few) std::memcpy(scores.row(batch, t) + i, s, size_t(block.n) * sizeof(F));
         add_row<F>(s, L, block, i, own[t]);
       }
     }
@@ -117,7 +120,7 @@ void run(const GatedWrite& p, SoftmaxRow<F>* rows) {
       seen.data()[(batch * tokens + chunk.t0 + chunk.token[t]) * ranges + r] = own[t];
     }
   });
-  parallel(batches * chunks, 0, [&](int64_t task, char*) {
+  const auto merge = [&](int64_t task, char*) {
     const int64_t batch = task / chunks, t0 = task % chunks * kChunkTokens;
     const TokenRows mask(p.token_mask, p.lead, batch, p.T);
     for (int64_t t = t0; t < least(t0 + kChunkTokens, tokens); ++t) {
@@ -127,12 +130,21 @@ void run(const GatedWrite& p, SoftmaxRow<F>* rows) {
       for (int64_t r = 1; r < ranges; ++r) whole.merge(parts[r]);
       rows[batch * tokens + t] = whole.row();
     }
-  });
+  };
+  if (few) {  // too little for another thread to be woken
+    for (int64_t task = 0; task < batches * chunks; ++task) merge(task, nullptr);
+  } else {
+    parallel(batches * chunks, 0, merge);
+  }
 }
 
 }  // namespace
 
-void softmax_rows(const GatedWrite& p, SoftmaxRow<float>* rows) { run<float>(p, rows); }
-void softmax_rows(const GatedWrite& p, SoftmaxRow<double>* rows) { run<double>(p, rows); }
+void softmax_rows(const GatedWrite& p, SoftmaxRow<float>* rows, const KeptScores<float>& scores) {
+  run<float>(p, rows, scores);
+}
+void softmax_rows(const GatedWrite& p, SoftmaxRow<double>* rows, const KeptScores<double>& scores) {
+  run<double>(p, rows, scores);
+}
 
 }  // namespace mk::MK_ISA

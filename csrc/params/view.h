@@ -118,6 +118,10 @@ struct TokenRows {
     base = v.batch(l, b);
     for (int d = l.rank - 1; d >= 0; --d) {
       if (!l.shared[d] || l.size[d] == 1) continue;
+      if (folds == 0 && v.lead[d] == T * stride) {  // one run of rows, found without a division
+        T *= l.size[d];
+        continue;
+      }
       fold_size[folds] = l.size[d];
       fold_stride[folds++] = v.lead[d];
     }

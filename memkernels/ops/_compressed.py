@@ -56,19 +56,21 @@ def compressed(op: Op, **scales: str) -> Op:
     )
 
 
-def choose(op: Op, twin: Op, tensors: list[Tensor | None], scales: dict[str, Tensor | None]) -> tuple[Op, list]:
-    """The op that a call needs, ``op`` or its twin, with its tensors. ``scales``: argument -> its scale or None."""
+def choose(op: Op, twin: Op, tensors: list[Tensor | None], *scales: Tensor | None) -> tuple[Op, list]:
+    """The op that a call needs, ``op`` or its twin, with its tensors. ``scales``: of the arguments that may be
+    compressed, in their order."""
     places = _places[twin.name]
-    for place, scale in zip(places, scales.values()):  # a loop: any() would take a tenth of a small call
+    for place, scale in zip(places, scales):  # a loop: any() would take a tenth of a small call
         if scale is not None or getattr(tensors[place], "dtype", None) in _EIGHT_BITS:
             break
     else:
         return op, tensors
     slots = [tensors[place] for place in places]
-    for (name, scale), x, arg in zip(scales.items(), slots, twin.args[len(op.args) :]):
+    for place, scale, x, arg in zip(places, scales, slots, twin.args[len(op.args) :]):
+        name = op.args[place].name
         if isinstance(x, Tensor) and (x.dtype in COMPRESSED) != (scale is not None):
             wanted = "must be a tensor, got None" if scale is None else "is for int8 and float8_e4m3fn, got one"
             raise TypeError(f"{op.name}: {arg.name} {wanted} beside {name} in {str(x.dtype).removeprefix('torch.')}")
         if torch.is_grad_enabled() and isinstance(x, Tensor) and x.requires_grad:
             raise RuntimeError(f"{op.name}: {name} must not require a gradient beside compressed slots, got one")
-    return twin, [*tensors, *scales.values()]
+    return twin, [*tensors, *scales]

@@ -152,6 +152,6 @@ def paged_topk_search(
         absent = "best_scores" if best_scores is None else "best_slots"
         raise TypeError(f"paged_topk_search: best_scores and best_slots must come together, got None for {absent}")
     tensors = [query, keys, pages, slot_mask, best_scores, best_slots]
-    op, tensors = choose(OP, COMPRESSED, tensors, {"keys": key_scale})
+    op, tensors = choose(OP, COMPRESSED, tensors, key_scale)
     tensors, factor = scaled(op, tensors, scale, "paged_topk_search")
     return call(op, tensors, (k, factor), backend)

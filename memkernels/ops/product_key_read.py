@@ -203,7 +203,7 @@ def product_key_read(
     Source: Lample et al. 2019, Large Memory Layers with Product Keys.
     """
     k = neighbours("product_key_read", k)
-    op, tensors = choose(OP, COMPRESSED, [query, subkeys, values], {"values": value_scale})
+    op, tensors = choose(OP, COMPRESSED, [query, subkeys, values], value_scale)
     tensors, factor = scaled(op, tensors, scale, "product_key_read")
     if wants_sparse("product_key_read", sparse_grad, values):
         result = read_table_sparse(op, SPARSE_READ, tensors, (k, factor), backend)

@@ -206,7 +206,7 @@ def selected_read(
     Source: DeepSeek-AI 2025, DeepSeek-V3.2-Exp; Child et al. 2019, Generating Long Sequences with Sparse Transformers.
     """
     tensors = [query, keys, values, indices, stretch(slot_mask, keys)]
-    op, tensors = choose(OP, COMPRESSED, tensors, {"keys": key_scale, "values": value_scale})
+    op, tensors = choose(OP, COMPRESSED, tensors, key_scale, value_scale)
     tensors, factor = scaled(op, tensors, scale, "selected_read")
     if wants_sparse("selected_read", sparse_grad, keys, values):
         check_scale("selected_read", scale, query)

@@ -93,7 +93,7 @@ def selected_scores(
     Source: He 2024, Mixture of A Million Experts; Jegou et al. 2011, Searching in one billion vectors: re-rank with
     source coding.
     """
-    op, tensors = choose(OP, COMPRESSED, [query, keys, indices], {"keys": key_scale})
+    op, tensors = choose(OP, COMPRESSED, [query, keys, indices], key_scale)
     tensors, factor = scaled(op, tensors, scale, "selected_scores")
     if wants_sparse("selected_scores", sparse_grad, keys):
         check_scale("selected_scores", scale, query)

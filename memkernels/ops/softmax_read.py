@@ -162,7 +162,7 @@ def softmax_read(
     al. 2024, Efficient Streaming Language Models with Attention Sinks.
     """
     tensors = [query, keys, values, stretch(slot_mask, keys), slot_range]
-    op, tensors = choose(OP, COMPRESSED, tensors, {"keys": key_scale, "values": value_scale})
+    op, tensors = choose(OP, COMPRESSED, tensors, key_scale, value_scale)
     tensors, factor = scaled(op, tensors, scale, "softmax_read")
     read, lse, _ = call(op, tensors, (factor,), backend)
     if sink is not None:

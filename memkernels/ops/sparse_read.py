@@ -86,7 +86,7 @@ def sparse_read(
 
     Source: Rae et al. 2016, Scaling Memory-Augmented Neural Networks with Sparse Reads and Writes.
     """
-    op, tensors = choose(OP, COMPRESSED, [values, indices, weights], {"values": value_scale})
+    op, tensors = choose(OP, COMPRESSED, [values, indices, weights], value_scale)
     if wants_sparse("sparse_read", sparse_grad, values):
         return read_sparse(op, tensors, (), backend)
     return call(op, tensors, (), backend)

@@ -287,7 +287,7 @@ def topk_read(
     """
     k = neighbours("topk_read", k)
     tensors = [query, keys, values, stretch(slot_mask, keys), slot_range]
-    op, tensors = choose(OP, COMPRESSED, tensors, {"keys": key_scale, "values": value_scale})
+    op, tensors = choose(OP, COMPRESSED, tensors, key_scale, value_scale)
     tensors, factor = scaled(op, tensors, scale, "topk_read")
     if wants_sparse("topk_read", sparse_grad, keys, values):
         check_scale("topk_read", scale, query)

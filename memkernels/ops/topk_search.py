@@ -122,6 +122,6 @@ def topk_search(
     Source: Johnson et al. 2017, Billion-scale similarity search with GPUs; Wu et al. 2022, Memorizing Transformers.
     """
     k = neighbours("topk_search", k)
-    op, tensors = choose(OP, COMPRESSED, [query, keys, stretch(slot_mask, keys), slot_range], {"keys": key_scale})
+    op, tensors = choose(OP, COMPRESSED, [query, keys, stretch(slot_mask, keys), slot_range], key_scale)
     tensors, factor = scaled(op, tensors, scale, "topk_search")
     return call(op, tensors, (k, factor), backend)

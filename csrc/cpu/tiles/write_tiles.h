@@ -7,9 +7,20 @@
 
 namespace mk::MK_ISA {
 
+// Scores of few tokens of all batches, [batch][writing token][slot], mask and scale included. The slots of a block of
+// kSlotBlock that may be addressed come first.
+template <class F>
+struct KeptScores {
+  F* data = nullptr;
+  int64_t tokens = 0, slots = 0;
+
+  F* row(int64_t batch, int64_t t) const { return data + (batch * tokens + t) * slots; }
+};
+
 // The softmax rows of all tokens of all batches, [batches][folded T]. Rows of tokens that do not write are not written.
-void softmax_rows(const GatedWrite&, SoftmaxRow<float>*);
-void softmax_rows(const GatedWrite&, SoftmaxRow<double>*);
+// With few tokens (few_tokens) their scores are kept.
+void softmax_rows(const GatedWrite&, SoftmaxRow<float>*, const KeptScores<float>&);
+void softmax_rows(const GatedWrite&, SoftmaxRow<double>*, const KeptScores<double>&);
 
 constexpr int64_t kChunkTokens = 96;
 template <class F>
@@ -81,13 +92,20 @@ template <class F>
 class SoftmaxRows {
  public:
   explicit SoftmaxRows(const GatedWrite& p)
-      : rows_(p.gate == Gate::softmax ? p.lead.batches() * p.lead.folded() * p.T : 0) {
-    if (p.gate == Gate::softmax) softmax_rows(p, rows_.data());
+      : tokens_(p.gate == Gate::softmax ? p.lead.folded() * p.T : 0),
+        rows_(p.lead.batches() * tokens_),
+        scores_(few_tokens<F>(tokens_) ? p.lead.batches() * tokens_ * p.N : 0),
+        kept_{scores_.data(), tokens_, p.N} {
+    if (p.gate == Gate::softmax) softmax_rows(p, rows_.data(), kept_);
   }
   const SoftmaxRow<F>* data() { return rows_.data(); }
+  const KeptScores<F>& kept() const { return kept_; }
 
  private:
+  int64_t tokens_;
   Buffer<SoftmaxRow<F>> rows_;
+  Buffer<F> scores_;
+  KeptScores<F> kept_;
 };
 
 // Turns scores, or given weights, into the tiles that `open` reads.
@@ -125,6 +143,16 @@ class Gates {
       while (block.place(j) != row.slot - first) ++j;
       s[j] = -row.left;
     }
+  }
+  // The softmax of scores that were kept.
+  void recall(const TokenChunk<F>& c, const KeptScores<F>& scores, int64_t batch, int64_t first,
+              const SlotBlock<F>& block, int64_t count, int64_t lanes, F* S, int64_t ld) const {
+    for (int64_t t = 0; t < c.n; ++t) {
+      F* s = S + t * ld;
+      std::memcpy(s, scores.row(batch, t) + first, size_t(block.n) * sizeof(F));
+      for (int64_t j = block.n; j < lanes; ++j) s[j] = 0;
+    }
+    normalise(c, first, block, count, lanes, nullptr, S, ld);
   }
 
   const Gate kind;
