@@ -207,16 +207,19 @@ void scan(const GatedScan& p, bool reverse, Make&& make, Start&& start, Finish&&
   for (int i = 0; i < 6; ++i) measure.take<F>(W);
   const size_t bytes = measure.used();
   if (cuts.parts <= 1) {
-    parallel(cuts.strips, bytes, [&](int64_t i, char* memory) {
-      FlushDenormals flush;
-      strip(i, [&](int64_t stream, int64_t first, int64_t n) {
-        Arena arena(memory);
-        F* h = arena.take<F>(n);
-        start(stream, first, n, h);
-        make(stream, first, n, arena).write(0, p.T, h);
-        finish(stream, first, n, h);
-      });
-    });
+    parallel(
+        cuts.strips, bytes,
+        [&](int64_t i, char* memory) {
+          FlushDenormals flush;
+          strip(i, [&](int64_t stream, int64_t first, int64_t n) {
+            Arena arena(memory);
+            F* h = arena.take<F>(n);
+            start(stream, first, n, h);
+            make(stream, first, n, arena).write(0, p.T, h);
+            finish(stream, first, n, h);
+          });
+        },
+        3 * numbers(p) * int64_t(sizeof(F)));
     return;
   }
   // [strip][part]: the last state of a part scanned from zero, and the product of its gates

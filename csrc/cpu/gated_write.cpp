@@ -172,6 +172,31 @@ MK_INLINE Vec<F> passed(const TokenChunk<F>& c, const F* gates, int64_t x, Vec<F
   return v;
 }
 
+// out_j = R_j v_j + a_j w for `slots` rows of NV registers, or of any number of them (0), as one stream: w and the
+// addresses stay in registers, which they do not in `few`. With an erase vector e the factor is 1 - a_j e.
+template <class F, int NV, bool kErase>
+__attribute__((noinline)) void one_token_rows(int64_t slots, const F* R, const F* a, const F* w, const F* e, int64_t VP,
+                                              const F* values, int64_t vs, F* out, int64_t os) {
+  constexpr int W = kLanes<F>, U = NV > 0 ? NV : 1;
+  Vec<F> written[U], erased[U];
+  for (int i = 0; i < NV; ++i) {
+    written[i] = load<F>(w + i * W);
+    if (kErase) erased[i] = load<F>(e + i * W);
+  }
+  for (int64_t j = 0; j < slots; ++j, values += vs, out += os) {
+    const Vec<F> rest = fill<F>(R[j]), gate = fill<F>(a[j]);
+#pragma GCC unroll 4
+    for (int i = 0; i < NV; ++i) {
+      const Vec<F> r = kErase ? F(1) - gate * erased[i] : rest;
+      store<F>(out + i * W, r * load<F>(values + i * W) + gate * written[i]);
+    }
+    for (int64_t x = NV * W; x < VP; x += W) {
+      const Vec<F> r = kErase ? F(1) - gate * load<F>(e + x) : rest;
+      store<F>(out + x, r * load<F>(values + x) + gate * load<F>(w + x));
+    }
+  }
+}
+
 template <class F>
 void few(const GatedWrite& p, int64_t batch, int64_t first, int64_t count, int64_t tokens, SoftmaxRows<F>& softmax,
          Arena arena) {
@@ -219,7 +244,18 @@ void few(const GatedWrite& p, int64_t batch, int64_t first, int64_t count, int64
       store<F>(R + l, r);
       store<F>(kept + l, k);
     }
-    if (!one && !by_column) gemm(Gemm<F>{block.n, VP, chunk.n, S, 1, kSlotBlock, chunk.write, chunk.ws, acc, VP, false});
+    if (one && direct && block.which == nullptr && p.out.row % int64_t(sizeof(F)) == 0) {
+      const bool short_rows = VP == 4 * W;
+      const auto rows = by_column    ? short_rows ? one_token_rows<F, 4, true> : one_token_rows<F, 0, true>
+                           : short_rows ? one_token_rows<F, 4, false>
+                                     : one_token_rows<F, 0, false>;
+      rows(block.n, R, S, chunk.write, chunk.erase, VP, block.values, block.vs,
+           reinterpret_cast<F*>(out + i * p.out.row), p.out.row / int64_t(sizeof(F)));
+      for (int64_t j = 0; j < block.n; ++j) *reinterpret_cast<F*>(retained + (i + j) * p.retained.row) = kept[j];
+      continue;
+    }
+    if (!one && !by_column)
+      gemm(Gemm<F>{block.n, VP, chunk.n, S, 1, kSlotBlock, chunk.write, chunk.ws, acc, VP, false});
     for (int64_t j = 0; j < block.n; ++j) {
       const F* v = block.values + j * block.vs;
       const int64_t at = i + block.place(j);

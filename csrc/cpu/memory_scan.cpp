@@ -29,7 +29,7 @@ constexpr int64_t kLeastRange = 4 * kScanSlots;  // every range packs the querie
 template <class F>
 struct Shape {
   int64_t batches, tokens, N, V, VP, range, ranges, panel;  // slots per range; tokens per panel
-  bool direct;  // the result itself holds the memory while it changes
+  bool direct;                                              // the result itself holds the memory while it changes
 
   explicit Shape(const GatedWrite& p)
       : batches(p.lead.batches()), tokens(p.lead.folded() * p.T), N(p.N), V(p.V), VP(Slots<F>::padded(p.V)) {
@@ -299,7 +299,8 @@ void run(const MemoryScan& m) {
   Buffer<F> values(s.direct ? 0 : s.batches * s.N * s.VP);  // the memory, in float for all tokens
   auto task_of = [&](int64_t task, char* memory) {
     const int64_t batch = task / s.ranges;
-    F* own = s.direct ? reinterpret_cast<F*>(m.write.out.batch(m.write.lead, batch)) : values.data() + batch * s.N * s.VP;
+    F* own =
+        s.direct ? reinterpret_cast<F*>(m.write.out.batch(m.write.lead, batch)) : values.data() + batch * s.N * s.VP;
     return Range<F>(m, s, batch, task % s.ranges, own, Arena(memory));
   };
   if (s.ranges == 1) {
