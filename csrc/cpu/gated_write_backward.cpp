@@ -189,24 +189,26 @@ class Batch {
       for (int64_t x = 0; x < s_.VP; x += W) sum2 += load<F>(u + x) * load<F>(v + x);
       past_[first + j] = sum<F>(sum2);
     }
-    if (b_.d_values) pass_through(first, tile.count, block, R);
+    if (b_.d_values) pass_through(first, tile.count, block, R, arena.take<F>(p_.V));
   }
 
   // dV = R[0] U; an empty slot keeps its content, so its R is 1.
-  void pass_through(int64_t first, int64_t count, const SlotBlock<F>& block, const F* R) {
+  void pass_through(int64_t first, int64_t count, const SlotBlock<F>& block, const F* R, F* buffer) {
     const bool assign = first_visit(b_.d_values, p_.lead, batch_);
     const char* in = b_.d_out.batch(p_.lead, batch_);
     char* out = b_.d_values.batch(p_.lead, batch_);
     for (int64_t i = 0, j = 0; i < count; ++i) {
       const bool live = j < block.n && block.place(j) == i;
       const F r = live ? R[j++] : F(1);
-      const char* u = in + (first + i) * b_.d_out.row;
+      const F* u = row_as<F>(in + (first + i) * b_.d_out.row, b_.d_out.dtype, p_.V, buffer);
       F* d = reinterpret_cast<F*>(out + (first + i) * b_.d_values.row);
-      for (int64_t v = 0; v < p_.V; ++v) {
-        F x;
-        read_row<F>(u + v * size_of(b_.d_out.dtype), b_.d_out.dtype, 1, &x);
-        d[v] = assign ? r * x : d[v] + r * x;
+      constexpr int W = kLanes<F>;
+      int64_t v = 0;
+      for (; v + W <= p_.V; v += W) {
+        const Vec<F> x = r * load<F>(u + v);
+        store<F>(d + v, assign ? x : load<F>(d + v) + x);
       }
+      for (; v < p_.V; ++v) d[v] = assign ? r * u[v] : d[v] + r * u[v];
     }
   }
 
