@@ -54,23 +54,13 @@ class Weights {
       for (int64_t j = 0; j < kLanes<F>; ++j) lse_[l + j] = base[j] + std::log(total[j]);
     }
   }
-  F of(int64_t s, int64_t j) const { return w_[s * kTile + j]; }
+  const F* of(int64_t s) const { return w_ + s * kTile; }
   F lse(int64_t j) const { return lse_[j]; }
 
  private:
   int64_t S_;
   F *w_, *lse_;
 };
-
-template <class F>
-F dot(const F* x, const F* y, int64_t n) {
-  constexpr int W = kLanes<F>;
-  Vec<F> acc = fill<F>(0);
-  int64_t i = 0;
-  for (; i + W <= n; i += W) acc += load<F>(x + i) * load<F>(y + i);
-  if (i < n) acc += load_first<F>(x + i, n - i) * load_first<F>(y + i, n - i);
-  return sum<F>(acc);
-}
 
 // y = sum over `count` rows of w x
 template <class F>
@@ -119,7 +109,7 @@ void forward(const MergeReads& p) {
       const int64_t t = t0 + j;
       int64_t count = 0;
       for (int64_t s = 0; s < p.S; ++s) {
-        w[count] = weights.of(s, j);
+        w[count] = weights.of(s)[j];
         if (w[count] == 0) continue;
         x[count] = row_as<F>(reads.at(s, t), reads.rows.dtype, p.V, buffer + count * p.V);
         ++count;
@@ -131,6 +121,24 @@ void forward(const MergeReads& p) {
   });
 }
 
+// x[j] = <dr_j, r_j> of the tokens of a tile whose weight is not 0, else 0.
+template <class F, class Row>
+void dots(int64_t n, const F* w, const F* const* dr, Row&& row, int64_t V, F* x) {
+  constexpr int W = kLanes<F>;
+  for (int64_t j0 = 0; j0 < n; j0 += W) {
+    Vec<F> acc[W];  // summed together: a sum over the lanes of one token takes longer than its products
+    for (int64_t i = 0; i < W; ++i) {
+      acc[i] = fill<F>(0);
+      if (j0 + i >= n || w[j0 + i] == 0) continue;
+      const F *a = dr[j0 + i], *b = row(j0 + i);
+      int64_t v = 0;
+      for (; v + W <= V; v += W) acc[i] += load<F>(a + v) * load<F>(b + v);
+      if (v < V) acc[i] += load_first<F>(a + v, V - v) * load_first<F>(b + v, V - v);
+    }
+    store<F>(x + j0, sums<F>(acc));
+  }
+}
+
 template <class F>
 void backward(const MergeReadsBackward& b) {
   constexpr int W = kLanes<F>;
@@ -140,37 +148,41 @@ void backward(const MergeReadsBackward& b) {
   const TokenRows d_read(b.d_read, p.lead, 0, p.T), d_lse(b.d_lse, p.lead, 0, p.T);
   const bool own = d_reads && d_reads.rows.dtype == kOwn<F>;
   Arena measure;
-  measure.take<F>(p.S), measure.take<F>(p.V), measure.take<F>(p.V);
+  measure.take<const F*>(kTile), measure.take<F>(kTile * p.V), measure.take<F>(p.V), measure.take<F>(p.S * kTile);
   each_tile<F>(p, lses, measure.used(), [&](int64_t t0, int64_t n, Arena arena, const Weights<F>& weights) {
-    F* x = arena.take<F>(p.S);
-    F* row = arena.take<F>(p.V);
+    const F** dr = arena.take<const F*>(kTile);
+    F* rows = arena.take<F>(kTile * p.V);
     F* buffer = arena.take<F>(p.V);
-    for (int64_t j = 0; j < n; ++j) {
-      const int64_t t = t0 + j;
-      const F* dr = d_read ? row_as<F>(d_read.row(t), d_read.dtype, p.V, row) : nullptr;
-      if (d_lses) {
-        F mean = 0;
+    F* x = arena.take<F>(p.S * kTile);
+    for (int64_t j = 0; j < n && d_read; ++j) {
+      dr[j] = row_as<F>(d_read.row(t0 + j), d_read.dtype, p.V, rows + j * p.V);
+    }
+    if (d_lses) {
+      std::memset(x, 0, size_t(p.S * kTile) * sizeof(F));
+      F means[kTile] = {};
+      for (int64_t s = 0; s < p.S && d_read; ++s) {
+        const F* w = weights.of(s);
+        const auto row = [&](int64_t j) { return row_as<F>(reads.at(s, t0 + j), reads.rows.dtype, p.V, buffer); };
+        dots<F>(n, w, dr, row, p.V, x + s * kTile);
+        for (int64_t j = 0; j < n; ++j) means[j] += w[j] * x[s * kTile + j];
+      }
+      for (int64_t j = 0; j < n; ++j) {
+        const F d = d_lse ? *reinterpret_cast<const F*>(d_lse.row(t0 + j)) : F(0);
         for (int64_t s = 0; s < p.S; ++s) {
-          const F w = weights.of(s, j);
-          x[s] = 0;
-          if (w == 0 || dr == nullptr) continue;
-          x[s] = dot<F>(dr, row_as<F>(reads.at(s, t), reads.rows.dtype, p.V, buffer), p.V);
-          mean += w * x[s];
-        }
-        const F d = d_lse ? *reinterpret_cast<const F*>(d_lse.row(t)) : F(0);
-        for (int64_t s = 0; s < p.S; ++s) {
-          const F w = weights.of(s, j), g = w == 0 ? F(0) : w * (x[s] - mean + d);
-          *reinterpret_cast<F*>(d_lses.at(s, t)) = g;
+          const F w = weights.of(s)[j], g = w == 0 ? F(0) : w * (x[s * kTile + j] - means[j] + d);
+          *reinterpret_cast<F*>(d_lses.at(s, t0 + j)) = g;
         }
       }
-      if (!d_reads) continue;
-      for (int64_t s = 0; s < p.S; ++s) {
-        F *to = own ? reinterpret_cast<F*>(d_reads.at(s, t)) : buffer, w = weights.of(s, j);
-        const bool counts = w != 0 && dr != nullptr;
+    }
+    if (!d_reads) return;
+    for (int64_t s = 0; s < p.S; ++s) {
+      for (int64_t j = 0; j < n; ++j) {
+        F *to = own ? reinterpret_cast<F*>(d_reads.at(s, t0 + j)) : buffer, w = weights.of(s)[j];
+        const bool counts = w != 0 && d_read;
         int64_t v = 0;
-        for (; v + W <= p.V; v += W) store<F>(to + v, counts ? w * load<F>(dr + v) : fill<F>(0));
-        for (; v < p.V; ++v) to[v] = counts ? w * dr[v] : F(0);
-        if (!own) write_row<F>(to, p.V, d_reads.rows.dtype, d_reads.at(s, t));
+        for (; v + W <= p.V; v += W) store<F>(to + v, counts ? w * load<F>(dr[j] + v) : fill<F>(0));
+        for (; v < p.V; ++v) to[v] = counts ? w * dr[j][v] : F(0);
+        if (!own) write_row<F>(to, p.V, d_reads.rows.dtype, d_reads.at(s, t0 + j));
       }
     }
   });
