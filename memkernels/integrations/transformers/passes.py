@@ -20,7 +20,8 @@ _IGNORED = -100  # the label of a token that has no loss
 
 
 class Passes:
-    """What the hooks share. enabled: False while an attachment is disabled. reading: read_in is at work."""
+    """What the hooks share. enabled: False while an attachment is disabled. reading: read_in is at work. loss_only: no
+    logits where there are labels. targets: those of :meth:`scoring`."""
 
     def __init__(self, place: Place, memories: Sequence[Memory]):
         self.place, self.memories = place, tuple(memories)
@@ -29,7 +30,8 @@ class Passes:
         self.step: Step | None = None  # the pass that is under way in the decoder
         self.done: Step | None = None  # the pass whose logits are under way
         self.labels: Tensor | None = None
-        self.targets: Tensor | None = None  # of scoring
+        self.targets: Tensor | None = None
+        self.loss_only = False
         self.logits_to_keep: int | Tensor = 0
         # Input of a block -> its pass, for transformers that checkpoint a block with its hooks: the replay in the
         # backward pass gets the same input, perhaps after other forward passes.
@@ -179,7 +181,10 @@ class Passes:
             return output
         if labels is not None:
             output.loss = self._loss(module, logits, last, labels, kwargs)
-        output.logits = logits if last is None else cache_logprobs(logits, *last)
+        if labels is not None and self.loss_only and last is not None:
+            output.logits = None
+        else:
+            output.logits = logits if last is None else cache_logprobs(logits, *last)
         return output
 
     @contextlib.contextmanager
