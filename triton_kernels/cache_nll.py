@@ -168,9 +168,7 @@ def _call(
 
 
 @operator
-def cache_nll(
-    logits: Tensor, targets: Tensor, cache_scores: Tensor, cache_tokens: Tensor, mix: Tensor, stats: bool
-):
+def cache_nll(logits: Tensor, targets: Tensor, cache_scores: Tensor, cache_tokens: Tensor, mix: Tensor, stats: bool):
     """nll, and lse, lse_rest, the largest probability and the entropy of the logits, ``[..., T]``. stats: otherwise the last two
     are 0."""
     call, T, W, N = _call("cache_nll", logits, targets, cache_scores, cache_tokens, mix)

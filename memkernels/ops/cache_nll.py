@@ -47,9 +47,7 @@ def statistics(logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return lse, rest, largest, -(q * log_q).sum(-1)
 
 
-def reference(
-    logits: Tensor, targets: Tensor, cache_scores: Tensor, cache_tokens: Tensor, mix: Tensor, stats: bool
-):
+def reference(logits: Tensor, targets: Tensor, cache_scores: Tensor, cache_tokens: Tensor, mix: Tensor, stats: bool):
     log_p, _, _ = mixture(logits, cache_scores, cache_tokens, mix)
     lead = torch.broadcast_shapes(log_p.shape[:-1], targets.shape)
     log_p, ignored = log_p.expand(*lead, -1), (targets == -1).expand(lead)
@@ -168,5 +166,7 @@ def cache_nll(
     Generalization through Memorization: Nearest Neighbor Language Models.
     """
     tokens, share = spread("cache_nll", logits, cache_scores, cache_tokens, mix)
-    nll, lse, _, largest, entropy = call(OP, [logits, targets, cache_scores, tokens, share], (bool(return_stats),), backend)
+    nll, lse, _, largest, entropy = call(
+        OP, [logits, targets, cache_scores, tokens, share], (bool(return_stats),), backend
+    )
     return (nll, LogitStats(lse, largest, entropy)) if return_stats else nll
