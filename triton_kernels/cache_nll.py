@@ -169,8 +169,8 @@ def _call(
 
 @operator
 def cache_nll(logits: Tensor, targets: Tensor, cache_scores: Tensor, cache_tokens: Tensor, mix: Tensor, stats: bool):
-    """nll, and lse, lse_rest, the largest probability and the entropy of the logits, ``[..., T]``. stats: otherwise the last two
-    are 0."""
+    """nll, and lse, lse_rest, the largest probability and the entropy of the logits, ``[..., T]``; the last two are 0
+    without ``stats``."""
     call, T, W, N = _call("cache_nll", logits, targets, cache_scores, cache_tokens, mix)
     results = [call.token_result(T, dtype=torch.float32) for _ in range(5)]
     views = [(view, *view.stride()) for _, view in results]

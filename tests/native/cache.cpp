@@ -187,16 +187,17 @@ void cache_nll(const Case& grid) {
   }
   Tensor out(c.stats(), c.tokens(1)), lse(c.stats(), c.tokens(1)), rest(c.stats(), c.tokens(1));
   Stats s(in, g);
-  const mk::CacheNll f{in.params(lse, rest), targets.view(),       out.view(),
-                       true,                 s.got_largest.view(), s.got_entropy.view()};
+  const mk::CacheNll f{in.params(lse, rest), targets.view(),      out.view(), true,
+                       s.got_largest.view(), s.got_entropy.view()};
   verify(c, "cache_nll",
          {{"nll", &out, &want},
           {"lse", &lse, &in.l},
           {"largest", &s.got_largest, &s.largest},
           {"entropy", &s.got_entropy, &s.entropy}},
          [&] { MK_CALL(cache_nll, f); });
-  const mk::CacheNllBackward b{in.params(in.lse, in.rest), targets.view(),      s.saved.view(),      d_out.view(),
-                               s.of_lse.view(),            s.of_largest.view(), s.of_entropy.view(), g.views()};
+  const mk::CacheNllBackward b{
+      in.params(in.lse, in.rest), targets.view(),      s.saved.view(), d_out.view(), s.of_lse.view(),
+      s.of_largest.view(),        s.of_entropy.view(), g.views()};
   verify(c, "cache_nll_backward",
          {{"d_logits", &g.z, &g.want_z}, {"d_scores", &g.s, &g.want_c}, {"d_mix", &g.m, &g.want_m}},
          [&] { MK_CALL(cache_nll_backward, b); });
