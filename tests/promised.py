@@ -44,7 +44,7 @@ SIGNATURES["additive_read"] = (
     "(query, keys, values, score_vector, *, slot_mask=None, slot_range=None, return_lse=False)"
 )
 SIGNATURES["cache_logprobs"] = "(logits, cache_scores, cache_tokens, mix)"
-SIGNATURES["cache_nll"] = "(logits, targets, cache_scores, cache_tokens, mix)"
+SIGNATURES["cache_nll"] = "(logits, targets, cache_scores, cache_tokens, mix, *, return_stats=False)"
 SIGNATURES["ngram_slots"] = (
     "(tokens, sizes, multipliers, *, orders, heads, token_map=None, history=None, first=None, ignore=None, pad=0)"
 )

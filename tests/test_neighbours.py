@@ -11,7 +11,9 @@ import torch
 from transformers_support import FAMILIES, WORDS, cache_name, cache_of, stir, tiny  # isort: skip (may skip the module)
 from neighbours_support import TEXTS, Letters, feed_forward_inputs, ids, store
 
+import memkernels as mk
 from memkernels.integrations import transformers as mkt
+from memkernels.integrations.transformers import passes
 from memkernels.integrations.transformers.cache import MemoryCache
 from memkernels.integrations.transformers.mixing import Found, Mixing, Past
 
@@ -330,3 +332,71 @@ def test_refusals_of_arguments():
         handle.fit(["x"], progress=False)
     with pytest.raises(ValueError, match="must be given input_ids, got embeddings"):
         model(inputs_embeds=torch.randn(1, 4, 32))
+
+
+def test_scores_are_those_of_the_mixed_distribution():
+    """By score, window after window, against the log-probabilities that the model returns; without the memory too."""
+    model, tokens = tiny("llama"), ids(TEXT)[:41]
+    handle = attached(model, cache=16)
+    stir(handle.memories[0])
+    for context in (contextlib.nullcontext(), handle.disabled()):
+        with context, torch.no_grad():
+            wanted, cache = [], None
+            for first in (0, 25):
+                piece = tokens[first : first + 25][: len(tokens) - first - 1]
+                given = {} if cache is None else {cache_name(model): mkt.next_window(model, cache)}
+                output = model(piece[None], use_cache=handle.enabled, **given)
+                cache = cache_of(output) if handle.enabled else None
+                own = output.logits[0].double().log_softmax(-1)
+                wanted.append(-own.gather(-1, tokens[first + 1 : first + 1 + len(piece), None])[:, 0])
+            found = mkt.score(handle, tokens, window=25)
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found.double(), torch.cat(wanted), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_loss_writes_no_distribution_and_copies_no_logits(dtype, monkeypatch):
+    """The kernels get the model's own logits; log-probabilities are formed where they are returned, and only there."""
+    model, tokens = tiny("llama").to(dtype), ids(TEXT)[:40]
+    handle, read, formed = attached(model), [], []
+
+    def nll(logits, *rest):
+        read.append(logits)
+        return mk.cache_nll(logits, *rest)
+
+    def logprobs(logits, *rest):
+        formed.append(logits)
+        return mk.cache_logprobs(logits, *rest)
+
+    monkeypatch.setattr(passes, "cache_nll", nll)
+    monkeypatch.setattr(passes, "cache_logprobs", logprobs)
+    with torch.no_grad():
+        whole = model(tokens[None], labels=tokens[None])
+        assert len(formed) == 1 and whole.logits.dtype == torch.float32
+        with handle.loss_only():
+            alone = model(tokens[None], labels=tokens[None])
+            unlabelled = model(tokens[None])
+        assert alone.logits is None and torch.equal(alone.loss, whole.loss) and len(formed) == 2
+        assert torch.equal(unlabelled.logits, whole.logits)
+        mkt.score(handle, tokens)
+    assert len(formed) == 2 and len(read) == 3 and all(x.dtype == dtype for x in (*read, *formed))
+    chosen = whole.logits[0, :-1].double().gather(-1, tokens[1:, None])
+    torch.testing.assert_close(whole.loss.double(), -chosen.mean(), atol=1e-5, rtol=1e-5)
+    with handle.loss_only(), handle.disabled(), torch.no_grad():
+        assert model(tokens[None], labels=tokens[None]).logits is not None
+
+
+def test_labels_that_are_ignored_have_no_loss_and_no_gradient():
+    model, tokens = tiny("llama"), ids(TEXT)[:30]
+    handle = attached(model)
+    labels = tokens.clone()
+    labels[5:20] = -100
+    output = model(tokens[None], labels=labels[None])
+    kept = labels[1:] != -100
+    chosen = output.logits[0, :-1].gather(-1, tokens[1:, None])[:, 0]
+    torch.testing.assert_close(output.loss, -chosen[kept].mean(), atol=1e-5, rtol=1e-5)
+    parameters = [p for p in handle.parameters() if p.requires_grad]
+    by_loss = torch.autograd.grad(output.loss, parameters, retain_graph=True)
+    by_hand = torch.autograd.grad(-chosen[kept].mean(), parameters)
+    for a, b in zip(by_loss, by_hand):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)

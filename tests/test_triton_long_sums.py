@@ -55,3 +55,29 @@ def test_small_terms_are_not_lost_beside_a_large_sum():
 def test_no_sum_runs_on_beyond_the_longest_part():
     done = run_python(CUT, TRITON_INTERPRET="1")
     assert done.stdout.strip() == "cut", done.stdout + done.stderr
+
+
+BLOCKS = """
+import torch, memkernels as mk
+# Rows of several blocks of words: rising, so that each block moves the reference; with a tie in two blocks; plain.
+z = 3 * torch.randn(3, 5000, generator=torch.Generator().manual_seed(0))
+z[0] = z[0].sort().values
+z[1, 4500] = z[1, 100] = z[1].max() + 1
+targets, tokens, scores = torch.tensor([1, 4500, -1]), torch.tensor([1, 100, 7, -1]), torch.zeros(3, 4)
+
+def run(z, backend):
+    z.requires_grad_()
+    given = z, targets, scores.to(z.dtype), tokens, 0.3
+    nll, (lse, largest, entropy) = mk.cache_nll(*given, return_stats=True, backend=backend)
+    return [nll, lse, largest, entropy, *torch.autograd.grad((nll + 2 * lse + 3 * largest + entropy).sum(), z)]
+
+for got, wanted in zip(run(z, "triton"), run(z.detach().double(), "reference")):
+    print(float((got.double() - wanted).abs().max()))
+"""
+
+
+def test_the_stats_of_a_row_of_several_blocks():
+    done = run_python(BLOCKS, TRITON_INTERPRET="1", OMP_NUM_THREADS="1", PYTHONWARNINGS="ignore")
+    assert done.returncode == 0, done.stdout + done.stderr
+    errors = [float(x) for x in done.stdout.split()]
+    assert len(errors) == 5 and max(errors) < 1e-5, errors

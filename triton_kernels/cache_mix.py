@@ -43,6 +43,35 @@ def row_lse(row, W, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def join_moment(s, m, total, moment):
+    """:func:`join`, and the sum of (s - m) exp(s - m), in which words without weight do not count."""
+    highest = tl.maximum(m, tl.max(s, 0))
+    base = tl.where(highest == float("-inf"), 0.0, highest)
+    x, shift = s - base, tl.where(m == float("-inf"), 0.0, m - base)
+    e, factor = tl.exp2(x * LOG2E), tl.exp2((m - base) * LOG2E)
+    moment = factor * (moment + total * shift) + tl.sum(tl.where(e == 0, 0.0, e * x), 0)
+    return highest, total * factor + tl.sum(e, 0), moment
+
+
+@triton.jit
+def row_stats(row, W, BLOCK: tl.constexpr):
+    """Of q, the softmax of a row: log-sum-exp and what its rounding left out, the largest q, -sum q log q; -inf and 0
+    where every number is -inf."""
+    m = tl.full([], float("-inf"), tl.float32)
+    total = tl.zeros([], tl.float32)
+    moment = tl.zeros([], tl.float32)
+    for first in range(0, W, BLOCK):
+        w = first + tl.arange(0, BLOCK)
+        z = tl.load(row + w, mask=w < W, other=float("-inf")).to(tl.float32)
+        m, total, moment = join_moment(z, m, total, moment)
+    lse, rest = log_total(m, total)
+    divisor = tl.where(total == 0, 1.0, total)
+    entropy = tl.log(divisor) - moment / divisor
+    largest = tl.where(total == 0, 0.0, 1.0 / divisor)
+    return lse, rest, largest, tl.where(entropy < 0, 0.0, entropy)
+
+
+@triton.jit
 def entries(scores, words, j, N, W):
     """Scores of entries ``j``, and their words; -inf and -1 for those that are empty."""
     word = tl.load(words + j, mask=j < N, other=-1)

@@ -24,10 +24,11 @@ def bytes_moved(s, item):
     return s["T"] * (s["W"] * item + s["N"] * (8 + item))
 
 
-def _case(direction, *goals):
+def _case(direction, *goals, **options):
     forward = direction == "forward"
     return Case(
         op="cache_nll",
+        name="with stats" if options else "",
         sizes={"T": 256, "W": 32000, "N": 256},
         quick={"T": 32, "W": 1000, "N": 64},
         make=make,
@@ -35,8 +36,13 @@ def _case(direction, *goals):
         bytes=bytes_moved if forward else lambda s, item: 2 * bytes_moved(s, item),
         direction=direction,
         grads=() if forward else ("logits", "cache_scores", "mix"),
+        options=options,
         goals=goals,
     )
 
 
-CASES = [_case("forward", ratio(3, "eager")), _case("backward", ratio(3, "eager"))]
+CASES = [
+    _case("forward", ratio(3, "eager")),
+    _case("backward", ratio(3, "eager")),
+    _case("forward", return_stats=True),
+]

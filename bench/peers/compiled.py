@@ -34,8 +34,9 @@ def additive_read(query, keys, values, score_vector):
     return lambda: _compiled(eager.additive_attention)(query, keys, values, score_vector)
 
 
-def cache_nll(logits, targets, cache_scores, cache_tokens, mix):
-    return lambda: _compiled(eager.mixed_loss)(logits, targets, cache_scores, cache_tokens, mix)
+def cache_nll(logits, targets, cache_scores, cache_tokens, mix, return_stats=False):
+    run = eager.mixed_loss_and_stats if return_stats else eager.mixed_loss
+    return lambda: _compiled(run)(logits, targets, cache_scores, cache_tokens, mix)
 
 
 def cache_logprobs(logits, cache_scores, cache_tokens, mix):

@@ -207,8 +207,16 @@ def mixed_loss(logits, targets, cache_scores, cache_tokens, mix):
     return -torch.log((1 - mix) * own + mix * cached)
 
 
-def cache_nll(logits, targets, cache_scores, cache_tokens, mix):
-    return lambda: mixed_loss(logits, targets, cache_scores, cache_tokens, mix)
+def mixed_loss_and_stats(logits, targets, cache_scores, cache_tokens, mix):
+    log_own = torch.log_softmax(logits, -1)
+    own = log_own.exp()
+    stats = torch.logsumexp(logits, -1), own.amax(-1), -(own * log_own).sum(-1)
+    return mixed_loss(logits, targets, cache_scores, cache_tokens, mix), *stats
+
+
+def cache_nll(logits, targets, cache_scores, cache_tokens, mix, return_stats=False):
+    run = mixed_loss_and_stats if return_stats else mixed_loss
+    return lambda: run(logits, targets, cache_scores, cache_tokens, mix)
 
 
 def mixed(logits, cache_scores, cache_tokens, mix):

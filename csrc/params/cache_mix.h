@@ -24,6 +24,8 @@ struct CacheNll {
   CacheMix mix;
   View targets;
   View nll;
+  bool stats;             // otherwise the next two are 0
+  View largest, entropy;  // of softmax(logits)
 };
 
 // Gradients, float (double for double); a missing d_<argument> is not wanted.
@@ -39,7 +41,8 @@ struct CacheLogprobsBackward {
 
 struct CacheNllBackward {
   CacheMix mix;
-  View targets, d_nll;
+  View targets, entropy;
+  View d_nll, d_lse, d_largest, d_entropy;  // a missing one is zero
   CacheGradients d;
 };
 

@@ -120,6 +120,47 @@ void cache_logprobs(const Case& grid) {
          [&] { MK_CALL(cache_logprobs_backward, b); });
 }
 
+namespace {
+
+// lse, the largest probability and the entropy of the logits of every token, and what their gradients add to those of
+// the logits.
+struct Stats {
+  Wide largest, entropy, d_lse, d_largest, d_entropy;
+  Tensor got_largest, got_entropy, saved, of_lse, of_largest, of_entropy;
+
+  Stats(Mixed& in, MixedGradients& g) {
+    const Case& c = in.c;
+    for (Wide* x : {&largest, &entropy}) *x = Wide(c.tokens(1));
+    const auto drawn = [&](Wide& wide) {
+      Tensor d = uniform(c.stats(), c.tokens(1), in.random, -1, 1);
+      wide = d.wide();
+      return d;
+    };
+    of_lse = drawn(d_lse), of_largest = drawn(d_largest), of_entropy = drawn(d_entropy);
+    for (int64_t place = 0; place < c.places(); ++place) {
+      for (int64_t t = 0; t < c.T; ++t) add(in, g, place, t);
+    }
+    got_largest = Tensor(c.stats(), c.tokens(1)), got_entropy = Tensor(c.stats(), c.tokens(1));
+    saved = Tensor(c.stats(), entropy);
+  }
+  void add(const Mixed& in, MixedGradients& g, int64_t place, int64_t t) {
+    const double* z = in.z.row(place, t);
+    double &top = *largest.row(place, t), &h = *entropy.row(place, t), ties = 0, highest = -kInfinity;
+    for (int64_t w = 0; w < in.c.V; ++w) {
+      const double q = in.own(place, t, w);
+      top = std::max(top, q), highest = std::max(highest, z[w]), h -= q * std::log(q);
+    }
+    for (int64_t w = 0; w < in.c.V; ++w) ties += z[w] == highest;
+    for (int64_t w = 0; g.want_z && w < in.c.V; ++w) {
+      const double q = in.own(place, t, w), log_q = std::log(q);
+      g.want_z.row(place, t)[w] += *d_lse.row(place, t) * q - *d_entropy.row(place, t) * q * (log_q + h) +
+                                   *d_largest.row(place, t) * top * ((z[w] == highest ? 1 / ties : 0) - q);
+    }
+  }
+};
+
+}  // namespace
+
 void cache_nll(const Case& grid) {
   Mixed in(grid);
   const Case& c = in.c;
@@ -145,9 +186,18 @@ void cache_nll(const Case& grid) {
     }
   }
   Tensor out(c.stats(), c.tokens(1)), lse(c.stats(), c.tokens(1)), rest(c.stats(), c.tokens(1));
-  const mk::CacheNll f{in.params(lse, rest), targets.view(), out.view()};
-  verify(c, "cache_nll", {{"nll", &out, &want}, {"lse", &lse, &in.l}}, [&] { MK_CALL(cache_nll, f); });
-  const mk::CacheNllBackward b{in.params(in.lse, in.rest), targets.view(), d_out.view(), g.views()};
+  Stats s(in, g);
+  const mk::CacheNll f{in.params(lse, rest), targets.view(),      out.view(), true,
+                       s.got_largest.view(), s.got_entropy.view()};
+  verify(c, "cache_nll",
+         {{"nll", &out, &want},
+          {"lse", &lse, &in.l},
+          {"largest", &s.got_largest, &s.largest},
+          {"entropy", &s.got_entropy, &s.entropy}},
+         [&] { MK_CALL(cache_nll, f); });
+  const mk::CacheNllBackward b{
+      in.params(in.lse, in.rest), targets.view(),      s.saved.view(), d_out.view(), s.of_lse.view(),
+      s.of_largest.view(),        s.of_entropy.view(), g.views()};
   verify(c, "cache_nll_backward",
          {{"d_logits", &g.z, &g.want_z}, {"d_scores", &g.s, &g.want_c}, {"d_mix", &g.m, &g.want_m}},
          [&] { MK_CALL(cache_nll_backward, b); });

@@ -56,7 +56,8 @@ struct LogSum {
     m = moved;
     base = m == -kInf<F> ? fill<F>(0) : m;
   }
-  MK_INLINE Vec<F> term(Vec<F> x) const { return exp<F>(x - base); }
+  MK_INLINE void add(Vec<F> a) { l += exp<F>(a - base); }
+  MK_INLINE void add(Vec<F> a, Vec<F> b) { l += exp<F>(a - base) + exp<F>(b - base); }
   LogSumExp<F> value() const {
     const F top = largest<F>(m);
     const F total = sum<F>(l * (m == -kInf<F> ? fill<F>(0) : exp<F>(m - top)));
@@ -64,25 +65,86 @@ struct LogSum {
   }
 };
 
+// LogSum, the largest number, and sum (x - m) exp(x - m), from which the entropy follows.
 template <class F>
-inline LogSumExp<F> row_lse(const char* row, DType dtype, int64_t n, F* buffer) {
-  constexpr int W = kLanes<F>;
+struct MomentSum {
   LogSum<F> sums;
+  Vec<F> moment = fill<F>(0), top = fill<F>(-kInf<F>);
+
+  MK_INLINE void meet(Vec<F> high) {
+    top = max<F>(high, top);
+    const Vec<F> m = sums.m, l = sums.l;
+    sums.meet(high);
+    if (__builtin_expect(!any<F>(sums.m > m), 1)) return;
+    const Vec<F> shift = m == -kInf<F> ? fill<F>(0) : m - sums.m;
+    moment = (m == -kInf<F> ? fill<F>(0) : exp<F>(shift)) * (moment + l * shift);
+  }
+  MK_INLINE void add(Vec<F> a, Vec<F> b) {
+    const Vec<F> x = a - sums.base, y = b - sums.base, e = exp<F>(x), f = exp<F>(y);
+    sums.l += e + f;
+    moment += e * max<F>(x, fill<F>(kNothing)) + f * max<F>(y, fill<F>(kNothing));
+  }
+  MK_INLINE void add(Vec<F> a) {
+    const Vec<F> x = a - sums.base, e = exp<F>(x);
+    sums.l += e;
+    moment += e * max<F>(x, fill<F>(kNothing));
+  }
+
+  static constexpr F kNothing = -1000;  // exp is 0 here, for double too: 0 * -inf would be NaN
+};
+
+// Of the distribution over the words of a row: log-sum-exp, the largest probability, the entropy in nats.
+template <class F>
+struct RowStats {
+  LogSumExp<F> end;
+  F largest = 0, entropy = 0;
+
+  RowStats() = default;
+  explicit RowStats(const MomentSum<F>& found) : end(found.sums.value()) {
+    if (end.lse == -kInf<F>) return;
+    const Vec<F> m = found.sums.m;
+    const F top = mk::MK_ISA::largest<F>(m);
+    const Vec<F> shift = m == -kInf<F> ? fill<F>(0) : m - top;
+    const Vec<F> factor = m == -kInf<F> ? fill<F>(0) : exp<F>(shift);
+    const F total = sum<F>(found.sums.l * factor), moment = sum<F>(factor * (found.moment + found.sums.l * shift));
+    largest = std::exp(end.log_share(mk::MK_ISA::largest<F>(found.top)));
+    entropy = std::log(total) - moment / total;
+    entropy = entropy < 0 ? F(0) : entropy;
+  }
+};
+
+// Gives the numbers of a row to meet() and add() of running sums, in registers of F.
+template <class F, class Sums>
+MK_INLINE void sum_row(const char* row, DType dtype, int64_t n, F* buffer, Sums& sums) {
+  constexpr int W = kLanes<F>;
   each_block<F>(row, dtype, n, buffer, [&](int64_t, const F* x, int64_t count) {
     int64_t j = 0;
     for (; j + 4 * W <= count; j += 4 * W) {
       prefetch_next_page(x + j, 4 * W);
       const Vec<F> a = load<F>(x + j), b = load<F>(x + j + W), c = load<F>(x + j + 2 * W), d = load<F>(x + j + 3 * W);
       sums.meet(max<F>(max<F>(a, b), max<F>(c, d)));
-      sums.l += (sums.term(a) + sums.term(b)) + (sums.term(c) + sums.term(d));
+      sums.add(a, b), sums.add(c, d);
     }
     for (; j < count; j += W) {
       const Vec<F> a = load_or_least<F>(x, j, count);
       sums.meet(a);
-      sums.l += sums.term(a);
+      sums.add(a);
     }
   });
+}
+
+template <class F>
+inline LogSumExp<F> row_lse(const char* row, DType dtype, int64_t n, F* buffer) {
+  LogSum<F> sums;
+  sum_row<F>(row, dtype, n, buffer, sums);
   return sums.value();
+}
+
+template <class F>
+inline RowStats<F> row_stats(const char* row, DType dtype, int64_t n, F* buffer) {
+  MomentSum<F> sums;
+  sum_row<F>(row, dtype, n, buffer, sums);
+  return RowStats<F>(sums);
 }
 
 // The entries of one token: e_j = exp(score_j - largest), 0 for an empty entry, and their sum.

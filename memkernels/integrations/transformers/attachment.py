@@ -143,6 +143,16 @@ class Attachment:
         finally:
             self._passes.enabled = before
 
+    @contextlib.contextmanager
+    def loss_only(self) -> Iterator[None]:
+        """In this block a call with labels returns no logits where a memory mixes: the distribution over the
+        vocabulary is then never written, and the loss costs one pass over the model's logits."""
+        before, self._passes.loss_only = self._passes.loss_only, True
+        try:
+            yield
+        finally:
+            self._passes.loss_only = before
+
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the memories, and a fingerprint of the model, to ``folder`` (made if it is not there).
 

@@ -29,6 +29,13 @@ class Mixture(NamedTuple):
     mix: Tensor
 
 
+def no_entries(logits: Tensor) -> Mixture:
+    """The mixture without entries: the model's own distribution."""
+    none = logits.new_empty(*logits.shape[:-1], 0)
+    mix = logits.new_zeros(none.shape[:-1], dtype=torch.promote_types(logits.dtype, torch.float32))
+    return Mixture(none, none.long(), mix)
+
+
 class Read(NamedTuple):
     """What tokens read: the slots ``[B, T, ..., k]`` (-1: none) and their weights, of the same shape."""
 

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ...ops import causal_range, topk_search
+from ...ops import cache_nll, causal_range, topk_search
 from .encoding import bar, named
 from .fitting import alone
-from .memory import Memory, Mixture, Read, Step
+from .memory import Memory, Mixture, Read, Step, no_entries
 from .mixing import Found, Mixing, Past, Recorded, learn
 from .place import Place, token_ids
 from .token_store import Source, TokenStore, check_model, check_tokenizer
@@ -181,7 +181,7 @@ class Neighbours(Memory):
     def mixture(self, step: Step, logits: Tensor) -> Mixture | None:
         if self._recorded is not None:
             last = self._recorded[-1]
-            own = torch.log_softmax(logits.float(), -1).flatten(0, 1).gather(-1, last.targets[:, None])[:, 0]
+            own = -cache_nll(logits.flatten(0, 1), last.targets, *no_entries(logits.flatten(0, 1)))
             self._recorded[-1] = last._replace(own=own)
             return None
         found, self._mixture = self._mixture, None

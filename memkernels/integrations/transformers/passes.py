@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,14 +13,15 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ...ops import cache_logprobs, cache_nll
 from .cache import current_tokens, given_cache, remember, returned_cache
-from .memory import Memory, Mixture, Read, Step
+from .memory import Memory, Mixture, Read, Step, no_entries
 from .place import Place
 
 _IGNORED = -100  # the label of a token that has no loss
 
 
 class Passes:
-    """What the hooks share. enabled: False while an attachment is disabled. reading: read_in is at work."""
+    """What the hooks share. enabled: False while an attachment is disabled. reading: read_in is at work. loss_only: no
+    logits where there are labels. targets: those of :meth:`scoring`."""
 
     def __init__(self, place: Place, memories: Sequence[Memory]):
         self.place, self.memories = place, tuple(memories)
@@ -28,6 +30,8 @@ class Passes:
         self.step: Step | None = None  # the pass that is under way in the decoder
         self.done: Step | None = None  # the pass whose logits are under way
         self.labels: Tensor | None = None
+        self.targets: Tensor | None = None
+        self.loss_only = False
         self.logits_to_keep: int | Tensor = 0
         # Input of a block -> its pass, for transformers that checkpoint a block with its hooks: the replay in the
         # backward pass gets the same input, perhaps after other forward passes.
@@ -153,7 +157,10 @@ class Passes:
         return args, {**kwargs, "labels": None}
 
     def mix(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-        """After it: log-probabilities of the mixture, and their loss."""
+        """After it: log-probabilities of the mixture, and their loss; in :meth:`scoring` the loss of each token alone.
+
+        The logits are read in their dtype. They are large: a copy in float32 costs as much as the mixture.
+        """
         step, labels = self.done, self.labels
         self.done = self.labels = None
         if not self.enabled or step is None:
@@ -164,17 +171,30 @@ class Passes:
             raise RuntimeError(
                 "memory: the model must return logits to be mixed, got none (a fused loss, such as Liger's)"
             )
-        logits, mixed, last = output.logits, output.logits, None
+        logits, last = output.logits, None
         for memory in self.memories:
-            found = memory.mixture(step, mixed) if memory.mixes else None
-            if found is not None:
-                exact = mixed.to(torch.promote_types(mixed.dtype, torch.float32))
-                logits, last = mixed, Mixture(found.scores.to(exact.dtype), found.tokens, found.mix.to(exact.dtype))
-                mixed = cache_logprobs(exact, *last)
-        output.logits = mixed
+            if memory.mixes:
+                logits = logits if last is None else cache_logprobs(logits, *last)
+                last = _exact(memory.mixture(step, logits), logits.dtype)
+        if self.targets is not None:
+            output.logits, output.loss = None, _nll(logits, last, self.targets)
+            return output
         if labels is not None:
             output.loss = self._loss(module, logits, last, labels, kwargs)
+        if labels is not None and self.loss_only and last is not None:
+            output.logits = None
+        else:
+            output.logits = logits if last is None else cache_logprobs(logits, *last)
         return output
+
+    @contextlib.contextmanager
+    def scoring(self, targets: Tensor) -> Iterator[None]:
+        """In this block the model gives no logits, and as its loss that of each of ``targets`` ``[B, S]``."""
+        self.targets = targets
+        try:
+            yield
+        finally:
+            self.targets = None
 
     def _loss(
         self, module: Any, logits: Tensor, mixture: Mixture | None, labels: Tensor, kwargs: dict[str, Any]
@@ -183,13 +203,24 @@ class Passes:
         if mixture is None:
             known = {k: v for k, v in kwargs.items() if k == "num_items_in_batch"}
             return module.loss_function(logits=logits, labels=labels, vocab_size=module.config.vocab_size, **known)
-        scores, tokens, mix = (x[:, :-1] for x in mixture)
         targets = labels[:, 1:].to(logits.device)
         counts = targets != _IGNORED
-        exact = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32))
-        nll = cache_nll(exact, targets.masked_fill(~counts, 0), scores, tokens, mix).masked_fill(~counts, 0).sum()
+        nll = _nll(logits[:, :-1], Mixture(*(x[:, :-1] for x in mixture)), targets.masked_fill(~counts, -1)).sum()
         items = kwargs.get("num_items_in_batch")
         return nll / (counts.sum() if items is None else torch.as_tensor(items, device=nll.device))
+
+
+def _exact(mixture: Mixture | None, dtype: torch.dtype) -> Mixture | None:
+    """In the dtypes of a mixture with logits of ``dtype``."""
+    if mixture is None:
+        return None
+    exact = torch.promote_types(dtype, torch.float32)
+    return Mixture(mixture.scores.to(exact), mixture.tokens, mixture.mix.to(exact))
+
+
+def _nll(logits: Tensor, mixture: Mixture | None, targets: Tensor) -> Tensor:
+    """The loss ``[B, S]`` of targets, 0 where one is -1."""
+    return cache_nll(logits, targets, *(no_entries(logits) if mixture is None else mixture))
 
 
 def _joined(before: Read | None, read: Read) -> Read:

@@ -18,6 +18,7 @@ from ...store import MemoryStore
 
 COLUMNS = 3  # token, document, position
 _AT_ONCE = 1024  # queries; their k keys are gathered side by side
+_IN_CACHE = 32  # of these, whose differences from their keys stay in the processor's cache
 _SPLIT = 3  # bfloat16 or float16 parts of |k|^2 / 2, that add up to the precision of float32
 _LARGEST = 2**24  # float32 counts up to here
 
@@ -50,11 +51,11 @@ class Records:
         return topk_search(query.to(self.dtype), self.keys, k, scale=2.0, slot_mask=self.lengths)[1]
 
     def rows(self, slots: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys in float32 and columns; any numbers where a slot is -1."""
+        """Keys in a dtype of floats and columns; any numbers where a slot is -1."""
         at = slots.clamp(min=0)
         if len(self.keys) == 0:
-            return slots.new_zeros(*slots.shape, self.dim).float(), slots.new_zeros(*slots.shape, COLUMNS)
-        return self.keys[at].float(), self.columns[at]
+            return self.keys.new_zeros(*slots.shape, self.dim), slots.new_zeros(*slots.shape, COLUMNS)
+        return self.keys[at], self.columns[at]
 
     def columns_at(self, slots: Tensor) -> Tensor:
         """int64 ``[..., 3]``."""
@@ -158,15 +159,15 @@ def nearest(records: Records | DiskRecords, query: Tensor, k: int) -> tuple[Tens
     """The k nearest records of queries ``[T, dim]``, float32.
 
     Returns:
-        ``(distances [T, k], slots [T, k], columns [T, k, 3])``: |q - k|^2 in float32, +inf where there is no record;
-        int64, -1 there.
+        ``(distances, slots, tokens)``, each ``[T, k]``: |q - k|^2 in float32, +inf where there is no record; int64, -1
+        there.
     """
     found = [_nearest(records, part, k) for part in query.split(_AT_ONCE)]
     if not found:
         empty = query.new_empty(0, k)
-        return empty, empty.long(), empty.long()[..., None].expand(-1, -1, COLUMNS)
-    distances, slots, columns = (torch.cat(parts) for parts in zip(*found))
-    return distances, slots, columns.long()
+        return empty, empty.long(), empty.long()
+    distances, slots, tokens = (torch.cat(parts) for parts in zip(*found))
+    return distances, slots, tokens
 
 
 def _nearest(records: Records | DiskRecords, query: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -174,8 +175,9 @@ def _nearest(records: Records | DiskRecords, query: Tensor, k: int) -> tuple[Ten
     none = slots < 0
     keys, columns = records.rows(slots)
     # A score of 16 bits has too few digits to tell neighbours apart: the distance is computed anew.
-    distances = (query[:, None] - keys).square().sum(-1)
-    return distances.masked_fill(none, torch.inf), slots, columns.masked_fill(none[..., None], -1)
+    pairs = zip(query.split(_IN_CACHE), keys.split(_IN_CACHE))
+    distances = torch.cat([(q[:, None] - near.float()).square_().sum(-1) for q, near in pairs])
+    return distances.masked_fill(none, torch.inf), slots, columns[..., 0].long().masked_fill(none, -1)
 
 
 def before(records: Records | DiskRecords, slot: int, count: int) -> Tensor:

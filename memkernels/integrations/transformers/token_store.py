@@ -225,9 +225,9 @@ class TokenStore:
             ``(distances, tokens, slots)``, each ``[..., k]``, nearest first: the squared distance of the stored key,
             float32, +inf where fewer than k are there; int64, -1 there.
         """
-        distances, slots, columns = nearest(self.records, query.reshape(-1, self.dim), k)
+        distances, slots, tokens = nearest(self.records, query.reshape(-1, self.dim), k)
         lead = (*query.shape[:-1], k)
-        return distances.view(lead), columns[..., 0].reshape(lead), slots.view(lead)
+        return distances.view(lead), tokens.view(lead), slots.view(lead)
 
     def sources(self, slots: Tensor, *, tokens: int = 12) -> list[Source | None]:
         """Where records stand, for ``slots [M]``; None for -1 and for what was removed. tokens: of their text.

@@ -68,15 +68,16 @@ def score(model: Any, ids: Tensor, *, window: int = 1024) -> Tensor:
     Returns:
         nats, float32 ``[T - 1]``: ``exp`` of their mean is the perplexity.
     """
-    normal = False  # are the logits log-probabilities already?
-    carries = hasattr(model, "mk_memory")
-    if isinstance(model, Attachment):
-        normal, carries, model = model.mixes, model.enabled, model.model
-    losses = []
-    for _, targets, output in windows(model.eval(), ids, window, carries):
-        logits = output.logits[0].float()
-        if normal:
-            losses.append(-logits.gather(-1, targets[:, None])[:, 0])
+    attachment = model if isinstance(model, Attachment) else None
+    if attachment is not None:
+        model = attachment.model
+    carries = hasattr(model, "mk_memory") and (attachment is None or attachment.enabled)
+    run, losses = windows(model.eval(), ids, window, carries), []
+    for targets in ids[1:].split(window) if len(ids) > 1 else ():
+        if attachment is not None and attachment.mixes:
+            with attachment._passes.scoring(targets[None].to(next(model.parameters()).device)):
+                losses.append(next(run).output.loss[0])
         else:
-            losses.append(F.cross_entropy(logits, targets, reduction="none"))
+            _, targets, output = next(run)
+            losses.append(F.cross_entropy(output.logits[0].float(), targets, reduction="none"))
     return torch.cat(losses) if losses else torch.empty(0)
