@@ -23,6 +23,7 @@ from torch import Tensor
 from ...store import _where
 from . import encoding
 from .place import Place, differs, fingerprint
+from .recall import recall
 from .records import DiskRecords, Records, before, nearest
 
 FORMAT = 1
@@ -228,6 +229,36 @@ class TokenStore:
         distances, slots, columns = nearest(self.records, query.reshape(-1, self.dim), k)
         lead = (*query.shape[:-1], k)
         return distances.view(lead), columns[..., 0].reshape(lead), slots.view(lead)
+
+    def recall(self, text: str, *, most: int = 3, k: int = 128) -> list[tuple[float, str]]:
+        """The documents that are nearest to a text, such as a question: scores and names, best first.
+
+        ``S(d) = 1/T sum_t (1 - min_{i in d} |q_t - k_i|^2 / f_t)`` over the k records nearest to each token of the text,
+        the farthest of which is at the distance ``f_t``: from 0, no record of d was found, to 1, each token has one at
+        the distance 0. Of documents with the same score the later comes first. The text is read as :meth:`add` would
+        read it: let it have the form of the documents.
+
+        Args:
+            text: of at least one token. most: documents. k: records of each token.
+
+        Raises:
+            TypeError: the store was loaded without its model and tokenizer. ValueError: the text has no token, or most
+                or k is below 1.
+
+        Source: Khattab and Zaharia 2020, ColBERT (the best match of each token, summed over the tokens).
+        """
+        if self.model is None or self.tokenizer is None:
+            raise TypeError("TokenStore: model and tokenizer must be given to load before recall, got None")
+        for name, number in (("most", most), ("k", k)):
+            if number < 1:
+                raise ValueError(f"TokenStore.recall: {name} must be at least 1, got {number}")
+        ids = torch.as_tensor(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        if len(ids) == 0:
+            raise ValueError("TokenStore.recall: text must have a token, got none")
+        inputs = encoding.feed_forward_inputs(Place.of(self.model), self.layer, ids, self.window)
+        scores, documents = recall(self, self.project(inputs), k)
+        named = [(self.documents[number] or {}).get("document", "") for number in documents[:most].tolist()]
+        return list(zip(scores[:most].tolist(), named))
 
     def sources(self, slots: Tensor, *, tokens: int = 12) -> list[Source | None]:
         """Where records stand, for ``slots [M]``; None for -1 and for what was removed. tokens: of their text.
