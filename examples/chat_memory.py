@@ -251,8 +251,8 @@ def tiny(steps: int = 500) -> tuple[Any, Words]:
     def sample() -> str:
         kind = draw.choice(list(KINDS))
         question, values = KINDS[kind]
-        name, value = draw.choice(NAMES[12:]), draw.choice(values)
-        other = draw.choice(list(KINDS)), draw.choice(NAMES[12:])
+        name, value = draw.choice(NAMES), draw.choice(values)
+        other = draw.choice(list(KINDS)), draw.choice(NAMES)
         seen = draw.sample(TALK, 2) + [other[0].format(name=other[1], value=draw.choice(KINDS[other[0]][1]))]
         draw.shuffle(seen)
         told = draw.choice(("", CORRECTION)) + kind.format(name=name, value=value)

@@ -24,7 +24,7 @@ from ...store import _where
 from . import encoding
 from .place import Place, differs, fingerprint
 from .recall import recall
-from .records import DiskRecords, Records, before, nearest
+from .records import DiskRecords, Records, around, nearest
 
 FORMAT = 1
 _SAMPLE = 2**18  # tokens from which the principal components are found
@@ -32,12 +32,14 @@ _DTYPES = {str(dtype)[6:]: dtype for dtype in (torch.float32, torch.bfloat16, to
 
 
 class Source(NamedTuple):
-    """Where a record stands: the name of its document, the position of its key there, and the text that ends with the
-    token that it votes for."""
+    """Where a record stands: the name of its document ("": the text at hand), the position of its key there, the text
+    that ends with the token that it votes for, that token alone, and the text that follows it."""
 
     document: str
     position: int
     text: str
+    token: str = ""
+    after: str = ""
 
 
 class TokenStore:
@@ -261,7 +263,8 @@ class TokenStore:
         return list(zip(scores[:most].tolist(), named))
 
     def sources(self, slots: Tensor, *, tokens: int = 12) -> list[Source | None]:
-        """Where records stand, for ``slots [M]``; None for -1 and for what was removed. tokens: of their text.
+        """Where records stand, for ``slots [M]``; None for -1 and for what was removed. tokens: of the text before
+        each and after.
 
         Raises:
             TypeError: the store was loaded without its tokenizer.
@@ -276,8 +279,9 @@ class TokenStore:
                 continue
             _, document, position = self.records.columns_at(torch.tensor([slot]))[0].tolist()
             described = self.documents[document] or {}
-            text = self.tokenizer.decode(before(self.records, slot, tokens - 1).tolist())
-            found.append(Source(described["document"], position, text))
+            text, after = (x.tolist() for x in around(self.records, slot, tokens - 1, tokens))
+            parts = (self.tokenizer.decode(x) for x in (text, text[-1:], after))
+            found.append(Source(described["document"], position, *parts))
         return found
 
     def save(self, folder: str | os.PathLike[str]) -> None:
