@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 import memkernels
-from memkernels._evaluate import texts
+from memkernels._evaluate import texts, tiny
 
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "tutorials"
 
@@ -47,28 +47,7 @@ def quote(h: Any, memory: Any, tokenizer: Any, prompt: str, tokens: int) -> tupl
     return written, lines
 
 
-class Letters:
-    """One token per character, for ``--tiny``."""
-
-    def __call__(self, text: str, **options: Any) -> dict[str, list[int]]:
-        return {"input_ids": [min(ord(letter), 127) for letter in text]}
-
-    def get_vocab(self) -> dict[str, int]:
-        return {chr(number): number for number in range(128)}
-
-    def decode(self, ids: list[int]) -> str:
-        return "".join(map(chr, ids))
-
-
-def tiny() -> tuple[Any, Any, dict[str, str]]:
-    """A model of random weights, its tokenizer and three documents."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    size = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=128, eos_token_id=0, **size)).eval()
-    lines = ("a memory keeps what was read. ", "what was read is found again. ", "a memory is found again. ")
-    return model, Letters(), {f"notes/{number}": line * 8 for number, line in enumerate(lines)}
+LINES = ("a memory keeps what was read. ", "what was read is found again. ", "a memory is found again. ")  # for --tiny
 
 
 def main(argv: list[str] | None = None) -> list[str]:
@@ -81,7 +60,8 @@ def main(argv: list[str] | None = None) -> list[str]:
     parser.add_argument("--tiny", action="store_true", help="random weights and small texts")
     options = parser.parse_args(argv)
     if options.tiny:
-        model, tokenizer, documents = tiny()
+        model, tokenizer = tiny.language_model()
+        documents = {f"notes/{number}": line * 8 for number, line in enumerate(LINES)}
         h, memory = remember(model, tokenizer, documents, k=8, cache=64, dim=16, progress=False)
     else:
         if absent := texts.missing():
