@@ -11,6 +11,8 @@ from typing import Any
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")  # what no HTML page may hold, and carriage returns
 
+_RETURN = '<span class="soft">\N{RETURN SYMBOL}</span>'
+
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1d2127; --soft: #5d6570; --page: #fbfbfa; --card: #ffffff; --line: #d9dce0;
   --memory: 255 138 0; --most: .62; --yes: #0b6b3a; --mark: #ffe2b8; --shadow: 0 8px 30px rgb(0 0 0 / .16); }
@@ -50,6 +52,7 @@ mark { background: var(--mark); color: inherit; border-radius: 3px; padding: .05
 table { border-collapse: collapse; width: 100%; }
 td, th { text-align: left; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 td:first-child { overflow-wrap: anywhere; }
+th { font-size: .85rem; font-weight: 600; color: var(--soft); }
 td + td, th + th { text-align: right; padding-right: 0; font-variant-numeric: tabular-nums; }
 @media (min-width: 60rem) {
   main { margin: 0; padding: 2.5rem 28rem 4rem 3rem; max-width: 76rem; }
@@ -69,7 +72,7 @@ def show(attachment: Any, ids: Any, path: str | os.PathLike[str], *, prompt: int
     Args:
         attachment: what ``attach`` of :mod:`memkernels.integrations.transformers` returned, with ``Neighbours``.
         ids: the text, int64 ``[T]`` or ``[1, T]``, as ``generate`` returns it; the model reads it once.
-        path: of the file, which is written anew. prompt: tokens at the beginning that are shown without sources, from
+        path: of the file, which is written anew, in a folder that is made if it is not there. prompt: tokens at the beginning that are shown without sources, from
             1. most: records of each token. title: of the page.
 
     Returns:
@@ -89,6 +92,7 @@ def show(attachment: Any, ids: Any, path: str | os.PathLike[str], *, prompt: int
     tokenizer = next(memory.tokenizer for memory in attachment.memories if memory.tokenizer is not None)
     given = tokenizer.decode(tokens[:prompt])
     path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(page(given, traced, prompt, title or "What each token read").encode("utf-8"))
     return path
 
@@ -111,7 +115,7 @@ def page(given: str, traced: Sequence[Any], first: int, title: str) -> str:
 <main>
 <h1>{_text(title)}</h1>
 <p class="soft small">Share of a token's probability that comes from the memory: 0 <span class="scale"></span> 1; \
-{shared:.0%} on average. Point at a token, or step through them with Tab, to see the records behind it.</p>
+{shared:.0%} on average. Point at a token, tap it, or step through them with Tab, to see the records behind it.</p>
 <p class="text"><span class="prompt">{_text(given)}</span>{spans}</p>
 {_documents(traced)}
 </main>
@@ -125,8 +129,15 @@ def _text(text: str) -> str:
     return escape(_CONTROL.sub("\N{REPLACEMENT CHARACTER}", text))
 
 
+def _line(text: str) -> str:
+    """Text in one line."""
+    return _text(text).replace("\n", _RETURN)
+
+
 def _token(token: Any, number: int) -> str:
-    visible = _text(token.text).replace("\n", "<span class='soft'>\N{RETURN SYMBOL}</span>\n") or "\N{DOTTED CIRCLE}"
+    words = token.text.rstrip("\n")
+    ends = len(token.text) - len(words)  # line ends that end a token stand behind it, where they make no box of their own
+    visible = _text(words).replace("\n", f"{_RETURN}\n") + _RETURN * ends or "\N{DOTTED CIRCLE}"
     records = "".join(_record(vote) for vote in token.votes)
     if not records:
         records = '<span class="record soft">No record was read.</span>'
@@ -135,8 +146,9 @@ def _token(token: Any, number: int) -> str:
         f'{visible}<span class="card" role="tooltip" id="c{number}">'
         f'<span class="row head"><b>{_text(repr(token.text))}</b>'
         f'<span class="weight soft">probability {_percent(token.probability)}</span></span>'
-        f'<span class="row">{_percent(token.share)} of it from the memory, whose share of all is '
-        f"{_percent(token.memory)}</span>{records}</span></span>"
+        f'<span class="row head">of it from the memory<span class="weight">{_percent(token.share)}</span></span>'
+        f'<span class="row head">share of the memory in all tokens<span class="weight">{_percent(token.memory)}</span>'
+        f"</span>{records}</span></span>" + "\n" * ends
     )
 
 
@@ -151,8 +163,8 @@ def _record(vote: Any) -> str:
     agrees = '<span class="yes">votes for this token</span>' if vote.agrees else "votes for another token"
     return (
         f'<span class="record"><span class="row head"><b>{_text(name)}</b>{weight}</span>{bar}'
-        f'<span class="quote">\N{HORIZONTAL ELLIPSIS}{_text(before)}<mark>{_text(source.token)}</mark>'
-        f"{_text(source.after)}\N{HORIZONTAL ELLIPSIS}</span>"
+        f'<span class="quote">\N{HORIZONTAL ELLIPSIS}{_line(before)}<mark>{_line(source.token)}</mark>'
+        f"{_line(source.after)}\N{HORIZONTAL ELLIPSIS}</span>"
         f'<span class="row small soft">token {source.position + 1}, {agrees}</span></span>'
     )
 
@@ -172,7 +184,7 @@ def _documents(traced: Sequence[Any]) -> str:
         for name, share in sorted(given.items(), key=lambda pair: -pair[1])[:12]
     )
     return (
-        "<h2>Documents</h2>\n<table>\n<tr><th>document</th><th>share of the text, of the records shown</th></tr>\n"
+        "<h2>Documents</h2>\n<table>\n<tr><th>document</th><th>share of the text</th></tr>\n"
         f"{rows}</table>"
     )
 

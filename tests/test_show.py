@@ -126,7 +126,7 @@ class Page(HTMLParser):
     def __init__(self, source):
         super().__init__(convert_charrefs=True)
         self.stack, self.tags, self.attributes = [], [], []
-        self.tokens, self.cards, self.prompt, self.bars = {}, {}, "", []
+        self.tokens, self.cards, self.prompt, self.between = {}, {}, "", ""
         self.feed(source)
         self.close()
         assert not self.stack
@@ -153,6 +153,8 @@ class Page(HTMLParser):
             self.tokens[inside["t"]][1] += data
         elif "prompt" in inside:
             self.prompt += data
+        elif "text" in inside:
+            self.between += data
 
 
 def shown(handle, written, tmp_path, **options):
@@ -173,7 +175,8 @@ def test_the_page_has_every_token_and_its_weights(tmp_path):
         assert text == token.text and tabindex == "0"
         assert float(style.removeprefix("--s:")) == pytest.approx(token.share, abs=6e-4)
         card = page.cards[f"c{number}"]
-        assert f"probability {token.probability:.1%}" in card and f"{token.share:.1%} of it" in card
+        assert f"probability {token.probability:.1%}" in card and f"of it from the memory{token.share:.1%}" in card
+        assert f"in all tokens{token.memory:.1%}" in card
         for vote in token.votes:
             assert f"{vote.weight:.1%}" in card or vote.weight < 0.001
             assert (vote.source.document or "this text") in card and vote.source.text + vote.source.after in card
@@ -209,16 +212,18 @@ def test_lines_and_removed_records(tmp_path):
     vote = mkt.Vote(0.25, True, mkt.Source("a", 3, "x\ny", "y", "z"))
     tokens = [
         mkt.Traced(5, "a\nb", 0.5, 0.5, 0.25, [vote]),
+        mkt.Traced(6, "c\n\n", 0.5, 0.0, 0.25, []),
         mkt.Traced(6, "", 0.5, 0.0, 0.25, [mkt.Vote(0.0004, False, None)]),
         mkt.Traced(7, "\ud800", 0.5, 0.0, 0.0, []),
     ]
     source = page("given", tokens, 1, "title")
     source.encode("utf-8")
     found = Page(source)
-    assert "".join(found.tokens["t1"][1].split("\N{RETURN SYMBOL}")) == "a\nb"
-    assert "x\nyz" in found.cards["c1"] and "25.0%" in found.cards["c1"]
-    assert "a removed record" in found.cards["c2"] and "below 0.1%" in found.cards["c2"] and found.tokens["t2"][1]
-    assert "No record was read" in found.cards["c3"]
+    assert found.tokens["t1"][1] == "a\N{RETURN SYMBOL}\nb"
+    assert found.tokens["t2"][1] == "c\N{RETURN SYMBOL}\N{RETURN SYMBOL}" and found.between == "\n\n"
+    assert "x\N{RETURN SYMBOL}yz" in found.cards["c1"] and "25.0%" in found.cards["c1"]
+    assert "a removed record" in found.cards["c3"] and "below 0.1%" in found.cards["c3"] and found.tokens["t3"][1]
+    assert "No record was read" in found.cards["c4"]
 
 
 def test_refusals_write_nothing(tmp_path):
