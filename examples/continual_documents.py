@@ -56,7 +56,9 @@ def parted(documents: Sequence[tuple[str, str]], tokenizer: Any, count: int, tok
 class Server:
     """A model with a memory: answers requests, takes documents in and out, and is measured."""
 
-    def __init__(self, model: Any, tokenizer: Any, old: list[Document], held_out: Document, progress: Any, **store: Any):
+    def __init__(
+        self, model: Any, tokenizer: Any, old: list[Document], held_out: Document, progress: Any, **store: Any
+    ):
         from memkernels.integrations import transformers as mkt  # here, so that --help needs no extra
 
         self.tokenizer, self.progress, self.score = tokenizer, progress, mkt.score

@@ -136,7 +136,9 @@ def _line(text: str) -> str:
 
 def _token(token: Any, number: int) -> str:
     words = token.text.rstrip("\n")
-    ends = len(token.text) - len(words)  # line ends that end a token stand behind it, where they make no box of their own
+    ends = len(token.text) - len(
+        words
+    )  # line ends that end a token stand behind it, where they make no box of their own
     visible = _text(words).replace("\n", f"{_RETURN}\n") + _RETURN * ends or "\N{DOTTED CIRCLE}"
     records = "".join(_record(vote) for vote in token.votes)
     if not records:
@@ -183,10 +185,7 @@ def _documents(traced: Sequence[Any]) -> str:
         f"<tr><td>{_text(name)}</td><td>{_percent(share)}</td></tr>\n"
         for name, share in sorted(given.items(), key=lambda pair: -pair[1])[:12]
     )
-    return (
-        "<h2>Documents</h2>\n<table>\n<tr><th>document</th><th>share of the text</th></tr>\n"
-        f"{rows}</table>"
-    )
+    return f"<h2>Documents</h2>\n<table>\n<tr><th>document</th><th>share of the text</th></tr>\n{rows}</table>"
 
 
 def _percent(share: float) -> str:

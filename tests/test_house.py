@@ -92,7 +92,15 @@ def test_import_is_fast():
 
 
 def test_import_does_not_load_what_it_does_not_need():
-    heavy = ("memkernels.nn", "memkernels.testing", "memkernels._show", "matplotlib", "transformers", "triton", "numpy.testing")
+    heavy = (
+        "memkernels.nn",
+        "memkernels.testing",
+        "memkernels._show",
+        "matplotlib",
+        "transformers",
+        "triton",
+        "numpy.testing",
+    )
     assert run_python(f"import sys, memkernels; print([m for m in {heavy} if m in sys.modules])").stdout.strip() == "[]"
 
 

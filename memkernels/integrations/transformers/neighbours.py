@@ -290,7 +290,9 @@ class Neighbours(Memory):
         """Where an entry of the cache stands, in the text itself."""
         decode = self.store.tokenizer.decode
         text = decode(ids[max(0, at + 2 - tokens) : at + 2].tolist())
-        return Source("", at, text, decode(ids[at + 1 : at + 2].tolist()), decode(ids[at + 2 : at + 2 + tokens].tolist()))
+        return Source(
+            "", at, text, decode(ids[at + 1 : at + 2].tolist()), decode(ids[at + 2 : at + 2 + tokens].tolist())
+        )
 
     def save_parts(self, folder: Path) -> None:
         self.store.save(folder / "store")
