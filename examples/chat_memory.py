@@ -27,8 +27,30 @@ import torch
 from memkernels._evaluate import texts
 
 NAMES = (
-    *"Clara Bruno Ingrid Tomas Amara Felix Noor Pavel Greta Ruben Selma Oskar".split(),
-    *"Mira Hugo Lena Anton Sofia Emil Irene Jonas Paula Viktor Nadia Boris".split(),
+    "Clara",
+    "Bruno",
+    "Ingrid",
+    "Tomas",
+    "Amara",
+    "Felix",
+    "Noor",
+    "Pavel",
+    "Greta",
+    "Ruben",
+    "Selma",
+    "Oskar",
+    "Mira",
+    "Hugo",
+    "Lena",
+    "Anton",
+    "Sofia",
+    "Emil",
+    "Irene",
+    "Jonas",
+    "Paula",
+    "Viktor",
+    "Nadia",
+    "Boris",
 )
 KINDS = {
     "{name} works at the {value}.": (
@@ -242,8 +264,8 @@ class Words:
         return " ".join(self.words[number] for number in ids)
 
 
-def tiny(steps: int = 500) -> tuple[Any, Words]:
-    """A small model that learned, from dialogues of other people, to answer from what it sees."""
+def tiny(steps: int = 300) -> tuple[Any, Words]:
+    """A small model that learned to answer from the last note that it sees, whatever the name and the value."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     draw = random.Random(0)
@@ -253,12 +275,11 @@ def tiny(steps: int = 500) -> tuple[Any, Words]:
         question, values = KINDS[kind]
         name, value = draw.choice(NAMES), draw.choice(values)
         other = draw.choice(list(KINDS)), draw.choice(NAMES)
-        seen = draw.sample(TALK, 2) + [other[0].format(name=other[1], value=draw.choice(KINDS[other[0]][1]))]
+        seen = [*draw.sample(TALK, 3), other[0].format(name=other[1], value=draw.choice(KINDS[other[0]][1]))]
         draw.shuffle(seen)
-        told = draw.choice(("", CORRECTION)) + kind.format(name=name, value=value)
-        seen = [*draw.sample(TALK, draw.randint(0, 1)), *seen]
-        seen.insert(draw.choice((len(seen), len(seen), len(seen) - 1)), told)
-        return prompt(seen, question.format(name=name)) + kind.format(name=name, value=value) + " <|im_end|>"
+        told = kind.format(name=name, value=value)  # always last, where a recalled turn stands
+        seen.append(draw.choice(("", CORRECTION)) + told)
+        return prompt(seen, question.format(name=name)) + told + " <|im_end|>"
 
     everything = [turn(CORRECTION), *map(turn, TALK), prompt(TALK[:1], "")]
     for kind, (question, values) in KINDS.items():
@@ -266,11 +287,12 @@ def tiny(steps: int = 500) -> tuple[Any, Words]:
         everything += [question.format(name=NAMES[0])]
     tokenizer = Words(everything)
     torch.manual_seed(0)
-    size = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4}
-    config = LlamaConfig(vocab_size=len(tokenizer.words), eos_token_id=1, pad_token_id=0, **size)
+    size = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    special = {"eos_token_id": 1, "pad_token_id": 0, "tie_word_embeddings": True}
+    config = LlamaConfig(vocab_size=len(tokenizer.words), **special, **size)
     model = LlamaForCausalLM(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, steps)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, steps)
     for _ in range(steps):
         rows = [torch.tensor(tokenizer(sample())["input_ids"]) for _ in range(16)]
         ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)

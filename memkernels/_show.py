@@ -30,7 +30,8 @@ p { margin: 0 0 1rem; }
 .scale { display: inline-block; width: 7rem; height: .8em; vertical-align: baseline; border-radius: 3px;
   border: 1px solid var(--line); background: linear-gradient(to right, transparent, rgb(var(--memory) / var(--most))); }
 .text { white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.9; }
-.t { background: rgb(var(--memory) / calc(var(--s) * var(--most))); border-radius: 3px; padding: .15em 0; cursor: help; }
+.t { background: rgb(var(--memory) / calc(var(--s) * var(--most))); border-radius: 3px;
+  padding: .15em 0; cursor: help; }
 .t:hover, .t:focus, .t:target { outline: 2px solid rgb(var(--memory)); outline-offset: 1px; }
 .card { display: none; position: fixed; left: 0; right: 0; bottom: 0; z-index: 2; max-height: 48vh; overflow: auto;
   padding: .8rem 1rem 1rem; background: var(--card); border-top: 1px solid var(--line); box-shadow: var(--shadow);
@@ -72,15 +73,16 @@ def show(attachment: Any, ids: Any, path: str | os.PathLike[str], *, prompt: int
     Args:
         attachment: what ``attach`` of :mod:`memkernels.integrations.transformers` returned, with ``Neighbours``.
         ids: the text, int64 ``[T]`` or ``[1, T]``, as ``generate`` returns it; the model reads it once.
-        path: of the file, which is written anew, in a folder that is made if it is not there. prompt: tokens at the beginning that are shown without sources, from
-            1. most: records of each token. title: of the page.
+        path: of the file, which is written anew, in a folder that is made if it is not there.
+        prompt: tokens at the beginning that are shown without sources, from 1. most: records of each token.
+        title: of the page.
 
     Returns:
         The path.
 
     Raises:
-        TypeError: ``attachment`` is none. ValueError: it is disabled, has no memory with records, or prompt, most or ids
-            do not fit. Nothing is written then.
+        TypeError: ``attachment`` is none. ValueError: it is disabled, has no memory with records, or prompt, most or
+            ids do not fit. Nothing is written then.
 
     Source: Khandelwal et al. 2020, Generalization through Memorization: Nearest Neighbor Language Models (whose tables
     of neighbours the page has for every token).

@@ -67,7 +67,7 @@ def test_reads_of_a_generation_are_of_all_its_tokens(cached):
     model = tiny("llama").double()
     handle = attached(model)
     written = generated(handle, use_cache=cached)
-    found = {name: read for name, read in handle.reads.items()}
+    found = dict(handle.reads)
     assert found["0.store"].slots.shape == (1, written.shape[1] - 1, 8)
     with torch.no_grad():
         model(written[:, :-1])

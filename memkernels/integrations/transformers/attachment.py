@@ -202,7 +202,8 @@ class Attachment:
         pass is then the one of :attr:`reads`.
 
         Args:
-            ids: int64 ``[T]`` or ``[1, T]``. first: the first token that is traced, from 1. most: records of each token.
+            ids: int64 ``[T]`` or ``[1, T]``. first: number of the first token that is traced, from 1.
+            most: records of each token.
 
         Returns:
             One :class:`Traced` for each of the tokens ``first .. T - 1``.

@@ -235,7 +235,7 @@ class TokenStore:
     def recall(self, text: str, *, most: int = 3, k: int = 128) -> list[tuple[float, str]]:
         """The documents that are nearest to a text, such as a question: scores and names, best first.
 
-        ``S(d) = 1/T sum_t (1 - min_{i in d} |q_t - k_i|^2 / f_t)`` over the k records nearest to each token of the text,
+        ``S(d) = 1/T sum_t (1 - min_{i in d} |q_t - k_i|^2 / f_t)`` over the k records nearest to each token,
         the farthest of which is at the distance ``f_t``: from 0, no record of d was found, to 1, each token has one at
         the distance 0. Of documents with the same score the later comes first. The text is read as :meth:`add` would
         read it: let it have the form of the documents.

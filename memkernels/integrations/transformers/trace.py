@@ -72,7 +72,7 @@ def trace(attachment: Attachment, ids: Any, first: int, most: int) -> list[Trace
 
 
 def pieces(tokenizer: Any, ids: list[int], context: int = 8) -> list[str]:
-    """What each token adds to the text: together they are the text. A character of several tokens is that of its last."""
+    """What each token adds to the text; a character of several tokens comes with the last of them."""
     found = []
     for at in range(len(ids)):
         start = max(0, at - context)
