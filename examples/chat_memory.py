@@ -1,7 +1,7 @@
 """A chat that outgrows its window: facts said long ago are recalled, and a correction wins over what it corrects.
 
-    "Clara has a pet goat." ... small talk ... "I was wrong: Clara has a pet parrot." ... small talk ... "What pet does
-    Clara have?"   "Clara has a pet parrot."
+    "Clara has a pet goat." ... small talk ... "I was wrong." "Clara has a pet parrot." ... small talk ...
+    "What pet does Clara have?"   "Clara has a pet parrot."
 
 The model sees the last few turns. Every turn that leaves this window goes to a ``TokenStore``. A frozen model answers
 each question in four ways: from the window alone; with the votes of the store's nearest records (``Neighbours``); with
@@ -86,7 +86,7 @@ I like walking along the river in the evening.
 The kitchen clock stopped at noon.
 There is a market in the square on Saturday.
 We are out of milk and eggs.""".splitlines()
-CORRECTION = "I was wrong before. "
+CORRECTION = "I was wrong about something."
 WINDOW = 4  # turns that the model sees
 ALIKE = 0.02  # scores that differ by less are of turns about the same thing; chosen on dialogues that are not measured
 WAYS = ("window alone", "votes", "recall", "recall and votes")
@@ -110,19 +110,20 @@ def dialogue(seed: int, facts: int, corrections: int, names: tuple[str, ...]) ->
     turns: list[str] = []
     known: dict[int, Fact] = {}
 
-    def tell(number: int, prefix: str = "") -> None:
+    def tell(number: int) -> None:
         (name, kind), old = pairs[number], known.get(number)
         question, values = KINDS[kind]
         value = draw.choice([value for value in values if old is None or value != old.value])
         before, corrected = (old.value, old.turn) if old else ("", -1)
         known[number] = Fact(question.format(name=name), value, before, len(turns), corrected, values)
-        turns.append(prefix + kind.format(name=name, value=value))
+        turns.append(kind.format(name=name, value=value))
         turns.extend(draw.sample(TALK, 3))
 
     for number in range(facts):
         tell(number)
     for number in draw.sample(range(facts), corrections):
-        tell(number, CORRECTION)
+        turns.append(CORRECTION)
+        tell(number)
     turns.extend(draw.sample(TALK, WINDOW))
     return turns, list(known.values())
 
@@ -275,7 +276,7 @@ def tiny(steps: int = 150) -> tuple[Any, Words]:
         question, values = KINDS[kind]
         name, value = draw.choice(NAMES), draw.choice(values)
         told = kind.format(name=name, value=value)  # always last, where a recalled turn stands
-        seen = [draw.choice(TALK), draw.choice(("", CORRECTION)) + told]
+        seen = [draw.choice([*TALK, CORRECTION]), told]
         return prompt(seen, question.format(name=name)) + told + " <|im_end|>"
 
     everything = [turn(CORRECTION), *map(turn, TALK), prompt(TALK[:1], "")]
@@ -319,7 +320,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     options = parser.parse_args(argv)
     if options.tiny:
         model, tokenizer = tiny()
-        shape = {"layer": 1, "dim": 48}
+        shape = {"layer": 0, "dim": 64}
     else:
         if absent := texts.missing():
             parser.error(f"needs {', '.join(absent)}: pip install 'memkernels[evaluate]'")

@@ -2,7 +2,8 @@
 
 A frozen model reads from a ``TokenStore`` of old documents. Between its requests documents of another kind are added,
 one at a time. The store has the first two thirds of each document; perplexity is measured on the last third, which
-nobody reads before. At the end the new documents are removed.
+nobody reads before. Shares that were learned while the store was small may not fit the larger one: they are learned
+again, on an old document that is not in the store. At the end the old shares are back and the new documents removed.
 
     python examples/continual_documents.py [OLD] [NEW] [--documents 3] [--tokens 384]
 
@@ -14,6 +15,7 @@ few texts instead.
 from __future__ import annotations
 
 import argparse
+import copy
 import math
 import pydoc
 from collections.abc import Sequence
@@ -45,7 +47,7 @@ def parted(documents: Sequence[tuple[str, str]], tokenizer: Any, count: int, tok
     """The first ``count`` documents that are long enough: two thirds to keep, ``tokens`` of the rest to measure."""
     found: list[Document] = []
     for name, text in documents:
-        text = text[: 12 * tokens]
+        text = text[: 24 * tokens]
         cut = 2 * len(text) // 3
         ids = torch.as_tensor(tokenizer(text[cut:], add_special_tokens=False, verbose=False)["input_ids"])
         if len(ids) > tokens // 2 and len(found) < count:
@@ -64,8 +66,13 @@ class Server:
         self.tokenizer, self.progress, self.score = tokenizer, progress, mkt.score
         read = [(document.name, document.text) for document in old]
         self.store = mkt.TokenStore.build(model.requires_grad_(False), tokenizer, read, progress=False, **store)
-        self.h = mkt.attach(model, mkt.Neighbours(self.store, k=8, cache=256))
-        self.h.fit([(held_out.name, held_out.text)], progress=False, window=256)
+        self.h = mkt.attach(model, mkt.Neighbours(self.store, k=32, cache=256))
+        self.held_out = held_out
+        self.fit()
+
+    def fit(self) -> None:
+        """Learn the shares of the memory on a document that it has not read."""
+        self.h.fit([(self.held_out.name, self.held_out.text)], progress=False, window=256)
 
     def request(self, ids: torch.Tensor, tokens: int = 8) -> str:
         """What follows a prompt ``ids [T]``."""
@@ -96,6 +103,11 @@ def measure(server: Server, old: list[Document], new: list[Document]) -> dict[st
         print(f"answered {answer!r}, then read {document.name}: {records:,} records")
         if number in (0, len(new) - 1):
             note(f"with {number + 1} new")
+    mixing = server.h.memories[0].mixing
+    before = copy.deepcopy(mixing.state_dict())
+    server.fit()
+    note("shares anew")
+    mixing.load_state_dict(before)
     server.store.remove(where=("document like ?", ["new/%"]))
     note("removed")
     return measured
@@ -107,10 +119,10 @@ def report(measured: dict[str, dict[str, float]]) -> None:
     for step, row in measured.items():
         cells = "".join(f"{row[kind]:16.3f} {row[kind] / before[kind] - 1:+7.1%} " for kind in ("old", "new"))
         print(f"{step:16}{cells}{int(row['records']):10,}")
-    last = [row for step, row in measured.items() if step.startswith("with")][-1]
-    worse = last["old"] / before["old"] - 1
-    kept = "kept" if worse <= FORGOTTEN else "not kept"
-    print(f"old documents {worse:+.2%} with all new ones; at most {FORGOTTEN:+.0%} was promised: {kept}")
+    for step in [step for step in measured if step.startswith("with")][-1:] + ["shares anew"]:
+        worse = measured[step]["old"] / before["old"] - 1
+        kept = "kept" if worse <= FORGOTTEN else "not kept"
+        print(f"old documents, {step}: {worse:+.2%}; at most {FORGOTTEN:+.0%} was promised: {kept}")
 
 
 def manuals() -> list[tuple[str, str]]:
