@@ -7,7 +7,8 @@ The model sees the last few turns. Every turn that leaves this window goes to a 
 each question in four ways: from the window alone; with the votes of the store's nearest records (``Neighbours``); with
 the turn that ``TokenStore.recall`` finds put back into the window; with both. Of turns that are recalled equally well,
 to within 2%, the latest is taken: what is said twice of the same thing has nearly the same score, so the correction
-wins, and nothing needs to be deleted. An answer is right if it names the value that was said last, and no other.
+wins, and nothing needs to be deleted. A fifth column has the right turn put there, what recall could give at best. An
+answer is right if it names the value that was said last, and no other.
 
     python examples/chat_memory.py [--dialogues 2] [--facts 24]
 
@@ -89,7 +90,8 @@ We are out of milk and eggs.""".splitlines()
 CORRECTION = "I was wrong about something."
 WINDOW = 4  # turns that the model sees
 ALIKE = 0.02  # scores that differ by less are of turns about the same thing; chosen on dialogues that are not measured
-WAYS = ("window alone", "votes", "recall", "recall and votes")
+GIVEN = "right turn given"  # what the model would answer if recall never failed
+WAYS = ("window alone", "votes", "recall", "recall and votes", GIVEN)
 
 
 class Fact(NamedTuple):
@@ -160,9 +162,11 @@ class Chat:
         found = self.store.recall(turn(question), most=8)
         return max(name for score, name in found if score >= (1 - ALIKE) * found[0][0])
 
-    def answer(self, question: str, way: str) -> str:
+    def answer(self, fact: Fact, way: str) -> str:
         """What the model generates in one of ``WAYS``."""
-        seen = list(self.window)
+        question, seen = fact.question, list(self.window)
+        if way == GIVEN and (name := f"1/{fact.turn:05}") in self.said:
+            seen.append(self.said[name])
         if "recall" in way and (name := self.recall(question)) in self.said:
             seen.append(self.said[name])
         with contextlib.nullcontext() if "votes" in way else self.h.disabled():
@@ -192,7 +196,7 @@ def right(answer: str, fact: Fact) -> bool:
 
 def ask(chat: Chat, questions: list[tuple[str, Fact]], counts: dict[str, dict[str, list[bool]]], talk: list) -> None:
     for group, fact in questions:
-        answers = {way: chat.answer(fact.question, way) for way in WAYS}
+        answers = {way: chat.answer(fact, way) for way in WAYS}
         for way, answer in answers.items():
             counts[group][way].append(right(answer, fact))
         if group != "in the window":

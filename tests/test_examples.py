@@ -109,9 +109,8 @@ def chat_memory(tmp_path):
     measured = run("chat_memory", ["--tiny", "--dialogues", "1", "--facts", "12"])
     for group in ("before the window", "before it, corrected"):
         assert measured[group]["window alone"] <= 0.4, "what left the window cannot be known"
-        assert measured[group]["turn found"] >= 0.75
-        assert measured[group]["recall"] >= measured[group]["window alone"] + 0.3
-    assert measured["old value of those"]["turn found"] <= 0.25
+        assert measured[group]["right turn given"] >= 0.9, "a turn that is put back is read"
+        assert measured[group]["recall"] >= measured[group]["turn found"] - 0.1, "so is one that was found"
 
 
 def continual_documents(tmp_path):
