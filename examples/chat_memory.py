@@ -269,7 +269,7 @@ class Words:
         return " ".join(self.words[number] for number in ids)
 
 
-def tiny(steps: int = 150) -> tuple[Any, Words]:
+def tiny(steps: int = 400) -> tuple[Any, Words]:
     """A small model that learned to answer from the last note that it sees, whatever the name and the value."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
