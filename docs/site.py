@@ -81,7 +81,7 @@ def grouped(module: str) -> dict[str, list[str]]:
         groups.setdefault(pages[name].read_text().partition("\n")[0].removeprefix("# "), []).append(name)
     making = [name for name in operations if pages[name] is None]
     groups |= {"In the making": making} if making else {}
-    return {**groups, "Choosing a backend": [name for name in names if name not in operations]}
+    return {**groups, "Choosing a backend": ["use_backend"], "Seeing what a memory gives": ["show"]}
 
 
 def formula(source, language, css_class, options, md, **_) -> str:

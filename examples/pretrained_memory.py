@@ -1,8 +1,9 @@
 """A pretrained model gets a memory of documents, in ten lines: SmolLM2-135M reads a manual and quotes what it read.
 
-    python examples/pretrained_memory.py [FOLDER] [--tokens 24] [--prompt TEXT]
+    python examples/pretrained_memory.py [FOLDER] [--tokens 24] [--prompt TEXT] [--page FILE]
 
-FOLDER holds text files; by default it is docs/tutorials of this checkout. Needs ``pip install
+FOLDER holds text files; by default it is docs/tutorials of this checkout. ``--page`` writes a page that shows the
+records behind each token that was generated. Needs ``pip install
 'memkernels[evaluate]'``. ``--tiny`` takes random weights and a few texts instead: it shows that everything works, in
 seconds.
 """
@@ -15,7 +16,8 @@ from typing import Any
 
 import torch
 
-from memkernels._evaluate import texts
+import memkernels
+from memkernels._evaluate import texts, tiny
 
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "tutorials"
 
@@ -32,41 +34,20 @@ def remember(model: Any, tokenizer: Any, documents: dict[str, str], k: int = 32,
     return h, memory
 
 
-def quote(h: Any, memory: Any, tokenizer: Any, prompt: str, tokens: int) -> tuple[str, list[str]]:
-    """The text that follows ``prompt``, and for each of its tokens the record that weighed most."""
+def quote(h: Any, memory: Any, tokenizer: Any, prompt: str, tokens: int) -> tuple[torch.Tensor, list[str]]:
+    """``prompt`` and what follows, ids ``[1, T]``, and for each token that follows the record that weighed most."""
     ids = torch.tensor([tokenizer(prompt)["input_ids"]])
     written = h.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False)
-    h.model(written[:, :-1])  # one pass over the whole text, so that the reads of all its tokens are there
     lines = []
     following = written[0, ids.shape[1] :].tolist()
-    for token, best in zip(following, memory.sources(h.reads["0.store"], most=1)[-len(following) :]):
+    read = [x[:, ids.shape[1] - 1 :] for x in h.reads["0.store"]]  # row t tells where token t + 1 came from
+    for token, best in zip(following, memory.sources(type(h.reads["0.store"])(*read), most=1)):
         weight, source = best[0]
         lines.append(f"{tokenizer.decode([token])!r:>16}  {weight:5.1%}  {source}")
-    return tokenizer.decode(written[0].tolist()), lines
+    return written, lines
 
 
-class Letters:
-    """One token per character, for ``--tiny``."""
-
-    def __call__(self, text: str, **options: Any) -> dict[str, list[int]]:
-        return {"input_ids": [min(ord(letter), 127) for letter in text]}
-
-    def get_vocab(self) -> dict[str, int]:
-        return {chr(number): number for number in range(128)}
-
-    def decode(self, ids: list[int]) -> str:
-        return "".join(map(chr, ids))
-
-
-def tiny() -> tuple[Any, Any, dict[str, str]]:
-    """A model of random weights, its tokenizer and three documents."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    size = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=128, eos_token_id=0, **size)).eval()
-    lines = ("a memory keeps what was read. ", "what was read is found again. ", "a memory is found again. ")
-    return model, Letters(), {f"notes/{number}": line * 8 for number, line in enumerate(lines)}
+LINES = ("a memory keeps what was read. ", "what was read is found again. ", "a memory is found again. ")  # for --tiny
 
 
 def main(argv: list[str] | None = None) -> list[str]:
@@ -75,10 +56,12 @@ def main(argv: list[str] | None = None) -> list[str]:
     parser.add_argument("folder", nargs="?", type=Path, default=DOCS)
     parser.add_argument("--prompt", default="A memory is N slots, each a")
     parser.add_argument("--tokens", type=int, default=24)
+    parser.add_argument("--page", type=Path, help="write a page of the records behind each token")
     parser.add_argument("--tiny", action="store_true", help="random weights and small texts")
     options = parser.parse_args(argv)
     if options.tiny:
-        model, tokenizer, documents = tiny()
+        model, tokenizer = tiny.language_model()
+        documents = {f"notes/{number}": line * 8 for number, line in enumerate(LINES)}
         h, memory = remember(model, tokenizer, documents, k=8, cache=64, dim=16, progress=False)
     else:
         if absent := texts.missing():
@@ -90,9 +73,11 @@ def main(argv: list[str] | None = None) -> list[str]:
         ids = torch.tensor([tokenizer(prompt)["input_ids"]])
         alone = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=options.tokens, do_sample=False)
     print("without:", tokenizer.decode(alone[0].tolist()))
-    text, lines = quote(h, memory, tokenizer, prompt, options.tokens)
-    print("with:   ", text)
+    written, lines = quote(h, memory, tokenizer, prompt, options.tokens)
+    print("with:   ", tokenizer.decode(written[0].tolist()))
     print("token, share of the record in the store's vote, and where it stands:", *lines, sep="\n")
+    if options.page:
+        print("page:   ", memkernels.show(h, written, options.page, prompt=ids.shape[1]))
     h.detach()
     return lines
 

@@ -140,7 +140,7 @@ class Derivatives:
         """
         n, saved, without_grad, none = self.n, self.saved, self.without_grad, (None, *self.none)
         with_grad, backward_op = self.with_grad, _torch.direct(self.backward_op)
-        places = [1 + i for i in self.differentiable]  # among the inputs of Recorded, the first of which is the operator
+        places = [1 + i for i in self.differentiable]  # among the inputs of Recorded; the operator is the first
         one_output, one_place = len(self.op.outputs) == 1, len(places) == 1
         below, grad_enabled, forward_mode = _torch.BelowAutograd, torch.is_grad_enabled, _torch.forward_mode
         derivatives = self
@@ -165,7 +165,7 @@ class Derivatives:
                 needs = ctx.needs_input_grad
                 wants = [needs[place] for place in places]
                 given = [d_outputs[i] for i in with_grad]
-                if True not in wants or not any([d is not None for d in given]):
+                if True not in wants or not [d for d in given if d is not None]:
                     return none
                 with below():
                     grads = backward_op(*ctx.saved_tensors, *given, *ctx.params, wants)

@@ -125,7 +125,7 @@ def test_every_op_has_a_section(name):
     assert generate.page_of(name) is not None
 
 
-@pytest.mark.parametrize("name", [*SIGNATURES, "use_backend"])
+@pytest.mark.parametrize("name", [*SIGNATURES, "show", "use_backend"])
 def test_every_public_name_is_documented(name):
     assert any(f"`{name}" in page.read_text() or f"{name}(" in page.read_text() for page in generate.pages())
 

@@ -98,8 +98,29 @@ def ngram_memory(tmp_path):
 
 def pretrained_memory(tmp_path):
     pytest.importorskip("transformers")
-    lines = run("pretrained_memory", ["--tiny", "--tokens", "8"])
+    page = tmp_path / "page.html"
+    lines = run("pretrained_memory", ["--tiny", "--tokens", "8", "--page", str(page)])
+    assert page.read_text("utf-8").count('class="t"') == 8
     assert len(lines) == 8 and all("document='notes/" in line for line in lines)
+
+
+def chat_memory(tmp_path):
+    pytest.importorskip("transformers")
+    measured = run("chat_memory", ["--tiny", "--dialogues", "1", "--facts", "12"])
+    for group in ("before the window", "before it, corrected"):
+        assert measured[group]["window alone"] <= 0.4, "what left the window cannot be known"
+        assert measured[group]["right turn given"] >= 0.9, "a turn that is put back is read"
+        assert measured[group]["recall"] >= measured[group]["turn found"] - 0.1, "so is one that was found"
+
+
+def continual_documents(tmp_path):
+    pytest.importorskip("transformers")
+    measured = run("continual_documents", ["--tiny"])
+    before, after, removed = measured["before"], measured["with 2 new"], measured["removed"]
+    assert before["old"] < 0.5 * measured["no memory"]["old"], "the store knows the old documents"
+    assert after["new"] < 0.5 * before["new"], "new documents are known once they are added"
+    assert after["old"] <= 1.02 * before["old"], "and nothing old is forgotten"
+    assert removed == before and after["records"] > before["records"]
 
 
 def sharded_memory(tmp_path):
@@ -139,6 +160,8 @@ CHECKS = {
         larger_than_memory,
         ngram_memory,
         pretrained_memory,
+        chat_memory,
+        continual_documents,
         sharded_memory,
     )
 }

@@ -92,7 +92,15 @@ def test_import_is_fast():
 
 
 def test_import_does_not_load_what_it_does_not_need():
-    heavy = ("memkernels.nn", "memkernels.testing", "matplotlib", "triton", "numpy.testing")
+    heavy = (
+        "memkernels.nn",
+        "memkernels.testing",
+        "memkernels._show",
+        "matplotlib",
+        "transformers",
+        "triton",
+        "numpy.testing",
+    )
     assert run_python(f"import sys, memkernels; print([m for m in {heavy} if m in sys.modules])").stdout.strip() == "[]"
 
 
@@ -113,7 +121,7 @@ def test_every_op_and_nothing_else_is_public():
     callable_ones = own | {f"{n}_" for n, op in OPS.items() if op.inplace}
     assert set(SIGNATURES) <= set(mk.ops.__all__) == callable_ones | set(HELPERS)
     assert {op.twin_of for op in OPS.values()} - {""} < own
-    assert set(mk.__all__) == {*mk.ops.__all__, "use_backend"}
+    assert set(mk.__all__) == {*mk.ops.__all__, "show", "use_backend"}
 
 
 @pytest.mark.parametrize("name", SIGNATURES)

@@ -104,10 +104,9 @@ def gather_rows(
     Source: Cheng et al. 2026, Conditional Memory via Scalable Lookup, arXiv 2601.07372.
     """
     name = "gather_rows"
-    # A shortcut: small calls are bound by Python.
-    if value_scale is dtype is block is None and not sparse_grad and isinstance(values, Tensor):
-        if values.dtype in FLOATS and values.dim() == 2:
-            return call(OP, [values, indices, None], (max(values.shape[1], 1), values.dtype), backend)
+    floats = isinstance(values, Tensor) and values.dtype in FLOATS and values.dim() == 2
+    if floats and value_scale is dtype is block is None and not sparse_grad:  # small calls are bound by Python
+        return call(OP, [values, indices, None], (max(values.shape[1], 1), values.dtype), backend)
     given = values.dtype if isinstance(values, Tensor) else torch.float32
     compressed = given in _EIGHT_BITS
     if compressed != (value_scale is not None) and isinstance(values, Tensor):

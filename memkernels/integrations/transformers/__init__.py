@@ -16,7 +16,7 @@ except ImportError as error:
 
 from .attachment import Attachment, attach
 from .attention import register_attention
-from .memory import Memory, Mixture, Read, Step
+from .memory import Memory, Mixture, Read, Step, Vote, Votes
 from .memory_attention import MemoryAttention
 from .neighbours import Neighbours
 from .ngrams import Ngrams
@@ -25,6 +25,7 @@ from .product_keys import ProductKeys
 from .saving import load
 from .streaming import Streaming
 from .token_store import Source, TokenStore
+from .trace import Traced
 from .windows import next_window, score
 
 __all__ = [
@@ -41,6 +42,9 @@ __all__ = [
     "Step",
     "Streaming",
     "TokenStore",
+    "Traced",
+    "Vote",
+    "Votes",
     "attach",
     "load",
     "next_window",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -15,6 +15,9 @@ from .memory import Memory, Read
 from .passes import Passes
 from .place import Place, token_ids
 from .saving import save
+
+if TYPE_CHECKING:
+    from .trace import Traced
 
 
 def attach(model: Any, *memories: Memory) -> Attachment:
@@ -61,6 +64,7 @@ class Attachment:
     Attributes:
         model: the causal language model. memories: as they were given. reads: name -> :class:`Read`, which slots each
             token read, with what weight: of the last pass, or of the whole text where it came in pieces with a cache.
+            Row t is of token t, and tells what the prediction of token t + 1 was made from.
     """
 
     def __init__(self, place: Place, memories: Sequence[Memory]):
@@ -200,6 +204,27 @@ class Attachment:
             self._passes.reading = was
             self.place.model.train(training)
         return ids.shape[1]
+
+    def trace(self, ids: Any, *, first: int = 1, most: int = 3) -> list[Traced]:
+        """What the tokens of a text, such as one that was generated, owe to which records.
+
+        The model reads the text once more, in one pass without a cache: so texts of beam search can be traced too. That
+        pass is then the one of :attr:`reads`.
+
+        Args:
+            ids: int64 ``[T]`` or ``[1, T]``. first: number of the first token that is traced, from 1.
+            most: records of each token.
+
+        Returns:
+            One :class:`Traced` for each of the tokens ``first .. T - 1``.
+
+        Raises:
+            ValueError: the ids are no text of at least 2 tokens, first lies outside 1..T-1, most is below 1, or no
+                memory has records that vote (as Neighbours has).
+        """
+        from .trace import trace
+
+        return trace(self, ids, first, most)
 
     def __repr__(self) -> str:
         kinds = ", ".join(type(memory).__name__ for memory in self.memories)

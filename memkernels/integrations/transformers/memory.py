@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -41,6 +41,24 @@ class Read(NamedTuple):
 
     slots: Tensor
     weights: Tensor
+
+
+class Vote(NamedTuple):
+    """One record that a token read. weight: its share of the distribution over the next token. agrees: is the token
+    that it votes for the one that came? source: where it stands, None where it was removed."""
+
+    weight: float
+    agrees: bool
+    source: Any
+
+
+class Votes(NamedTuple):
+    """What the records gave to one token. probability: of that token, from all records. share: of all tokens. best:
+    the records of the largest weight."""
+
+    probability: float
+    share: float
+    best: list[Vote]
 
 
 class Step:
@@ -190,6 +208,14 @@ class Memory(nn.Module):
 
     def mixture(self, step: Step, logits: Tensor) -> Mixture | None:
         """What to mix into the distribution of ``logits`` ``[B, S, W]``; None: nothing. Only if :attr:`mixes`."""
+        return None
+
+    def votes(self, reads: Mapping[str, Read], ids: Tensor, first: int, most: int) -> list[Votes] | None:
+        """Which records voted for the tokens ``ids[first:]`` of a text ``ids [T]``; None: this memory has no records.
+
+        Args:
+            reads: of :attr:`Attachment.reads`, of all tokens of the text. most: records of each token.
+        """
         return None
 
     def crop(self, state: Any, tokens: int) -> Any:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ...ops import cache_nll, causal_range, topk_search
 from .encoding import bar, named
 from .fitting import alone
-from .memory import Memory, Mixture, Read, Step, no_entries
+from .memory import Memory, Mixture, Read, Step, Vote, Votes, no_entries
 from .mixing import Found, Mixing, Past, Recorded, learn
 from .place import Place, token_ids
 from .token_store import Source, TokenStore, check_model, check_tokenizer
@@ -144,22 +144,20 @@ class Neighbours(Memory):
         kept = text.keys[:, drop:], text.tokens[:, drop:], text.real[:, drop:], nearest[:, drop:]
         step.keep(self, "", CacheState(*kept, first + drop))
 
-        found = [Found(*(step.with_logits(x) for x in source)) for source in (Found(distances, tokens), cache)]
-        past = Past(*(step.with_logits(x) for x in past))
-        slots, at = step.with_logits(slots), step.with_logits(at + first[:, None, None] * (at >= 0))
+        found = [Found(distances, tokens), cache]
         if self._recorded is not None:
             assert self._targets is not None
             store, cached = (Found(*(x.flatten(0, 1) for x in source)) for source in found)
             flat = Past(*(x.flatten(0, 1) for x in past))
             self._recorded.append(Recorded(store, cached, flat, self._targets.flatten(), keys.new_empty(0)))
             return
-        mixture = Mixture(*self.mixing.mixture(found, past))
-        self._mixture = (step, mixture)
-        with torch.no_grad():
-            weights = torch.softmax(mixture.scores.masked_fill(mixture.tokens < 0, -1e30), -1) * mixture.mix[..., None]
+        whole = Mixture(*self.mixing.mixture(found, past))
+        self._mixture = (step, Mixture(*(step.with_logits(x) for x in whole)))
+        with torch.no_grad():  # of every token, whether it gets logits or not: token t of a text is row t of its reads
+            weights = torch.softmax(whole.scores.masked_fill(whole.tokens < 0, -1e30), -1) * whole.mix[..., None]
             of_store, of_cache = weights.split([self.k, weights.shape[-1] - self.k], -1)
             step.record(self, "store", slots, of_store)
-            step.record(self, "cache", at, of_cache)
+            step.record(self, "cache", at + first[:, None, None] * (at >= 0), of_cache)
 
     def _cached(self, text: CacheState, query: Tensor) -> tuple[Found, Tensor, Tensor]:
         """What the cache holds for the last T tokens of a text: entries, how many ``[B, T]``, which ``[B, T, k]``."""
@@ -267,6 +265,34 @@ class Neighbours(Memory):
             best = weights.topk(min(most, len(weights)))
             told.append(list(zip(best.values.tolist(), self.store.sources(slots[best.indices]))))
         return told
+
+    def votes(self, reads: Mapping[str, Read], ids: Tensor, first: int, most: int) -> list[Votes]:
+        told = []
+        store, cache = (reads[f"{self.name}.{part}"] for part in ("store", "cache"))
+        for at in range(first, len(ids)):
+            slots, near = store.slots[0, at - 1].cpu(), cache.slots[0, at - 1].cpu()
+            tokens = torch.cat([self.store.records.columns_at(slots.clamp(min=0))[:, 0].cpu(), ids[near + 1]])
+            weights = torch.cat([store.weights[0, at - 1], cache.weights[0, at - 1]]).float().cpu()
+            weights = weights.masked_fill(torch.cat([slots, near]) < 0, 0)
+            agrees = tokens == ids[at]
+            best = [i for i in weights.argsort(descending=True, stable=True)[:most].tolist() if weights[i] > 0]
+            found = []
+            for i in best:
+                if i < len(slots):
+                    source = self.store.sources(slots[i : i + 1])[0]
+                else:
+                    source = self._of_text(ids, int(near[i - len(slots)]))
+                found.append(Vote(float(weights[i]), bool(agrees[i]), source))
+            told.append(Votes(float(weights[agrees].sum()), float(weights.sum()), found))
+        return told
+
+    def _of_text(self, ids: Tensor, at: int, tokens: int = 12) -> Source:
+        """Where an entry of the cache stands, in the text itself."""
+        decode = self.store.tokenizer.decode
+        text = decode(ids[max(0, at + 2 - tokens) : at + 2].tolist())
+        return Source(
+            "", at, text, decode(ids[at + 1 : at + 2].tolist()), decode(ids[at + 2 : at + 2 + tokens].tolist())
+        )
 
     def save_parts(self, folder: Path) -> None:
         self.store.save(folder / "store")

@@ -180,13 +180,16 @@ def _nearest(records: Records | DiskRecords, query: Tensor, k: int) -> tuple[Ten
     return distances.masked_fill(none, torch.inf), slots, columns[..., 0].long().masked_fill(none, -1)
 
 
-def before(records: Records | DiskRecords, slot: int, count: int) -> Tensor:
-    """Tokens of the records that lead up to a slot in its document, itself last: int64 ``[at most count + 1]``."""
-    around = torch.arange(slot - count, slot + 1)
-    around = around[records.alive(around)]
-    columns = records.columns_at(around).cpu()
-    own = columns[-1]
-    steps = torch.arange(len(around)) - (len(around) - 1)
-    follows = (columns[:, 1] == own[1]) & (columns[:, 2] - own[2] == steps)
-    first = int(torch.cat([torch.ones(1, dtype=torch.bool), ~follows]).nonzero()[-1])
-    return columns[first:, 0]
+def around(records: Records | DiskRecords, slot: int, before: int, after: int) -> tuple[Tensor, Tensor]:
+    """Tokens of the records that lead up to a slot in its document, itself last, and of those that follow it: int64
+    ``[at most before + 1]`` and ``[at most after]``."""
+    near = torch.arange(slot - before, slot + after + 1)
+    near = near[records.alive(near)]
+    columns = records.columns_at(near).cpu()
+    at = int((near == slot).nonzero()[0])
+    steps = torch.arange(len(near)) - at
+    follows = (columns[:, 1] == columns[at, 1]) & (columns[:, 2] - columns[at, 2] == steps)
+    gaps = (~follows).nonzero()[:, 0]
+    first = int(gaps[gaps < at].max()) + 1 if bool((gaps < at).any()) else 0
+    stop = int(gaps[gaps > at].min()) if bool((gaps > at).any()) else len(near)
+    return columns[first : at + 1, 0], columns[at + 1 : stop, 0]

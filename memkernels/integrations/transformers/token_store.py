@@ -23,7 +23,8 @@ from torch import Tensor
 from ...store import _where
 from . import encoding
 from .place import Place, differs, fingerprint
-from .records import DiskRecords, Records, before, nearest
+from .recall import recall
+from .records import DiskRecords, Records, around, nearest
 
 FORMAT = 1
 _SAMPLE = 2**18  # tokens from which the principal components are found
@@ -31,12 +32,14 @@ _DTYPES = {str(dtype)[6:]: dtype for dtype in (torch.float32, torch.bfloat16, to
 
 
 class Source(NamedTuple):
-    """Where a record stands: the name of its document, the position of its key there, and the text that ends with the
-    token that it votes for."""
+    """Where a record stands: the name of its document ("": the text at hand), the position of its key there, the text
+    that ends with the token that it votes for, that token alone, and the text that follows it."""
 
     document: str
     position: int
     text: str
+    token: str = ""
+    after: str = ""
 
 
 class TokenStore:
@@ -229,8 +232,39 @@ class TokenStore:
         lead = (*query.shape[:-1], k)
         return distances.view(lead), tokens.view(lead), slots.view(lead)
 
+    def recall(self, text: str, *, most: int = 3, k: int = 128) -> list[tuple[float, str]]:
+        """The documents that are nearest to a text, such as a question: scores and names, best first.
+
+        ``S(d) = 1/T sum_t (1 - min_{i in d} |q_t - k_i|^2 / f_t)`` over the k records nearest to each token,
+        the farthest of which is at the distance ``f_t``: from 0, no record of d was found, to 1, each token has one at
+        the distance 0. Of documents with the same score the later comes first. The text is read as :meth:`add` would
+        read it: let it have the form of the documents.
+
+        Args:
+            text: of at least one token. most: documents. k: records of each token.
+
+        Raises:
+            TypeError: the store was loaded without its model and tokenizer. ValueError: the text has no token, or most
+                or k is below 1.
+
+        Source: Khattab and Zaharia 2020, ColBERT (the best match of each token, summed over the tokens).
+        """
+        if self.model is None or self.tokenizer is None:
+            raise TypeError("TokenStore: model and tokenizer must be given to load before recall, got None")
+        for name, number in (("most", most), ("k", k)):
+            if number < 1:
+                raise ValueError(f"TokenStore.recall: {name} must be at least 1, got {number}")
+        ids = torch.as_tensor(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        if len(ids) == 0:
+            raise ValueError("TokenStore.recall: text must have a token, got none")
+        inputs = encoding.feed_forward_inputs(Place.of(self.model), self.layer, ids, self.window)
+        scores, documents = recall(self, self.project(inputs), k)
+        named = [(self.documents[number] or {}).get("document", "") for number in documents[:most].tolist()]
+        return list(zip(scores[:most].tolist(), named))
+
     def sources(self, slots: Tensor, *, tokens: int = 12) -> list[Source | None]:
-        """Where records stand, for ``slots [M]``; None for -1 and for what was removed. tokens: of their text.
+        """Where records stand, for ``slots [M]``; None for -1 and for what was removed. tokens: of the text before
+        each and after.
 
         Raises:
             TypeError: the store was loaded without its tokenizer.
@@ -245,8 +279,9 @@ class TokenStore:
                 continue
             _, document, position = self.records.columns_at(torch.tensor([slot]))[0].tolist()
             described = self.documents[document] or {}
-            text = self.tokenizer.decode(before(self.records, slot, tokens - 1).tolist())
-            found.append(Source(described["document"], position, text))
+            text, after = (x.tolist() for x in around(self.records, slot, tokens - 1, tokens))
+            parts = (self.tokenizer.decode(x) for x in (text, text[-1:], after))
+            found.append(Source(described["document"], position, *parts))
         return found
 
     def save(self, folder: str | os.PathLike[str]) -> None:
