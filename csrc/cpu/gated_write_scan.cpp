@@ -312,15 +312,17 @@ void run_backward(const GatedWriteBackward& b) {
   // A part has a row per token. There are few groups, so that the parts are small compared with a [T, N] matrix.
   const int64_t groups = least(blocks, most(2, least(kChunks, kPartialBytes / (part * int64_t(sizeof(F))))));
   const int64_t group = div_up(blocks, groups);
-  Buffer<F> parts(groups * part);
   SoftmaxRows<F> softmax(p);
   const int64_t rows = p.gate == Gate::softmax ? round_up(tokens, kChunkTokens) : 0;
-  Buffer<F> deltas(groups * rows), delta(rows);
-  for (int64_t batch = 0; batch < p.lead.batches(); ++batch) {
+  Arena measure;
+  for (int64_t count : {groups * part, groups * rows, rows}) measure.take<F>(count);
+  const auto run_batch = [&](int64_t batch, char* own_memory) {
+    Arena arena(own_memory);
+    F *parts = arena.take<F>(groups * part), *deltas = arena.take<F>(groups * rows), *delta = arena.take<F>(rows);
     auto sweep = [&](const F* known, F* sums) {
       parallel(groups, Group<F>::scratch(p, tokens), [&](int64_t g, char* memory) {
         FlushDenormals flush;
-        F *own = parts.data() + g * part, *own_sums = sums == nullptr ? nullptr : sums + g * rows;
+        F *own = parts + g * part, *own_sums = sums == nullptr ? nullptr : sums + g * rows;
         std::memset(own, 0, size_t(part) * sizeof(F));
         if (sums != nullptr) std::memset(own_sums, 0, size_t(rows) * sizeof(F));
         const Group<F> work(b, batch, tokens, softmax.data(), own);
@@ -331,13 +333,13 @@ void run_backward(const GatedWriteBackward& b) {
       });
     };
     if (rows > 0) {
-      sweep(nullptr, deltas.data());
+      sweep(nullptr, deltas);
       for (int64_t t = 0; t < rows; ++t) {
-        delta.data()[t] = 0;
-        for (int64_t g = 0; g < groups; ++g) delta.data()[t] += deltas.data()[g * rows + t];
+        delta[t] = 0;
+        for (int64_t g = 0; g < groups; ++g) delta[t] += deltas[g * rows + t];
       }
     }
-    sweep(delta.data(), nullptr);
+    sweep(delta, nullptr);
     const TokenRows query(b.d_query, p.lead, batch, p.T), write(b.d_write, p.lead, batch, p.T);
     const TokenRows erase(b.d_erase, p.lead, batch, p.T), mask(p.token_mask, p.lead, batch, p.T);
     const TokenRows weights(b.d_weights, p.lead, batch, p.T);
@@ -349,7 +351,7 @@ void run_backward(const GatedWriteBackward& b) {
         F* row = reinterpret_cast<F*>(out.row(t));
         for (int64_t x = 0; x < width; ++x) row[x] = 0;
         for (int64_t g = 0; g < groups && live; ++g) {
-          const F* from = parts.data() + g * part + offset + j * ld;
+          const F* from = parts + g * part + offset + j * ld;
           for (int64_t x = 0; x < width; ++x) row[x] += factor * from[x];
         }
       };
@@ -362,7 +364,8 @@ void run_backward(const GatedWriteBackward& b) {
         j += live;
       }
     });
-  }
+  };
+  each_batch(p.lead.batches(), measure.used(), p.lead, {&b.d_keys, &b.d_values, &b.d_mask}, run_batch);
 }
 
 }  // namespace
