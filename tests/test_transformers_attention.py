@@ -75,11 +75,13 @@ def test_logits_and_gradients_are_those_of_sdpa(family, call, counted):
     assert counted == {"ours": 3, "sdpa": 0}
 
 
+@pytest.mark.parametrize("prompt", ("padded", "whole"))
 @pytest.mark.parametrize("cache", ("dynamic", "static"))
 @pytest.mark.parametrize("family", FAMILIES)
-def test_generation_is_that_of_sdpa(family, cache, counted):
-    given = padded()
-    del given["position_ids"]
+def test_generation_is_that_of_sdpa(family, cache, prompt, counted):
+    """A prompt without padding has no mask at first, also where the cache has room for more."""
+    given = padded() if prompt == "padded" else {"input_ids": tokens(2, 9)}
+    given.pop("position_ids", None)
     how = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "cache_implementation": cache}
     ours, theirs = (model.generate(**given, **how) for model in pair(family))
     assert torch.equal(ours, theirs) and counted["ours"] > 0 and counted["sdpa"] == 0
@@ -126,7 +128,8 @@ def test_sinks_and_caps():
     torch.manual_seed(0)
     query, key, value = (torch.randn(2, h, n, 4, dtype=torch.float64) for h, n in ((4, 3), (2, 5), (2, 5)))
     sink = torch.randn(4, dtype=torch.float64)
-    got, none = attention.attention(module, query, key, value, None, scaling=0.5, s_aux=sink)
+    ranges = torch.tensor([[0, 3], [0, 4], [0, 5]]).expand(2, 1, 3, 2)
+    got, none = attention.attention(module, query, key, value, ranges, scaling=0.5, s_aux=sink)
     keys, values = (x.repeat_interleave(2, 1) for x in (key, value))
     scores = (query @ keys.mT * 0.5).masked_fill(~torch.ones(3, 5).tril(2).bool(), -torch.inf)
     weights = torch.softmax(torch.cat([scores, sink.view(1, 4, 1, 1).expand(2, 4, 3, 1)], -1), -1)[..., :-1]

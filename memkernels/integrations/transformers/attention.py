@@ -83,26 +83,39 @@ def attention(
     ranged = attention_mask is None or is_range(attention_mask)
     if not ranged or dropout:
         return _sdpa(module, query, key, value, attention_mask, scaling, dropout, **kwargs)
-    tokens, slots = query.shape[-2], key.shape[-2]
-    causal = kwargs.get("is_causal")
+    out = _read(module, query, key, value, attention_mask, scaling, kwargs)
+    return out.flatten(1, 2).transpose(1, 2).contiguous(), None
+
+
+def _read(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    ranges: Tensor | None,
+    scaling: float | None,
+    options: dict[str, Any],
+    **more: Any,
+) -> Any:
+    """``[B, Hkv, G, T, K]`` for ranges ``[B, 1, T, 2]``, or None where the mask is causal by its absence."""
+    tokens, heads = query.shape[-2], key.shape[1]
+    causal = options.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
-    if attention_mask is not None:
-        ranges = attention_mask.unsqueeze(1)  # [B, 1, 1, T, 2]
+    if ranges is not None:
+        ranges = ranges.unsqueeze(1)  # [B, 1, 1, T, 2]
     elif causal and tokens > 1:
-        ranges = causal_range(tokens, slots, offset=slots - tokens).to(query.device)
-    else:
-        ranges = None
-    heads = key.shape[1]
-    sink = kwargs.get("s_aux")  # a learned logit per head that takes weight and gives nothing
-    out = softmax_read(
+        key, value = key[..., :tokens, :], value[..., :tokens, :]  # the rest of a static cache is empty
+        ranges = causal_range(tokens).to(query.device)
+    sink = options.get("s_aux")  # a learned logit per head that takes weight and gives nothing
+    return softmax_read(
         query.unflatten(1, (heads, -1)),  # [B, Hkv, G, T, K]
         key.unsqueeze(2),
         value.unsqueeze(2),
         scale=scaling,
         slot_range=ranges,
         sink=None if sink is None else sink.reshape(heads, -1, 1),
+        **more,
     )
-    return out.flatten(1, 2).transpose(1, 2).contiguous(), None
 
 
 def _sdpa(
