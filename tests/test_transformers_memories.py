@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers_support import FAMILIES, PAD, WIDTH, cache_name, cache_of, stir, tiny, tokens
+from transformers_support import FAMILIES, PAD, WIDTH, cache_name, cache_of, stir, tiny, tokens, watched
 
 from memkernels.integrations import transformers as mkt
 from memkernels.nn import TokenMap
@@ -159,28 +159,6 @@ def test_product_keys_in_the_place_of_a_feed_forward_network(family):
     watch.remove()
     handle.detach()
     assert torch.equal(model(ids).logits, before) and "forward" not in vars(place.feed_forward(1))
-
-
-def watched(model, family: str, layer: int) -> dict[str, list]:
-    """What the attention of a block computes before any rotation: q, k, v ``[B, T, heads, 8]``, for each pass."""
-    noted: dict[str, list] = {"q": [], "k": [], "v": []}
-    if family == "gpt2":
-
-        def joint(module, args, output):
-            for name, x in zip("qkv", output.chunk(3, -1)):
-                noted[name].append(x.unflatten(-1, (-1, 8)))
-
-        model.transformer.h[layer].attn.c_attn.register_forward_hook(joint)
-        return noted
-    attention = model.model.layers[layer].self_attn
-    for name in "qkv":
-
-        def note(module, args, output, name=name):
-            x = output.unflatten(-1, (-1, 8)) if output.dim() == 3 else output
-            noted[name].append(x.transpose(1, 2) if x.shape[1] in (2, 4) and family == "gemma3" and name != "v" else x)
-
-        getattr(attention, f"{name}_norm", getattr(attention, f"{name}_proj")).register_forward_hook(note)
-    return noted
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -78,8 +78,7 @@ def attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """What transformers calls: query ``[B, H, T, K]``, key and value ``[B, Hkv, N, K]`` to ``[B, T, H, K]``."""
-    if kwargs.get("softcap") is not None:
-        raise NotImplementedError(f"memkernels attention: softcap must be None, got {kwargs['softcap']}")
+    _refuse_caps(kwargs)
     ranged = attention_mask is None or is_range(attention_mask)
     if not ranged or dropout:
         return _sdpa(module, query, key, value, attention_mask, scaling, dropout, **kwargs)
@@ -118,12 +117,83 @@ def _read(
     )
 
 
+def read_with_lse(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    """What the attention of a model reads ``[B, Hkv, G, T, K]``, and its log-sum-exp ``[B, Hkv, G, T]``.
+
+    Args:
+        mask: as ``eager``, ``sdpa`` or ``memkernels`` have it: None, bool, added to the scores, or ranges. dropout: of
+            the weights; the log-sum-exp is that without it.
+
+    Raises:
+        NotImplementedError: the model caps its scores. TypeError: another mask.
+    """
+    _refuse_caps(options)
+    if mask is not None and not is_range(mask):
+        if mask.dim() != 4:
+            raise TypeError(f"memkernels attention: mask must be [B, 1, T, N] or ranges, got {list(mask.shape)}")
+        mask = mask[..., : key.shape[-2]]
+        if mask.is_floating_point() and bool(((mask == 0) | (mask <= torch.finfo(mask.dtype).min)).all()):
+            mask = mask == 0
+        mask = as_range(mask) if mask.dtype == torch.bool else mask
+    if (mask is None or is_range(mask)) and not dropout:
+        return _read(module, query, key, value, mask, scaling, options, return_lse=True)
+    return _explicit(module, query, key, value, mask, scaling, dropout, options)
+
+
+def _explicit(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+    dropout: float,
+    options: dict[str, Any],
+) -> tuple[Tensor, Tensor]:
+    """The same by all weights ``[B, Hkv, G, T, N]``, for masks with gaps and for dropout."""
+    tokens, slots, heads = query.shape[-2], key.shape[-2], key.shape[1]
+    if mask is None and tokens > 1 and getattr(module, "is_causal", True):
+        mask = causal_range(tokens, slots).to(query.device)[None, None]
+    if mask is not None and is_range(mask):
+        mask = _as_bool(mask, slots)
+    if mask is not None and mask.dtype == torch.bool:
+        mask = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, -torch.inf)
+    exact = torch.promote_types(query.dtype, torch.float32)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scores = (query.to(exact) @ key.to(exact).repeat_interleave(query.shape[1] // heads, 1).mT) * scale
+    scores = (scores if mask is None else scores + mask).unflatten(1, (heads, -1))
+    sink = options.get("s_aux")
+    lse = torch.logsumexp(scores, -1)
+    lse = lse if sink is None else torch.logaddexp(lse, sink.to(exact).reshape(heads, -1, 1))
+    weights = torch.exp(scores - torch.where(lse == -torch.inf, 0, lse).unsqueeze(-1))
+    weights = nn.functional.dropout(weights, dropout)
+    return (weights.to(value.dtype) @ value.unsqueeze(2)), lse
+
+
+def _refuse_caps(options: dict[str, Any]) -> None:
+    if options.get("softcap") is not None:
+        raise NotImplementedError(f"memkernels attention: softcap must be None, got {options['softcap']}")
+
+
+def _as_bool(ranges: Tensor, slots: int) -> Tensor:
+    """The bool mask ``[..., T, N]`` of ranges."""
+    at = torch.arange(slots, device=ranges.device)
+    return (at >= ranges[..., :1]) & (at < ranges[..., 1:])
+
+
 def _sdpa(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: Any, dropout: float, **kwargs: Any
 ) -> tuple[Tensor, None]:
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    if is_range(mask):
-        slots = torch.arange(key.shape[-2], device=key.device)
-        mask = (slots >= mask[..., :1]) & (slots < mask[..., 1:])
+    mask = _as_bool(mask, key.shape[-2]) if is_range(mask) else mask
     return sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)
