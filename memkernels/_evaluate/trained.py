@@ -15,21 +15,30 @@ from ..integrations import transformers as mkt
 from ..integrations.transformers.encoding import bar
 from ..integrations.transformers.place import Place
 from . import texts
-from .training import FeedForward, Row, Trained, active, hidden_of, mean_loss, only_above, rows, train
+from .training import FeedForward, Row, Trained, active, hidden_of, mean_loss, only_above, rows, train, windows
 
 RATES = (1e-3, 3e-3)  # of which the validation documents choose
 
 
 class Budget(NamedTuple):
-    """layer: the block after which all stand. Tokens of a window, windows of a step; steps; steps by which a rate is
-    chosen; how often the validation documents are looked at."""
+    """layer: the block after which all stand. length: tokens of a window. batch: windows of a step. steps: of each
+    training. tuning: steps by which a rate is chosen. looks: how often the validation documents are measured."""
 
     layer: int = 26
     length: int = 512
-    batch: int = 2
-    steps: int = 160
-    tuning: int = 40
-    looks: int = 4
+    batch: int = 1
+    steps: int = 128
+    tuning: int = 24
+    looks: int = 2
+
+
+QUICK = Budget(length=128, steps=4, tuning=2)
+
+
+def budget(steps: int | None, quick: bool) -> Budget:
+    """The default one, or of that many steps, a fifth of them to choose a rate."""
+    found = QUICK if quick else Budget()
+    return found if steps is None else found._replace(steps=steps, tuning=max(1, steps // 5))
 
 
 class Kind(NamedTuple):
@@ -52,14 +61,16 @@ def run(
     place = Place.of(model.eval())
     began = time.perf_counter()
 
-    def read(documents: list, what: str) -> list[Row]:
-        return rows(place, budget.layer, bar(documents, True, what, "document"), budget.length)
+    def read(pieces: list[torch.Tensor], what: str) -> list[Row]:
+        return rows(place, budget.layer, bar(pieces, True, what, "window"))
 
     def ids(text: str) -> torch.Tensor:
         return torch.as_tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
-    store = read([texts.Document(title, ids(text)) for title, text in split.store], f"{name}, to train")
-    validation = read(split.validation, f"{name}, validation")
+    pieces = windows([texts.Document(title, ids(text)) for title, text in split.store], budget.length)
+    order = torch.randperm(len(pieces), generator=torch.Generator().manual_seed(options.seed)).tolist()
+    store = read([pieces[i] for i in order[: budget.steps * budget.batch]], f"{name}, to train")
+    validation = read(windows(split.validation, budget.length)[::2], f"{name}, validation")
     encoded = time.perf_counter() - began
     with only_above(place, budget.layer):
         without = mean_loss(place, validation)
@@ -74,11 +85,12 @@ def run(
                 memories[control.name], beside = _trained(control, place, store, validation, budget, options.seed)
                 trained.append(beside)
     documents = _measured(model, memories, name, split.test, options)
-    documents += _measured(model, memories, f"{options.unrelated.name}" if far else "", far, options)
+    if far:
+        documents += _measured(model, memories, options.unrelated.name, far, options)
     return {
         "texts": name,
         "documents": len(split.store),
-        "tokens": sum(len(row.ids) for row in store),
+        "tokens": sum(map(len, pieces)),
         "validation": [document.name for document in split.validation],
         "validation nats without": without,
         "seconds to encode": encoded,

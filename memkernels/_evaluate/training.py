@@ -66,9 +66,14 @@ class _Reached(Exception):
     """The output is known: the blocks above need not run."""
 
 
+def windows(documents: Iterable[Document], length: int) -> list[Tensor]:
+    """Pieces ``[T]`` of ``length`` tokens, the last of a document of at least 2."""
+    return [ids for document in documents for ids in document.ids.split(length) if len(ids) > 1]
+
+
 @torch.no_grad()
-def rows(place: Place, layer: int, documents: Iterable[Document], length: int) -> list[Row]:
-    """Windows of ``length`` tokens, of at least 2, each read by itself."""
+def rows(place: Place, layer: int, texts: Iterable[Tensor]) -> list[Row]:
+    """What block ``layer`` gives for windows, each read by itself; the blocks above do not run."""
     found: list[Row] = []
 
     def reached(module: nn.Module, args: tuple, output: Any) -> None:
@@ -77,12 +82,10 @@ def rows(place: Place, layer: int, documents: Iterable[Document], length: int) -
 
     handle = place.blocks[layer].register_forward_hook(reached)
     try:
-        for document in documents:
-            for ids in document.ids.split(length):
-                if len(ids) > 1:
-                    found.append(Row(ids, ids))
-                    with contextlib.suppress(_Reached):
-                        place.decoder(input_ids=ids[None], use_cache=False)
+        for ids in texts:
+            found.append(Row(ids, ids))
+            with contextlib.suppress(_Reached):
+                place.decoder(input_ids=ids[None], use_cache=False)
     finally:
         handle.remove()
     return found
