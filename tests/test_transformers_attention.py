@@ -118,8 +118,19 @@ def test_what_is_no_range_goes_to_sdpa(counted):
 def test_ranges_of_masks():
     mask = torch.tensor([[1, 1, 0, 0], [0, 1, 1, 1], [0, 0, 0, 0]]).bool()
     assert attention.as_range(mask).tolist() == [[0, 2], [1, 4], [0, 0]]
-    gap = torch.tensor([[1, 0, 1]]).bool()
-    assert attention.as_range(gap) is gap
+    for row in ([1, 0, 1], [0, 1, 0, 1], [1, 1, 0, 1, 0]):
+        gap = torch.tensor([[1] * len(row), row, [0] * len(row)]).bool()
+        assert attention.as_range(gap) is gap
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(50):  # against the definition, on rows of every kind
+        mask = torch.rand(2, 3, 5, generator=generator) < 0.7
+        rows = [[i for i, here in enumerate(row) if here] for row in mask.flatten(0, -2).tolist()]
+        if all(row == list(range(row[0], row[-1] + 1)) for row in rows if row):
+            wanted = [[row[0], row[-1] + 1] if row else [0, 0] for row in rows]
+            assert attention.as_range(mask).flatten(0, -2).tolist() == wanted
+        else:
+            assert attention.as_range(mask) is mask
+    assert attention.as_range(torch.ones(2, 0, dtype=torch.bool)).tolist() == [[0, 0], [0, 0]]
 
 
 def test_sinks_and_caps():

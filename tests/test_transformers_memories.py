@@ -200,6 +200,55 @@ def test_memory_attention_reads_what_was_read_in(family):
         assert torch.equal(model(ids).logits, without)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_memory_attention_tells_the_slots_that_it_read(family):
+    """The 3 best of 20 by the model's own queries and keys, best first, and the tokens that they came from."""
+    model, text, ids = tiny(family).double(), tokens(24, seed=4), tokens(2, 5)
+    noted = watched(model, family, 1)
+    for piece in text.split(10):
+        model(piece[None])
+    key = torch.cat(noted["k"], 1)[0, -20:]  # [N, Hkv, K] of the tokens 4..23
+    handle = mkt.attach(model, mkt.MemoryAttention(1, size=20, k=3, gate=0.3))
+    handle.read_in(None, text, window=10)
+    noted["q"].clear()
+    model(ids)
+    query, told = noted["q"][0], handle.reads["0.1"]  # [B, T, H, K]
+    key = key.repeat_interleave(4 // key.shape[1], 1)
+    scale = model.config.query_pre_attn_scalar**-0.5 if family == "gemma3" else 8**-0.5
+    best, at = (torch.einsum("bthk,nhk->bthn", query, key) * scale).topk(3, -1)
+    assert torch.equal(told.slots, (at + 4) % 20)  # the token 20 took the place of the token 0
+    torch.testing.assert_close(told.weights, torch.softmax(best, -1), atol=1e-9, rtol=0)
+
+
+CHANGES = {  # of a cache after 6 tokens of 3 streams: what is done, and the streams that it leaves
+    "crop": (lambda cache: cache.crop(-2), [0, 1, 2]),
+    "reorder": (lambda cache: cache.reorder_cache(torch.tensor([2, 0, 0])), [2, 0, 0]),
+    "select": (lambda cache: cache.batch_select_indices(torch.tensor([2, 1])), [2, 1]),
+    "repeat": (lambda cache: cache.batch_repeat_interleave(2), [0, 0, 1, 1, 2, 2]),
+    "reset": (lambda cache: cache.reset(), [0, 1, 2]),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@torch.no_grad()
+def test_what_was_read_follows_the_cache(change):
+    model, ids = tiny("llama"), tokens(3, 9)
+    handle = mkt.attach(model, mkt.ProductKeys([1], n=6, heads=2, k=3))
+    stir(handle)
+    act, streams = CHANGES[change]
+    model(ids[streams], use_cache=False)
+    wanted = handle.reads["0.1"]
+    begun = torch.cat([ids[:, :6], ids[:, 1:3]], 1) if change == "crop" else ids[:, :6]
+    cache = cache_of(model(begun, use_cache=True))
+    act(cache)
+    rest = ids[streams] if change == "reset" else ids[streams, 6:]
+    model(rest, use_cache=True, **{cache_name(model): cache})
+    told = handle.reads["0.1"]
+    assert torch.equal(told.slots, wanted.slots)
+    torch.testing.assert_close(told.weights, wanted.weights, atol=1e-5, rtol=0)
+
+
 @torch.no_grad()
 def test_reading_in_pieces_is_reading_at_once():
     """Windows see no other window, so that their sizes matter to the model, and not to the order of the slots."""

@@ -21,7 +21,7 @@ from .. import results
 from .calls import CASES, NAMES, Case, noted
 
 OUT = results.DIRECTORY / "attention-cpu.json"
-_WAY = "memkernels, softmax_read"  # the same with the rule off
+_READ = "softmax_read"  # what register_attention computes where its rule does not send the call to sdpa
 
 
 def measured(case: Case, dtype: torch.dtype, rounds: int, seconds: float) -> dict[str, Any]:
@@ -39,16 +39,19 @@ def measured(case: Case, dtype: torch.dtype, rounds: int, seconds: float) -> dic
         with mock.patch.object(attention, "faster", return_value=True):
             return calls["memkernels"].attend()
 
-    variants: dict[str, Callable[[], Any]] = {_WAY: forced, **{name: call.attend for name, call in calls.items()}}
+    variants: dict[str, Callable[[], Any]] = {_READ: forced, **{name: call.attend for name, call in calls.items()}}
     variants.update({f"mask of {name}": call.mask for name, call in calls.items()})
     taken: dict[str, list[float]] = {name: [] for name in variants}
     with torch.set_grad_enabled(case.backward):
         for _ in range(rounds):
             for name, call in variants.items():
                 taken[name].append(_processor(call, seconds))
+    with mock.patch.object(attention, "_sdpa", wraps=attention._sdpa) as asked:
+        calls["memkernels"].attend()
     row: dict[str, Any] = {"case": case.title, **case._asdict(), "dtype": str(dtype)[6:]}
+    row["goes to"] = "sdpa" if asked.called else _READ
     row["milliseconds"] = {name: 1e3 * statistics.median(found) for name, found in taken.items()}
-    for name in ("memkernels", _WAY):
+    for name in ("memkernels", _READ):
         for peer in ("sdpa", "eager"):
             ratios = [theirs / ours for theirs, ours in zip(taken[peer], taken[name])]
             row[f"{peer} over {name}"] = statistics.median(ratios)

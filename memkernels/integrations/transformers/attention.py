@@ -53,13 +53,14 @@ def range_mask(*args: Any, **kwargs: Any) -> Tensor | None:
 
 def as_range(mask: Tensor) -> Tensor:
     """Ranges ``[..., T, 2]`` of a bool mask ``[..., T, N]``; the mask itself where a row has a gap."""
-    slots = torch.arange(mask.shape[-1], device=mask.device)
-    count = mask.sum(-1)
-    first = torch.where(mask, slots, mask.shape[-1]).amin(-1)
-    last = torch.where(mask, slots, -1).amax(-1)
-    first = torch.where(count == 0, 0, first)
-    whole = (count == 0) | (last - first + 1 == count)
-    return torch.stack([first, first + count], -1) if bool(whole.all()) else mask
+    if mask.shape[-1] == 0:
+        return torch.zeros(*mask.shape[:-1], 2, dtype=torch.int64, device=mask.device)
+    marks = mask.view(torch.uint8)  # of equal values max tells the first
+    some, first = marks.max(-1)
+    stop = torch.where(some > 0, mask.shape[-1] - marks.flip(-1).max(-1).indices, 0)
+    starts = int((mask[..., 1:] > mask[..., :-1]).count_nonzero())  # a row with a gap has more than it needs
+    whole = starts == int(((some > 0) & (first > 0)).count_nonzero())
+    return torch.stack([first, stop], -1) if whole else mask
 
 
 def is_range(mask: Any) -> bool:
