@@ -48,7 +48,11 @@ def range_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     from transformers.masking_utils import sdpa_mask
 
     mask = sdpa_mask(*args, **kwargs)
-    return mask if mask is None or torch.compiler.is_compiling() else as_range(mask)
+    if mask is None or torch.compiler.is_compiling():
+        return mask
+    if mask.shape[-2] == 1 and bool(mask.all()):
+        return None  # one token that attends to all, such as behind a window
+    return as_range(mask)
 
 
 def as_range(mask: Tensor) -> Tensor:
@@ -81,15 +85,10 @@ def attention(
     """What transformers calls: query ``[B, H, T, K]``, key and value ``[B, Hkv, N, K]`` to ``[B, T, H, K]``."""
     _refuse_caps(kwargs)
     ranged = attention_mask is None or is_range(attention_mask)
-    if not ranged or dropout or not faster(query, key, attention_mask):
+    if not ranged or dropout:
         return _sdpa(module, query, key, value, attention_mask, scaling, dropout, **kwargs)
     out = _read(module, query, key, value, attention_mask, scaling, kwargs)
     return out.flatten(1, 2).transpose(1, 2).contiguous(), None
-
-
-def faster(query: Tensor, key: Tensor, ranges: Tensor | None) -> bool:
-    """Is ``softmax_read`` faster than PyTorch's attention for such a call?"""
-    return True
 
 
 def _read(
