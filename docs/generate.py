@@ -99,7 +99,9 @@ def op_table(before: str) -> str:
 
 def result_files() -> list[Path]:
     """The committed results of full sizes."""
-    other = re.compile(r"^gpu-|^ladder$|^store-|^lookup-|^ngram_memory|^crash|^everyday-|^sharding-|^evaluate-|^trained-|^attention-|-quick$")
+    other = re.compile(
+        r"^gpu-|^ladder$|^store-|^lookup-|^ngram_memory|^crash|^everyday-|^sharding-|^evaluate-|^trained-|^attention-|-quick$"
+    )
     return sorted(file for file in RESULTS.glob("*.json") if not other.search(file.stem))
 
 
