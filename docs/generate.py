@@ -99,9 +99,8 @@ def op_table(before: str) -> str:
 
 def result_files() -> list[Path]:
     """The committed results of full sizes."""
-    other = re.compile(
-        r"^gpu-|^ladder$|^store-|^lookup-|^ngram_memory|^crash|^everyday-|^sharding-|^evaluate-|^trained-|^attention-|-quick$"
-    )
+    kinds = "gpu|store|lookup|everyday|sharding|evaluate|trained|attention"
+    other = re.compile(rf"^({kinds})-|^ladder$|^ngram_memory|^crash|-quick$")
     return sorted(file for file in RESULTS.glob("*.json") if not other.search(file.stem))
 
 

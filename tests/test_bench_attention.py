@@ -1,4 +1,4 @@
-"""``python -m bench attention``: the calls are those of transformers, a wrong result has no speed, the page tells it."""
+"""``python -m bench attention``: calls as transformers makes them, no speed for a wrong result, the page."""
 
 from __future__ import annotations
 

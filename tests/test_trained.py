@@ -1,4 +1,4 @@
-"""Memories trained alone by ``evaluate --train``: what is kept of the blocks below, gradients, choice, and the report."""
+"""Memories trained alone by ``evaluate --train``: what is kept of blocks below, gradients, choice, the report."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from transformers_support import WIDTH, WORDS, tiny, tokens  # isort: skip (may skip the module)
+from transformers_support import WIDTH, tiny, tokens  # isort: skip (may skip the module)
 from neighbours_support import Letters
 
 from memkernels._evaluate import command, texts, trained, trained_report, training
 from memkernels.integrations import transformers as mkt
-from memkernels.integrations.transformers.place import Place
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -110,7 +109,7 @@ def test_the_command_measures_each_document_with_each(tmp_path, monkeypatch, cap
     """With a tiny model and made-up manuals: the whole run, its JSON, its tables and its picture."""
     model = tiny("llama", num_hidden_layers=28)
     monkeypatch.setattr(texts, "language_model", lambda: (model, Letters()))
-    monkeypatch.setattr(texts, "missing", lambda: [])
+    monkeypatch.setattr(texts, "missing", list)
     monkeypatch.setattr(texts, "SHORTEST", 100)
     monkeypatch.setattr(trained, "KINDS", {"product-keys": trained.Kind("product keys", _small)})
     for folder, count in (("manual", 40), ("far", 2)):

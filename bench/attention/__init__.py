@@ -1,1 +1,1 @@
-"""``python -m bench attention``: the attention of pretrained models on ``softmax_read``, beside those of transformers."""
+"""``python -m bench attention``: attention of pretrained models on ``softmax_read``, beside that of transformers."""

@@ -1,4 +1,4 @@
-"""``python -m memkernels evaluate --train KIND``: a memory trained alone on a manual, and networks of its size beside."""
+"""``python -m memkernels evaluate --train KIND``: memories trained alone, and networks of their size beside."""
 
 from __future__ import annotations
 

@@ -1,13 +1,14 @@
 """MemoryAttention: an attention layer that also reads keys and values of texts read before, by its own queries.
 
-    m_th = sum_j softmax_j(scale * <q_th, k_(I_j)>) v_(I_j)      over the k best slots of the memory, of log-sum-exp M_th
+    m_th = sum_j softmax_j(scale * <q_th, k_(I_j)>) v_(I_j)      over the k best slots, of log-sum-exp M_th
     o_th = l_th + g_h (m_th - l_th),      g_h = tanh(b_h)                                  merge="gate"
     o_th = (exp(L_th) l_th + exp(M_th + b_h) m_th) / (exp(L_th) + exp(M_th + b_h))         merge="lse"
 
 where ``l`` is what the model's own attention gives to the output projection of the layer, ``L`` its log-sum-exp. The
 second is one softmax over the text at hand and the memory together.
 
-Sources: Wu et al. 2022, Memorizing Transformers; Milakov and Gimelshein 2018, Online normalizer calculation for softmax.
+Sources: Wu et al. 2022, Memorizing Transformers; Milakov and Gimelshein 2018, Online normalizer calculation for
+softmax.
 """
 
 from __future__ import annotations
