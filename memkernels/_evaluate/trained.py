@@ -6,6 +6,7 @@ import argparse
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -103,7 +104,7 @@ def run(
 def _controls(row: dict[str, Any], width: int) -> list[Kind]:
     """Feed-forward networks with as many parameters as a memory has, and as many as one of its tokens needs."""
     sizes = {hidden_of(row[what], width) for what in ("parameters", "active")}
-    return [Kind(f"MLP of {size:,} units", lambda layer, size=size: FeedForward(layer, size)) for size in sorted(sizes)]
+    return [Kind(f"MLP of {size:,} units", partial(FeedForward, hidden=size)) for size in sorted(sizes)]
 
 
 def _fresh(kind: Kind, layer: int, seed: int) -> mkt.Memory:
@@ -121,12 +122,15 @@ def _trained(
         attachment = mkt.attach(place.model, memory)
         try:
             with only_above(place, budget.layer):
-                given = {"steps": steps, "rate": rate, "batch": budget.batch, "seed": seed, "looks": looks}
                 done = train(
                     attachment,
                     store,
                     validation,
-                    **given,
+                    steps=steps,
+                    rate=rate,
+                    batch=budget.batch,
+                    seed=seed,
+                    looks=looks,
                     progress=lambda steps: bar(steps, True, f"{kind.name}, rate {rate:g}", "step"),
                 )
         finally:

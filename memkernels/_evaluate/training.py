@@ -37,7 +37,8 @@ class FeedForward(Memory):
         self.part.to(**place.factory(self.layers[0]))
 
     def after_block(self, layer: int, hidden: Tensor, step: Any) -> Tensor:
-        return hidden + self.part(hidden.to(self.part[1].weight.dtype)).to(hidden.dtype)  # type: ignore[union-attr]
+        weight: Any = self.part[1].weight
+        return hidden + self.part(hidden.to(weight.dtype)).to(hidden.dtype)
 
 
 def hidden_of(parameters: int, width: int) -> int:
@@ -97,7 +98,7 @@ def only_above(place: Place, layer: int) -> Iterator[None]:
     blocks = place.blocks[: layer + 1]
     before = [vars(block).get("forward") for block in blocks]
     for block in blocks:
-        block.forward = lambda hidden_states, *args, **kwargs: hidden_states  # type: ignore[method-assign]
+        block.forward = lambda hidden_states, *args, **kwargs: hidden_states
     try:
         yield
     finally:
@@ -190,7 +191,8 @@ def train(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, (step + 1) / _WARM) * (1 - 0.95 * step / steps)
     )
-    order, generator = [], torch.Generator().manual_seed(seed)
+    order: list[int] = []
+    generator = torch.Generator().manual_seed(seed)
     head = place.model.get_output_embeddings()  # type: ignore[operator]
     losses: list[float] = []
     seen: list[tuple[int, float]] = []

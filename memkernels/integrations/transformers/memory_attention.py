@@ -71,6 +71,8 @@ class MemoryAttention(Memory):
     keys: Tensor
     values: Tensor
     written: Tensor
+    gate: nn.Parameter
+    bias: nn.Parameter
 
     def __init__(self, layer: int, size: int, k: int = 32, *, gate: float = 0.0, merge: str = "gate"):
         super().__init__((layer,), {"layer": layer, "size": size, "k": k, "gate": gate, "merge": merge})
