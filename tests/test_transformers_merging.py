@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
 from transformers_support import FAMILIES, PAD, cache_name, cache_of, stir, tiny, tokens, watched
 
 from memkernels.integrations import transformers as mkt
+from memkernels.integrations.transformers.attention import read_with_lse
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -24,7 +27,8 @@ def given_to(model, layer: int, call) -> dict[str, torch.Tensor]:
 
     def note(module, query, key, value, mask, scaling=None, **options):
         if module.layer_idx == layer:
-            found.update(query=query, key=key, value=value, mask=mask[..., : key.shape[-2]], scaling=scaling)
+            found.update(query=query, key=key, value=value, mask=mask[..., : key.shape[-2]])
+            found["scaling"] = 8**-0.5 if scaling is None else scaling  # not told by GPT-2 of transformers 4
         return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling)
 
     AttentionInterface.register("noting", note)
@@ -160,6 +164,64 @@ def test_gradients_checkpointing_and_dropout():
     assert not torch.allclose(plain, still, atol=1e-5)
 
 
+def test_all_weights_at_once_are_those_of_the_read():
+    """Masks of each kind and a sink, in float64; dropout takes weights away, and leaves the log-sum-exp."""
+    torch.manual_seed(0)
+    module = nn.Module()  # causal, as one that does not say otherwise
+    query, key = (torch.randn(2, heads, 5, 8, dtype=torch.float64) for heads in (4, 2))
+    value = torch.eye(5, dtype=torch.float64).expand(2, 2, 5, 5)  # the read is the weights
+    gap = torch.ones(2, 1, 5, 5).tril().bool()
+    gap[:, :, 3:, 1] = False
+    ranges = torch.tensor([[0, 1], [0, 2], [1, 3], [0, 0], [2, 5]]).expand(2, 1, 5, 2)
+    kinds = {"none": None, "ranges": ranges, "gap": gap, "added": torch.randn(2, 1, 5, 5, dtype=torch.float64)}
+    logit = torch.randn(4, dtype=torch.float64)
+    for (name, mask), sink in itertools.product(kinds.items(), (None, logit)):
+        added = torch.full((2, 1, 5, 5), -torch.inf, dtype=torch.float64)
+        if name == "ranges":
+            for t, (first, stop) in enumerate(ranges[0, 0].tolist()):
+                added[:, :, t, first:stop] = 0
+        else:
+            added = mask if name == "added" else added.masked_fill(gap if name == "gap" else ones_below(5), 0)
+        scores = query @ key.repeat_interleave(2, 1).mT * 0.3 + added
+        others = torch.full((2, 4, 5), -torch.inf).double() if sink is None else logit.view(1, 4, 1).expand(2, 4, 5)
+        lse = torch.logsumexp(torch.cat([scores, others.unsqueeze(-1)], -1), -1)
+        weights = torch.where(scores == -torch.inf, 0, torch.exp(scores - lse.unsqueeze(-1)))
+        given = (module, query, key, value, mask, 0.3)
+        for dropped in (0.0, 0.5):
+            read, found = read_with_lse(*given, dropout=dropped, s_aux=sink)
+            torch.testing.assert_close(found.flatten(1, 2), lse, atol=1e-10, rtol=0)
+            got = read.flatten(1, 2)
+            if not dropped:
+                torch.testing.assert_close(got, weights, atol=1e-10, rtol=0)
+                continue
+            kept = got != 0
+            assert 0.2 < kept[weights > 0].double().mean() < 0.8
+            torch.testing.assert_close(got[kept], 2 * weights[kept], atol=1e-10, rtol=0)
+
+
+def ones_below(size):
+    return torch.ones(1, 1, size, size).tril().bool()
+
+
+def test_a_pass_that_fails_leaves_the_model_as_it_was():
+    model, ids = tiny("llama"), tokens(1, 5)
+    before = model(ids).logits
+    handle = mkt.attach(model, mkt.MemoryAttention(1, size=16, k=4, merge="lse"))
+    handle.read_in(None, tokens(30, seed=9), window=16)
+    attention = handle.place.attention(1)
+
+    def fail(module, args):
+        raise RuntimeError("broken off")
+
+    broken = attention.o_proj.register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="broken off"):
+        model(ids)
+    broken.remove()
+    assert attention.config is model.config
+    handle.detach()
+    assert torch.equal(model(ids).logits, before)
+
+
 def test_what_is_refused():
     with pytest.raises(ValueError, match="MemoryAttention: merge must be one of .*, got 'sum'"):
         mkt.MemoryAttention(0, 8, merge="sum")
@@ -177,8 +239,6 @@ def test_what_is_refused():
     with pytest.raises(TypeError, match="merge='lse' must have an attention of transformers' interface, got a Own"):
         mkt.attach(model, mkt.MemoryAttention(1, 8, merge="lse"))
     assert list(model.state_dict()) == keys
-    from memkernels.integrations.transformers.attention import read_with_lse
-
     q, k = torch.zeros(1, 4, 3, 8), torch.zeros(1, 2, 3, 8)
     with pytest.raises(NotImplementedError, match="softcap must be None, got 50.0"):
         read_with_lse(nn.Module(), q, k, k, None, softcap=50.0)

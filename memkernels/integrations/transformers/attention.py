@@ -108,8 +108,7 @@ def _read(
     if ranges is not None:
         ranges = ranges.unsqueeze(1)  # [B, 1, 1, T, 2]
     elif causal and tokens > 1:
-        key, value = key[..., :tokens, :], value[..., :tokens, :]  # the rest of a static cache is empty
-        ranges = causal_range(tokens).to(query.device)
+        ranges = causal_range(tokens).to(query.device)  # from the first key: the rest of a static cache is empty
     sink = options.get("s_aux")  # a learned logit per head that takes weight and gives nothing
     return softmax_read(
         query.unflatten(1, (heads, -1)),  # [B, Hkv, G, T, K]
