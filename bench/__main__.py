@@ -47,7 +47,7 @@ def measure(chosen: list[Case], settings: Settings) -> list[dict]:
 
 def main(arguments: list[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else arguments
-    if words[:1] in (["store"], ["lookup"], ["sharding"]):
+    if words[:1] in (["store"], ["lookup"], ["sharding"], ["attention"]):
         return importlib.import_module(f".{words[0]}.command", __package__).main(words[1:])
     if "--everyday" in words:
         from .everyday import command  # here: most runs do without it
@@ -55,7 +55,10 @@ def main(arguments: list[str] | None = None) -> int:
         return command.main([word for word in words if word != "--everyday"])
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument(
-        "ops", nargs="*", metavar="op", help="only these ops; or store, lookup or sharding: with their own options"
+        "ops",
+        nargs="*",
+        metavar="op",
+        help="only these ops; or store, lookup, sharding or attention: with their own options",
     )
     parser.add_argument("--everyday", action="store_true", help="calls as people make them; with options of its own")
     parser.add_argument("--quick", action="store_true", help="small sizes, under two minutes; goals are not judged")

@@ -10,6 +10,9 @@ A block stands between ``<!-- generated: NAME -->`` and ``<!-- end: NAME -->``:
 - ``store``, ``lookup``: what ``python -m bench store`` and ``lookup`` measured, from their committed result files;
 - ``everyday``: the ratios of ``python -m bench --everyday``, losses included;
 - ``evaluate``: what memories of manuals are worth beside a pretrained model, by ``python -m memkernels evaluate``;
+- ``trained``: what memories learn alone beside a pretrained model, by ``python -m memkernels evaluate --train``;
+- ``attention``: attention of pretrained models on softmax_read beside that of transformers, by ``python -m bench
+  attention``;
 - ``ngram_memory``: what ``examples/ngram_memory.py --out`` measured;
 - ``scale``: what reads over ranks cost on paper; ``sharding``: what ``python -m bench sharding`` measured;
 - ``crash``: what the crash laboratory of MemoryStore tried, recorded in ``bench/results/crash_lab.json``;
@@ -32,6 +35,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from memkernels import backends
 from memkernels.registration import OPS
@@ -95,7 +99,8 @@ def op_table(before: str) -> str:
 
 def result_files() -> list[Path]:
     """The committed results of full sizes."""
-    other = re.compile(r"^gpu-|^ladder$|^store-|^lookup-|^ngram_memory|^crash|^everyday-|^sharding-|^evaluate-|-quick$")
+    kinds = "gpu|store|lookup|everyday|sharding|evaluate|trained|attention"
+    other = re.compile(rf"^({kinds})-|^ladder$|^ngram_memory|^crash|-quick$")
     return sorted(file for file in RESULTS.glob("*.json") if not other.search(file.stem))
 
 
@@ -195,13 +200,32 @@ def evaluate(before: str) -> str:
     """Perplexity with a memory and without, time and bytes, a part per result file."""
     from memkernels._evaluate import report
 
+    return _evaluations("evaluate", report) or EMPTY.replace("python -m bench", "python -m memkernels evaluate --out")
+
+
+def trained(before: str) -> str:
+    """Perplexity with memories that learned alone, and with networks of their size, a part per result file."""
+    from memkernels._evaluate import trained_report
+
+    command = "python -m memkernels evaluate --train product-keys --out"
+    return _evaluations("trained", trained_report) or EMPTY.replace("python -m bench", command)
+
+
+def _evaluations(stem: str, tables: Any) -> str:
     found = []
-    for file in sorted(RESULTS.glob("evaluate-*.json")):
+    for file in sorted(RESULTS.glob(f"{stem}-*.json")):
         result = json.loads(file.read_text())
         where = [f"{result['model']} in {result['dtype']}", f"{result['processor']}, {result['threads']} thread"]
         where += [f"transformers {result['transformers']}", f"commit {result['commit']}", result["date"][:10]]
-        found.append("; ".join(where) + ".\n\n" + report.table(result) + "\n" + report.documents(result))
-    return "\n".join(found) or EMPTY.replace("python -m bench", "python -m memkernels evaluate --out")
+        found.append("; ".join(where) + ".\n\n" + tables.table(result) + "\n" + tables.documents(result))
+    return "\n".join(found)
+
+
+def attention(before: str) -> str:
+    """Calls of attention through transformers, a table per result file."""
+    from bench.attention import page
+
+    return page.tables() or EMPTY.replace("python -m bench", "python -m bench attention")
 
 
 def everyday(before: str) -> str:
@@ -336,6 +360,8 @@ def generated(pictures_to: Path) -> dict[str, Callable[[str], str]]:
         "everyday": everyday,
         "ngram_memory": ngram_memory,
         "evaluate": evaluate,
+        "trained": trained,
+        "attention": attention,
         "scale": scale,
         "sharding": sharding,
         "crash": crashes,

@@ -75,11 +75,13 @@ def test_logits_and_gradients_are_those_of_sdpa(family, call, counted):
     assert counted == {"ours": 3, "sdpa": 0}
 
 
+@pytest.mark.parametrize("prompt", ("padded", "whole"))
 @pytest.mark.parametrize("cache", ("dynamic", "static"))
 @pytest.mark.parametrize("family", FAMILIES)
-def test_generation_is_that_of_sdpa(family, cache, counted):
-    given = padded()
-    del given["position_ids"]
+def test_generation_is_that_of_sdpa(family, cache, prompt, counted):
+    """A prompt without padding has no mask at first, also where the cache has room for more."""
+    given = padded() if prompt == "padded" else {"input_ids": tokens(2, 9)}
+    given.pop("position_ids", None)
     how = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "cache_implementation": cache}
     ours, theirs = (model.generate(**given, **how) for model in pair(family))
     assert torch.equal(ours, theirs) and counted["ours"] > 0 and counted["sdpa"] == 0
@@ -116,8 +118,19 @@ def test_what_is_no_range_goes_to_sdpa(counted):
 def test_ranges_of_masks():
     mask = torch.tensor([[1, 1, 0, 0], [0, 1, 1, 1], [0, 0, 0, 0]]).bool()
     assert attention.as_range(mask).tolist() == [[0, 2], [1, 4], [0, 0]]
-    gap = torch.tensor([[1, 0, 1]]).bool()
-    assert attention.as_range(gap) is gap
+    for row in ([1, 0, 1], [0, 1, 0, 1], [1, 1, 0, 1, 0]):
+        gap = torch.tensor([[1] * len(row), row, [0] * len(row)]).bool()
+        assert attention.as_range(gap) is gap
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(50):  # against the definition, on rows of every kind
+        mask = torch.rand(2, 3, 5, generator=generator) < 0.7
+        rows = [[i for i, here in enumerate(row) if here] for row in mask.flatten(0, -2).tolist()]
+        if all(row == list(range(row[0], row[-1] + 1)) for row in rows if row):
+            wanted = [[row[0], row[-1] + 1] if row else [0, 0] for row in rows]
+            assert attention.as_range(mask).flatten(0, -2).tolist() == wanted
+        else:
+            assert attention.as_range(mask) is mask
+    assert attention.as_range(torch.ones(2, 0, dtype=torch.bool)).tolist() == [[0, 0], [0, 0]]
 
 
 def test_sinks_and_caps():
@@ -126,7 +139,8 @@ def test_sinks_and_caps():
     torch.manual_seed(0)
     query, key, value = (torch.randn(2, h, n, 4, dtype=torch.float64) for h, n in ((4, 3), (2, 5), (2, 5)))
     sink = torch.randn(4, dtype=torch.float64)
-    got, none = attention.attention(module, query, key, value, None, scaling=0.5, s_aux=sink)
+    ranges = torch.tensor([[0, 3], [0, 4], [0, 5]]).expand(2, 1, 3, 2)
+    got, none = attention.attention(module, query, key, value, ranges, scaling=0.5, s_aux=sink)
     keys, values = (x.repeat_interleave(2, 1) for x in (key, value))
     scores = (query @ keys.mT * 0.5).masked_fill(~torch.ones(3, 5).tril(2).bool(), -torch.inf)
     weights = torch.softmax(torch.cat([scores, sink.view(1, 4, 1, 1).expand(2, 4, 3, 1)], -1), -1)[..., :-1]

@@ -308,6 +308,8 @@ def test_crop_is_followed_where_it_can_be_and_refused_elsewhere():
     torch.testing.assert_close(got, whole[:, :2], atol=1e-4, rtol=0)
     if name == "cache":
         cache.crop(0)  # removes nothing
+        with pytest.raises(ValueError, match="positive"):
+            cache.crop(3)  # refused by transformers: the memory keeps what it has
     cache.crop(-1 if name == "cache" else 7)  # before transformers 5.24 a positive count is the length that stays
     got = model(ids[:, 7:], use_cache=True, **{name: cache}).logits
     torch.testing.assert_close(got, whole[:, 1:], atol=1e-4, rtol=0)

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers_support import FAMILIES, PAD, WIDTH, cache_name, cache_of, stir, tiny, tokens
+from transformers_support import FAMILIES, PAD, WIDTH, cache_name, cache_of, stir, tiny, tokens, watched
 
 from memkernels.integrations import transformers as mkt
 from memkernels.nn import TokenMap
@@ -161,28 +161,6 @@ def test_product_keys_in_the_place_of_a_feed_forward_network(family):
     assert torch.equal(model(ids).logits, before) and "forward" not in vars(place.feed_forward(1))
 
 
-def watched(model, family: str, layer: int) -> dict[str, list]:
-    """What the attention of a block computes before any rotation: q, k, v ``[B, T, heads, 8]``, for each pass."""
-    noted: dict[str, list] = {"q": [], "k": [], "v": []}
-    if family == "gpt2":
-
-        def joint(module, args, output):
-            for name, x in zip("qkv", output.chunk(3, -1)):
-                noted[name].append(x.unflatten(-1, (-1, 8)))
-
-        model.transformer.h[layer].attn.c_attn.register_forward_hook(joint)
-        return noted
-    attention = model.model.layers[layer].self_attn
-    for name in "qkv":
-
-        def note(module, args, output, name=name):
-            x = output.unflatten(-1, (-1, 8)) if output.dim() == 3 else output
-            noted[name].append(x.transpose(1, 2) if x.shape[1] in (2, 4) and family == "gemma3" and name != "v" else x)
-
-        getattr(attention, f"{name}_norm", getattr(attention, f"{name}_proj")).register_forward_hook(note)
-    return noted
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_memory_attention_reads_what_was_read_in(family):
@@ -220,6 +198,58 @@ def test_memory_attention_reads_what_was_read_in(family):
     assert not torch.allclose(without, with_memory, atol=1e-6)
     with handle.disabled():
         assert torch.equal(model(ids).logits, without)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_memory_attention_tells_the_slots_that_it_read(family):
+    """The 3 best of 20 by the model's own queries and keys, best first, and the tokens that they came from."""
+    model, text, ids = tiny(family).double(), tokens(24, seed=4), tokens(2, 5)
+    noted = watched(model, family, 1)
+    for piece in text.split(10):
+        model(piece[None])
+    key = torch.cat(noted["k"], 1)[0, -20:]  # [N, Hkv, K] of the tokens 4..23
+    handle = mkt.attach(model, mkt.MemoryAttention(1, size=20, k=3, gate=0.3))
+    handle.read_in(None, text, window=10)
+    noted["q"].clear()
+    model(ids)
+    query, told = noted["q"][0], handle.reads["0.1"]  # [B, T, H, K]
+    key = key.repeat_interleave(4 // key.shape[1], 1)
+    scale = model.config.query_pre_attn_scalar**-0.5 if family == "gemma3" else 8**-0.5
+    best, at = (torch.einsum("bthk,nhk->bthn", query, key) * scale).topk(3, -1)
+    assert torch.equal(told.slots, (at + 4) % 20)  # the token 20 took the place of the token 0
+    torch.testing.assert_close(told.weights, torch.softmax(best, -1), atol=1e-9, rtol=0)
+
+
+CHANGES = {  # of a cache after 6 tokens of 3 streams: what is done, and the streams that it leaves
+    "crop": (lambda cache: cache.crop(-2), [0, 1, 2]),
+    "reorder": (lambda cache: cache.reorder_cache(torch.tensor([2, 0, 0])), [2, 0, 0]),
+    "select": (lambda cache: cache.batch_select_indices(torch.tensor([2, 1])), [2, 1]),
+    "repeat": (lambda cache: cache.batch_repeat_interleave(2), [0, 0, 1, 1, 2, 2]),
+    "reset": (lambda cache: cache.reset(), [0, 1, 2]),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@torch.no_grad()
+def test_what_was_read_follows_the_cache(change):
+    model, ids = tiny("llama"), tokens(3, 9)
+    handle = mkt.attach(model, mkt.ProductKeys([1], n=6, heads=2, k=3))
+    stir(handle)
+    act, streams = CHANGES[change]
+    model(ids[streams], use_cache=False)
+    wanted = handle.reads["0.1"]
+    begun = torch.cat([ids[:, :6], ids[:, 1:3]], 1) if change == "crop" else ids[:, :6]
+    cache = cache_of(model(begun, use_cache=True))
+    act(cache)
+    rest = ids[streams] if change == "reset" else ids[streams, 6:]
+    model(rest, use_cache=True, **{cache_name(model): cache})
+    told = handle.reads["0.1"]
+    assert told.slots.shape == wanted.slots.shape
+    if change == "reset" and cache.get_seq_length() != ids.shape[1]:
+        return  # transformers 4 keeps the keys, as zeros
+    assert torch.equal(told.slots, wanted.slots)
+    torch.testing.assert_close(told.weights, wanted.weights, atol=1e-5, rtol=0)
 
 
 @torch.no_grad()

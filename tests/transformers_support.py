@@ -79,3 +79,25 @@ def stir(memories: Any, seed: int = 1, size: float = 0.5) -> None:
     with torch.no_grad():
         for parameter in memories.parameters():
             parameter.add_(size * torch.randn(parameter.shape, generator=generator).to(parameter.dtype))
+
+
+def watched(model, family: str, layer: int) -> dict[str, list]:
+    """What the attention of a block computes before any rotation: q, k, v ``[B, T, heads, 8]``, for each pass."""
+    noted: dict[str, list] = {"q": [], "k": [], "v": []}
+    if family == "gpt2":
+
+        def joint(module, args, output):
+            for name, x in zip("qkv", output.chunk(3, -1)):
+                noted[name].append(x.unflatten(-1, (-1, 8)))
+
+        model.transformer.h[layer].attn.c_attn.register_forward_hook(joint)
+        return noted
+    attention = model.model.layers[layer].self_attn
+    for name in "qkv":
+
+        def note(module, args, output, name=name):
+            x = output.unflatten(-1, (-1, 8)) if output.dim() == 3 else output
+            noted[name].append(x.transpose(1, 2) if x.shape[1] in (2, 4) and family == "gemma3" and name != "v" else x)
+
+        getattr(attention, f"{name}_norm", getattr(attention, f"{name}_proj")).register_forward_hook(note)
+    return noted

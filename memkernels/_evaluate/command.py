@@ -17,7 +17,10 @@ import torch
 from . import texts
 
 DESCRIPTION = """Give SmolLM2-135M a memory of a manual, and measure what it is worth and what it costs: perplexity of
-documents that neither the store nor the tuning has seen, tokens per second, bytes, reads and writes."""
+documents that neither the store nor the tuning has seen, tokens per second, bytes, reads and writes. With --train, a
+memory is trained alone on the documents of the store instead, the model frozen, and feed-forward networks of as many
+parameters are trained in the same place beside it."""
+KINDS = ("product-keys", "streaming")  # that --train takes
 
 
 class Sizes(NamedTuple):
@@ -46,6 +49,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--cache", type=int, default=2048, help="tokens of the text so far (%(default)s)")
     made.add_argument("--dim", type=int, default=64, help="of the keys (%(default)s)")
     made.add_argument("--window", type=int, default=1024, help="context of the model (%(default)s); twice that too")
+    made.add_argument("--train", action="append", choices=KINDS, help="train this memory alone, and controls beside it")
+    made.add_argument("--steps", type=int, help="of the training of each (default: one pass over the documents)")
+    made.add_argument("--seed", type=int, default=0, help="of the training (%(default)s)")
     made.add_argument("--quick", action="store_true", help="small texts: shows that it works, and no more")
     return made
 
@@ -62,15 +68,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (RuntimeError, ValueError, OSError) as error:
         print(f"{made.prog}: {error}", file=sys.stderr)
         return 2
-    from . import report
+    from . import report, trained_report
 
-    print(report.table(result))
-    print(report.documents(result))
+    tables: Any = trained_report if options.train else report
+    print(tables.table(result))
+    print(tables.documents(result))
     if options.out is not None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(result, indent=1))
     if options.picture is not None:
-        print(report.draw(result, options.picture))
+        print(tables.draw(result, options.picture))
     return 0
 
 
@@ -96,12 +103,21 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "stores": {},
         "runs": [],
     }
+    if options.train:
+        from . import trained
+
+        budget = trained.budget(options.steps, options.quick)
+        del result["stores"], result["k"], result["cache"], result["dim"]
+        result.update(budget=budget._asdict(), rates=list(trained.RATES), seed=options.seed)
     far = texts.unrelated(other, tokenizer, sizes.unrelated, sizes.document)
     for name, documents in collections.items():
         split = texts.split(documents, tokenizer, sizes._asdict(), sizes.document)
         for part, found in split._asdict().items():
             if not found:
                 raise ValueError(f"evaluate: {name} must hold documents of each part, got none for {part}")
+        if options.train:
+            result["runs"].append(trained.run(name, model, tokenizer, split, far, options, budget))
+            continue
         store, runs = _one(name, model, tokenizer, split, far, sizes, options)
         result["stores"][name] = store
         result["runs"] += runs
