@@ -4,7 +4,7 @@
     "What pet does Clara have?"   "Clara has a pet parrot."
 
 The model sees the last few turns. Every turn that leaves this window goes to a ``TokenStore``. A frozen model answers
-each question in four ways: from the window alone; with the votes of the store's nearest records (``Neighbours``); with
+each question in these ways: from the window alone; with the votes of the store's nearest records (``Neighbours``); with
 the turn that ``TokenStore.recall`` finds put back into the window; with both. Of turns that are recalled equally well,
 to within 2%, the latest is taken: what is said twice of the same thing has nearly the same score, so the correction
 wins, and nothing needs to be deleted. A fifth column has the right turn put there, what recall could give at best. An

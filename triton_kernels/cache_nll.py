@@ -80,9 +80,11 @@ def cache_nll_kernel(
 @triton.jit
 def optional(x, b, B1, t):
     """A number of token t of an argument that may be missing: 0 then."""
-    if x is None:
-        return tl.zeros([], tl.float32)
-    return tl.load(tokens(x, b, B1, t, None))
+    if x is not None:  # one return: the compiler reads on behind one that stands in a branch
+        number = tl.load(tokens(x, b, B1, t, None))
+    else:
+        number = tl.zeros([], tl.float32)
+    return number
 
 
 @triton.jit
