@@ -53,7 +53,7 @@ def below_autograd(operator: Callable[..., Any], inputs) -> Any:
 
 def node(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     """``function.apply`` where no transform of torch.func is active: without looking for one, a fifth of its time."""
-    return super(torch.autograd.Function, function).apply
+    return super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
 
 def forward_mode() -> bool:

@@ -105,7 +105,8 @@ def gather_rows(
     """
     name = "gather_rows"
     floats = isinstance(values, Tensor) and values.dtype in FLOATS and values.dim() == 2
-    if floats and value_scale is dtype is block is None and not sparse_grad:  # small calls are bound by Python
+    plain = value_scale is None and dtype is None and block is None and not sparse_grad
+    if floats and plain:  # small calls are bound by Python
         return call(OP, [values, indices, None], (max(values.shape[1], 1), values.dtype), backend)
     given = values.dtype if isinstance(values, Tensor) else torch.float32
     compressed = given in _EIGHT_BITS
