@@ -167,8 +167,9 @@ class Derivatives:
                 given = [d_outputs[i] for i in with_grad]
                 if True not in wants or not [d for d in given if d is not None]:
                     return none
+                saved_tensors = ctx.saved_tensors  # before `below`: a checkpoint records its forward pass again here
                 with below():
-                    grads = backward_op(*ctx.saved_tensors, *given, *ctx.params, wants)
+                    grads = backward_op(*saved_tensors, *given, *ctx.params, wants)
                 result = [*none]
                 for place, grad, want in zip(places, (grads,) if one_place else grads, wants):
                     if want:

@@ -4,8 +4,9 @@
 //   d_lse[s, t] = w[s, t] (<dr_t, r[s, t]> - sum_u w[u, t] <dr_t, r[u, t]> + d_lse_t)
 //
 // Tokens run in parallel, in tiles of 64. Lanes are tokens for the weights, then run along the value width. Every read
-// is loaded once and every result is stored once: bound by bandwidth. A part with weight 0 is never loaded, and may hold anything. The backward
-// computes the sum of w <dr, r_s> again instead of using the merged read, which was rounded to the dtype of the reads.
+// is loaded once and every result is stored once: bound by bandwidth. A part with weight 0 is never loaded and may hold
+// anything. The backward computes the sum of w <dr, r_s> again instead of using the merged read, which was rounded to
+// the dtype of the reads.
 #include "params/merge_reads.h"
 
 #include "cpu/tiles/parallel.h"

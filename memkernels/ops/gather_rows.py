@@ -104,7 +104,7 @@ def gather_rows(
     Source: Cheng et al. 2026, Conditional Memory via Scalable Lookup, arXiv 2601.07372.
     """
     name = "gather_rows"
-    floats = isinstance(values, Tensor) and values.dtype in FLOATS and values.dim() == 2
+    floats = shaped(values) and values.dtype in FLOATS and values.dim() == 2
     plain = value_scale is None and dtype is None and block is None and not sparse_grad
     if floats and plain:  # small calls are bound by Python
         return call(OP, [values, indices, None], (max(values.shape[1], 1), values.dtype), backend)
