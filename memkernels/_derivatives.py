@@ -41,6 +41,10 @@ class Derivatives:
         self.saved = [names.index(name) for name in op.saved]
         self.none = (None,) * (self.n + self.n_params)
 
+    @functools.cached_property
+    def below(self) -> Callable[..., Any]:
+        return _torch.below_autograd(self.backward_op)
+
     def setup_context(self, ctx, inputs, output):
         output = several(output)
         ctx.set_materialize_grads(False)
@@ -73,7 +77,7 @@ class Derivatives:
         elif torch.is_grad_enabled():
             grads = self.backward_op(*inputs)
         else:
-            grads = _torch.below_autograd(self.backward_op, inputs)
+            grads = self.below(*inputs)
         return several(grads)
 
     def setup_context_twice(self, ctx, inputs, output):
@@ -139,17 +143,16 @@ class Derivatives:
         ``setup_context`` and ``backward`` say in several. That took a quarter of its own time off a step.
         """
         n, saved, without_grad, none = self.n, self.saved, self.without_grad, (None, *self.none)
-        with_grad, backward_op = self.with_grad, _torch.direct(self.backward_op)
+        with_grad, backward_op = self.with_grad, self.below
         places = [1 + i for i in self.differentiable]  # among the inputs of Recorded; the operator is the first
         one_output, one_place = len(self.op.outputs) == 1, len(places) == 1
-        below, grad_enabled, forward_mode = _torch.BelowAutograd, torch.is_grad_enabled, _torch.forward_mode
+        grad_enabled, forward_mode = torch.is_grad_enabled, _torch.forward_mode
         derivatives = self
 
         class Recorded(torch.autograd.Function):
             @staticmethod
             def forward(ctx, operator, *inputs):
-                with below():
-                    output = operator(*inputs)
+                output = operator(*inputs)
                 outputs = (output,) if one_output else output
                 ctx.set_materialize_grads(False)
                 if without_grad:
@@ -167,9 +170,7 @@ class Derivatives:
                 given = [d_outputs[i] for i in with_grad]
                 if True not in wants or not [d for d in given if d is not None]:
                     return none
-                saved_tensors = ctx.saved_tensors  # before `below`: a checkpoint records its forward pass again here
-                with below():
-                    grads = backward_op(*saved_tensors, *given, *ctx.params, wants)
+                grads = backward_op(*ctx.saved_tensors, *given, *ctx.params, wants)
                 result = [*none]
                 for place, grad, want in zip(places, (grads,) if one_place else grads, wants):
                     if want:

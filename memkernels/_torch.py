@@ -16,6 +16,10 @@ from torch.autograd import forward_ad
 BelowAutograd: Any = getattr(torch._C, "_AutoDispatchBelowAutograd", None)
 _functorch_active: Any = getattr(torch._C, "_are_functorch_transforms_active", None)
 _has_kernel: Any = getattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", None)
+_modes: Any = getattr(torch._C, "_len_torch_dispatch_stack", None)
+
+# The numbers of c10::ScalarType, which files of saved tensors hold too; an operator takes them for its dtypes.
+CODES = {torch.float16: 5, torch.float32: 6, torch.float64: 7, torch.bfloat16: 15}
 
 # Without these probes a call goes through the autograd layer of torch.library: slower, and an error under a transform.
 HAS_PROBES = None not in (BelowAutograd, _functorch_active) and hasattr(forward_ad, "_current_level")
@@ -40,15 +44,30 @@ def outside_graphs(function: Callable[..., Any], *arguments: Any) -> Any:
     return function(*arguments)
 
 
-def direct(operator: Callable[..., Any]) -> Callable[..., Any]:
+def bare(operator: Callable[..., Any]) -> Callable[..., Any]:
     """``operator`` without the Python method around it, which takes 2% of the time of a small call."""
     return getattr(operator, "_op", operator)
 
 
-def below_autograd(operator: Callable[..., Any], inputs) -> Any:
-    """Run ``operator`` without its autograd layer, which in eager mode costs more than a small call."""
-    with BelowAutograd():
-        return operator(*inputs)
+def below_autograd(operator: Any) -> Callable[..., Any]:
+    """``operator`` without its autograd layer, which in eager mode costs more than a small call.
+
+    Its overload ``direct`` is the same kernel with no such layer, and saves the context manager that shuts the layer
+    out, a twentieth of a small call. Modes that watch operators see the operator itself.
+    """
+    below, modes, default = BelowAutograd, _modes, bare(operator)
+    if below is None:
+        return default
+    packet = getattr(torch.ops, operator.namespace).__getattr__(operator.name().partition("::")[2])
+    direct = bare(packet.direct) if modes is not None and "direct" in packet.overloads() else None
+
+    def run(*inputs):
+        if direct is not None and not modes():
+            return direct(*inputs)
+        with below():
+            return default(*inputs)
+
+    return run
 
 
 def node(function: type[torch.autograd.Function]) -> Callable[..., Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from support import NATIVE, close, randn
@@ -9,8 +11,19 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import memkernels as mk
+from memkernels import _torch
 
 QUERY, KEYS, VALUES = randn(2, 5, 8), randn(2, 9, 8), randn(2, 9, 6)
+
+
+class Seen(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
 
 
 def wanted(*tensors):
@@ -26,16 +39,50 @@ def test_fake_tensors_give_shapes_without_computing(native):
 
 
 def test_a_dispatch_mode_sees_the_operator(native):
-    class Seen(TorchDispatchMode):
-        names: list[str] = []
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            self.names.append(str(func))
-            return func(*args, **(kwargs or {}))
-
     with Seen() as seen:
         mk.softmax_read(QUERY, KEYS, VALUES, backend=native)
     assert f"memkernels_{native}.softmax_read.default" in seen.names
+
+
+def test_a_plain_call_takes_the_overload_without_autograd(monkeypatch):
+    entered = []
+
+    @contextlib.contextmanager
+    def counted():
+        entered.append(1)
+        with torch._C._AutoDispatchBelowAutograd():
+            yield
+
+    monkeypatch.setattr(_torch, "BelowAutograd", counted)
+    run = _torch.below_autograd(torch.ops.memkernels_cpu.softmax_read.default)
+    inputs = (QUERY, KEYS, VALUES, None, None, 8**-0.5)
+    close(run(*inputs)[0], wanted(QUERY, KEYS, VALUES))
+    assert not entered
+    with Seen():
+        close(run(*inputs)[0], wanted(QUERY, KEYS, VALUES))
+    assert entered
+
+
+def test_a_subclass_meets_the_overload_without_autograd(native):
+    """A subclass that unwraps is served, whichever overload it meets, also where no mode is on."""
+    seen = []
+
+    class Wrapped(torch.Tensor):
+        @staticmethod
+        def __new__(cls, inner):
+            return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+        def __init__(self, inner):
+            self.inner = inner
+
+        @classmethod
+        def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+            seen.append(str(func).partition(".")[0])
+            return func(*[x.inner if isinstance(x, Wrapped) else x for x in args], **(kwargs or {}))
+
+    read = mk.softmax_read(Wrapped(QUERY), Wrapped(KEYS), Wrapped(VALUES), backend=native)
+    assert seen == [f"memkernels_{native}"]
+    close(read, wanted(QUERY, KEYS, VALUES))
 
 
 def test_gradients_under_torch_func(backend):

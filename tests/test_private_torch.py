@@ -64,6 +64,7 @@ ABSENT = {
     "_current_level": "torch.autograd.forward_ad",
     "_is_any_autocast_enabled": "torch._C",
     "_dispatch_has_kernel_for_dispatch_key": "torch._C",
+    "_len_torch_dispatch_stack": "torch._C",
 }
 
 

@@ -62,7 +62,7 @@ def _of(setting: Setting, rows: RowTable, count: int) -> Iterator[Finding]:
 
 def ways(table, rows: RowTable, count: int) -> dict[str, Callable[[Tensor], Tensor]]:
     """Functions of slots ``[count]``."""
-    operator = _torch.direct(torch.ops.memkernels_cpu.gather_rows_out.default)
+    operator = _torch.bare(torch.ops.memkernels_cpu.gather_rows_out.default)
     values, scale, by_row = table.values, table.scale, table.scale.unsqueeze(1)
     out = torch.empty(count, WIDTH, dtype=OUT)
 
@@ -80,7 +80,7 @@ def ways(table, rows: RowTable, count: int) -> dict[str, Callable[[Tensor], Tens
 
 def nothing(table) -> Callable[[], None]:
     """What a call costs that has no row to gather."""
-    operator = _torch.direct(torch.ops.memkernels_cpu.gather_rows_out.default)
+    operator = _torch.bare(torch.ops.memkernels_cpu.gather_rows_out.default)
     arguments = table.values, torch.empty(0, dtype=torch.int64), table.scale.unsqueeze(1), WIDTH
     nowhere = torch.empty(0, WIDTH, dtype=OUT)
     return lambda: operator(*arguments, nowhere)

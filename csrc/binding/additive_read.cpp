@@ -42,7 +42,7 @@ Three forward(const Tensor& query, const Tensor& keys, const Tensor& values, con
   in.fill(p);
   Tensor read = empty(in.args.sizes(Side::tokens, {p.T, p.V}), query.scalar_type());
   Tensor lse = empty(in.args.sizes(Side::tokens, {p.T}), stats_type(query.scalar_type()));
-  Tensor rest = empty_saved(in.args.sizes(Side::tokens, {p.T}), stats_type(query.scalar_type()));
+  Tensor rest = empty(in.args.sizes(Side::tokens, {p.T}), stats_type(query.scalar_type()));
   p.read = in.args.view(read, 2), p.lse = in.args.view(lse, 1), p.lse_rest = in.args.view(rest, 1);
   MK_CALL(additive_read, p);
   return {read, lse, rest};

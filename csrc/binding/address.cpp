@@ -42,7 +42,7 @@ Tensor forward(const Tensor& query, const Tensor& keys, const std::optional<Tens
     return weights;
   }
   Tensor lse = empty(in.args.sizes(Side::tokens, {p.T}), stats_type(query.scalar_type()));
-  Tensor rest = empty_saved(in.args.sizes(Side::tokens, {p.T}), stats_type(query.scalar_type()));
+  Tensor rest = empty(in.args.sizes(Side::tokens, {p.T}), stats_type(query.scalar_type()));
   p.lse = in.args.view(lse, 1), p.lse_rest = in.args.view(rest, 1);
   SoftmaxRead r{p.lead, p.T, p.N, p.K, 0, p.query, p.keys, {}, p.mask, p.range, {}, p.lse, p.lse_rest, p.scale};
   MK_CALL(softmax_read, r);

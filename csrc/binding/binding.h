@@ -23,10 +23,11 @@
 // Registers kernels for operators of this library's backend, on its device.
 #define MK_REGISTER_IN(library, key, m) STABLE_TORCH_LIBRARY_IMPL(library, key, m)
 #define MK_REGISTER(m) MK_REGISTER_IN(MK_LIBRARY, MK_KEY, m)
-// Registers `function` as the kernel of the operator `name`.
-#define MK_OPERATOR(m, name, function)                                        \
-  (m).impl(name, [](StableIValue* stack, uint64_t inputs, uint64_t outputs) { \
-    mk::call_operator(name, TORCH_BOX(function), stack, inputs, outputs);     \
+// Registers `function` as the kernel of the operator `name`, and of its overload `name.direct`, which has no autograd
+// layer (memkernels/registration.py).
+#define MK_OPERATOR(m, name, function)                                                                   \
+  mk::add_operator(m, name, name ".direct", [](StableIValue* stack, uint64_t inputs, uint64_t outputs) { \
+    mk::call_operator(name, TORCH_BOX(function), stack, inputs, outputs);                                \
   })
 
 namespace mk {
@@ -49,9 +50,14 @@ void check(bool holds, const Parts&... parts) {
 using Boxed = void (*)(StableIValue*, uint64_t, uint64_t);
 void call_operator(const char* op, Boxed function, StableIValue* stack, uint64_t inputs, uint64_t outputs);
 
+inline void add_operator(torch::stable::detail::StableLibrary& library, const char* name, const char* direct,
+                         Boxed function) {
+  library.impl(name, function).impl(direct, function);
+}
+
 DType dtype_of(const char* op, const char* name, const Tensor& t);
 
-inline Tensor nothing() { return empty_saved({0}, ScalarType::Float); }
+inline Tensor nothing() { return empty({0}, ScalarType::Float); }
 inline Tensor zeros_like(const Tensor& t) {
   return made(bytes_of(t), [&] { return torch::stable::new_zeros(t, t.sizes()); });
 }

@@ -11,7 +11,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& logits, const Tensor& c
   const ScalarType stats = stats_type(logits.scalar_type());
   Tensor logprobs = empty(in.args.sizes(Side::tokens, {p.mix.T, p.mix.W}), stats);
   Tensor lse = empty(in.args.sizes(Side::tokens, {p.mix.T}), stats);
-  Tensor rest = empty_saved(in.args.sizes(Side::tokens, {p.mix.T}), stats);
+  Tensor rest = empty(in.args.sizes(Side::tokens, {p.mix.T}), stats);
   p.logprobs = in.args.view(logprobs, 2), p.mix.lse = in.args.view(lse, 1), p.mix.lse_rest = in.args.view(rest, 1);
   MK_CALL(cache_logprobs, p);
   return {logprobs, lse, rest};

@@ -14,7 +14,7 @@ Five forward(const Tensor& logits, const Tensor& targets, const Tensor& cache_sc
   p.stats = stats;
   const ScalarType dtype = stats_type(logits.scalar_type());
   const auto sizes = in.args.sizes(Side::tokens, {p.mix.T});
-  Tensor nll = empty(sizes, dtype), lse = empty(sizes, dtype), rest = empty_saved(sizes, dtype);
+  Tensor nll = empty(sizes, dtype), lse = empty(sizes, dtype), rest = empty(sizes, dtype);
   Tensor largest = empty(sizes, dtype), entropy = empty(sizes, dtype);
   p.nll = in.args.view(nll, 1), p.mix.lse = in.args.view(lse, 1), p.mix.lse_rest = in.args.view(rest, 1);
   p.largest = in.args.view(largest, 1), p.entropy = in.args.view(entropy, 1);

@@ -51,7 +51,7 @@ Four forward(const Tensor& values, const Tensor& keys, const Tensor& read_query,
   Tensor reads = empty(in.args.sizes(Side::tokens, {p.T, p.V}), read_query.scalar_type());
   Tensor out = empty(in.args.sizes(Side::memory, {p.N, p.V}), values.scalar_type());
   Tensor lse = empty(in.args.sizes(Side::tokens, {p.T}), stats_type(read_query.scalar_type()));
-  Tensor rest = empty_saved(in.args.sizes(Side::tokens, {p.T}), stats_type(read_query.scalar_type()));
+  Tensor rest = empty(in.args.sizes(Side::tokens, {p.T}), stats_type(read_query.scalar_type()));
   m.reads = in.args.view(reads, 2), m.write.out = in.args.view(out, 2);
   m.lse = in.args.view(lse, 1), m.lse_rest = in.args.view(rest, 1);
   MK_CALL(memory_scan, m);

@@ -49,11 +49,6 @@ Tensor made(size_t bytes, Make&& make) {
 // A new, uninitialised tensor on the device of the call. `whole`: all of it will be written.
 Tensor empty(const Sizes& sizes, ScalarType dtype, bool whole = true);
 
-// The same, in float32 or float64, for what only the backward pass will read. On the CPU this avoids torch's
-// dispatcher, which takes a tenth of the time of a small call. So torch's option to fill new memory with NaN has no
-// effect here; tests see unwritten numbers through the gradients.
-Tensor empty_saved(const Sizes& sizes, ScalarType dtype);
-
 // `t` with a contiguous last dimension: a copy, if it has another. One number that is expanded to all of them, such as
 // the gradient of a sum, is copied to one row, which is expanded.
 Tensor as_rows(const Tensor& t);

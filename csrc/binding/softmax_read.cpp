@@ -48,7 +48,7 @@ Three run(const Tensor& query, const Tensor& keys, const Tensor& values, const s
   in.fill(p);
   Tensor read = empty(in.args.sizes(Side::tokens, {p.T, p.V}), query.scalar_type());
   Tensor lse = empty(in.args.sizes(Side::tokens, {p.T}), stats_type(query.scalar_type()));
-  Tensor rest = empty_saved(in.args.sizes(Side::tokens, {p.T}), stats_type(query.scalar_type()));
+  Tensor rest = empty(in.args.sizes(Side::tokens, {p.T}), stats_type(query.scalar_type()));
   p.read = in.args.view(read, 2), p.lse = in.args.view(lse, 1), p.lse_rest = in.args.view(rest, 1);
   MK_CALL(softmax_read, p);
   return {read, lse, rest};

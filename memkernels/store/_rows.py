@@ -101,7 +101,7 @@ def to_device(engine: Engine, tier: DeviceTier, pages: np.ndarray, keep: bool = 
         raise
 
 
-_slot_places: Any = None if _native.missing() else _torch.direct(torch.ops.memkernels_cpu.slot_places.default)
+_slot_places: Any = None if _native.missing() else _torch.bare(torch.ops.memkernels_cpu.slot_places.default)
 
 
 def places(engine: Engine, tier: Tier, slots: Tensor, none: bool = False) -> Tensor | None:

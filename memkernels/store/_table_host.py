@@ -26,7 +26,7 @@ COUNTS = (
 
 
 def _operator(name: str) -> Any:
-    return None if _native.missing() else _torch.direct(getattr(torch.ops.memkernels_cpu, f"row_table_{name}").default)
+    return None if _native.missing() else _torch.bare(getattr(torch.ops.memkernels_cpu, f"row_table_{name}").default)
 
 
 _gather, _prefetch = _operator("gather"), _operator("prefetch")

@@ -64,7 +64,10 @@ class Row:
 
 @contextlib.contextmanager
 def nan_in_new_memory() -> Iterator[None]:
-    """Fill new memory with NaN (indices: the largest integer), so that a number a kernel fails to write is seen."""
+    """Fill new memory with NaN (indices: the largest integer), so that a number a kernel fails to write is seen.
+
+    That of torch's allocations, and of the results that the ``cpu`` backend allocates past torch's dispatcher.
+    """
     was, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     switch: Any = torch.utils.deterministic
     fill = switch.fill_uninitialized_memory
@@ -72,11 +75,16 @@ def nan_in_new_memory() -> Iterator[None]:
         warnings.simplefilter("ignore")  # about operations without a deterministic form
         torch.use_deterministic_algorithms(True, warn_only=True)
         switch.fill_uninitialized_memory = True
+        native = None if backends.BACKENDS[0].missing() else torch.ops.memkernels_cpu.fill_new_memory
+        if native is not None:
+            native(True)
         try:
             yield
         finally:
             torch.use_deterministic_algorithms(was, warn_only=warn)
             switch.fill_uninitialized_memory = fill
+            if native is not None:
+                native(False)
 
 
 def _cotangents(op: Op, inputs: Inputs, case: Case, outputs: list[Tensor]) -> dict[int, Tensor]:

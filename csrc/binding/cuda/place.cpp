@@ -29,8 +29,6 @@ Tensor empty(const Sizes& sizes, ScalarType dtype, bool) {
 #endif
 }
 
-Tensor empty_saved(const Sizes& sizes, ScalarType dtype) { return empty(sizes, dtype); }
-
 Tensor as_rows(const Tensor& t) {
   return made(bytes_of(t), [&] { return torch::stable::contiguous(t); });
 }
