@@ -62,26 +62,27 @@ def _backward(t, n, kv, quick, *goals, dtype="float32"):
     )
 
 
+AHEAD = ratio(1, SDPA, "eager")
 TINY = (1, 16, 16)
 CASES = [
-    _forward(512, 1024, 128, (512, 1024, 128), peak(0.82), ratio(2.2, SDPA)),
-    _forward(2048, 8192, 128, (512, 2048, 128), peak(0.82), ratio(2.2, SDPA), sample=("T", 128)),
-    _forward(512, 1024, 64, (512, 1024, 64), peak(0.75), ratio(2.2, SDPA)),
-    _forward(2048, 8192, 64, (512, 2048, 64), peak(0.75), ratio(2.2, SDPA), sample=("T", 128)),
-    _forward(1, 1 << 20, 128, (1, 1 << 17, 128), bandwidth(0.95), ratio(3.5, SDPA)),
-    _forward(8, 1 << 20, 128, (8, 1 << 17, 128), bandwidth(0.85), ratio(8, SDPA), sample=("T", 2)),
-    _forward(1024, 4096, 128, (512, 1024, 128), ratio(3.5, SDPA, fast_bfloat16=True), dtype="bfloat16"),
-    _forward(1, 1 << 20, 128, (1, 1 << 17, 128), bandwidth(0.85), dtype="bfloat16"),
-    _backward(1024, 4096, 128, (512, 1024, 128), ratio(2.2, SDPA), peak(0.65)),
-    _backward(1024, 4096, 64, (512, 1024, 64), ratio(2.2, SDPA), peak(0.65)),
-    _backward(1024, 4096, 128, (512, 1024, 128), dtype="bfloat16"),
-    _backward(1, 1 << 19, 128, (1, 1 << 16, 128), ratio(4.5, SDPA)),
-    _backward(8, 1 << 19, 128, (8, 1 << 16, 128), ratio(4.5, SDPA)),
-    _forward(*TINY, TINY, ratio(1 / 3, SDPA), name="call overhead, inference"),
+    _forward(512, 1024, 128, (512, 1024, 128), peak(0.90), AHEAD),
+    _forward(2048, 8192, 128, (512, 2048, 128), peak(0.90), AHEAD, sample=("T", 128)),
+    _forward(512, 1024, 64, (512, 1024, 64), peak(0.88), AHEAD),
+    _forward(2048, 8192, 64, (512, 2048, 64), peak(0.88), AHEAD, sample=("T", 128)),
+    _forward(1, 1 << 20, 128, (1, 1 << 17, 128), bandwidth(0.95), AHEAD),
+    _forward(8, 1 << 20, 128, (8, 1 << 17, 128), bandwidth(0.90), AHEAD, sample=("T", 2)),
+    _forward(1024, 4096, 128, (512, 1024, 128), peak(0.85), AHEAD, dtype="bfloat16"),
+    _forward(1, 1 << 20, 128, (1, 1 << 17, 128), bandwidth(0.90), AHEAD, dtype="bfloat16"),
+    _backward(1024, 4096, 128, (512, 1024, 128), peak(0.88), AHEAD),
+    _backward(1024, 4096, 64, (512, 1024, 64), peak(0.88), AHEAD),
+    _backward(1024, 4096, 128, (512, 1024, 128), peak(0.85), AHEAD, dtype="bfloat16"),
+    _backward(1, 1 << 19, 128, (1, 1 << 16, 128), ratio(4, SDPA)),
+    _backward(8, 1 << 19, 128, (8, 1 << 16, 128), ratio(4, SDPA)),
+    _forward(*TINY, TINY, ratio(1 / 1.6, SDPA), name="call overhead, inference"),
     _forward(
         *TINY,
         TINY,
-        ratio(1 / 4, SDPA),
+        ratio(1 / 2, SDPA),
         name="call overhead, autograd",
         autograd=True,
         grads=("query", "keys", "values"),

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from ..case import Case, cost
+from ..case import Case, cost, ratio
 from .gated_write import backward_bytes, forward_bytes, make
 
 forward_flops = cost("softmax_write")
 backward_flops = cost("softmax_write", "backward")
 
 
-def _case(direction):
+def _case(direction, *goals):
     forward = direction == "forward"
     return Case(
         op="softmax_write",
@@ -20,7 +20,8 @@ def _case(direction):
         bytes=forward_bytes if forward else backward_bytes,
         direction=direction,
         grads=() if forward else ("values", "keys", "query", "write"),
+        goals=goals,
     )
 
 
-CASES = [_case("forward"), _case("backward")]
+CASES = [_case("forward"), _case("backward", ratio(3, "eager"))]
