@@ -58,7 +58,7 @@ def below_autograd(operator: Any) -> Callable[..., Any]:
     below, modes, default = BelowAutograd, _modes, bare(operator)
     if below is None:
         return default
-    packet = getattr(torch.ops, operator.namespace).__getattr__(operator.name().partition("::")[2])
+    packet = getattr(getattr(torch.ops, operator.namespace), operator.name().partition("::")[2])
     direct = bare(packet.direct) if modes is not None and "direct" in packet.overloads() else None
 
     def run(*inputs):

@@ -17,28 +17,61 @@ struct Kernel {
   const SoftmaxReadBackward& p;
   const GradientShape<F>& s;
 
-  // Packed tile: lse, lse_rest and delta [lanes]; queries and d_reads as padded rows; for many tokens also as lanes.
+  // The rows of a tile, padded: in the tile, or where they lie in memory if they are padded there.
+  struct Rows {
+    const F *queries, *reads;
+  };
+  static constexpr int64_t kHead = 64 / int64_t(sizeof(F));
+  static_assert(sizeof(Rows) <= 64);
+
+  // Packed tile: Rows; lse, lse_rest and delta [lanes]; queries and d_reads as padded rows; for many tokens also as
+  // lanes.
   size_t packed(const GradientShape<F>& g) const {
-    return size_t(3 * g.lanes + g.tile * 2 * (g.KP + g.VP) + (g.few ? 0 : g.lanes * (g.K + g.V)));
+    return size_t(kHead + 3 * g.lanes + g.tile * 2 * (g.KP + g.VP) + (g.few ? 0 : g.lanes * (g.K + g.V)));
   }
   size_t scratch(const GradientShape<F>&) const { return 0; }
-  const F* queries(const GradientShape<F>& g, const F* tile) const { return tile + 3 * g.lanes; }
-  const F* reads(const GradientShape<F>& g, const F* tile) const { return queries(g, tile) + g.tile * g.KP; }
+  static Rows rows(const F* tile) {
+    Rows r;
+    std::memcpy(&r, tile, sizeof r);
+    return r;
+  }
+  const F* queries(const GradientShape<F>&, const F* tile) const { return rows(tile).queries; }
+  const F* reads(const GradientShape<F>&, const F* tile) const { return rows(tile).reads; }
   // Queries times the scale: rows for few tokens, lanes for many; then d_reads as lanes.
-  const F* scaled(const GradientShape<F>& g, const F* tile) const { return reads(g, tile) + g.tile * g.VP; }
+  const F* scaled(const GradientShape<F>& g, const F* tile) const {
+    return tile + kHead + 3 * g.lanes + g.tile * (g.KP + g.VP);
+  }
+  // n rows as the products take them, padded and in F: where they lie, or copied to `out`.
+  static const F* padded(const TokenRows& from, int64_t t0, int64_t n, int64_t width, F* out) {
+    const bool in_place = from.folds == 0 && from.dtype == kOwn<F> && from.stride == width * int64_t(sizeof(F)) &&
+                          width == Slots<F>::padded(width);
+    if (in_place) return reinterpret_cast<const F*>(from.row(t0));
+    rows_query<F>(from, t0, n, width, F(1), out);
+    return out;
+  }
+  // <a, b> of padded rows, b and `width` numbers of a.
+  static F dot(const F* a, const F* b, int64_t width) {
+    Vec<F> total = fill<F>(0);
+    int64_t c = 0;
+    for (; c + kLanes<F> <= width; c += kLanes<F>) total += load<F>(a + c) * load<F>(b + c);
+    F x = sum<F>(total);
+    for (; c < width; ++c) x += a[c] * b[c];
+    return x;
+  }
 
   void pack(int64_t batch, int64_t t0, int64_t n, F* tile) const {
     const SoftmaxRead& f = p.forward;
     const TokenRows query(f.query, f.lead, batch, f.T), read(f.read, f.lead, batch, f.T),
         lse(f.lse, f.lead, batch, f.T), lse_rest(f.lse_rest, f.lead, batch, f.T);
     const TokenRows d_read(p.d_read, f.lead, batch, f.T), d_lse(p.d_lse, f.lead, batch, f.T);
-    F *top = tile, *rest = top + s.lanes, *delta = rest + s.lanes;
-    F* q = const_cast<F*>(queries(s, tile));
-    F* dr = const_cast<F*>(reads(s, tile));
+    F *top = tile + kHead, *rest = top + s.lanes, *delta = rest + s.lanes;
+    F *q_rows = delta + s.lanes, *dr_rows = q_rows + s.tile * s.KP;
     F* sq = const_cast<F*>(scaled(s, tile));
     const F factor = F(f.scale);
-    rows_query<F>(d_read, t0, n, f.V, F(1), dr);
-    if (!s.pairs) rows_query<F>(query, t0, n, f.K, F(1), q);
+    const F* dr = padded(d_read, t0, n, f.V, dr_rows);
+    const F* q = s.pairs ? q_rows : padded(query, t0, n, f.K, q_rows);
+    const Rows both{q, dr};
+    std::memcpy(tile, &both, sizeof both);
     for (int64_t t = 0; t < s.lanes; ++t) {
       top[t] = kInf<F>;  // a token that reads nothing, and a lane without a token: p = exp(s - inf) = 0
       rest[t] = delta[t] = 0;
@@ -46,9 +79,8 @@ struct Kernel {
       const F l = *reinterpret_cast<const F*>(lse.row(t0 + t));
       if (l != -kInf<F>) top[t] = l, rest[t] = *reinterpret_cast<const F*>(lse_rest.row(t0 + t));
       if (read) {
-        F* r = sq;  // scratch: `sq` is packed later
-        read_row<F>(read.row(t0 + t), read.dtype, f.V, r);
-        for (int64_t v = 0; v < f.V; ++v) delta[t] += r[v] * dr[t * s.VP + v];
+        const F* r = row_as<F>(read.row(t0 + t), read.dtype, f.V, sq);  // scratch: `sq` is packed later
+        delta[t] = dot(r, dr + t * s.VP, f.V);
       }
       if (d_lse) delta[t] -= *reinterpret_cast<const F*>(d_lse.row(t0 + t));
     }
@@ -59,8 +91,8 @@ struct Kernel {
     const int64_t L = round_up(n, kLanes<F>);
     if constexpr (kHasPairs<F>) {
       if (s.pairs) {
-        pair_rows(n, f.K, s.KP, q, [&](int64_t t) { return query.row(t0 + t); });
-        pair_rows(n, f.V, s.VP, dr, [&](int64_t t) { return d_read.row(t0 + t); });
+        pair_rows(n, f.K, s.KP, q_rows, [&](int64_t t) { return query.row(t0 + t); });
+        pair_rows(n, f.V, s.VP, dr_rows, [&](int64_t t) { return d_read.row(t0 + t); });
         const auto bits = [](const char* row) { return reinterpret_cast<const F*>(row); };
         pack_lanes<F, true>(n, L, f.K / 2, 1, nullptr, sq, [&](int64_t t, F*) { return bits(query.row(t0 + t)); });
         pack_lanes<F, true>(n, L, f.V / 2, 1, nullptr, sq + s.lanes * f.K,
@@ -75,7 +107,7 @@ struct Kernel {
   void tile(int64_t, int64_t, const SlotBlock<F>& block, int64_t, int64_t n, const F* tile, F* P, F* D, TileStrides<F>,
             Arena&) const {
     constexpr int W = kLanes<F>;
-    const F *lse = tile, *rest = lse + s.lanes, *delta = rest + s.lanes;
+    const F *lse = tile + kHead, *rest = lse + s.lanes, *delta = rest + s.lanes;
     if (s.few) {
       score_rows<F>(block, s.K, scaled(s, tile), n, P);
       dot_rows<F>(block.n, block.values, block.vs, s.V, reads(s, tile), n, F(0), D, kSlotBlock, block.values_ahead);
