@@ -23,21 +23,35 @@ struct Parts {
   int64_t part = 0;
   Parts(const View& v, int64_t part, const Lead& lead, int64_t T) : rows(v, lead, 0, T), part(part) {}
   explicit operator bool() const { return bool(rows); }
-  char* at(int64_t s, int64_t t) const { return rows.row(t) + s * part; }
+};
+
+// Those of a tile: at(s, j) of token t0 + j.
+class TileParts {
+ public:
+  TileParts(const Parts& parts, int64_t t0, int64_t n) : part_(parts.part) {
+    if (parts) parts.rows.list(t0, n, first_);
+  }
+  char* at(int64_t s, int64_t j) const { return first_[j] + s * part_; }
+
+ private:
+  char* first_[kTile];
+  int64_t part_;
 };
 
 // The weights of a tile of tokens, lanes are tokens.
 template <class F>
 class Weights {
  public:
-  Weights(Arena& arena, int64_t S) : S_(S), w_(arena.take<F>(S * kTile)), lse_(arena.take<F>(kTile)) {}
+  Weights(Arena& arena, int64_t S)
+      : S_(S), w_(arena.take<F>(S * kTile)), base_(arena.take<F>(kTile)), total_(arena.take<F>(kTile)) {}
   static void measure(Arena& arena, int64_t S) { Weights(arena, S); }
 
   // w[s] of tokens [t0, t0 + n), and their lse. If nothing is addressable: all 0 and -inf.
   void weigh(const Parts& lses, int64_t t0, int64_t n) {
+    const TileParts given(lses, t0, n);
     for (int64_t s = 0; s < S_; ++s) {
       F* row = w_ + s * kTile;
-      for (int64_t j = 0; j < n; ++j) row[j] = *reinterpret_cast<const F*>(lses.at(s, t0 + j));
+      for (int64_t j = 0; j < n; ++j) row[j] = *reinterpret_cast<const F*>(given.at(s, j));
       for (int64_t j = n; j < round_up(n, kLanes<F>); ++j) row[j] = -kInf<F>;
     }
     for (int64_t l = 0; l < n; l += kLanes<F>) {
@@ -52,15 +66,16 @@ class Weights {
       }
       const Vec<F> whole = total == F(0) ? fill<F>(1) : total;
       for (int64_t s = 0; s < S_; ++s) store<F>(w + s * kTile, load<F>(w + s * kTile) / whole);
-      for (int64_t j = 0; j < kLanes<F>; ++j) lse_[l + j] = base[j] + std::log(total[j]);
+      store<F>(base_ + l, base);
+      store<F>(total_ + l, total);
     }
   }
   const F* of(int64_t s) const { return w_ + s * kTile; }
-  F lse(int64_t j) const { return lse_[j]; }
+  F lse(int64_t j) const { return base_[j] + std::log(total_[j]); }
 
  private:
   int64_t S_;
-  F *w_, *lse_;
+  F *w_, *base_, *total_;
 };
 
 // y = sum over `count` rows of w x
@@ -106,18 +121,21 @@ void forward(const MergeReads& p) {
     F* w = arena.take<F>(p.S);
     F* buffer = arena.take<F>(own ? 0 : p.S * p.V);
     F* sum = arena.take<F>(p.V);
+    const TileParts from(reads, t0, n);
+    char *to[kTile], *to_lse[kTile];
+    read.list(t0, n, to);
+    lse.list(t0, n, to_lse);
     for (int64_t j = 0; j < n; ++j) {
-      const int64_t t = t0 + j;
       int64_t count = 0;
       for (int64_t s = 0; s < p.S; ++s) {
         w[count] = weights.of(s)[j];
         if (w[count] == 0) continue;
-        x[count] = row_as<F>(reads.at(s, t), reads.rows.dtype, p.V, buffer + count * p.V);
+        x[count] = row_as<F>(from.at(s, j), reads.rows.dtype, p.V, buffer + count * p.V);
         ++count;
       }
-      mix<F>(count, w, x, p.V, own ? reinterpret_cast<F*>(read.row(t)) : sum);
-      if (!own) write_row<F>(sum, p.V, read.dtype, read.row(t));
-      *reinterpret_cast<F*>(lse.row(t)) = weights.lse(j);
+      mix<F>(count, w, x, p.V, own ? reinterpret_cast<F*>(to[j]) : sum);
+      if (!own) write_row<F>(sum, p.V, read.dtype, to[j]);
+      *reinterpret_cast<F*>(to_lse[j]) = weights.lse(j);
     }
   });
 }
@@ -155,35 +173,38 @@ void backward(const MergeReadsBackward& b) {
     F* rows = arena.take<F>(kTile * p.V);
     F* buffer = arena.take<F>(p.V);
     F* x = arena.take<F>(p.S * kTile);
-    for (int64_t j = 0; j < n && d_read; ++j) {
-      dr[j] = row_as<F>(d_read.row(t0 + j), d_read.dtype, p.V, rows + j * p.V);
-    }
+    char* given[kTile];
+    if (d_read) d_read.list(t0, n, given);
+    for (int64_t j = 0; j < n && d_read; ++j) dr[j] = row_as<F>(given[j], d_read.dtype, p.V, rows + j * p.V);
     if (d_lses) {
+      const TileParts from(reads, t0, n), to(d_lses, t0, n);
+      if (d_lse) d_lse.list(t0, n, given);
       std::memset(x, 0, size_t(p.S * kTile) * sizeof(F));
       F means[kTile] = {};
       for (int64_t s = 0; s < p.S && d_read; ++s) {
         const F* w = weights.of(s);
-        const auto row = [&](int64_t j) { return row_as<F>(reads.at(s, t0 + j), reads.rows.dtype, p.V, buffer); };
+        const auto row = [&](int64_t j) { return row_as<F>(from.at(s, j), reads.rows.dtype, p.V, buffer); };
         dots<F>(n, w, dr, row, p.V, x + s * kTile);
         for (int64_t j = 0; j < n; ++j) means[j] += w[j] * x[s * kTile + j];
       }
       for (int64_t j = 0; j < n; ++j) {
-        const F d = d_lse ? *reinterpret_cast<const F*>(d_lse.row(t0 + j)) : F(0);
+        const F d = d_lse ? *reinterpret_cast<const F*>(given[j]) : F(0);
         for (int64_t s = 0; s < p.S; ++s) {
           const F w = weights.of(s)[j], g = w == 0 ? F(0) : w * (x[s * kTile + j] - means[j] + d);
-          *reinterpret_cast<F*>(d_lses.at(s, t0 + j)) = g;
+          *reinterpret_cast<F*>(to.at(s, j)) = g;
         }
       }
     }
     if (!d_reads) return;
+    const TileParts results(d_reads, t0, n);
     for (int64_t s = 0; s < p.S; ++s) {
       for (int64_t j = 0; j < n; ++j) {
-        F *to = own ? reinterpret_cast<F*>(d_reads.at(s, t0 + j)) : buffer, w = weights.of(s)[j];
+        F *to = own ? reinterpret_cast<F*>(results.at(s, j)) : buffer, w = weights.of(s)[j];
         const bool counts = w != 0 && d_read;
         int64_t v = 0;
         for (; v + W <= p.V; v += W) store<F>(to + v, counts ? w * load<F>(dr[j] + v) : fill<F>(0));
         for (; v < p.V; ++v) to[v] = counts ? w * dr[j][v] : F(0);
-        if (!own) write_row<F>(to, p.V, d_reads.rows.dtype, d_reads.at(s, t0 + j));
+        if (!own) write_row<F>(to, p.V, d_reads.rows.dtype, results.at(s, j));
       }
     }
   });

@@ -40,6 +40,11 @@ MK_BOTH inline int64_t size_of(DType d) {
   }
 }
 
+MK_BOTH inline int64_t round_up(int64_t n, int64_t m) { return (n + m - 1) / m * m; }
+MK_BOTH inline int64_t div_up(int64_t n, int64_t m) { return (n + m - 1) / m; }
+MK_BOTH inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+MK_BOTH inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
 constexpr int kMaxLead = 12;
 
 struct Lead {
@@ -128,6 +133,15 @@ struct TokenRows {
   }
   explicit operator bool() const { return base != nullptr; }
 
+  // out[j] = row(t + j) for n rows, with divisions for runs of rows only: they are most of the time of a row of a few
+  // numbers (merge_reads backward, B=4 H=8 T=128 V=64 S=2, two threads: 256 -> 160 us).
+  void list(int64_t t, int64_t n, char** out) const {
+    for (int64_t j = 0; j < n;) {
+      char* p = row(t + j);
+      const int64_t end = folds == 0 ? n : least(n, j + T - (t + j) % T);
+      for (; j < end; ++j, p += stride) out[j] = p;
+    }
+  }
   char* row(int64_t t) const {
     if (folds == 0) return base + t * stride;
     char* p = base + t % T * stride;
@@ -139,10 +153,5 @@ struct TokenRows {
     return p;
   }
 };
-
-MK_BOTH inline int64_t round_up(int64_t n, int64_t m) { return (n + m - 1) / m * m; }
-MK_BOTH inline int64_t div_up(int64_t n, int64_t m) { return (n + m - 1) / m; }
-MK_BOTH inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-MK_BOTH inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
 }  // namespace mk
