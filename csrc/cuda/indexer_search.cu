@@ -116,13 +116,13 @@ find_signs(MK_PARAM(Backward) r) {
   const int64_t end = least(c.k, (token.part + 1) * r.parts.span);
   for (int64_t j0 = token.part * r.parts.span; j0 < end; j0 += 32 / G) {
     const int64_t j = j0 + lane / G, slot = j < end ? index[j] : -1;
-    uint32_t* out = r.signs.of(token.at * c.k + j);
-    uint32_t word = 0;
+    uint16_t* out = r.signs.of(token.at * c.k + j);
+    unsigned word = 0;
     for (int64_t h = 0; h < r.b.heads.H; ++h) {
       const float x = head_product<X, aligned>(rows, slot, G, r.query(token, h), s.query.dtype, float(s.scale));
-      word |= uint32_t(!(scored(slot, c.N, x) <= 0)) << h % 32;
-      if (h % 32 < 31 && h + 1 < r.b.heads.H) continue;
-      if (j < end && lane % G == 0) out[h / 32] = word;
+      word |= unsigned(!(scored(slot, c.N, x) <= 0)) << h % Signs::kBits;
+      if ((h + 1) % Signs::kBits != 0 && h + 1 < r.b.heads.H) continue;
+      if (j < end && lane % G == 0) out[h / Signs::kBits] = uint16_t(word);
       word = 0;
     }
   }
@@ -171,9 +171,9 @@ void indexer_search_backward(const Device& device, const IndexerSearchBackward& 
   const char* name = "indexer_search_backward";
   const TopkSearchBackward& s = b.search;
   const Choice& c = s.choice;
-  const int64_t words = div_up(b.heads.H, 32);
+  const int64_t words = div_up(b.heads.H, Signs::kBits);
   Backward r{b, chosen_gradients(device, name, c, s.d_scores), {nullptr, words}, cut_named(device, c)};
-  r.signs.words = device.scratch<uint32_t>(c.all_tokens() * c.k * words);
+  r.signs.words = device.scratch<uint16_t>(c.all_tokens() * c.k * words);
   if (s.d_query || b.d_weights || s.d_keys) {
     with_rows(s.keys, c.lead, s.K, [&]<class X, bool aligned>() {
       launch(device, name, find_signs<X, aligned>, div_up(c.all_tokens() * r.parts.count, kWarps), kThreads, 0, r);

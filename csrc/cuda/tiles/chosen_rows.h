@@ -26,11 +26,12 @@ void multiply_chosen(const Device& device, const char* name, const Products& p);
 
 // A bit for every head of an entry (t, j), at (batch * tokens + t) * k + j.
 struct Signs {
-  uint32_t* words = nullptr;
+  static constexpr int kBits = 16;  // of a word: the heads of a product of 16 rows
+  uint16_t* words = nullptr;
   int64_t per_entry = 0;
 
-  MK_BOTH uint32_t* of(int64_t entry) const { return words + entry * per_entry; }
-  MK_BOTH bool has(int64_t entry, int64_t head) const { return of(entry)[head / 32] >> head % 32 & 1; }
+  MK_BOTH uint16_t* of(int64_t entry) const { return words + entry * per_entry; }
+  MK_BOTH bool has(int64_t entry, int64_t head) const { return of(entry)[head / kBits] >> head % kBits & 1; }
 };
 
 // out[i] = factor * sum over entries (t, j) with index[t, j] = i, in the order of the tokens, of weights[t, j]
