@@ -25,20 +25,19 @@ pytestmark = can_run
 OP = "indexer_search"
 # T, N, K, (V,) k and H: tokens of 1 to 16 and more rows of a product, one to four groups of tokens, tiles of 32 to 256
 # slots, several ranges of them.
-SIZES = [(5, 100, 24, 1, 9, 17), (70, 70, 8, 1, 5, 1), (9, 300, 16, 1, 40, 4), (1, 700, 40, 1, 33, 16)]
+SIZES = [(5, 100, 24, 1, 9, 17), (70, 70, 8, 1, 5, 1), (9, 300, 16, 1, 40, 4), (1, 700, 40, 1, 33, 16), (4, 600, 9, 1, 300, 5)]
 EDGES = [
     (33, 65, 7, 1, 4, 2),
     (3, 257, 64, 1, 3, 8),
     (2, 130, 130, 1, 64, 33),
     (18, 31, 1, 1, 12, 64),
-    (4, 600, 9, 1, 300, 5),
     (2, 1500, 12, 1, 1000, 3),
     (7, 0, 8, 1, 4, 3),
     (3, 33, 0, 1, 8, 3),
     (1, 1, 1, 1, 1, 1),
 ]
 # Rows or lists that do not fit the shared memory of a block of tiles.
-BY_ROWS = [(3, 200, 720, 1, 9, 3), (2, 70, 1100, 1, 70, 17)]
+BY_ROWS = [(3, 200, 720, 1, 9, 10), (2, 70, 1100, 1, 70, 17)]
 USUAL = (11, 300, 24, 1, 9, 6)
 WHOLE_NUMBERS = {"give": {n: "integers" for n in ("query", "keys", "head_weights")}, "params": {"scale": 1.0}}
 ASCENDING = {"give": {"query": "ones", "keys": "ascending", "head_weights": "ones"}, "params": {"scale": 1.0}}
@@ -58,6 +57,7 @@ SITUATIONS = {
 }
 CASES = [{"sizes": s} for s in SIZES + BY_ROWS[:1]]
 CASES += [{"sizes": USUAL, **SITUATIONS[name]} for name in ("empty slots", "ranges")]
+CASES += [{"sizes": (1, 300, 16, 1, 9, 5), **SITUATIONS["empty slots"]}]
 CASES += [{"sizes": (20, 600, 4, 1, 40, 3), "exact": True, **WHOLE_NUMBERS}]
 CASES += [{"sizes": (3, 700, 1, 1, 12, 2), "exact": True, "wants": ["keys"], **ASCENDING}]
 MORE = [{"sizes": s, "params": {"scale": 0.3}} for s in EDGES + BY_ROWS[1:]]
@@ -132,18 +132,12 @@ def test_an_index_that_names_no_slot_does_no_harm(sanitize):
     assert done.returncode == 0 and done.stdout.split() == ["DONE"], done.stdout + done.stderr[-4000:]
 
 
-TILES, ROWS = "indexer_search_tiles.cu", "indexer_search.cu"
+TILES, ROWS, BACK = "indexer_search_tiles.cu", "indexer_search.cu", "indexer_search_tiles_backward.cu"
 FILLED = "(buffers.rows + (buffers.turn ^ 1) * buffers.bytes)"  # what arrived() returns, without wait and barrier
 # file, text, text with the fault, source that is compiled with it
 FAULTS = {
     "removed barrier": (TILES, "keys = buffers.arrived() +", f"keys = (wait_copies<0>(), {FILLED}) +", TILES),
     "no wait for copies": (TILES, "keys = buffers.arrived() +", f"keys = (__syncthreads(), {FILLED}) +", TILES),
-    "scores are read before all lanes wrote them": (
-        TILES,
-        "add_rows<S>(total, r.rows, scores, lane);\n    __syncwarp();",
-        "add_rows<S>(total, r.rows, scores, lane);",
-        TILES,
-    ),
     "one slot too many": ("search_tiles.h", "block.begin + r.split_rows);", "block.begin + r.split_rows + 1);", TILES),
     "unmasked tail": ("search_tiles.h", "i < block.end ? mask_at(", "!r.p.mask || i < block.end ? mask_at(", TILES),
     "the mask of another tile": (TILES, "block.added[turn][part.which", "block.added[0][part.which", TILES),
@@ -156,11 +150,18 @@ FAULTS = {
     "what waits is another token's": (TILES, "if (lane == j) queued = waiting;", "queued = waiting;", TILES),
     "a queue one place off": ("best.h", "waiting()[queued + __popc", "waiting()[queued + 1 + __popc", TILES),
     "a short queue is merged at the wrong end": ("best.h", "list[n - 1 - i] < y", "list[count - 1 - i] < y", TILES),
-    "by rows, a range too short": (ROWS, "(split + 1) * r.split_rows)", "(split + 1) * r.split_rows - 1)", ROWS),
+    "by rows, a range too short": (ROWS, "(split + 1) * r.split_rows)", "(split + 1) * r.split_rows - 64)", ROWS),
     "by rows, weights of the first head": (ROWS, "heads.weights.dtype, h) * relu", "heads.weights.dtype, 0) * relu", ROWS),
     "a sign of another head": ("chosen_rows.h", ">> head % kBits & 1", ">> head % (kBits / 2) & 1", ROWS),
     "no scale": (ROWS, "y *= float(s.scale);", "y *= 1;", ROWS),
     "no head weight, keys": ("segments.cu", "sum += load(weights, w.dtype, h) *", "sum +=", "segments.cu"),
+    "gradients, removed barrier": (BACK, "keys = buffers.arrived() +", f"keys = (wait_copies<0>(), {FILLED}) +", BACK),
+    "gradients of scores of another tile": (BACK, "shared.ds[turn] + which * J", "shared.ds[0] + which * J", BACK),
+    "gradients of scores of another warp": (BACK, "shared.ds[turn] + which * J", "shared.ds[turn]", BACK),
+    "signs of another warp's slots": (BACK, "first + which * J + lane", "first + lane", BACK),
+    "signs one head off": (BACK, "every_fourth(high >> shift) << 8", "every_fourth(high >> shift) << 7", BACK),
+    "only one of the warps that share heads": (BACK, "+= sums[at(w, i)]", "+= 0 * sums[at(w, i)]", BACK),
+    "a gradient of a closed relu": (BACK, "g[n][e] = first ? ds", "g[n][e] = true ? ds", BACK),
     "heads side by side, keys": ("segments.cu", "row += s.heads.stride)", "row += s.width * 2)", "segments.cu"),
 }
 
@@ -178,7 +179,7 @@ def test_a_seeded_fault_is_noticed(fault, tmp_path):
 
 @whole
 def test_a_seeded_overrun_is_noticed_by_the_address_sanitizer(tmp_path):
-    old, new = (f"place(r.scores_at, int64_t(groups) * sharing * r.per_group * S * {n});" for n in (4, 2))
-    built = broken(tmp_path, TILES, old.replace("4);", "4);"), new, TILES, "address")
+    old, new = "kBuffers * int64_t(r.buffer_bytes));", "kBuffers * int64_t(r.buffer_bytes) / 2);"
+    built = broken(tmp_path, TILES, old, new, TILES, "address")
     done = run_cases(built, OP, CASES, ("float32",), ("forward",), **asan_environment())
     assert done.returncode != 0 and "heap-buffer-overflow" in done.stderr, done.stderr[-2000:]

@@ -9,9 +9,10 @@
 //   y_th = scale sum_j g[t, h, j] k_i,   dq_th = w[t, h] y_th,   dw[t, h] = <q_th, y_th>
 //   dk_i = scale sum_{t, j: i[t, j] = i} ds[t, j] sum_{h: x > 0} w[t, h] q_th,   dmask_i = sum_{t, j: i[t, j] = i} ds[t, j]
 //
-// A first kernel makes the products of the chosen slots again and keeps their signs, one bit for each, which is all that
-// the sums need: T k H bits in scratch memory. Then y_th is a sum of gathered rows, one warp per token and head, and the
-// gradient of the keys a sum over entries sorted by slot (segments.cu), whose row is a sum over heads.
+// The products of the chosen slots are made again. Their signs are all that the sums need: T k H bits in scratch memory.
+// Signs, dq and dw are made in tiles on the tensor cores (indexer_search_tiles_backward.cu); for keys wider than 128 by
+// rows, where y_th is a sum of gathered rows, one warp per token and head. dk is a sum over entries sorted by slot
+// (segments.cu), whose row is a sum over heads.
 #include "cuda/tiles/chosen_warps.h"
 #include "cuda/tiles/head_scores.h"
 
@@ -174,7 +175,8 @@ void indexer_search_backward(const Device& device, const IndexerSearchBackward& 
   const int64_t words = div_up(b.heads.H, Signs::kBits);
   Backward r{b, chosen_gradients(device, name, c, s.d_scores), {nullptr, words}, cut_named(device, c)};
   r.signs.words = device.scratch<uint16_t>(c.all_tokens() * c.k * words);
-  if (s.d_query || b.d_weights || s.d_keys) {
+  const bool wanted = s.d_query || b.d_weights || s.d_keys;
+  if (wanted && !head_gradients_in_tiles(device, name, b, r.ds, r.signs)) {
     with_rows(s.keys, c.lead, s.K, [&]<class X, bool aligned>() {
       launch(device, name, find_signs<X, aligned>, div_up(c.all_tokens() * r.parts.count, kWarps), kThreads, 0, r);
       if (!s.d_query && !b.d_weights) return;

@@ -190,7 +190,6 @@ search_heads(MK_PARAM(Tiling) r) {
       }
       if (lane == j) queued = waiting;
     }
-    __syncwarp();  // the scores are free
   }
   wait_copies<0>();
   if (!busy) return;
