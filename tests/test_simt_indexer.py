@@ -25,7 +25,13 @@ pytestmark = can_run
 OP = "indexer_search"
 # T, N, K, (V,) k and H: tokens of 1 to 16 and more rows of a product, one to four groups of tokens, tiles of 32 to 256
 # slots, several ranges of them.
-SIZES = [(5, 100, 24, 1, 9, 17), (70, 70, 8, 1, 5, 1), (9, 300, 16, 1, 40, 4), (1, 700, 40, 1, 33, 16), (4, 600, 9, 1, 300, 5)]
+SIZES = [
+    (5, 100, 24, 1, 9, 17),
+    (70, 70, 8, 1, 5, 1),
+    (9, 300, 16, 1, 40, 4),
+    (1, 700, 40, 1, 33, 16),
+    (8, 600, 9, 1, 500, 5),
+]
 EDGES = [
     (33, 65, 7, 1, 4, 2),
     (3, 257, 64, 1, 3, 8),
@@ -146,12 +152,22 @@ FAULTS = {
     "half of a product": (TILES, "total[0][i] += total[1][i];", "total[0][i] += 0 * total[1][i];", TILES),
     "the wrong half": (TILES, "kept = upper ? x[i + n / 2] : x[i]", "kept = upper ? x[i] : x[i + n / 2]", TILES),
     "a relu that is none": ("head_scores.h", "x <= 0 ? 0.f : x", "x <= 0 ? 0.01f * x : x", TILES),
-    "a token's list in another range": (TILES, "block.split * r.sharing + part.which", "block.split * r.sharing", TILES),
+    "a token's list in another range": (
+        TILES,
+        "block.split * r.sharing + part.which",
+        "block.split * r.sharing",
+        TILES,
+    ),
     "what waits is another token's": (TILES, "if (lane == j) queued = waiting;", "queued = waiting;", TILES),
     "a queue one place off": ("best.h", "waiting()[queued + __popc", "waiting()[queued + 1 + __popc", TILES),
     "a short queue is merged at the wrong end": ("best.h", "list[n - 1 - i] < y", "list[count - 1 - i] < y", TILES),
     "by rows, a range too short": (ROWS, "(split + 1) * r.split_rows)", "(split + 1) * r.split_rows - 64)", ROWS),
-    "by rows, weights of the first head": (ROWS, "heads.weights.dtype, h) * relu", "heads.weights.dtype, 0) * relu", ROWS),
+    "by rows, weights of the first head": (
+        ROWS,
+        "heads.weights.dtype, h) * relu",
+        "heads.weights.dtype, 0) * relu",
+        ROWS,
+    ),
     "a sign of another head": ("chosen_rows.h", ">> head % kBits & 1", ">> head % (kBits / 2) & 1", ROWS),
     "no scale": (ROWS, "y *= float(s.scale);", "y *= 1;", ROWS),
     "no head weight, keys": ("segments.cu", "sum += load(weights, w.dtype, h) *", "sum +=", "segments.cu"),

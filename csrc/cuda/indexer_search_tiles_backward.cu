@@ -1,11 +1,11 @@
 // The gradients of query and head weights of indexer_search (indexer_search.cu), in tiles on the tensor cores.
 //
 // A block of four warps has a token and up to 64 of its heads, 16 for each warp; where heads are fewer, warps share them
-// and take different slots of a tile. The chosen keys of the token, 32 for each warp that shares heads, are gathered
-// into one of two buffers, by cp.async, while the other is used: once for all heads. Products of queries and keys say
-// by their signs which gradients of scores count, and these times the same keys are added to y, 16 heads and up to 128
-// columns in registers. Gradients of scores have the dtype of the keys, so nothing is rounded for the second product.
-// Warps that share heads add their sums in order at the end.
+// and take different slots of a tile. The chosen keys of the token, 32 for each warp that shares heads or 16 in float32,
+// are gathered into one of two buffers, by cp.async, while the other is used: once for all heads. Products of queries
+// and keys say by their signs which gradients of scores count, and these times the same keys are added to y, 16 heads and
+// up to 128 columns in registers. Gradients of scores have the dtype of the keys, so nothing is rounded for the second
+// product. Warps that share heads add their sums in order at the end.
 //
 // The signs are left in memory for the gradient of the keys (segments.cu).
 #include "cuda/tiles/buffers.h"
@@ -17,7 +17,11 @@ namespace mk::cuda {
 namespace {
 
 constexpr int kWarps = kThreads / 32, kHeads = 16, kColumns = 128;
-constexpr int J = 32;  // chosen slots of a warp in a tile
+constexpr int kMost = 32;  // chosen slots of a warp in a tile
+
+// J for an arithmetic: half as many for float32, whose fragments take twice the registers.
+template <class X>
+constexpr int kChosen = 64 / int(sizeof(X));
 
 struct Gradients {
   IndexerSearchBackward b;
@@ -32,7 +36,7 @@ struct Gradients {
 // What a block keeps in shared memory beside rows: of two tiles, the gradients of scores, 0 where there is no slot, and
 // what is added to the products, NaN for an index outside the memory.
 struct Shared {
-  float ds[2][kWarps * J], added[2][kWarps * J];
+  float ds[2][kWarps * kMost], added[2][kWarps * kMost];
 };
 
 struct Block {
@@ -62,7 +66,7 @@ template <class X>
 MK_DEVICE void prefetch(const Block& block, Shared& shared, Buffers& buffers, int turn, int64_t first) {
   const Gradients& r = block.r;
   const TopkSearchBackward& s = r.b.search;
-  const int slots = r.sharing * J, tid = int(threadIdx.x);
+  const int slots = r.sharing * kChosen<X>, tid = int(threadIdx.x);
   char* buffer = buffers.next();
   auto slot_of = [&](int i) { return first + i < s.choice.k ? block.index[first + i] : int64_t(-1); };
   if (first < s.choice.k) {
@@ -88,9 +92,9 @@ MK_DEVICE unsigned every_fourth(unsigned x) {
   return (x | x >> 12) & 0xffu;
 }
 
-// Turns products of 16 heads with J keys into the gradients of scores that count. Returns the signs of column `lane`, a
-// bit for every head.
-template <class M>
+// Turns products of 16 heads with J keys into the gradients of scores that count. Returns the signs of column `lane`, if
+// there is one, a bit for every head.
+template <class M, int J>
 MK_DEVICE unsigned select(float (&g)[J / 8][4], const Sums<M> (&sums)[J / 8], const float* ds, const float* added,
                           float scale, int lane) {
   unsigned low = 0, high = 0;
@@ -162,7 +166,7 @@ template <class M>
 MK_KERNEL_BLOCKS(kThreads, 3)
 head_gradients(MK_PARAM(Gradients) r) {
   using X = Stored<M>;
-  constexpr int kSteps = J * int(sizeof(X)) / 32;
+  constexpr int J = kChosen<X>, kSteps = J * int(sizeof(X)) / 32;
   const TopkSearchBackward& s = r.b.search;
   const int lane = int(threadIdx.x) % 32, group = int(threadIdx.x) / 32 % r.groups;
   const int which = int(threadIdx.x) / 32 / r.groups;
@@ -191,9 +195,9 @@ head_gradients(MK_PARAM(Gradients) r) {
     add_products<M, J>(sums, queries, r.pitch, 0, keys, r.pitch, int(s.K) * int(sizeof(X)));
     float g[J / 8][4];
     const unsigned signs =
-        select<M>(g, sums, shared.ds[turn] + which * J, shared.added[turn] + which * J, float(s.scale), lane);
+        select<M, J>(g, sums, shared.ds[turn] + which * J, shared.added[turn] + which * J, float(s.scale), lane);
     const int64_t j = first + which * J + lane;
-    if (j < s.choice.k) r.signs.of(block.at * s.choice.k + j)[head / kHeads] = uint16_t(signs);
+    if (lane < J && j < s.choice.k) r.signs.of(block.at * s.choice.k + j)[head / kHeads] = uint16_t(signs);
     Left<M> left[kSteps];
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) left[step] = weights_left<M>(g, step);
@@ -216,7 +220,7 @@ bool run(const Device& device, const char* name, Gradients& r) {
   r.passes = div_up(groups, r.groups);
   r.queries_at = int(sizeof(Shared)), r.keys_at = r.queries_at + r.groups * kHeads * r.pitch;
   for (r.sharing = kWarps / r.groups; r.sharing > 0; r.sharing /= 2) {
-    r.buffer_bytes = r.sharing * J * r.pitch;
+    r.buffer_bytes = r.sharing * kChosen<X> * r.pitch;
     const int64_t sums = int64_t(r.sharing - 1) * r.groups * kColumns / 2 * 32 * 4;
     const int64_t bytes = r.keys_at + most(sums, kBuffers * int64_t(r.buffer_bytes));
     if (bytes > device.shared) continue;
