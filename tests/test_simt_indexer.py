@@ -1,7 +1,7 @@
 """indexer_search on the SIMT runtime in tests/simt: in tiles on the tensor cores, by rows, and its gradients.
 
-The contract grid covers both ways too, with few heads. These cases are the numbers of heads and tokens that change how a
-block is shared out among its warps, and the sizes at the edges of tiles, queues and lists.
+The contract grid covers both ways too, with few heads. These cases are the numbers of heads and tokens that change how
+a block is shared out among its warps, and the sizes at the edges of tiles, queues and lists.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ EDGES = [
 # Rows or lists that do not fit the shared memory of a block of tiles.
 BY_ROWS = [(3, 200, 720, 1, 9, 10), (2, 70, 1100, 1, 70, 17)]
 USUAL = (11, 300, 24, 1, 9, 6)
-WHOLE_NUMBERS = {"give": {n: "integers" for n in ("query", "keys", "head_weights")}, "params": {"scale": 1.0}}
+WHOLE_NUMBERS = {"give": dict.fromkeys(("query", "keys", "head_weights"), "integers"), "params": {"scale": 1.0}}
 ASCENDING = {"give": {"query": "ones", "keys": "ascending", "head_weights": "ones"}, "params": {"scale": 1.0}}
 SITUATIONS = {
     "empty slots": {"give": {"slot_mask": "mask_empty"}},

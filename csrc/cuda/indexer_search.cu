@@ -7,12 +7,13 @@
 //
 // backward, of the chosen slots i = i[t, j], with g[t, h, j] = ds[t, j] where x[t, h, i] > 0, else 0:
 //   y_th = scale sum_j g[t, h, j] k_i,   dq_th = w[t, h] y_th,   dw[t, h] = <q_th, y_th>
-//   dk_i = scale sum_{t, j: i[t, j] = i} ds[t, j] sum_{h: x > 0} w[t, h] q_th,   dmask_i = sum_{t, j: i[t, j] = i} ds[t, j]
+//   dk_i = scale sum_{t, j: i[t, j] = i} ds[t, j] sum_{h: x > 0} w[t, h] q_th
+//   dmask_i = sum_{t, j: i[t, j] = i} ds[t, j]
 //
-// The products of the chosen slots are made again. Their signs are all that the sums need: T k H bits in scratch memory.
-// Signs, dq and dw are made in tiles on the tensor cores (indexer_search_tiles_backward.cu); for keys wider than 128 by
-// rows, where y_th is a sum of gathered rows, one warp per token and head. dk is a sum over entries sorted by slot
-// (segments.cu), whose row is a sum over heads.
+// The products of the chosen slots are made again. Their signs are all that the sums need: T k H bits in scratch
+// memory. Signs, dq and dw are made in tiles on the tensor cores (indexer_search_tiles_backward.cu); for keys wider
+// than 128 by rows, where y_th is a sum of gathered rows, one warp per token and head. dk is a sum over entries sorted
+// by slot (segments.cu), whose row is a sum over heads.
 #include "cuda/tiles/chosen_warps.h"
 #include "cuda/tiles/head_scores.h"
 

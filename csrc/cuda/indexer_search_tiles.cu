@@ -1,19 +1,19 @@
 // indexer_search in tiles: products of all heads on the tensor cores.
 //
-// A row of a product is a head of a token, so that few tokens fill the matrices, too. Each token has P rows: H rounded up
-// to a power of two, or beyond 16 to whole products of 16 rows. A warp has 16 / P tokens, or one whose heads are several
-// products. A block of four warps has up to four such groups of tokens; where tokens are fewer, its warps share them and
-// take different slots of a tile. Queries, head weights and lists stay in shared memory. Keys arrive in tiles of S slots
-// for each warp that shares tokens, whole rows, in two buffers: cp.async fills one while the other is multiplied. A tile
-// is loaded once for all heads.
+// A row of a product is a head of a token, so that few tokens fill the matrices, too. Each token has P rows: H rounded
+// up to a power of two, or beyond 16 to whole products of 16 rows. A warp has 16 / P tokens, or one whose heads are
+// several products. A block of four warps has up to four such groups of tokens; where tokens are fewer, its warps share
+// them and take different slots of a tile. Queries, head weights and lists stay in shared memory. Keys arrive in tiles
+// of S slots for each warp that shares tokens, whole rows, in two buffers: cp.async fills one while the other is
+// multiplied. A tile is loaded once for all heads.
 //
-// relu and head weights follow in registers, where the products of a token are added up. Then lanes add their rows: each
-// step of the sum halves the slots that a lane is concerned with, so that 32 numbers take 28 shuffles. The scores of a
-// token lie side by side in shared memory after that, and those above its k-th best go into its queue (cuda/tiles/
+// relu and head weights follow in registers, where the products of a token are added up. Then lanes add their rows:
+// each step of the sum halves the slots that a lane is concerned with, so that 32 numbers take 28 shuffles. The scores
+// of a token lie side by side in shared memory after that, and those above its k-th best go into its queue (cuda/tiles/
 // best.h). All sums have one fixed order.
 //
-// A block leaves out tiles of which none of its tokens may address a slot. Every warp that shares tokens leaves lists of
-// its own; topk_search.cu merges all of them.
+// A block leaves out tiles of which none of its tokens may address a slot. Every warp that shares tokens leaves lists
+// of its own; topk_search.cu merges all of them.
 #include "cuda/tiles/head_scores.h"
 #include "cuda/tiles/search_tiles.h"
 
@@ -80,8 +80,8 @@ MK_DEVICE void add_heads(float (&total)[2][S / 4], const Sums<M> (&sums)[S / 8],
   }
 }
 
-// One step of a sum over lanes that are `distance` apart: each keeps the sums of one half of the n numbers, the upper one
-// if its bit `distance` is set.
+// One step of a sum over lanes that are `distance` apart: each keeps the sums of one half of the n numbers, the upper
+// one if its bit `distance` is set.
 template <int n, int all>
 MK_DEVICE void halve(float (&x)[all], int distance, int lane, int& begin) {
   const bool upper = (lane & distance) != 0;

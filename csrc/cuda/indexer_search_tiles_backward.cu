@@ -1,11 +1,11 @@
 // The gradients of query and head weights of indexer_search (indexer_search.cu), in tiles on the tensor cores.
 //
-// A block of four warps has a token and up to 64 of its heads, 16 for each warp; where heads are fewer, warps share them
-// and take different slots of a tile. The chosen keys of the token, 32 for each warp that shares heads or 16 in float32,
-// are gathered into one of two buffers, by cp.async, while the other is used: once for all heads. Products of queries
-// and keys say by their signs which gradients of scores count, and these times the same keys are added to y, 16 heads and
-// up to 128 columns in registers. Gradients of scores have the dtype of the keys, so nothing is rounded for the second
-// product. Warps that share heads add their sums in order at the end.
+// A block of four warps has a token and up to 64 of its heads, 16 for each warp; where heads are fewer, warps share
+// them and take different slots of a tile. The chosen keys of the token, 32 for each warp that shares heads or 16 in
+// float32, are gathered into one of two buffers, by cp.async, while the other is used: once for all heads. Products of
+// queries and keys say by their signs which gradients of scores count, and these times the same keys are added to y, 16
+// heads and up to 128 columns in registers. Gradients of scores have the dtype of the keys, so nothing is rounded for
+// the second product. Warps that share heads add their sums in order at the end.
 //
 // The signs are left in memory for the gradient of the keys (segments.cu).
 #include "cuda/tiles/buffers.h"
@@ -92,8 +92,8 @@ MK_DEVICE unsigned every_fourth(unsigned x) {
   return (x | x >> 12) & 0xffu;
 }
 
-// Turns products of 16 heads with J keys into the gradients of scores that count. Returns the signs of column `lane`, if
-// there is one, a bit for every head.
+// Turns products of 16 heads with J keys into the gradients of scores that count. Returns the signs of column `lane`,
+// if there is one, a bit for every head.
 template <class M, int J>
 MK_DEVICE unsigned select(float (&g)[J / 8][4], const Sums<M> (&sums)[J / 8], const float* ds, const float* added,
                           float scale, int lane) {

@@ -71,8 +71,8 @@ struct KeptList {
     __syncwarp();
   }
 
-  // All lanes: appends those of their keys that exceed the k-th best to the queue, at positions from a ballot and prefix
-  // sum. `queued` wait in it, before and after that at most queue - 32. A fuller queue is merged.
+  // All lanes: appends those of their keys that exceed the k-th best to the queue, at positions from a ballot and
+  // prefix sum. `queued` wait in it, before and after that at most queue - 32. A fuller queue is merged.
   MK_DEVICE void offer(Key key, int& queued) const {
     const int lane = int(threadIdx.x) & 31;
     const bool survives = key > list[k - 1];

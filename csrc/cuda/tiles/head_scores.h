@@ -1,4 +1,5 @@
-// Scores that are summed over heads: s[t, i] = sum_h w[t, h] relu(x[t, h, i]) + mask_i,  x[t, h, i] = scale <q_th, k_i>.
+// Scores that are summed over heads:
+//   s[t, i] = sum_h w[t, h] relu(x[t, h, i]) + mask_i,  x[t, h, i] = scale <q_th, k_i>
 #pragma once
 
 #include "cuda/tiles/chosen_rows.h"
