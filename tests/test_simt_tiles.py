@@ -64,7 +64,7 @@ CASES += [{"sizes": (300, 33, 24, 40), "give": {"slot_mask": "mask_float"}}]
 CASES += [{"sizes": (70, 200, 24, 40), "give": {"slot_range": "ranges"}}]
 CASES += [{"sizes": USUAL, "give": {"slot_range": "ranges_middle", name: "nan_slots"}} for name in ("keys", "values")]
 CASES += [{"sizes": USUAL, "give": {"slot_range": "ranges_middle", "query": "nan_token"}}]
-CASES += [{"sizes": (1200, 150, 8, 8), "tokens": [], "memory": [], "give": {"slot_range": "ranges_window"}}]
+CASES += [{"sizes": (1000, 80, 8, 8), "tokens": [4], "memory": [4], "give": {"slot_range": "ranges_window"}}]
 MORE = [{"sizes": s, "params": {"scale": 0.3}} for s in EDGES] + [{"sizes": USUAL, **s} for s in SITUATIONS.values()]
 OP = "softmax_read"
 
