@@ -41,7 +41,7 @@ from memkernels.testing.grid import Subject
 
 rows, op = [], OPS[sys.argv[1]]
 for case in json.loads(sys.argv[2]):
-    sizes = dict(zip("TNKVk", case.pop("sizes")))
+    sizes = dict(zip("TNKVkH", case.pop("sizes")))
     lead = {"tokens": tuple(case.pop("tokens", (2,))), "memory": tuple(case.pop("memory", (2,)))}
     for dtype in sys.argv[3].split(","):
         for mixed in (False, True) if dtype != "float32" else (False,):
@@ -130,7 +130,7 @@ def failures(done) -> list[str]:
 
 
 def run_cases(built: Path, op: str, cases: list[dict], dtypes=DTYPES, directions=(), **environment: str):
-    """Runs ``op`` in cases of the contract grid's form; ``sizes`` are T, N, K, V and k, in this order."""
+    """Runs ``op`` in cases of the contract grid's form; ``sizes`` are T, N, K, V, k and H, in this order."""
     return on_host(built, CASES, op, json.dumps(cases), ",".join(dtypes), *directions, **environment)
 
 

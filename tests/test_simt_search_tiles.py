@@ -126,15 +126,16 @@ def test_float32_is_multiplied_as_torch_is_told_to():
 
 # What Buffers::arrived returns, without its wait and its barrier.
 FILLED = "buffers.rows + (buffers.turn ^ 1) * buffers.bytes"
-# text, text with the fault
+KERNEL = "topk_search_tiles.cu"
+# text, text with the fault; before them the file, if it is another than the kernel's
 FAULTS = {
     "removed barrier": ("here = buffers.arrived();", f"here = {FILLED};\n    wait_copies<0>();"),
     "no wait for copies": ("here = buffers.arrived();", f"here = {FILLED};\n    __syncthreads();"),
-    "one slot too many": ("(block.split + 1) * r.split_rows);", "(block.split + 1) * r.split_rows + 1);"),
-    "unmasked tail": ("first + tid < end ? mask_at(", "!p.mask || first + tid < end ? mask_at("),
+    "one slot too many": ("search_tiles.h", "block.begin + r.split_rows);", "block.begin + r.split_rows + 1);"),
+    "unmasked tail": ("search_tiles.h", "i < block.end ? mask_at(", "!r.p.mask || i < block.end ? mask_at("),
     "the mask of another tile": (
-        "block.added[first / S % 2][n * 8 + lane % 4 * 2 + i % 2];",
-        "block.added[0][n * 8 + lane % 4 * 2 + i % 2];",
+        "extra = block.added[first / S % 2][column];",
+        "extra = block.added[0][column];",
     ),
     "queue one place off": ("place[row] = queued[row] +", "place[row] = queued[row] + 1 +"),
     "a full queue is noticed late": ("total[row] > queue)", "total[row] > queue + 1)"),
@@ -152,8 +153,8 @@ FAULTS = {
 @whole
 @pytest.mark.parametrize("fault", seeded(FAULTS))
 def test_a_seeded_fault_is_noticed(fault, tmp_path):
-    kernel = "topk_search_tiles.cu"
-    built = broken(tmp_path, kernel, *FAULTS[fault], kernel)
+    *file, old, new = FAULTS[fault]
+    built = broken(tmp_path, *(file or [KERNEL]), old, new, KERNEL)
 
     def noticed(seed: str) -> bool:
         return is_noticed(run_cases(built, OP, CASES, ("float32", "float16"), ("forward",), MEMKERNELS_SIMT_SEED=seed))

@@ -49,11 +49,22 @@ SITUATIONS = {
     "one row for all": {"layout": "expanded"},
     "rows side by side": {"layout": "interleaved", "tokens": [2, 3], "memory": [2, 3]},
     "inside NaN": {"layout": "sliced"},
+    "empty ranges": {"give": {"slot_range": "ranges_empty"}},
+    "ranges, shared memory": {
+        "give": {"slot_range": "ranges", "slot_mask": "mask_empty"},
+        "tokens": [2, 3],
+        "memory": [3],
+    },
 }
 USUAL = (70, 70, 24, 40)
 CASES = [{"sizes": s} for s in SIZES] + [{"sizes": USUAL, **SITUATIONS["empty slots"]}]
 # Several ranges of tokens for one tile of slots, and a gradient of the mask.
 CASES += [{"sizes": (300, 33, 24, 40), "give": {"slot_mask": "mask_float"}}]
+# Ranges of tokens: of any kind; NaN out of range; a pass by slots that skips many tiles of tokens.
+CASES += [{"sizes": (70, 200, 24, 40), "give": {"slot_range": "ranges"}}]
+CASES += [{"sizes": USUAL, "give": {"slot_range": "ranges_middle", name: "nan_slots"}} for name in ("keys", "values")]
+CASES += [{"sizes": USUAL, "give": {"slot_range": "ranges_middle", "query": "nan_token"}}]
+CASES += [{"sizes": (1000, 80, 8, 8), "tokens": [4], "memory": [4], "give": {"slot_range": "ranges_window"}}]
 MORE = [{"sizes": s, "params": {"scale": 0.3}} for s in EDGES] + [{"sizes": USUAL, **s} for s in SITUATIONS.values()]
 OP = "softmax_read"
 
@@ -212,8 +223,8 @@ FAULTS = {
     "no wait for copies": NO_WAIT,
     "one slot too many": (
         "softmax_read_tiles.cu",
-        "(block.split + 1) * r.ranges.split_rows);",
-        "(block.split + 1) * r.ranges.split_rows + 1);",
+        "block.begin + r.ranges.split_rows);",
+        "block.begin + r.ranges.split_rows + 1);",
     ),
     "unmasked tail": (
         "softmax_read_tiles.cu",
@@ -232,7 +243,7 @@ FAULTS = {
     "gradients: removed barrier": REMOVED_BARRIER,
     "gradients: no wait for copies": NO_WAIT,
     "gradients: ranges overlap": (
-        "gradient_tiles.h",
+        "gradient_rows.h",
         "div_up(least(g.others - block.begin, g.split_rows), S)",
         "div_up(least(g.others - block.begin, g.split_rows + S), S)",
     ),
@@ -243,11 +254,11 @@ FAULTS = {
     ),
     "gradients: a tile of the wrong half": (
         "gradient_tiles.h",
-        "const Rows<S>& tile(int n) const { return block.tile[n % 2]; }",
-        "const Rows<S>& tile(int) const { return block.tile[0]; }",
+        "const Rows<S>& tile() const { return block.tile[turn]; }",
+        "const Rows<S>& tile() const { return block.tile[0]; }",
     ),
     "gradients: keys of empty slots": (
-        "gradient_tiles.h",
+        "gradient_rows.h",
         "if (rows.a[r] == -kInfinity) return;",
         "if (at >= p.N) return;",
     ),
@@ -261,8 +272,31 @@ FAULTS = {
         "for (int64_t i = 0; i < g.splits; ++i) x +=",
         "for (int64_t i = 1; i < g.splits; ++i) x +=",
     ),
+    "gradients: a tile of tokens too few": ("slot_ranges.h", "begin < stop; }", "begin + 64 < stop; }"),
+    "gradients: a tile of slots too few": (
+        "gradient_rows.h",
+        "int64_t(S), span.stop)",
+        "int64_t(S), span.stop / S * S)",
+    ),
+    "gradients: a slot out of range": (
+        "slot_ranges.h",
+        "first <= slot && slot < stop",
+        "first <= slot && slot <= stop",
+    ),
+    "gradients: ranges of another tile": ("gradient_tiles.h", "ranges.of_tile(loader.turn)", "ranges.of_tile(0)"),
+    "gradients: NaN out of range": (
+        "gradient_tiles.h",
+        "if (loader.ranges().given()) sum_inside",
+        "if (false) sum_inside",
+    ),
+    "gradients: ranges of other steps": ("gradient_tiles.h", "inside(row, step0 * kDepth + j)", "inside(row, j)"),
+    "gradients: tiles beyond the first 32": (
+        "gradient_tiles.h",
+        "n < block.tiles; n += 32)",
+        "n < block.tiles; n += 64)",
+    ),
 }
-GRADIENT_CASES = [CASES[0], *CASES[-2:], {"sizes": (33, 70, 136, 136)}]
+GRADIENT_CASES = [CASES[0], *CASES[-7:], {"sizes": (33, 70, 136, 136)}]
 
 
 def run_for(fault: str) -> tuple[str, list[dict], tuple[str]]:

@@ -100,6 +100,20 @@ MK_KERNEL(kThreads) place_entries(MK_PARAM(Entries) e, int shift) {
   }
 }
 
+// Column `column` of the row of entry `at`.
+MK_DEVICE float entry_column(const ChosenSum& s, int64_t at, int64_t batch, int64_t t, int64_t column) {
+  const Choice& c = s.choice;
+  const char* row = token_row(s.tokens, c.lead, s.tokens.batch(c.lead, batch), c.T, t);
+  if (s.signs.words == nullptr) return load(row, s.tokens.dtype, column);
+  const View& w = s.heads.weights;
+  const char* weights = token_row(w, c.lead, w.batch(c.lead, batch), c.T, t);
+  float sum = 0;
+  for (int64_t h = 0; h < s.heads.H; ++h, row += s.heads.stride) {
+    if (s.signs.has(at, h)) sum += load(weights, w.dtype, h) * load(row, s.tokens.dtype, column);
+  }
+  return sum;
+}
+
 MK_KERNEL(kThreads) sum_segments(MK_PARAM(ChosenSum) s, MK_PARAM(SortedEntries) e) {
   const Choice& c = s.choice;
   const int64_t row = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32, tokens = c.tokens();
@@ -124,7 +138,7 @@ MK_KERNEL(kThreads) sum_segments(MK_PARAM(ChosenSum) s, MK_PARAM(SortedEntries) 
           load(token_row(s.weights, c.lead, s.weights.batch(c.lead, batch), c.T, t), s.weights.dtype, at % c.k);
       if (column >= s.width) continue;
       if (!s.tokens) sum += w;
-      else sum += w * load(token_row(s.tokens, c.lead, s.tokens.batch(c.lead, batch), c.T, t), s.tokens.dtype, column);
+      else sum += w * entry_column(s, at, batch, t, column);
     }
     if (column < s.width) store(out, s.out.view.dtype, column, s.factor * float(total + sum));
   }

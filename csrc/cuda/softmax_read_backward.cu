@@ -12,9 +12,7 @@ void softmax_read_backward(const Device& device, const SoftmaxReadBackward& b) {
   p.d_read = b.d_read;
   p.lse = f.lse, p.lse_rest = f.lse_rest, p.rule = Rule::softmax;
   p.terms = terms_of(device, "softmax_read_backward", p, b.d_read, f.read, b.d_lse, f.V);
-  // The tiles have no ranges.
-  if (f.lead.folded() * f.T > kFew && !f.range && tiles_take(device, b))
-    return softmax_read_tiles_backward(device, b, p.terms);
+  if (f.lead.folded() * f.T > kFew && tiles_take(device, b)) return softmax_read_tiles_backward(device, b, p.terms);
   PairSums out{};
   out.d_query = b.d_query, out.d_keys = b.d_keys, out.d_values = b.d_values, out.d_mask = b.d_mask;
   sum_pairs(device, "softmax_read_backward", p, out);

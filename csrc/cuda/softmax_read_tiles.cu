@@ -285,7 +285,7 @@ read_tiles(MK_PARAM(Tiling) r) {
   char* rows = shared_memory() + sizeof(Shared<S>);
   locate<W>(block, r);
   const RowRanges ranges{r.ranges_at};
-  narrow<S>(r.p, block, ranges_at(r.ranges_at));
+  narrow(r.p, block, ranges_at(r.ranges_at), kTokens, S);
   const int64_t tokens = r.p.lead.folded() * r.p.T;
   const bool busy = block.t0 + int(threadIdx.x) / 32 * 16 < tokens;  // this warp has a token
 

@@ -82,30 +82,18 @@ search_stream(MK_PARAM(Searching) r) {
     for (int n = 0; n < (Q + kWarps - 1) / kWarps; ++n) {
       const int q = n * kWarps + warp;
       if (q >= Q || t0 + q >= tokens) continue;
-      Key *list = lists + q * both, *queue = list + length;
+      const KeptList kept{lists + q * both, length, r.queue, p.k};
       for (int i0 = 0; i0 < S; i0 += 32) {
         const int i = i0 + lane;
-        const Key key = i < S ? key_of(scores[q * S + i], step.first + i) : 0;
-        const bool survives = key > list[p.k - 1];
-        const unsigned survivors = __ballot_sync(kAllLanes, survives);
-        if (survives) queue[queued[n] + __popc(survivors & ((1u << lane) - 1))] = key;
-        queued[n] += __popc(survivors);
-        __syncwarp();
-        if (queued[n] <= r.queue - 32) continue;
-        sort_keys(queue, r.queue);
-        merge_keys(list, queue, length);
-        clear_keys(queue, r.queue);
-        queued[n] = 0;
-        __syncwarp();
+        kept.offer(i < S ? key_of(scores[q * S + i], step.first + i) : 0, queued[n]);
       }
     }
   }
   wait_copies<0>();
   __syncthreads();
   for (int q = warp; q < Q && t0 + q < tokens; q += kWarps) {
-    Key *list = lists + q * both, *queue = list + length;
-    sort_keys(queue, r.queue);
-    merge_keys(list, queue, length);
+    const Key* list = lists + q * both;
+    KeptList{lists + q * both, length, r.queue, p.k}.merge();
     Key* out = r.lists.keys + (split * r.lists.rows + batch * tokens + t0 + q) * length;
     for (int i = lane; i < length; i += 32) out[i] = list[i];
   }
@@ -123,12 +111,12 @@ finish_search(MK_PARAM(TopkSearch) p, MK_PARAM(View) weights, MK_PARAM(View) lse
     clear_keys(list, r.length);
     __syncwarp();
     for (int64_t i = warp; i < r.splits; i += merging) {
-      merge_keys(list, r.keys + (i * r.rows + token) * r.length, r.length);
+      merge_keys(list, r.keys + (i * r.rows + token) * r.length, r.length, r.length);
     }
   }
   __syncthreads();
   if (warp != 0) return;
-  for (int w = 1; w < merging; ++w) merge_keys(list, lists + w * r.length, r.length);
+  for (int w = 1; w < merging; ++w) merge_keys(list, lists + w * r.length, r.length, r.length);
   auto* indices = reinterpret_cast<int64_t*>(token_row(p.indices, p.lead, p.indices.batch(p.lead, batch), p.T, t));
   const float top = list[0] == 0 ? 0.f : score_of(list[0]);
   float sum = 0;
@@ -180,15 +168,28 @@ MK_KERNEL(kThreads) keep_chosen(MK_PARAM(Choice) c, MK_PARAM(View) d_scores, MK_
 
 }  // namespace
 
-void search(const Device& device, const char* name, const TopkSearch& p, const View& weights, const View& lse) {
-  constexpr int kQueue = 128, kListsOfMany = 256, kMergeRoom = 48 << 10;
+int list_length(const char* name, const TopkSearch& p) {
   if (p.N >= 0xffffffff || p.k > 1 << 20) {
     throw std::runtime_error(std::string(name) + ": 2^32 slots, or more than 2^20 neighbours, have no CUDA kernel");
   }
+  int length = 32;
+  while (length < p.k) length *= 2;
+  return length;
+}
+
+void finish(const Device& device, const char* name, const TopkSearch& p, const View& weights, const View& lse,
+            const Lists& lists) {
+  constexpr int kMergeRoom = 48 << 10;
+  const int64_t bytes = lists.length * int64_t(sizeof(Key)), room = most(1, kMergeRoom / bytes);
+  const int merging = int(least(least(kWarps, lists.splits), room));
+  launch(device, name, finish_search, lists.rows, kThreads, merging * bytes, p, weights, lse, lists, merging);
+}
+
+void search(const Device& device, const char* name, const TopkSearch& p, const View& weights, const View& lse) {
+  constexpr int kQueue = 128, kListsOfMany = 256;
   const int64_t tokens = p.lead.folded() * p.T;
-  Searching r{p, {}, 0, {32}};
-  int& list = r.lists.length;
-  while (list < p.k) list *= 2;
+  Searching r{p, {}, 0, {list_length(name, p)}};
+  const int list = r.lists.length;
   if (tokens > kFew && tiles_take(device, p, list)) {
     r.lists = search_in_tiles(device, name, p, list);
   } else {
@@ -196,10 +197,7 @@ void search(const Device& device, const char* name, const TopkSearch& p, const V
     with_queries(list <= kListsOfMany ? queries_at_once(tokens, p.K) : 1,
                  [&]<int Q>() { with_type(p.keys.dtype, [&]<class X>() { run<X, Q>(device, name, r); }); });
   }
-  const int64_t room = most(1, kMergeRoom / (list * int64_t(sizeof(Key))));
-  const int merging = int(least(least(kWarps, r.lists.splits), room));
-  launch(device, name, finish_search, r.lists.rows, kThreads, merging * list * int64_t(sizeof(Key)), p, weights, lse,
-         r.lists, merging);
+  finish(device, name, p, weights, lse, r.lists);
 }
 
 View dense(const Device& device, const Choice& c, DType dtype) {
@@ -214,6 +212,12 @@ View dense(const Device& device, const Choice& c, DType dtype) {
   return v;
 }
 
+View chosen_gradients(const Device& device, const char* name, const Choice& c, const View& d_scores) {
+  const View ds = dense(device, c);
+  launch(device, name, keep_chosen, div_up(c.all_tokens() * c.k, kThreads), kThreads, 0, c, d_scores, ds);
+  return ds;
+}
+
 void search_gradients(const Device& device, const char* name, const TopkSearchBackward& p, const View& ds) {
   const float scale = float(p.scale);
   if (p.d_query) gather_chosen(device, name, {p.choice, p.K, p.keys, ds, p.d_query, scale});
@@ -225,10 +229,7 @@ void topk_search(const Device& device, const TopkSearch& p) { search(device, "to
 
 void topk_search_backward(const Device& device, const TopkSearchBackward& p) {
   const char* name = "topk_search_backward";
-  const View ds = dense(device, p.choice);
-  launch(device, name, keep_chosen, div_up(p.choice.all_tokens() * p.choice.k, kThreads), kThreads, 0, p.choice,
-         p.d_scores, ds);
-  search_gradients(device, name, p, ds);
+  search_gradients(device, name, p, chosen_gradients(device, name, p.choice, p.d_scores));
 }
 
 }  // namespace mk::cuda

@@ -13,82 +13,38 @@
 //
 // A block leaves out tiles of which none of its tokens may address a slot. Ranges end as in topk_search.cu, which
 // merges them.
-#include "cuda/tiles/query_tiles.h"
-#include "cuda/tiles/search_lists.h"
+#include "cuda/tiles/search_tiles.h"
 
 namespace mk::cuda {
 namespace {
 
 constexpr int kPartBytes = 256;  // of a key row
 
-struct Tiling {
-  TopkSearch p;
-  Lists lists;
-  int queue;           // length of a queue, a power of two, at least S and the length of a list
-  int64_t tiles;       // of tokens, per batch
-  int64_t split_rows;  // slots per range, a multiple of S
-  int key_parts;       // of a key row
-  int query_pitch, key_pitch, buffer_bytes;
-  bool query_packs, key_packs;
-  int ranges_at;  // bytes of shared memory in front of the ranges of the tokens; 0: there are none
+struct Tiling : SearchTiling {
+  int key_parts;  // of a key row
 };
-
-// S for an arithmetic: half as many for float32, whose sums take twice the registers.
-template <class X>
-constexpr int kSlots = 128 / int(sizeof(X));
 
 // May queries stay in registers? Those of float32 are too large.
 template <class M>
 constexpr bool kMayHold = sizeof(Stored<M>) == 2;
-
-// What a block keeps in shared memory beside rows and lists: its position in the call, the memory of its batch, and the
-// mask's terms in the scores of two tiles: the current one and the one being copied.
-template <int S>
-struct alignas(16) Shared {
-  int64_t t0, batch, split;  // the first token, of the batch; the range of slots
-  int64_t begin, end;        // slots that are looked at, from the beginning of a tile on
-  const char *keys, *mask;
-  float added[2][S];
-};
-
-// Thread 0: finds the block's position in the call. Ends with a barrier.
-template <int S>
-MK_DEVICE void locate(Shared<S>& block, const Tiling& r) {
-  const TopkSearch& p = r.p;
-  if (threadIdx.x == 0) {
-    int64_t at = blockIdx.x;
-    block.t0 = at % r.tiles * kTokens;
-    at /= r.tiles;
-    block.split = at % r.lists.splits, block.batch = at / r.lists.splits;
-    block.begin = block.split * r.split_rows, block.end = least(p.N, block.begin + r.split_rows);
-    block.keys = p.keys.batch(p.lead, block.batch);
-    block.mask = p.mask ? p.mask.batch(p.lead, block.batch) : nullptr;
-  }
-  __syncthreads();
-}
 
 // Loads key rows, part by part and tile by tile. Each part is prefetched one step ahead.
 template <class X>
 struct Loader {
   static constexpr int S = kSlots<X>, kColumns = kPartBytes / int(sizeof(X));
   const Tiling& r;
-  Shared<S>& block;
+  SearchBlock<S>& block;
   Buffers buffers;
 
   // Starts the copy of part `part` of the tile at row `first`, [S, part], and with the first part stores the mask's
   // terms. Nothing past the range.
   MK_DEVICE void prefetch(int64_t first, int part) {
-    const TopkSearch& p = r.p;
     const int tid = int(threadIdx.x);
-    const int64_t end = block.end;
     char* buffer = buffers.next();
-    if (first < end) {
-      const char* from = block.keys + part * kPartBytes;
-      copy_rows<X, kThreads>(tid, S, least(kColumns, p.K - part * kColumns), r.key_packs, from, buffer, r.key_pitch,
-                             [&](int i) { return first + i < end ? from + (first + i) * p.keys.row : nullptr; });
-      if (part == 0 && tid < S) {
-        block.added[first / S % 2][tid] = first + tid < end ? mask_at(p.mask, block.mask, first + tid) : -kInfinity;
-      }
+    if (first < block.end) {
+      const int column = part * kColumns;
+      copy_keys<X>(r, block, first, S, column, least(kColumns, r.p.K - column), buffer);
+      if (part == 0 && tid < S) block.added[first / S % 2][tid] = added_to(r, block, first + tid);
     }
     commit_copies();
   }
@@ -119,7 +75,7 @@ MK_DEVICE void multiply_tile(Sums<M> (&sums)[S / 8], const Queries<M, held>& que
 // The scores s [16, S] of a warp's tokens and slots [first, first + S), from products of queries and keys. ranges: of
 // these tokens [16], or null.
 template <class M, int S>
-MK_DEVICE void to_scores(float (&s)[S / 8][4], const Sums<M> (&sums)[S / 8], const Shared<S>& block, float scale,
+MK_DEVICE void to_scores(float (&s)[S / 8][4], const Sums<M> (&sums)[S / 8], const SearchBlock<S>& block, float scale,
                          int64_t first, int lane, const SlotRange* ranges) {
 #pragma unroll
   for (int n = 0; n < S / 8; ++n) {
@@ -146,14 +102,7 @@ struct Best {
   MK_DEVICE Key* of(int row) const { return lists + row * (list + queue); }
 
   // All lanes: merges the queue of token `row` into its list.
-  MK_DEVICE void merge(int row) const {
-    Key *best = of(row), *waiting = best + list;
-    __syncwarp();
-    sort_keys(waiting, queue);
-    merge_keys(best, waiting, list);
-    clear_keys(waiting, queue);
-    __syncwarp();
-  }
+  MK_DEVICE void merge(int row) const { KeptList{of(row), list, queue, k}.merge(); }
 
   // All lanes: offers the scores of slots [first, first + S), in the layout of a product.
   template <int S>
@@ -205,7 +154,7 @@ struct Best {
 
 // Stores the lists of a warp's 16 tokens, from token t0 of the batch on: [16, list].
 template <int S>
-MK_DEVICE void store_lists(const Best& best, const Tiling& r, const Shared<S>& block, int64_t t0, int64_t tokens,
+MK_DEVICE void store_lists(const Best& best, const Tiling& r, const SearchBlock<S>& block, int64_t t0, int64_t tokens,
                            int lane) {
   for (int row = 0; row < 16; ++row) {
     const int64_t t = t0 + row;
@@ -225,12 +174,12 @@ search_tiles(MK_PARAM(Tiling) r) {
   constexpr int S = kSlots<X>;
   const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32, both = r.lists.length + r.queue;
   const int64_t tokens = r.p.lead.folded() * r.p.T;
-  Shared<S>& block = *reinterpret_cast<Shared<S>*>(shared_memory());
-  auto* lists = reinterpret_cast<Key*>(shared_memory() + sizeof(Shared<S>));
+  SearchBlock<S>& block = *reinterpret_cast<SearchBlock<S>*>(shared_memory());
+  auto* lists = reinterpret_cast<Key*>(shared_memory() + sizeof(SearchBlock<S>));
   char* buffers = reinterpret_cast<char*>(lists + kTokens * both);
   locate(block, r);
   const SlotRange* ranges = ranges_at(r.ranges_at);
-  narrow<S>(r.p, block, ranges_at(r.ranges_at));
+  narrow(r.p, block, ranges_at(r.ranges_at), kTokens, S);
 
   Best best{lists + warp * 16 * both, r.lists.length, r.queue, r.p.k, {}};
   clear_keys(best.lists, 16 * both);
@@ -275,6 +224,7 @@ Layout lay_out(const TopkSearch& p, int list) {
   Tiling& r = a.r;
   r.p = p;
   r.queue = int(most(list, kQueue));
+  r.tokens = kTokens;
   r.tiles = div_up(p.lead.folded() * p.T, kTokens);
   r.key_parts = int(most(1, div_up(p.K, kColumns)));
   r.query_pitch = tile_pitch<X>(p.K), r.key_pitch = tile_pitch<X>(least(p.K, kColumns));
@@ -282,7 +232,7 @@ Layout lay_out(const TopkSearch& p, int list) {
   r.query_packs = in_packs(p.query, p.lead, p.K), r.key_packs = in_packs(p.keys, p.lead, p.K);
   a.held = kMayHold<M> && r.key_parts == 1;
   const int64_t rows = kBuffers * int64_t(r.buffer_bytes), queries = int64_t(kTokens) * r.query_pitch;
-  a.shared = int64_t(sizeof(Shared<S>)) + kTokens * (list + r.queue) * int64_t(sizeof(Key)) +
+  a.shared = int64_t(sizeof(SearchBlock<S>)) + kTokens * (list + r.queue) * int64_t(sizeof(Key)) +
              (a.held ? most(rows, queries) : rows + queries);
   r.ranges_at = place_ranges(p, a.shared);
   return a;
@@ -292,26 +242,12 @@ template <class M, bool held>
 void run(const Device& device, const char* name, Layout& a, int list) {
   Tiling& r = a.r;
   const TopkSearch& p = r.p;
-  constexpr int S = kSlots<Stored<M>>;
-  constexpr int64_t kLeastTiles = 4, kBlocksPerSm = 2;  // as in stream_plan.h
-  const int64_t units = p.lead.batches() * r.tiles, tiles = most(1, div_up(p.N, S));
-  const int64_t wanted = div_up(device.sms * kBlocksPerSm, most(units, 1));
-  r.split_rows = div_up(tiles, most(1, least(wanted, tiles / kLeastTiles))) * S;
+  cut_slots(device, r, kSlots<Stored<M>>);
   r.lists.length = list;
-  r.lists.splits = most(1, div_up(p.N, r.split_rows));
+  r.lists.splits = r.splits;
   r.lists.rows = p.lead.batches() * p.lead.folded() * p.T;
   r.lists.keys = device.scratch<Key>(r.lists.splits * r.lists.rows * list);
-  launch(device, name, search_tiles<M, held>, units * r.lists.splits, kThreads, a.shared, r);
-}
-
-// Calls body<M>() with the arithmetic of the scores.
-template <class Body>
-auto with_arithmetic(DType d, bool tf32_allowed, Body&& body) {
-  switch (d) {
-    case DType::f32: return tf32_allowed ? body.template operator()<tf32>() : body.template operator()<float>();
-    case DType::bf16: return body.template operator()<bf16>();
-    default: return body.template operator()<f16>();
-  }
+  launch(device, name, search_tiles<M, held>, p.lead.batches() * r.tiles * r.splits, kThreads, a.shared, r);
 }
 
 }  // namespace

@@ -38,11 +38,11 @@ MK_DEVICE void sort_keys(Key* keys, int n) {
   }
 }
 
-// list[0, n) becomes the n best of itself and `other`, both sorted. Reads n keys of `other`.
-MK_DEVICE void merge_keys(Key* list, const Key* other, int n) {
-  for (int i = int(threadIdx.x) & 31; i < n; i += 32) {
-    const Key y = other[n - 1 - i];
-    if (list[i] < y) list[i] = y;
+// list[0, n) becomes the n best of itself and the first `count` of `other`, up to n, both sorted.
+MK_DEVICE void merge_keys(Key* list, const Key* other, int n, int count) {
+  for (int i = int(threadIdx.x) & 31; i < count; i += 32) {
+    const Key y = other[i];
+    if (list[n - 1 - i] < y) list[n - 1 - i] = y;
   }
   __syncwarp();
   for (int stride = n / 2; stride > 0; stride /= 2) compare(list, n, n, stride);
@@ -52,5 +52,38 @@ MK_DEVICE void merge_keys(Key* list, const Key* other, int n) {
 MK_DEVICE void clear_keys(Key* keys, int n) {
   for (int i = int(threadIdx.x) & 31; i < n; i += 32) keys[i] = 0;
 }
+
+// The k best candidates of a token so far, sorted, and behind them a queue of those that may join them. A warp keeps it
+// in shared memory.
+struct KeptList {
+  Key* list;
+  int length, queue;  // powers of two
+  int64_t k;          // at most the length
+
+  MK_DEVICE Key* waiting() const { return list + length; }
+
+  // All lanes: merges the queue into the list.
+  MK_DEVICE void merge() const {
+    __syncwarp();
+    sort_keys(waiting(), queue);
+    merge_keys(list, waiting(), length, queue < length ? queue : length);
+    clear_keys(waiting(), queue);
+    __syncwarp();
+  }
+
+  // All lanes: appends those of their keys that exceed the k-th best to the queue, at positions from a ballot and
+  // prefix sum. `queued` wait in it, before and after that at most queue - 32. A fuller queue is merged.
+  MK_DEVICE void offer(Key key, int& queued) const {
+    const int lane = int(threadIdx.x) & 31;
+    const bool survives = key > list[k - 1];
+    const unsigned survivors = __ballot_sync(kAllLanes, survives);
+    if (survivors == 0) return;
+    if (survives) waiting()[queued + __popc(survivors & ((1u << lane) - 1))] = key;
+    queued += __popc(survivors);
+    if (queued <= queue - 32) return;
+    merge();
+    queued = 0;
+  }
+};
 
 }  // namespace mk::cuda

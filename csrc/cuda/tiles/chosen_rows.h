@@ -3,7 +3,7 @@
 #pragma once
 
 #include "cuda/tiles/device.h"
-#include "params/choice.h"
+#include "params/indexer_search.h"
 
 namespace mk::cuda {
 
@@ -24,8 +24,19 @@ struct Products {
 };
 void multiply_chosen(const Device& device, const char* name, const Products& p);
 
+// A bit for every head of an entry (t, j), at (batch * tokens + t) * k + j.
+struct Signs {
+  static constexpr int kBits = 16;  // of a word: the heads of a product of 16 rows
+  uint16_t* words = nullptr;
+  int64_t per_entry = 0;
+
+  MK_BOTH uint16_t* of(int64_t entry) const { return words + entry * per_entry; }
+  MK_BOTH bool has(int64_t entry, int64_t head) const { return of(entry)[head / kBits] >> head % kBits & 1; }
+};
+
 // out[i] = factor * sum over entries (t, j) with index[t, j] = i, in the order of the tokens, of weights[t, j]
-// tokens[t]. Writes all of `out`, if that is wanted. (segments.cu)
+// tokens[t]. Where there are `signs`, a token has a row for every head, and those whose sign is set are summed, times
+// their head's weight. Writes all of `out`, if that is wanted. (segments.cu)
 struct ChosenSum {
   Choice choice;
   int64_t width;
@@ -33,6 +44,8 @@ struct ChosenSum {
   View tokens;   // null: only the weights are summed, width 1
   View weights;  // [lead, T, k]
   float factor;
+  Heads heads = {};
+  Signs signs = {};
 };
 void sum_chosen(const Device& device, const char* name, const ChosenSum& s);
 

@@ -272,10 +272,10 @@ MK_DEVICE void sum_inside(Sums<M> (&sums)[2], const Left<M> (&weights)[kSteps], 
 }
 
 // acc += weights times the rows of a tile; columns from `columns` on are left out. The tile has as many rows as the
-// weights have columns. `lane`: see opaque().
-template <class M, int kSteps, int kColumns>
+// weights have columns. `lane`: see opaque(). check(sums, column): called with the sums of 16 columns.
+template <class M, int kSteps, int kColumns, class Check>
 MK_DEVICE void add_weighted(float (&acc)[kColumns / 8][4], const Left<M> (&weights)[kSteps], const float (&drop)[2],
-                            const char* tile, int pitch, int64_t columns, int lane) {
+                            const char* tile, int pitch, int64_t columns, int lane, Check&& check) {
   using X = Stored<M>;
   constexpr int kDepth = 32 / int(sizeof(X));  // rows of one step
 #pragma unroll
@@ -289,9 +289,15 @@ MK_DEVICE void add_weighted(float (&acc)[kColumns / 8][4], const Left<M> (&weigh
       add_product(sums[0], weights[step], b[0], b[1]);
       add_product(sums[1], weights[step], b[2], b[3]);
     }
+    check(sums, c * 16);
 #pragma unroll
     for (int i = 0; i < 8; ++i) acc[2 * c + i / 4][i % 4] += sums[i / 4][i % 4] * drop[i % 4 / 2];
   }
+}
+template <class M, int kSteps, int kColumns>
+MK_DEVICE void add_weighted(float (&acc)[kColumns / 8][4], const Left<M> (&weights)[kSteps], const float (&drop)[2],
+                            const char* tile, int pitch, int64_t columns, int lane) {
+  add_weighted<M, kSteps, kColumns>(acc, weights, drop, tile, pitch, columns, lane, [](Sums<M>(&)[2], int) {});
 }
 
 }  // namespace mk::cuda

@@ -22,101 +22,22 @@
 //
 // ds has no bound, and much of it is too small for float16: powers of two bring its rows near 2^14 before they are
 // rounded.
+//
+// Where tokens have ranges of slots, a block of tokens walks the tiles between the smallest first and the largest stop
+// of its tokens. A block of slots leaves out tiles of tokens of which none may address one of its slots: a kernel
+// before the passes finds the span of every tile of tokens. A product that is not finite is made again without the
+// pairs that are out of range.
 #pragma once
 
-#include "cuda/tiles/buffers.h"
-#include "cuda/tiles/read_ranges.h"
+#include "cuda/tiles/gradient_rows.h"
 
 namespace mk::cuda {
 namespace {
 
-constexpr int kThreads = 128, kRows = 64, kColumns = 128;
-
-enum class Of : int8_t { query, keys, values };
-
-struct Tiling {
-  SoftmaxReadBackward b;
-  const float* terms;          // [batches][tokens]
-  float* partial;              // [splits][rows of all batches][width], then [splits][rows] of dmask; null: one range
-  int64_t rows, others;        // of a batch: of this side, and of the other side
-  int64_t tiles;               // of this side, per batch
-  int64_t splits, split_rows;  // of the other side
-  int blocks;                  // of columns
-  int key_parts, value_parts;  // of rows with K and with V columns
-  int key_pitch, value_pitch;  // of rows of this side
-  int key_step, value_step;    // of rows of the other side, which are loaded in parts
-  int buffer_bytes;
-  bool query_packs, key_packs, value_packs, read_packs;
-};
-
-// S: small enough that two blocks fit the shared memory of an SM if rows have 128 columns.
-template <class X, class W, Of of>
-constexpr int kTile = of == Of::values ? 128 / int(sizeof(X))
-                      : sizeof(X) == 4 ? 16
-                                       : 32;
-
-// Rows of one side: query and dr of tokens, with lse, term and lse_rest; or keys and values of slots, with the mask's
-// term.
-template <int R>
-struct Rows {
-  const char *first[R], *second[R];  // null: beyond the last, or an empty slot
-  float a[R], b[R], c[R];
-};
-
-template <int S>
-struct alignas(16) Shared {
-  int64_t batch, row0, split;
-  int64_t begin;  // of the range of the other side
-  int tiles;      // in that range
-  int block;      // of columns
-  Rows<kRows> own;
-  Rows<S> tile[2];  // this one and the next
-};
-
-// Threads below R: look up the rows from `from` on.
-template <bool tokens, int R>
-MK_DEVICE void look_up(Rows<R>& rows, const Tiling& g, int64_t batch, int64_t from) {
-  const int r = opaque(int(threadIdx.x));
-  if (r >= R) return;
-  const SoftmaxRead& p = g.b.forward;
-  const int64_t at = from + r;
-  rows.first[r] = rows.second[r] = nullptr;
-  if constexpr (tokens) {
-    const int64_t all = p.lead.folded() * p.T;
-    rows.a[r] = -kInfinity, rows.b[r] = rows.c[r] = 0;
-    if (at >= all) return;
-    auto row_of = [&](const View& v) { return token_row(v, p.lead, v.batch(p.lead, batch), p.T, at); };
-    rows.first[r] = row_of(p.query), rows.second[r] = row_of(g.b.d_read);
-    rows.a[r] = *reinterpret_cast<const float*>(row_of(p.lse)), rows.b[r] = g.terms[batch * all + at];
-    rows.c[r] = *reinterpret_cast<const float*>(row_of(p.lse_rest));
-  } else {
-    rows.a[r] = at < p.N ? mask_at(p.mask, p.mask ? p.mask.batch(p.lead, batch) : nullptr, at) : -kInfinity;
-    if (rows.a[r] == -kInfinity) return;
-    rows.first[r] = p.keys.batch(p.lead, batch) + at * p.keys.row;
-    rows.second[r] = p.values.batch(p.lead, batch) + at * p.values.row;
-  }
-}
-
-// Thread 0: finds the block's position in the call. Ends with a barrier.
-template <int S>
-MK_DEVICE void locate(Shared<S>& block, const Tiling& g) {
-  if (threadIdx.x == 0) {
-    int64_t at = blockIdx.x;
-    block.split = at % g.splits;
-    at /= g.splits;
-    block.block = int(at % g.blocks);
-    at /= g.blocks;
-    block.row0 = at % g.tiles * kRows, block.batch = at / g.tiles;
-    block.begin = block.split * g.split_rows;
-    block.tiles = int(div_up(least(g.others - block.begin, g.split_rows), S));
-  }
-  __syncthreads();
-}
-
-// Loads the rows of this side once, and those of the other side tile by tile; n counts the tiles of the range. The
-// parts of a tile are in the order of their use: parts of rows with V columns, then of rows with K columns. dv has all
-// parts with K columns first, then the part with V columns that it sums. M: the arithmetic of scores and of the sum; W:
-// the type of the values, in which dw is multiplied.
+// Loads the rows of this side once, and those of the other side tile by tile; n counts the tiles of the range, and
+// `turn` alternates from tile to tile. The parts of a tile are in the order of their use: parts of rows with V columns,
+// then of rows with K columns. dv has all parts with K columns first, then the part with V columns that it sums. M: the
+// arithmetic of scores and of the sum; W: the type of the values, in which dw is multiplied.
 template <class M, class W, Of of>
 struct Loader {
   using X = Stored<M>;
@@ -126,9 +47,11 @@ struct Loader {
   const Tiling& g;
   Shared<S>& block;
   Buffers buffers;
-  char *keyed, *valued;  // rows of this side: [64, K] and [64, V]
+  char *keyed, *valued;    // rows of this side: [64, K] and [64, V]
+  int turn = 0, next = 0;  // of the current tile; the tile after it
 
-  MK_DEVICE const Rows<S>& tile(int n) const { return block.tile[n % 2]; }
+  MK_DEVICE const Rows<S>& tile() const { return block.tile[turn]; }
+  MK_DEVICE TokenRanges<of, S> ranges() const { return {g.ranges_at}; }
   MK_DEVICE int parts() const { return g.key_parts + (of_values ? 1 : g.value_parts); }
   // The k-th part of rows with K columns, in the order of their use: the part that is summed is the last.
   MK_DEVICE int key_part(int k) const {
@@ -137,8 +60,25 @@ struct Loader {
     return part < g.key_parts ? part : part - g.key_parts;
   }
 
-  MK_DEVICE void look_up_tile(int n) const {
-    look_up<by_slots>(block.tile[n % 2], g, block.batch, block.begin + n * int64_t(S));
+  // All lanes: the first tile from n on with which some slot of the block is in range.
+  MK_DEVICE int first_from(int n) const {
+    if constexpr (by_slots) {
+      if (!ranges().given()) return n;
+      const SlotRange* spans = g.spans + block.batch * div_up(g.others, S) + block.begin / S;
+      const int lane = int(threadIdx.x) % 32;
+      for (; n < block.tiles; n += 32) {
+        const bool meets = n + lane < block.tiles && spans[n + lane].meets(block.row0, block.row0 + kRows);
+        const unsigned found = __ballot_sync(kAllLanes, meets);
+        if (found != 0) return n + __ffs(int(found)) - 1;
+      }
+    }
+    return n;
+  }
+
+  MK_DEVICE void look_up_tile(int n, int into) const {
+    const int64_t from = block.begin + n * int64_t(S);
+    look_up<by_slots>(block.tile[into], g, block.batch, from);
+    if constexpr (by_slots) ranges().template look_up<S>(g, block.batch, from, into);
   }
 
   // Starts the copy of the rows of this side; they arrive with the first part.
@@ -159,11 +99,10 @@ struct Loader {
     }
   }
 
-  // Starts the copy of part `part` of tile n: [S, 128].
-  MK_DEVICE void prefetch(int n, int part) {
+  // Starts the copy of part `part` of the tile of `rows`: [S, 128].
+  MK_DEVICE void prefetch(const Rows<S>& rows, int part) {
     const SoftmaxRead& p = g.b.forward;
     const int tid = opaque(int(threadIdx.x));
-    const Rows<S>& rows = tile(n);
     char* buffer = buffers.next();
     if (of_values ? part < g.key_parts : part >= g.value_parts) {
       const int64_t at = int64_t(key_part(of_values ? part : part - g.value_parts)) * kColumns;
@@ -190,25 +129,25 @@ struct Loader {
     commit_copies();
   }
 
-  // Waits for part `part` of tile n, and prefetches the one after it.
-  MK_DEVICE const char* arrived(int n, int part) {
+  // Waits for part `part` of the current tile, and prefetches the one after it.
+  MK_DEVICE const char* arrived(int part) {
     const char* here = buffers.arrived();
-    const bool more = n + 1 < block.tiles, last = part + 1 == parts();
-    if (part == 0 && more) look_up_tile(n + 1);
-    if (!last || more) prefetch(last ? n + 1 : n, last ? 0 : part + 1);
+    const bool more = next < block.tiles, last = part + 1 == parts();
+    if (part == 0 && more) look_up_tile(next, turn ^ 1);
+    if (!last || more) prefetch(block.tile[last ? turn ^ 1 : turn], last ? 0 : part + 1);
     return here;
   }
 };
 
-// x = <dr, v> = dw of a warp's 16 rows and tile n: [16, S]. Takes the parts from `part` on.
+// x = <dr, v> = dw of a warp's 16 rows and a tile: [16, S]. Takes the parts from `part` on.
 template <class M, class W, Of of, int S>
-MK_DEVICE void multiply_values(float (&x)[S / 8][4], Loader<M, W, of>& loader, int n, int& part, bool busy) {
+MK_DEVICE void multiply_values(float (&x)[S / 8][4], Loader<M, W, of>& loader, int& part, bool busy) {
   using D = std::conditional_t<sizeof(W) == sizeof(Stored<M>), M, tf32>;
   const Tiling& g = loader.g;
   const int warp = int(threadIdx.x) / 32;
   Sums<D> sums[S / 8];
   for (; part < g.value_parts; ++part) {
-    const char* buffer = loader.arrived(n, part);
+    const char* buffer = loader.arrived(part);
     if (!busy) continue;
     const int64_t at = int64_t(part) * kColumns;
     add_products<D, S>(sums, loader.valued + warp * 16 * g.value_pitch, g.value_pitch, int(at * sizeof(W)), buffer,
@@ -221,15 +160,15 @@ MK_DEVICE void multiply_values(float (&x)[S / 8][4], Loader<M, W, of>& loader, i
   }
 }
 
-// sums = <q, k> of a warp's 16 rows and tile n: [16, S]. Takes the parts from `part` on, and returns the last one.
+// sums = <q, k> of a warp's 16 rows and a tile: [16, S]. Takes the parts from `part` on, and returns the last one.
 template <class M, class W, Of of, int S>
-MK_DEVICE const char* multiply_keys(Sums<M> (&sums)[S / 8], Loader<M, W, of>& loader, int n, int& part, bool busy) {
+MK_DEVICE const char* multiply_keys(Sums<M> (&sums)[S / 8], Loader<M, W, of>& loader, int& part, bool busy) {
   using X = Stored<M>;
   const Tiling& g = loader.g;
   const int warp = int(threadIdx.x) / 32;
   const char* buffer = nullptr;
   for (int k = 0; k < g.key_parts; ++k, ++part) {
-    buffer = loader.arrived(n, part);
+    buffer = loader.arrived(part);
     if (!busy) continue;
     const int64_t at = int64_t(loader.key_part(k)) * kColumns;
     add_products<M, S>(sums, loader.keyed + warp * 16 * g.key_pitch, g.key_pitch, int(at * sizeof(X)), buffer,
@@ -238,10 +177,11 @@ MK_DEVICE const char* multiply_keys(Sums<M> (&sums)[S / 8], Loader<M, W, of>& lo
   return buffer;
 }
 
-// Turns x = dw [16, S] into w for dv, else into ds, and adds the rows of ds to `total`. sums: <q, k>.
-template <Of of, class M, int S>
+// Turns x = dw [16, S] into w for dv, else into ds, and adds the rows of ds to `total`. sums: <q, k>. inside(row, j):
+// is the pair of this lane's row 0 or 1 and row j of the tile in range?
+template <Of of, class M, int S, class Inside>
 MK_DEVICE void weigh(float (&x)[S / 8][4], float (&total)[2], const Sums<M> (&sums)[S / 8], const Rows<kRows>& own_rows,
-                     const Rows<S>& tile, float scale) {
+                     const Rows<S>& tile, float scale, Inside&& inside) {
   constexpr bool by_slots = of != Of::query;
   const int lane = opaque(int(threadIdx.x)) % 32, own = opaque(int(threadIdx.x)) / 32 * 16 + lane / 4;
 #pragma unroll
@@ -253,7 +193,8 @@ MK_DEVICE void weigh(float (&x)[S / 8][4], float (&total)[2], const Sums<M> (&su
       const float lse = by_slots ? tile.a[column] : own_rows.a[row];
       const float rest = by_slots ? tile.c[column] : own_rows.c[row];
       const float above = at_most_zero(score(scale, sums[j][i], added) - lse - rest);
-      const float w = added == -kInfinity || lse == -kInfinity ? 0.f : power_of_two(above * kLog2e);
+      const bool open = added != -kInfinity && lse != -kInfinity && inside(i / 2, column);
+      const float w = open ? power_of_two(above * kLog2e) : 0.f;
       if constexpr (of == Of::values) {
         x[j][i] = w;
       } else {
@@ -316,48 +257,85 @@ MK_DEVICE void store_sums(const Tiling& g, const Shared<S>& block, const float (
   }
 }
 
+// Is the pair of this lane's row 0 or 1 and row j of tile n in range?
+template <class M, class W, Of of>
+MK_DEVICE bool in_range(const Loader<M, W, of>& loader, int n, int row, int j) {
+  const auto ranges = loader.ranges();
+  if (!ranges.given()) return true;
+  const int own = opaque(int(threadIdx.x)) / 32 * 16 + opaque(int(threadIdx.x)) % 32 / 4 + row * 8;
+  if (of == Of::query) return ranges.of_tile(0)[own].holds(loader.block.begin + n * int64_t(loader.S) + j);
+  return ranges.of_tile(loader.turn)[j].holds(loader.block.row0 + own);
+}
+
 template <class M, class W, Of of>
 MK_KERNEL_BLOCKS(kThreads, 3)
 sum_tiles(MK_PARAM(Tiling) g) {
   using X = Stored<M>;
   constexpr bool of_values = of == Of::values;
-  constexpr int S = kTile<X, W, of>, kSteps = S * int(sizeof(X)) / 32;
+  constexpr int S = kTile<X, W, of>, kDepth = 32 / int(sizeof(X));  // rows of a step of the sum
+  // Steps at a time: two for exact float32, whose fragments of four would spill.
+  constexpr int kSteps = std::is_same_v<M, float> ? 2 : S / kDepth;
   const SoftmaxRead& p = g.b.forward;
   Shared<S>& block = *reinterpret_cast<Shared<S>*>(shared_memory());
   char *buffers = shared_memory() + sizeof(Shared<S>), *keyed = buffers + kBuffers * g.buffer_bytes;
   Loader<M, W, of> loader{g, block, {buffers, g.buffer_bytes}, keyed, keyed + kRows * g.key_pitch};
   locate(block, g);
   look_up<of == Of::query>(block.own, g, block.batch, block.row0);
-  loader.look_up_tile(0);
+  if constexpr (of == Of::query) narrow(block, loader.ranges(), g);
+  int n = loader.first_from(0);
+  loader.look_up_tile(n, 0);
   __syncthreads();
   loader.prefetch_own();
-  loader.prefetch(0, 0);
+  loader.prefetch(loader.tile(), 0);
 
   const bool busy = block.row0 + int(threadIdx.x) / 32 * 16 < g.rows;  // this warp has a row
   float acc[kColumns / 8][4] = {}, total[2] = {};
-  for (int n = 0; n < block.tiles; ++n) {
+  for (; n < block.tiles; n = loader.next, loader.turn ^= 1) {
+    loader.next = loader.first_from(n + 1);
     float x[S / 8][4] = {};
     int part = 0;
     const char* buffer = nullptr;
-    if constexpr (!of_values) multiply_values<M, W, of, S>(x, loader, n, part, busy);
+    if constexpr (!of_values) multiply_values<M, W, of, S>(x, loader, part, busy);
+    const auto inside = [&](int row, int j) { return in_range<M, W, of>(loader, n, row, j); };
     {
       Sums<M> sums[S / 8];
-      buffer = multiply_keys<M, W, of, S>(sums, loader, n, part, busy);
-      weigh<of, M, S>(x, total, sums, block.own, loader.tile(n), float(p.scale));
+      buffer = multiply_keys<M, W, of, S>(sums, loader, part, busy);
+      weigh<of, M, S>(x, total, sums, block.own, loader.tile(), float(p.scale), inside);
     }
-    if constexpr (of_values) buffer = loader.arrived(n, part);
+    if constexpr (of_values) buffer = loader.arrived(part);
     if (!busy) continue;
 
     float drop[2];
     lift_rows<M, S>(x, drop);
-    Left<M> weights[kSteps];
-#pragma unroll
-    for (int step = 0; step < kSteps; ++step) weights[step] = weights_left<M>(x, step);
     const int64_t columns = (of_values ? p.V : p.K) - int64_t(block.block) * kColumns;
-    add_weighted<M, kSteps, kColumns>(acc, weights, drop, buffer, of_values ? g.value_step : g.key_step, columns,
-                                      opaque(int(threadIdx.x) % 32));
+    const int pitch = of_values ? g.value_step : g.key_step, lane = opaque(int(threadIdx.x) % 32);
+#pragma unroll
+    for (int step0 = 0; step0 < S / kDepth; step0 += kSteps) {
+      Left<M> weights[kSteps];
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) weights[step] = weights_left<M>(x, step0 + step);
+      const char* rows = buffer + step0 * kDepth * pitch;
+      const auto counts = [&](int row, int j) { return inside(row, step0 * kDepth + j); };
+      const auto check = [&](Sums<M>(&sums)[2], int column) {
+        if (loader.ranges().given()) sum_inside<M>(sums, weights, rows, pitch, column, lane, counts);
+      };
+      add_weighted<M, kSteps, kColumns>(acc, weights, drop, rows, pitch, columns, lane, check);
+    }
   }
+  wait_copies<0>();
   store_sums<of>(g, block, acc, total);
+}
+
+// The spans of the tiles of S tokens, one thread for each.
+MK_KERNEL(kThreads) find_spans(MK_PARAM(SoftmaxRead) p, SlotRange* spans, int S) {
+  const int64_t at = int64_t(blockIdx.x) * kThreads + threadIdx.x, tiles = div_up(p.lead.folded() * p.T, S);
+  if (at >= p.lead.batches() * tiles) return;
+  SlotRange span{p.N, 0};
+  for (int i = 0; i < S; ++i) {
+    const SlotRange one = range_of(p.range, p.lead, at / tiles, p.T, at % tiles * S + i, p.N);
+    span = {least(span.first, one.first), most(span.stop, one.stop)};
+  }
+  spans[at] = span;
 }
 
 // One block per row of the result: adds up the ranges, in their order.

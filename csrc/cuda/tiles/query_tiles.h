@@ -12,14 +12,14 @@ constexpr int kThreads = 128, kTokens = 64;
 
 // All threads: looks up the ranges of the tokens of a block, if there are any, and narrows its slots [begin, end) to
 // the tiles of S that some token may address. Ends with a barrier.
-template <int S, class Params, class Shared>
-MK_DEVICE void narrow(const Params& p, Shared& block, SlotRange* ranges) {
+template <class Params, class Shared>
+MK_DEVICE void narrow(const Params& p, Shared& block, SlotRange* ranges, int tokens, int S) {
   if (ranges == nullptr) return;
   const int tid = int(threadIdx.x);
-  if (tid < kTokens) ranges[tid] = range_of(p.range, p.lead, block.batch, p.T, block.t0 + tid, p.N);
+  if (tid < tokens) ranges[tid] = range_of(p.range, p.lead, block.batch, p.T, block.t0 + tid, p.N);
   __syncthreads();
   if (tid == 0) {
-    const SlotRange span = span_of(ranges, kTokens);
+    const SlotRange span = span_of(ranges, tokens);
     block.begin = most(block.begin, span.first / S * S), block.end = least(block.end, span.stop);
   }
   __syncthreads();
@@ -30,7 +30,7 @@ MK_DEVICE SlotRange* ranges_at(int at) {
   return at == 0 ? nullptr : reinterpret_cast<SlotRange*>(shared_memory() + at);
 }
 
-// Adds room for them to the shared memory of a block. Returns where they are; 0 if tokens have no ranges.
+// Adds room for 64 of them to the shared memory of a block. Returns where they are; 0 if tokens have no ranges.
 template <class Params>
 int place_ranges(const Params& p, int64_t& shared) {
   if (!p.range) return 0;

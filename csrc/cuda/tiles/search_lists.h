@@ -15,17 +15,26 @@ struct Lists {
   Key* keys = nullptr;           // [splits][rows][length]
 };
 
+// The length of the lists of a call. Raises an error if no CUDA kernel can run it.
+int list_length(const char* name, const TopkSearch&);
+
+// Merges the lists of every token. Writes indices and scores; or, if p.scores is missing, softmax weights into
+// `weights`, and the logarithm of the sum of their exponentials into `lse`.
+void finish(const Device&, const char* name, const TopkSearch& p, const View& weights, const View& lse, const Lists&);
+
 // Do the tiles support the dtypes and sizes of this call on this device, with lists of this length?
 bool tiles_take(const Device&, const TopkSearch&, int list);
 Lists search_in_tiles(const Device&, const char* name, const TopkSearch&, int list);
 
-// The search. Writes scores; or, if p.scores is missing, softmax weights into `weights`, and the logarithm of the sum
-// of their exponentials into `lse`.
+// The whole search.
 void search(const Device& device, const char* name, const TopkSearch& p, const View& weights = {},
             const View& lse = {});
 
 // A contiguous view [lead, T, k] in scratch memory.
 View dense(const Device& device, const Choice& c, DType dtype = DType::f32);
+
+// The gradients of chosen scores in scratch memory, [lead, T, k], 0 where there is no slot.
+View chosen_gradients(const Device& device, const char* name, const Choice& c, const View& d_scores);
 
 // The gradients of query, keys and mask from `ds`, those of the chosen scores, [lead, T, k], 0 where there is no slot.
 void search_gradients(const Device& device, const char* name, const TopkSearchBackward& p, const View& ds);

@@ -10,6 +10,7 @@ namespace mk::cuda {
 struct SlotRange {
   int64_t first, stop;
   MK_BOTH bool holds(int64_t slot) const { return first <= slot && slot < stop; }
+  MK_BOTH bool meets(int64_t begin, int64_t end) const { return first < end && begin < stop; }
 };
 
 // The range of token t, within [0, N); {N, 0} if it is empty or there is no such token. `ranges` [T, 2] is given.

@@ -32,6 +32,10 @@ Layout lay_out(const SoftmaxReadBackward& b) {
   g.value_packs = in_packs(p.values, p.lead, p.V), g.read_packs = in_packs(b.d_read, p.lead, p.V);
   a.shared = int64_t(sizeof(Shared<S>)) + kBuffers * int64_t(g.buffer_bytes) +
              kRows * (int64_t(g.key_pitch) + (of == Of::values ? 0 : g.value_pitch));
+  if (p.range) {
+    g.ranges_at = int(round_up(a.shared, 16));
+    a.shared = g.ranges_at + (of == Of::query ? kRows : 2 * S) * int64_t(sizeof(SlotRange));
+  }
   return a;
 }
 
@@ -49,6 +53,12 @@ void sum(const Device& device, const SoftmaxReadBackward& b, const float* terms)
   g.splits = div_up(g.others, g.split_rows);
   const int64_t numbers = (of == Of::values ? p.V : p.K) + (of == Of::keys ? 1 : 0);
   if (g.splits > 1) g.partial = device.scratch<float>(g.splits * batches * g.rows * numbers);
+  if (g.ranges_at != 0 && of != Of::query) {
+    const int64_t spans = batches * tiles;
+    auto* found = device.scratch<SlotRange>(spans);
+    launch(device, "softmax_read_backward", find_spans, div_up(spans, kThreads), kThreads, 0, p, found, S);
+    g.spans = found;
+  }
   launch(device, "softmax_read_backward", sum_tiles<M, W, of>, units * g.splits, kThreads, a.shared, g);
   if (g.splits > 1) launch(device, "softmax_read_backward", add_ranges<of>, batches * g.rows, kThreads, 0, g);
 }
