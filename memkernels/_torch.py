@@ -52,14 +52,17 @@ def bare(operator: Callable[..., Any]) -> Callable[..., Any]:
 def below_autograd(operator: Any) -> Callable[..., Any]:
     """``operator`` without its autograd layer, which in eager mode costs more than a small call.
 
-    Its overload ``direct`` is the same kernel with no such layer, and saves the context manager that shuts the layer
-    out, a twentieth of a small call. Modes that watch operators see the operator itself.
+    Its overload ``direct``, where the backend gives it a kernel, is the same without such a layer, and saves the context
+    manager that shuts the layer out, a twentieth of a small call. Modes that watch operators see the operator itself.
     """
     below, modes, default = BelowAutograd, _modes, bare(operator)
     if below is None:
         return default
     packet = getattr(getattr(torch.ops, operator.namespace), operator.name().partition("::")[2])
-    direct = bare(packet.direct) if modes is not None and "direct" in packet.overloads() else None
+    direct = None
+    if modes is not None and "direct" in packet.overloads():
+        if has_kernel(f"{operator.name()}.direct", "CPU") or has_kernel(f"{operator.name()}.direct", "CUDA"):
+            direct = bare(packet.direct)
 
     def run(*inputs):
         if direct is not None and not modes():

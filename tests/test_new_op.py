@@ -79,7 +79,9 @@ def _build(copy: Path, without: str = "") -> None:
 def _tests(copy: Path, over_all: str) -> set[str]:
     """Run the tests of the new op and those that go over all ops; return the names of the former that passed."""
     env = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST", "PYTHONPATH"))}
-    options = ["-rA", "--no-header", "-p", "no:cacheprovider", "-k", f"{NAME} or {over_all}"]
+    # The library with the new op has a switch of its own that fills new memory, and no operator for it.
+    chosen = f"({NAME} and not poisoned) or {over_all}"
+    options = ["-rA", "--no-header", "-p", "no:cacheprovider", "-k", chosen]
     command = [sys.executable, "-m", "pytest", "tests", *options]
     done = subprocess.run(command, cwd=copy, env=env, capture_output=True, text=True, timeout=1200, check=False)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

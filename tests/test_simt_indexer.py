@@ -151,7 +151,7 @@ FAULTS = {
     "rows past the heads": (TILES, "total[i][n] += there ? x : 0.f;", "total[i][n] += there ? x : x + 1;", TILES),
     "half of a product": (TILES, "total[0][i] += total[1][i];", "total[0][i] += 0 * total[1][i];", TILES),
     "the wrong half": (TILES, "kept = upper ? x[i + n / 2] : x[i]", "kept = upper ? x[i] : x[i + n / 2]", TILES),
-    "a relu that is none": ("head_scores.h", "x <= 0 ? 0.f : x", "x <= 0 ? 0.01f * x : x", TILES),
+    "a relu that is none": ("head_signs.h", "x <= 0 ? 0.f : x", "x <= 0 ? 0.01f * x : x", TILES),
     "a token's list in another range": (
         TILES,
         "block.split * r.sharing + part.which",

@@ -49,6 +49,10 @@ Tensor made(size_t bytes, Make&& make) {
 // A new, uninitialised tensor on the device of the call. `whole`: all of it will be written.
 Tensor empty(const Sizes& sizes, ScalarType dtype, bool whole = true);
 
+// For tests, on the CPU: are new tensors filled from now on, with NaN or the largest int64? Returns how many were until
+// now.
+int64_t fill_new_memory(bool on);
+
 // `t` with a contiguous last dimension: a copy, if it has another. One number that is expanded to all of them, such as
 // the gradient of a sum, is copied to one row, which is expanded.
 Tensor as_rows(const Tensor& t);

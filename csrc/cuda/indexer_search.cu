@@ -15,7 +15,7 @@
 // than 128 by rows, where y_th is a sum of gathered rows, one warp per token and head. dk is a sum over entries sorted
 // by slot (segments.cu), whose row is a sum over heads.
 #include "cuda/tiles/chosen_warps.h"
-#include "cuda/tiles/head_scores.h"
+#include "cuda/tiles/head_signs.h"
 
 namespace mk::cuda {
 namespace {

@@ -14,7 +14,7 @@
 //
 // A block leaves out tiles of which none of its tokens may address a slot. Every warp that shares tokens leaves lists
 // of its own; topk_search.cu merges all of them.
-#include "cuda/tiles/head_scores.h"
+#include "cuda/tiles/head_signs.h"
 #include "cuda/tiles/search_tiles.h"
 
 namespace mk::cuda {

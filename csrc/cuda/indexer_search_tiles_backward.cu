@@ -10,7 +10,7 @@
 // The signs are left in memory for the gradient of the keys (segments.cu).
 #include "cuda/tiles/buffers.h"
 #include "cuda/tiles/fragments.h"
-#include "cuda/tiles/head_scores.h"
+#include "cuda/tiles/head_signs.h"
 #include "cuda/tiles/search_tiles.h"
 
 namespace mk::cuda {

@@ -31,6 +31,7 @@ std::string processor() {
 STABLE_TORCH_LIBRARY_FRAGMENT(memkernels_cpu, m) {
   m.def("isa() -> str");
   m.def("processor() -> str");
+  m.def("fill_new_memory(bool on) -> int");
   m.def(
       "slot_places(Tensor slots, Tensor live, int capacity, Tensor frame_of, int page_slots, Tensor(a!) count, "
       "bool none) -> Tensor");
@@ -42,4 +43,5 @@ STABLE_TORCH_LIBRARY_FRAGMENT(memkernels_cpu, m) {
 STABLE_TORCH_LIBRARY_IMPL(memkernels_cpu, CompositeExplicitAutograd, m) {
   m.impl("isa", TORCH_BOX(&isa_name));
   m.impl("processor", TORCH_BOX(&processor));
+  m.impl("fill_new_memory", TORCH_BOX(&mk::fill_new_memory));
 }

@@ -48,13 +48,12 @@ void fill(Tensor& t) {
   std::fill_n(reinterpret_cast<int64_t*>(data), count, std::numeric_limits<int64_t>::max());
 }
 
-// Returns how many tensors were filled until now.
+}  // namespace
+
 int64_t fill_new_memory(bool on) {
   fills = on;
   return filled;
 }
-
-}  // namespace
 
 Tensor empty(const Sizes& sizes, ScalarType dtype, bool whole) {
   Sizes strides(sizes.size(), 1);
@@ -86,8 +85,3 @@ void Place::enter(const char* op, const char* name, const Tensor& t) {
 }
 
 }  // namespace mk
-
-STABLE_TORCH_LIBRARY_FRAGMENT(memkernels_cpu, m) { m.def("fill_new_memory(bool on) -> int"); }
-STABLE_TORCH_LIBRARY_IMPL(memkernels_cpu, CompositeExplicitAutograd, m) {
-  m.impl("fill_new_memory", TORCH_BOX(&mk::fill_new_memory));
-}

@@ -29,7 +29,7 @@
 // pairs that are out of range.
 #pragma once
 
-#include "cuda/tiles/gradient_rows.h"
+#include "cuda/tiles/gradient_sides.h"
 
 namespace mk::cuda {
 namespace {

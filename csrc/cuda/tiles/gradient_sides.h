@@ -1,5 +1,5 @@
-// The sides of the gradients of softmax_read in tiles (gradient_tiles.h): where a block is in its call, the rows of both
-// sides, and the ranges of slots of tokens.
+// The sides of the gradients of softmax_read in tiles (gradient_tiles.h): where a block is in its call, the rows of
+// both sides, and the ranges of slots of tokens.
 #pragma once
 
 #include "cuda/tiles/buffers.h"
