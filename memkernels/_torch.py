@@ -59,10 +59,10 @@ def below_autograd(operator: Any) -> Callable[..., Any]:
     if below is None:
         return default
     packet = getattr(getattr(torch.ops, operator.namespace), operator.name().partition("::")[2])
-    direct = None
-    if modes is not None and "direct" in packet.overloads():
-        if has_kernel(f"{operator.name()}.direct", "CPU") or has_kernel(f"{operator.name()}.direct", "CUDA"):
-            direct = bare(packet.direct)
+    name, direct = f"{operator.name()}.direct", None
+    has = modes is not None and "direct" in packet.overloads()
+    if has and (has_kernel(name, "CPU") or has_kernel(name, "CUDA")):
+        direct = bare(packet.direct)
 
     def run(*inputs):
         if direct is not None and not modes():
