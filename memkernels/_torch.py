@@ -52,7 +52,7 @@ def bare(operator: Callable[..., Any]) -> Callable[..., Any]:
 def below_autograd(operator: Any) -> Callable[..., Any]:
     """``operator`` without its autograd layer, which in eager mode costs more than a small call.
 
-    Its overload ``direct``, where the backend gives it a kernel, is the same without such a layer, and saves the context
+    Its overload ``direct``, where the backend gives it a kernel, is the same without such a layer. It saves the context
     manager that shuts the layer out, a twentieth of a small call. Modes that watch operators see the operator itself.
     """
     below, modes, default = BelowAutograd, _modes, bare(operator)
