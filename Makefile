@@ -88,7 +88,7 @@ crash-lab: .build/native
 	PYTHONPATH=tests $(PY) -m crash --workers 2 --write bench/results/crash_lab.json $(LAB)
 
 # The CUDA backend: builds and installs its library with nvcc, prints the resources of its kernels, runs them on the
-# CPU. No GPU is needed. FAULTS=30 seeds one fault in thirty, as CI does.
+# CPU. No GPU is needed. FAULTS=60 seeds one fault in sixty, as CI does.
 cuda: $(READY)
 	MEMKERNELS_CUDA=1 $(PY) -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) --no-build-isolation --no-deps -e .
 	$(PY) -m bench.cuda_check
