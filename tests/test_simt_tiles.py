@@ -243,7 +243,7 @@ FAULTS = {
     "gradients: removed barrier": REMOVED_BARRIER,
     "gradients: no wait for copies": NO_WAIT,
     "gradients: ranges overlap": (
-        "gradient_rows.h",
+        "gradient_sides.h",
         "div_up(least(g.others - block.begin, g.split_rows), S)",
         "div_up(least(g.others - block.begin, g.split_rows + S), S)",
     ),
@@ -258,7 +258,7 @@ FAULTS = {
         "const Rows<S>& tile() const { return block.tile[0]; }",
     ),
     "gradients: keys of empty slots": (
-        "gradient_rows.h",
+        "gradient_sides.h",
         "if (rows.a[r] == -kInfinity) return;",
         "if (at >= p.N) return;",
     ),
@@ -274,7 +274,7 @@ FAULTS = {
     ),
     "gradients: a tile of tokens too few": ("slot_ranges.h", "begin < stop; }", "begin + 64 < stop; }"),
     "gradients: a tile of slots too few": (
-        "gradient_rows.h",
+        "gradient_sides.h",
         "int64_t(S), span.stop)",
         "int64_t(S), span.stop / S * S)",
     ),
