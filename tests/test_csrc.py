@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from collections import Counter
 from pathlib import Path
@@ -71,6 +72,18 @@ def test_layers_have_an_order():
     for _ in LAYERS:
         below = {layer: allowed.union(*(below[a] for a in allowed)) for layer, allowed in below.items()}
     assert not [layer for layer in LAYERS if layer in below[layer]]
+
+
+@pytest.mark.parametrize("module", sorted(path.stem for path in (ROOT / "tests").glob("test_simt*.py")))
+def test_seeded_faults_fit_the_kernels(module):
+    """CI seeds few of them, so a text that a kernel no longer has would not be missed there."""
+    found = importlib.import_module(module)
+    for faults in [value for name, value in vars(found).items() if name.endswith("FAULTS")]:
+        for name, fault in faults.items():
+            at = next((i for i, part in enumerate(fault) if part.endswith((".h", ".cu"))), None)
+            file, text = (found.KERNEL, fault[0]) if at is None else (fault[at], fault[at + 1])
+            (source,) = (CSRC / "cuda").rglob(file)
+            assert source.read_text().count(text) == 1, (name, file)
 
 
 def test_no_two_headers_share_a_name():
