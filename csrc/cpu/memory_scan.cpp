@@ -24,9 +24,10 @@ namespace mk::MK_ISA {
 namespace {
 
 constexpr int64_t kFewBatches = 4;  // with fewer batches, slots are split into ranges
-// Every range packs the queries for itself, which costs less than a second thread gains. Zen 4, two threads, against
-// ranges of 128 slots and more: N=64 T=2048 1060 -> 560 us, T=256 131 -> 83, T=64 44 -> 32.
-constexpr int64_t kLeastRange = kScanSlots;
+// Every range packs the queries for itself and has reads to merge. For a second thread that is worth it with any slots
+// at all, for more threads with many. Zen 4, two threads, N=64, two ranges against one: T=2048 1060 -> 560 us, T=256
+// 131 -> 83, T=64 44 -> 32; but N=256 T=2048, four ranges against two: 2150 -> 2400.
+constexpr int64_t kLeastRange = 4 * kScanSlots;
 
 template <class F>
 struct Shape {
@@ -35,7 +36,8 @@ struct Shape {
 
   explicit Shape(const GatedWrite& p)
       : batches(p.lead.batches()), tokens(p.lead.folded() * p.T), N(p.N), V(p.V), VP(Slots<F>::padded(p.V)) {
-    ranges = batches >= kFewBatches ? 1 : most(1, least(kFewBatches / most(batches, 1), N / kLeastRange));
+    const int64_t wanted = batches >= kFewBatches ? 1 : kFewBatches / most(batches, 1);
+    ranges = most(1, most(least(wanted, N / kLeastRange), least(least(wanted, 2), N / kScanSlots)));
     range = round_up(div_up(N, ranges), kScanSlots);
     ranges = most(1, div_up(N, most(range, 1)));
     const int64_t fits = kPartialBytes / (most(batches * ranges * VP, 1) * int64_t(sizeof(F)));
