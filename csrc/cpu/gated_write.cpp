@@ -12,9 +12,13 @@
 // product. Keys are packed once per block for all tokens. Parallel over batches and blocks of slots; [T, N] is never
 // stored.
 //
-// With few tokens lanes are value columns, and keys are not packed: every slot is read and written once. What one token
-// adds is no product, but part of the sum that is stored: N=4096 K=V=64 in place on Zen 4, one thread, 99 -> 70 us.
-// With an erase vector the factor of a slot depends on the column, so few tokens pass over its row one by one.
+// With few tokens lanes are value columns, and keys are not packed: every slot is read and written once. The keys of a
+// block and its values come in turns, so that hardware prefetch begins anew with each: the rows of one are prefetched
+// while the other's are used. B=32 N=256 K=V=64 on Zen 4, two threads, memories that come from L3, against eager code
+// (medians of three runs): 1.13x -> 1.17x, in place 1.09x -> 1.16x, with an erase vector 0.93x -> 1.12x. A memory
+// larger than the caches is better read in order. What one token adds is no product, but part of the sum that is
+// stored: N=4096 K=V=64 in place on Zen 4, one thread, 99 -> 70 us. With an erase vector the factor of a slot depends
+// on the column, so few tokens pass over its row one by one.
 #include "params/gated_write.h"
 
 #include <limits>
@@ -173,10 +177,11 @@ MK_INLINE Vec<F> passed(const TokenChunk<F>& c, const F* gates, int64_t x, Vec<F
 }
 
 // out_j = R_j v_j + a_j w for `slots` rows of NV registers, or of any number of them (0), as one stream: w and the
-// addresses stay in registers, which they do not in `few`. With an erase vector e the factor is 1 - a_j e.
+// addresses stay in registers, which they do not in `few`. With an erase vector e the factor is 1 - a_j e. `ahead`:
+// elements from a row of values to the row that is prefetched with it; 0: none.
 template <class F, int NV, bool kErase>
 __attribute__((noinline)) void one_token_rows(int64_t slots, const F* R, const F* a, const F* w, const F* e, int64_t VP,
-                                              const F* values, int64_t vs, F* out, int64_t os) {
+                                              const F* values, int64_t vs, F* out, int64_t os, int64_t ahead) {
   constexpr int W = kLanes<F>, U = NV > 0 ? NV : 1;
   Vec<F> written[U], erased[U];
   for (int i = 0; i < NV; ++i) {
@@ -185,6 +190,9 @@ __attribute__((noinline)) void one_token_rows(int64_t slots, const F* R, const F
   }
   for (int64_t j = 0; j < slots; ++j, values += vs, out += os) {
     const Vec<F> rest = fill<F>(R[j]), gate = fill<F>(a[j]);
+    for (int64_t x = 0; ahead != 0 && x < VP; x += 64 / int64_t(sizeof(F))) {
+      __builtin_prefetch(values + ahead + x, 0, 2);
+    }
 #pragma GCC unroll 4
     for (int i = 0; i < NV; ++i) {
       const Vec<F> r = kErase ? F(1) - gate * erased[i] : rest;
@@ -225,10 +233,13 @@ void few(const GatedWrite& p, int64_t batch, int64_t first, int64_t count, int64
 
   for (int64_t i = first; i < first + count; i += kSlotBlock) {
     const int64_t width = least(kSlotBlock, first + count - i);
-    const SlotBlock<F> block = slots.load(i, width, buffers);
+    SlotBlock<F> block = slots.load(i, width, buffers);
     keep_empty<F>(p, batch, i, width, block, row);
     if (block.n == 0) continue;
     const int64_t L = round_up(block.n, W);
+    const bool stored = block.keys != buffers.keys && block.values != buffers.values;
+    const bool in_turns = one && scored && stored && block.ks == block.vs && block.keys_ahead == 0;
+    if (in_turns) block.keys_ahead = block.values - block.keys;
     if (scored) score_rows<F>(block, p.K, q, chunk.n, S);
     else if (gates.kind == Gate::given) gates.copy(chunk, i, block.n, L, S, kSlotBlock);
     else gates.recall(chunk, softmax.kept(), batch, i, block, width, L, S, kSlotBlock);
@@ -250,7 +261,8 @@ void few(const GatedWrite& p, int64_t batch, int64_t first, int64_t count, int64
                            : short_rows ? one_token_rows<F, 4, false>
                                      : one_token_rows<F, 0, false>;
       rows(block.n, R, S, chunk.write, chunk.erase, VP, block.values, block.vs,
-           reinterpret_cast<F*>(out + i * p.out.row), p.out.row / int64_t(sizeof(F)));
+           reinterpret_cast<F*>(out + i * p.out.row), p.out.row / int64_t(sizeof(F)),
+           in_turns ? block.n * block.ks - block.keys_ahead : 0);
       for (int64_t j = 0; j < block.n; ++j) *reinterpret_cast<F*>(retained + (i + j) * p.retained.row) = kept[j];
       continue;
     }
