@@ -5,8 +5,8 @@
 //
 // Streams are rows, channels are lanes. A token is a product [streams, D] x [D, 3D] and a few element-wise operations.
 // The weight is packed once in strips, each of its three blocks padded to whole registers, and stays in cache; several
-// streams share each pass over it. Groups of streams run in parallel. With few streams the bound is reading the weight from L2,
-// with many it is multiply-adds.
+// streams share each pass over it. Groups of streams run in parallel. With few streams the bound is reading the weight
+// from L2, with many it is multiply-adds.
 //
 // In the backward all states are known: one product recomputes the gates of a chunk of tokens, and only g is a
 // recurrence. dW is one product per chunk. Each task sums its own dW, and those of the tasks are added in order.
@@ -21,14 +21,14 @@
 namespace mk::MK_ISA {
 namespace {
 
-constexpr int64_t kLeastGroups = 4;  // and a multiple of it, so that two or four threads have the same work
+constexpr int64_t kLeastGroups = 4;  // or a multiple of it, so that two or four threads have the same work
 constexpr int64_t kMostParts = 8;    // partial dW per weight
 constexpr int64_t kChunkRows = 96;
 
-// Streams that share a pass over the weight, and the registers of a strip of it: a tile of the product (tiles/gemm.cpp).
-// The more rows in a tile, the less often the weight comes from L2. Where a strip fits L1, two tiles share it.
-// Zen 4, D=256 T=256, two threads, against groups of 12 that read the whole weight row by row: 32 streams 21.6 -> 17.6
-// ms, backward 63 -> 52; 16 streams 11.0 -> 8.6; one stream the same (it has 92% of what a loop reads from L2).
+// Streams that share a pass over the weight, and the registers of a strip of it: a tile of the product
+// (tiles/gemm.cpp). The more rows in a tile, the less often the weight comes from L2. Where a strip fits L1, two tiles
+// share it. Zen 4, D=256 T=256, two threads, against groups of 12 that read the whole weight row by row: 32 streams
+// 21.6 -> 17.6 ms, backward 63 -> 52; 16 streams 11.0 -> 8.6; one stream the same (92% of what a loop reads from L2).
 #if defined(__AVX512F__)
 constexpr int64_t kMostRows = 8;
 constexpr int64_t strip_registers(int64_t rows) { return rows <= 3 ? 8 : rows <= 6 ? 4 : 3; }
@@ -79,8 +79,8 @@ void read_blocks(const char* row, DType dtype, const Shape<F>& s, F* z) {
   }
 }
 
-// The packed weights of all batches: the transpose [D][3 DP], and if wanted the rows [3 DP][DP]. Parallel over blocks of
-// columns of the weight.
+// The packed weights of all batches: the transpose [D][3 DP], and if wanted the rows [3 DP][DP]. Parallel over blocks
+// of columns of the weight.
 template <class F>
 class Weights {
  public:
