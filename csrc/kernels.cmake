@@ -6,7 +6,7 @@ file(GLOB KERNELS CONFIGURE_DEPENDS ${CMAKE_CURRENT_LIST_DIR}/cpu/*.cpp ${CMAKE_
 # and in reads with few queries. -O1 leaves small loops rolled and takes 1.4-2 times as long with AVX-512 and with AVX2.
 set(ISA_baseline $<$<CONFIG:Release>:-O1>)
 set(ISAS baseline)
-if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
+if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64" AND NOT MK_BASELINE_ALONE)
   list(APPEND ISAS avx2 avx512)
   set(ISA_avx2 -march=haswell
       $<$<CONFIG:Release>:-O2> $<$<CONFIG:Release>:-fpeel-loops> $<$<CONFIG:Release>:-ftree-vectorize>)
