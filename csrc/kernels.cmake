@@ -1,4 +1,5 @@
 # The kernels: raw pointers only, one object library per instruction set. Sets KERNEL_OBJECTS and ISA_DEFINITIONS.
+# MK_BASELINE_ALONE: the baseline set and no other.
 file(GLOB KERNELS CONFIGURE_DEPENDS ${CMAKE_CURRENT_LIST_DIR}/cpu/*.cpp ${CMAKE_CURRENT_LIST_DIR}/cpu/tiles/*.cpp)
 # Each instruction set has the lowest optimisation level that costs no speed, measured in interleaved runs of reads,
 # writes and searches. Baseline: -O1 compiles in half the time of -O2 and runs in 0.74-1.08 of its time. AVX2: -O2 with

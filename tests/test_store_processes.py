@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
 import time
-import traceback
 
 import pytest
 import torch
+from crash import judge
 from store_support import PAGE, K, V, abandon, new, rows, two_pages
 
 from memkernels.store import (
@@ -29,23 +28,17 @@ PATIENCE = 60  # seconds
 
 
 def forked(work) -> int:
-    """A process that runs ``work``; its exit status is 0 where that ends well."""
-    if (child := os.fork()) == 0:
-        status = 1
-        try:
-            torch.set_num_threads(1)
-            work()
-            status = 0
-        except BaseException:
-            traceback.print_exc()  # what pytest shows of a test that fails
-        finally:
-            sys.stderr.flush()
-            os._exit(status)
-    return child
+    """A process that runs ``work`` on one thread; its exit status is 0 where that ends well."""
+
+    def alone() -> None:
+        torch.set_num_threads(1)
+        work()
+
+    return judge.forked(alone)
 
 
 def wait_for(children: list[int]) -> list[int]:
-    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    return [judge.status_of(child) for child in children]
 
 
 def rewrite(store: MemoryStore, step: int) -> None:
@@ -91,9 +84,9 @@ def test_readers_see_whole_commits_in_their_order(memory_path, monkeypatch):
                     store._engine.fold(3)
 
     writer, readers = forked(write), [forked(lambda: follow(path, seconds=1.5, enough=4)) for _ in range(3)]
-    assert wait_for(readers) == [0] * 3
+    ends = wait_for(readers)
     (memory_path / "followed").touch()
-    assert wait_for([writer]) == [0]
+    assert [*wait_for([writer]), *ends] == [0] * 4
     with MemoryStore.open(path, mode="w") as store:
         assert store.verify() == [] and not list((path / "readers").iterdir())
         assert (path / "keys.pages").stat().st_size <= 4096 * 10 * 20  # not one place for each commit

@@ -24,8 +24,8 @@ namespace mk::MK_ISA {
 namespace {
 
 constexpr int64_t kFewBatches = 4;  // with fewer batches, slots are split into ranges
-// Every range packs the queries for itself and has reads to merge. For a second thread that is worth it with any slots
-// at all, for more threads with many. Zen 4, two threads, N=64, two ranges against one: T=2048 1060 -> 560 us, T=256
+// Every range packs the queries for itself and has reads to merge. For a second thread that is worth it with few
+// slots, for more threads with many. Zen 4, two threads, N=64, two ranges against one: T=2048 1060 -> 560 us, T=256
 // 131 -> 83, T=64 44 -> 32; but N=256 T=2048, four ranges against two: 2150 -> 2400.
 constexpr int64_t kLeastRange = 4 * kScanSlots;
 
@@ -36,7 +36,7 @@ struct Shape {
 
   explicit Shape(const GatedWrite& p)
       : batches(p.lead.batches()), tokens(p.lead.folded() * p.T), N(p.N), V(p.V), VP(Slots<F>::padded(p.V)) {
-    const int64_t wanted = batches >= kFewBatches ? 1 : kFewBatches / most(batches, 1);
+    const int64_t wanted = kFewBatches / most(batches, 1);
     ranges = most(1, most(least(wanted, N / kLeastRange), least(least(wanted, 2), N / kScanSlots)));
     range = round_up(div_up(N, ranges), kScanSlots);
     ranges = most(1, div_up(N, most(range, 1)));
